@@ -1,0 +1,57 @@
+"""Shared fixtures, and what keeps the tests honest: no network, and a loud reason for whatever does not run.
+
+pytest-socket refuses every connection (pyproject.toml, addopts).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from vortex_core import Engine
+
+# Read once by huggingface_hub and transformers, when they are imported: set before any test module is.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+
+COMFYUI = Path(os.environ.get("COMFYUI_PATH", "~/comfy/ComfyUI")).expanduser()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    comfyui = [item for item in items if item.get_closest_marker("comfyui")]
+    if gpu and not _cuda_is_available():
+        _skip(gpu, "NOT RUN, full size on a GPU: torch sees no CUDA device here")
+    if comfyui and not (COMFYUI / "comfy").is_dir():
+        _skip(comfyui, f"NOT RUN, inside ComfyUI: no tree at {COMFYUI} (set COMFYUI_PATH)")
+
+
+def _skip(items: list[pytest.Item], reason: str) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _cuda_is_available() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@pytest.fixture(scope="session")
+def tiny_dir() -> Path:
+    """The bundled miniature, a diffusers directory."""
+    import vortex_core
+
+    return Path(vortex_core.__file__).parent / "assets" / "tiny-schnell"
+
+
+@pytest.fixture(scope="session")
+def engine() -> Engine:
+    """The miniature on the CPU in NF4, shared by all tests: leave it as you found it."""
+    import vortex_core
+
+    return vortex_core.load_flux_schnell(model="tiny", device="cpu", quantization="nf4")

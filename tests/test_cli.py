@@ -1,0 +1,123 @@
+"""The command line: what it writes, and how it refuses."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+import vortex_core
+from vortex_core.cli import app
+
+runner = CliRunner()
+SMALL = ["--size", "80x64", "--device", "cpu", "--steps", "1"]
+
+
+def run(*arguments: str, code: int = 0) -> str:
+    result = runner.invoke(app, list(arguments))
+    text = re.sub(r"\s+", " ", result.output)
+    assert result.exit_code == code, text
+    return text
+
+
+def test_generate_writes_a_png_that_remembers(tmp_path: Path) -> None:
+    path = tmp_path / "circle.png"
+    said = run("generate", "a red circle — naïve", "--seed", "7", "-o", str(path), *SMALL)
+    assert "80 x 64, seed 7" in said
+    with Image.open(path) as image:
+        assert image.size == (80, 64)
+        assert image.text["prompt"] == "a red circle — naïve"
+        assert image.text["seed"] == "7"
+        assert image.text["model"] == "tiny-schnell"
+        assert image.text["software"] == f"vortex {vortex_core.__version__}"
+    assert [p.name for p in tmp_path.iterdir()] == ["circle.png"]
+
+
+def test_generate_never_overwrites_silently(tmp_path: Path) -> None:
+    path = tmp_path / "kept.png"
+    path.write_text("mine")
+    said = run("generate", "a red circle", "-o", str(path), *SMALL, code=2)
+    assert "exists; choose another name, or add --overwrite" in said
+    assert path.read_text() == "mine"
+    run("generate", "a red circle", "-o", str(path), "--overwrite", *SMALL)
+    with Image.open(path) as image:
+        assert image.size == (80, 64)
+
+
+def test_a_batch_writes_numbered_files(tmp_path: Path) -> None:
+    run("generate", "a red circle", "--seed", "3", "--batch", "2", "-o", str(tmp_path / "c.png"), *SMALL)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c-1.png", "c-2.png"]
+    with Image.open(tmp_path / "c-2.png") as image:
+        assert image.text["seed"] == "4"
+
+
+def test_the_default_name_holds_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run("generate", "a red circle", "--seed", "5", *SMALL)
+    assert (tmp_path / "vortex-5.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (["", *SMALL], 2, "prompt must be a text"),
+        (["x", "--size", "80"], 2, "--size must look like 512x512"),
+        (["x", "--size", "81x64"], 2, "width must be a multiple of 16"),
+        (["x", "--batch", "0"], 2, "--batch must be at least 1"),
+        (["x", "-o", "picture.jpg"], 2, "must end in .png"),
+        (["x", "-o", "no/such/folder/x.png"], 2, "There is no folder"),
+        (["x", "--model", "no/such/model"], 1, "There is no model at"),
+        (["x", "--quantization", "int3"], 2, "Unknown quantization"),
+        (["x", "--device", "cuda:99"], 1, "There is no cuda:99"),
+        (["x", "--steps", "12"], 2, "steps must be from 1 to 8"),
+    ],
+)
+def test_bad_input_gets_a_sentence_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int, sentence: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = run("generate", *arguments, code=code)
+    assert sentence in said
+    assert "Traceback" not in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_warnings_are_notes(tmp_path: Path) -> None:
+    path = str(tmp_path / "x.png")
+    said = run("generate", "a red circle", "--negative-prompt", "blue", "-o", path, *SMALL)
+    assert "note: negative_prompt has no effect" in said
+
+
+def test_cancelling_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vortex_core.engine.Engine.generate", interrupt)
+    said = run("generate", "a red circle", "-o", str(tmp_path / "x.png"), *SMALL, code=130)
+    assert "cancelled; nothing was written" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_doctor_says_what_it_found() -> None:
+    said = run("doctor")
+    for what in ("torch", "GPU", "NF4", "bundled model"):
+        assert what in said
+    report = json.loads(runner.invoke(app, ["doctor", "--json"]).stdout)
+    assert report["vortex"] == vortex_core.__version__
+    assert {finding["state"] for finding in report["findings"]} <= {"ok", "note", "fault"}
+
+
+def test_help_teaches() -> None:
+    assert "lighthouse" in run("generate", "--help")
+    assert f"vortex {vortex_core.__version__}" in run("--version")
+
+
+def test_module_runs_as_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    import runpy
+
+    monkeypatch.setattr("sys.argv", ["vortex", "--version"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("vortex_core", run_name="__main__")
+    assert stop.value.code == 0

@@ -1,0 +1,222 @@
+"""The engine's promises apart from the picture itself: checks before work, buffers, cancelling, caching, release."""
+
+import logging
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from vortex_core import (
+    Engine,
+    VortexDeviceError,
+    VortexError,
+    VortexInitializationError,
+    VortexInputError,
+    load_flux_schnell,
+    sampling,
+)
+from vortex_core import engine as engine_module
+from vortex_core.conditioning import CACHED
+
+PROMPT = "a blue square"
+SMALL = {"height": 64, "width": 64}
+
+
+@pytest.fixture
+def untouched(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """The engine, failing the test if any work is done."""
+
+    def work(*arguments: object) -> None:
+        pytest.fail("worked before checking")
+
+    monkeypatch.setattr(engine_module.sampling, "noise", work)
+    monkeypatch.setattr(type(engine._conditioner), "__call__", work)
+    return engine
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"prompt": ""}, "prompt must be a text that is not empty"),
+        ({"prompt": " \n"}, "prompt must be a text"),
+        ({"prompt": 3}, "prompt must be a text"),
+        ({"height": 100}, "height must be a multiple of 16"),
+        ({"width": 48}, "width must be a multiple of 16 from 64"),
+        ({"width": 4096}, "to 2048 pixels, not 4096"),
+        ({"height": 64.0}, "height must be"),
+        ({"steps": 0}, "steps must be from 1 to 8"),
+        ({"steps": 9}, "steps must be from 1 to 8"),
+        ({"batch_size": 0}, "batch_size must be a whole number from 1"),
+        ({"seed": -1}, "seed must be a whole number"),
+        ({"seed": 2**64}, "seed must be a whole number"),
+        ({"seed": "7"}, "seed must be a whole number"),
+        ({"out": torch.empty(1, 64, 64, 4)}, r"out must be \(1, 64, 64, 3\).*found \(1, 64, 64, 4\)"),
+        ({"out": torch.empty(1, 64, 64, 3, dtype=torch.float16)}, "found .* torch.float16"),
+        ({"out": torch.empty(1, 64, 64, 3, device="meta")}, "on meta"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(untouched: Engine, arguments: dict[str, object], sentence: str) -> None:
+    with pytest.raises(VortexInputError, match=sentence) as refusal:
+        untouched.generate(**{"prompt": PROMPT, **SMALL, **arguments})
+    assert isinstance(refusal.value, ValueError)
+    assert isinstance(refusal.value, VortexError)
+
+
+def test_bad_load_arguments_are_refused(tiny_dir: Path) -> None:
+    with pytest.raises(VortexInputError, match="Unknown quantization 'int3'; choose from nf4, none"):
+        load_flux_schnell("tiny", quantization="int3")
+    with pytest.raises(VortexDeviceError, match="not on 'mps'"):
+        load_flux_schnell("tiny", device="mps")
+    with pytest.raises(VortexDeviceError, match="is not a device"):
+        load_flux_schnell("tiny", device="gpu")
+    with pytest.raises(VortexDeviceError, match="There is no cuda:99"):
+        load_flux_schnell("tiny", device="cuda:99")
+
+
+def test_old_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "RTX 2080")
+    with pytest.raises(VortexDeviceError, match=r"RTX 2080 has compute capability 7.5; .* 8.0 or higher"):
+        load_flux_schnell("tiny", device="cuda")
+
+
+def test_running_out_of_memory_while_loading_says_so_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    released = []
+    monkeypatch.setattr(engine_module.Decoder, "_apply", full, raising=False)
+    monkeypatch.setattr(engine_module, "choose_backend", lambda *a: None)
+    monkeypatch.setattr(engine_module.Conditioner, "load", full)
+    monkeypatch.setattr(Engine, "unload", lambda self: released.append(self))
+    with pytest.raises(
+        VortexInitializationError, match=r"ran out of memory on cpu .*needed 0\.0.*nvidia-smi"
+    ) as failure:
+        load_flux_schnell("tiny", device="cpu")
+    assert isinstance(failure.value.__cause__, torch.OutOfMemoryError)
+    assert failure.value.needed > 0
+    assert (failure.value.free, failure.value.total, failure.value.allocated) == (0, 0, 0)
+    assert released
+
+
+def test_pictures_of_a_batch_are_the_singles(engine: Engine) -> None:
+    assert torch.equal(sampling.noise(7, 3, 64, 64), torch.cat([sampling.noise(seed, 1, 64, 64) for seed in (7, 8, 9)]))
+    batch = engine.generate(PROMPT, seed=7, batch_size=3, **SMALL)
+    singles = torch.cat([engine.generate(PROMPT, seed=seed, **SMALL) for seed in (7, 8, 9)])
+    assert (batch - singles).abs().max() < 1 / 255
+
+
+def test_noise_is_what_comfyui_draws() -> None:
+    torch.manual_seed(123)
+    assert torch.equal(sampling.noise(123, 1, 128, 96), torch.randn(1, 16, 16, 12))
+
+
+def test_a_drawn_seed_is_told_and_repeats_the_picture(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "vortex_core.engine")
+    picture = engine.generate(PROMPT, **SMALL)
+    assert f"seed {engine.last_seed}" in caplog.text
+    assert torch.equal(picture, engine.generate(PROMPT, seed=engine.last_seed, **SMALL))
+
+
+def test_on_step_sees_every_step_and_the_final_latents(engine: Engine) -> None:
+    seen = []
+    picture = engine.generate(PROMPT, seed=1, on_step=lambda *step: seen.append(step), **SMALL)
+    assert [(i, n) for i, n, _ in seen] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    latents = seen[-1][2]
+    assert latents.shape == (1, 16, 8, 8)
+    with torch.inference_mode():
+        decoded = engine_module.decode(engine._decoder, latents, torch.empty_like(picture))
+    torch.testing.assert_close(decoded, picture, atol=1e-5, rtol=0)
+
+
+def test_cancelling_leaves_the_engine_usable(engine: Engine) -> None:
+    expected = engine.generate(PROMPT, seed=1, **SMALL)
+
+    def cancel(i: int, n: int, latents: torch.Tensor) -> None:
+        if i == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(PROMPT, seed=1, on_step=cancel, **SMALL)
+    assert torch.equal(engine.generate(PROMPT, seed=1, **SMALL), expected)
+
+
+def test_a_repeated_prompt_is_not_encoded_again(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = engine.encode("a repeated prompt")
+    monkeypatch.setattr(type(engine._conditioner), "from_embeddings", lambda *a: pytest.fail("encoded again"))
+    assert engine.encode("a repeated prompt") is first
+    engine.generate("a repeated prompt", seed=1, **SMALL)
+
+
+def test_the_cache_keeps_the_latest(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    conditioner = engine._conditioner
+    monkeypatch.setattr(conditioner, "_cache", type(conditioner._cache)())
+    monkeypatch.setattr(type(conditioner), "from_embeddings", lambda self, txt, pooled, steps: object())
+    monkeypatch.setattr(conditioner, "t5", lambda ids: None)
+    monkeypatch.setattr(conditioner, "clip", lambda ids: None)
+    oldest = conditioner("0", 4)
+    made = {n: conditioner(str(n), 4) for n in range(1, CACHED + 1)}
+    assert conditioner(str(CACHED), 4) is made[CACHED]
+    assert conditioner("0", 4) is not oldest
+    assert len(conditioner._cache) == CACHED
+
+
+def test_a_conditioning_stands_for_its_prompt(engine: Engine) -> None:
+    conditioning = engine.encode(PROMPT, steps=2)
+    assert conditioning.steps == 2
+    expected = engine.generate(PROMPT, seed=1, steps=2, **SMALL)
+    assert torch.equal(engine.generate(conditioning, seed=1, steps=2, **SMALL), expected)
+    with pytest.raises(VortexInputError, match="for 2 steps, not 4"):
+        engine.generate(conditioning, seed=1, **SMALL)
+
+
+def test_native_size_is_the_default(engine: Engine) -> None:
+    assert engine.generate(PROMPT, seed=1, steps=1).shape == (1, engine.native_size, engine.native_size, 3)
+
+
+def test_threads_take_turns(engine: Engine) -> None:
+    expected = {seed: engine.generate(PROMPT, seed=seed, **SMALL) for seed in (1, 2)}
+    drawn = {}
+    threads = [
+        threading.Thread(target=lambda s=seed: drawn.update({s: engine.generate(PROMPT, seed=s, **SMALL)}))
+        for seed in expected
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed, picture in expected.items():
+        assert torch.equal(drawn[seed], picture)
+
+
+def test_an_unloaded_engine_says_so(tiny_dir: Path) -> None:
+    with load_flux_schnell(tiny_dir, device="cpu", backend="reference") as engine:
+        engine.generate(PROMPT, seed=1, steps=1, **SMALL)
+    with pytest.raises(VortexInputError, match="was unloaded"):
+        engine.generate(PROMPT)
+    with pytest.raises(VortexInputError, match="was unloaded"):
+        engine.encode(PROMPT)
+    engine.unload()  # twice is fine
+
+
+def test_bf16_on_the_cpu_draws_nearly_the_same(engine: Engine, tiny_dir: Path) -> None:
+    with load_flux_schnell(tiny_dir, device="cpu", dtype=torch.bfloat16) as half:
+        picture = half.generate(PROMPT, seed=1, **SMALL)
+        batch = half.generate(PROMPT, seed=1, batch_size=2, **SMALL)
+    distance = (picture - engine.generate(PROMPT, seed=1, **SMALL)).abs().mean().item()
+    in_batch = (picture - batch[:1]).abs().max().item()
+    print(f"\nbf16 against fp32: mean {distance * 255:.2f}/255; batch against single: max {in_batch * 255:.2f}/255")
+    assert distance < 8 / 255
+
+
+def test_progress_counts_bytes_to_the_end(tiny_dir: Path) -> None:
+    calls = []
+    load_flux_schnell(tiny_dir, device="cpu", on_progress=lambda *call: calls.append(call)).unload()
+    done, total = calls[-1]
+    assert done == total
+    assert [call[0] for call in calls] == sorted(call[0] for call in calls)

@@ -1,0 +1,156 @@
+"""What users rely on, on the miniature here and at full size on a GPU (marker `gpu`).
+
+The full-size model is built with random weights by tools/full_size.py, or taken from $VORTEX_FULL_SIZE_MODEL.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from vortex_core import Engine, NoEffectWarning, PromptTruncatedWarning, load_flux_schnell
+from vortex_core.vram import snapshot
+
+MB, GB = 10**6, 10**9
+PROMPT = "a red circle on a white background"
+
+
+@dataclass
+class Actor:
+    """An engine and the size it draws in these tests."""
+
+    engine: Engine
+    size: int
+    full: bool
+
+    def draw(self, prompt: str = PROMPT, **kwargs: object) -> torch.Tensor:
+        return self.engine.generate(prompt, **{"height": self.size, "width": self.size, "seed": 1, **kwargs})
+
+    def allocated(self) -> int:
+        return snapshot(self.engine.device).allocated
+
+
+@pytest.fixture(scope="module", params=["miniature", pytest.param("full size", marks=pytest.mark.gpu)])
+def actor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Actor]:
+    if request.param == "miniature":
+        yield Actor(request.getfixturevalue("engine"), 128, full=False)
+        return
+    folder = Path(os.environ.get("VORTEX_FULL_SIZE_MODEL", tmp_path_factory.getbasetemp() / "full"))
+    if not folder.exists():
+        import full_size
+
+        full_size.build(folder)
+    with load_flux_schnell(folder, device="cuda") as engine:
+        yield Actor(engine, 512, full=True)
+
+
+def test_standard_actor_generation(actor: Actor) -> None:
+    actor.draw()
+    if actor.full:
+        torch.cuda.reset_peak_memory_stats()
+    before = actor.allocated()
+    started = time.perf_counter()
+    picture = actor.draw()
+    if actor.full:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    assert picture.shape == (1, actor.size, actor.size, 3)
+    assert picture.dtype == torch.float32
+    assert 0 <= picture.min() < picture.max() <= 1
+    print(f"\n{actor.engine.name}: {seconds * 1e3:.0f} ms", end="")
+    if actor.full:
+        added = torch.cuda.max_memory_allocated() - before
+        print(f", adds {added / GB:.3f} GB, reserved peak {torch.cuda.max_memory_reserved() / GB:.2f} GB")
+        assert added < 0.7 * GB
+        assert torch.cuda.max_memory_reserved() < 7.0 * GB
+
+
+def test_negative_prompt_application(actor: Actor) -> None:
+    passes = []
+    handle = actor.engine._transformer.register_forward_hook(lambda *_: passes.append(time.perf_counter()))
+    plain = actor.draw()
+    started = time.perf_counter()
+    actor.draw()
+    without = time.perf_counter() - started
+    started = time.perf_counter()
+    with pytest.warns(NoEffectWarning, match="no effect"):
+        negative = actor.draw(negative_prompt="a blue square")
+    overhead = (time.perf_counter() - started) / without - 1
+    handle.remove()
+    print(f"\nnegative prompt: {overhead:+.1%} time", end="")
+    assert torch.equal(plain, negative)
+    assert len(passes) == 3 * 4  # no second pass a step; the time itself is for benchmarks to judge
+
+
+def test_vram_budget_compliance(actor: Actor) -> None:
+    weights = actor.engine.step_time_bytes
+    print(f"\nstep-time weights {weights / GB:.3f} GB", end="")
+    if actor.full:
+        loaded = snapshot(actor.engine.device)
+        print(f", allocated {loaded.allocated / GB:.2f}, reserved {loaded.reserved / GB:.2f} GB", end="")
+        assert weights <= 4.95 * GB
+        assert loaded.allocated <= 6.5 * GB
+    # 4.5 bits a parameter, a little more for what stays unquantized
+    values = sum(2 * m.packed.numel() for m in actor.engine._transformer.modules() if hasattr(m, "packed"))
+    assert values * 0.5625 < weights < values * 0.5625 * (1.02 if actor.full else 1.15)
+
+
+def test_deterministic_output(actor: Actor) -> None:
+    first, again, other = actor.draw(seed=5), actor.draw(seed=5), actor.draw(seed=6)
+    assert torch.equal(first, again)
+    assert (first - other).abs().mean() > 1 / 255
+
+
+def test_preallocated_buffer_output(actor: Actor) -> None:
+    expected = actor.draw()
+    out = torch.full((1, actor.size, actor.size, 3), torch.nan, device=actor.engine.device)
+    pointer = out.data_ptr()
+    before = actor.allocated()
+    returned = actor.draw(out=out)
+    assert returned is out
+    assert out.data_ptr() == pointer
+    assert torch.equal(out, expected)
+    assert actor.allocated() == before
+
+
+def test_long_prompt_truncation(actor: Actor) -> None:
+    clip_cut = " ".join(["red"] * 100) + " with a hidden tail"
+    with pytest.warns(PromptTruncatedWarning, match="77 tokens.* without: 'red .*with a hidden tail'"):
+        actor.draw(clip_cut)
+    t5_cut = " ".join(["red"] * 300) + " with a lost tail"
+    with pytest.warns(PromptTruncatedWarning, match="256 tokens.* Lost: 'red .*with a lost tail'"):
+        long = actor.draw(t5_cut)
+    with pytest.warns(PromptTruncatedWarning):
+        longer = actor.draw(t5_cut + " and even more")
+    assert torch.equal(long, longer)  # what is said to be lost is lost
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        actor.draw("red " * 20)
+
+
+def test_batch_generation_memory_leak(actor: Actor) -> None:
+    import psutil
+
+    process = psutil.Process()
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    for seed in range(3):
+        actor.draw(seed=seed, batch_size=2)
+    before = (actor.allocated(), tensors(), process.memory_info().rss)
+    for seed in range(10):
+        actor.draw(seed=seed, batch_size=2)
+    after = (actor.allocated(), tensors(), process.memory_info().rss)
+    assert after[0] - before[0] < 50 * MB
+    assert after[1] <= before[1]
+    assert after[2] - before[2] < 50 * MB

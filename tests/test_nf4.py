@@ -1,0 +1,115 @@
+"""The NF4 format and the linear over it, against bitsandbytes and the naive reference."""
+
+import logging
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+
+from vortex_core import VortexCheckpointError, VortexInputError, nf4
+from vortex_core.linear import (
+    BitsAndBytesBackend,
+    NF4Linear,
+    ReferenceBackend,
+    bitsandbytes_declined,
+    choose_backend,
+)
+
+CPU = torch.device("cpu")
+SHAPES = [(1, 64), (3, 128), (65, 192), (130, 320)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quantize_equals_the_naive_quantizer(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    ours, naive = nf4.quantize(weight), nf4.quantize_reference(weight)
+    assert ours.shape == naive.shape == shape
+    assert torch.equal(ours.absmax, naive.absmax)
+    assert torch.equal(ours.packed, naive.packed)
+
+
+def test_zero_blocks_decode_to_zero() -> None:
+    weight = torch.zeros(2, 128)
+    weight[1, 64:] = 1
+    for quantize in (nf4.quantize, nf4.quantize_reference):
+        assert torch.equal(nf4.dequantize(quantize(weight), torch.float32), weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dequantize_equals_bitsandbytes(dtype: torch.dtype) -> None:
+    packed, state = bnb.quantize_4bit(torch.randn(96, 192), blocksize=64, quant_type="nf4")
+    state.dtype = dtype
+    ours = nf4.dequantize(nf4.NF4Weight(packed.view(96, 96), state.absmax.view(96, 3)), dtype)
+    assert torch.equal(ours, bnb.dequantize_4bit(packed, state))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_damaged_weights_are_refused_by_name(bad: float) -> None:
+    weight = torch.ones(2, 64)
+    weight[1, 5] = bad
+    with pytest.raises(VortexCheckpointError, match=r"img_mlp\.0 holds NaN or infinite"):
+        nf4.quantize(weight, "img_mlp.0")
+
+
+def test_a_width_that_is_no_multiple_of_64_is_refused() -> None:
+    with pytest.raises(VortexCheckpointError, match="divisible by 64"):
+        nf4.quantize(torch.ones(2, 96))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_backends_agree(shape: tuple[int, int], tokens: int) -> None:
+    weight, bias = nf4.quantize(torch.randn(shape)), torch.randn(shape[0])
+    x = torch.randn(2, tokens, shape[1])
+    expected = x @ nf4.dequantize(weight, torch.float32).T + bias
+    for backend in (ReferenceBackend(), BitsAndBytesBackend(CPU)):
+        torch.testing.assert_close(NF4Linear(weight, bias, backend)(x), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.gpu
+def test_backends_agree_on_cuda_without_allocating() -> None:
+    cuda = torch.device("cuda", 0)
+    weight = nf4.quantize(torch.randn(3072, 12288, device=cuda, dtype=torch.bfloat16))
+    backend = BitsAndBytesBackend(cuda)
+    backend.reserve(3072 * 12288, torch.bfloat16)
+    before = torch.cuda.memory_allocated()
+    ours = backend.decode(weight.packed, weight.absmax, torch.bfloat16)
+    assert torch.cuda.memory_allocated() == before
+    assert torch.equal(ours, nf4.dequantize(weight, torch.bfloat16))
+
+
+def test_the_choice_of_backend_says_why(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    caplog.set_level(logging.INFO, "vortex_core")
+    assert choose_backend(CPU).name == "bitsandbytes"
+    assert "its decode works here" in caplog.text
+    assert choose_backend(CPU, "reference").name == "reference"
+    monkeypatch.setattr("vortex_core.linear.bitsandbytes_declined", lambda device: "no kernel for it")
+    assert choose_backend(CPU).name == "reference"
+    assert "bitsandbytes declined on cpu: no kernel for it" in caplog.text
+    with pytest.raises(VortexInputError, match="no kernel for it"):
+        choose_backend(CPU, "bitsandbytes")
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    with pytest.raises(VortexInputError, match="'bitsandbytes' or 'reference'"):
+        choose_backend(CPU, "gguf")
+
+
+def test_bitsandbytes_is_declined_where_it_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(BitsAndBytesBackend, "decode", lambda *a: torch.zeros(4, 128))
+        assert bitsandbytes_declined(CPU) == "its decode differs from the reference"
+
+        def fail(*arguments: object) -> None:
+            raise RuntimeError("no kernel image\nmore")
+
+        patch.setattr(BitsAndBytesBackend, "decode", fail)
+        assert bitsandbytes_declined(CPU) == "no kernel image"
+        patch.setitem(__import__("sys").modules, "bitsandbytes", None)
+        assert "does not import" in (bitsandbytes_declined(CPU) or "")
+
+
+def test_a_linear_shows_what_it_is() -> None:
+    linear = NF4Linear(nf4.quantize(torch.ones(8, 64)), None, ReferenceBackend())
+    assert "in_features=64, out_features=8, backend=reference" in repr(linear)

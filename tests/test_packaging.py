@@ -1,0 +1,133 @@
+"""What an install exposes, what it costs, and whether ComfyUI can load the folder."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import vortex_core
+
+ROOT = Path(__file__).parent.parent
+CORE = ROOT / "vortex_core"
+
+# What ComfyUI installs for itself, and what would change the host's packages on its way in.
+HOST = {
+    *("torch", "torchvision", "torchaudio", "torchsde", "numpy", "einops", "transformers", "tokenizers"),
+    *("sentencepiece", "safetensors", "aiohttp", "yarl", "pyyaml", "pillow", "scipy", "tqdm", "psutil"),
+    *("alembic", "sqlalchemy", "av", "kornia", "spandrel", "soundfile", "pydantic", "pydantic-settings"),
+    *("huggingface-hub", "diffusers", "accelerate", "triton", "xformers"),
+}
+
+
+def python(code: str, *args: str, cwd: Path = ROOT) -> str:
+    """Run code in a fresh interpreter and return what it prints."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *args], cwd=cwd, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    # Built from a copy: setuptools leaves build/ behind, and a stale one would end up in the next wheel.
+    source = tmp_path_factory.mktemp("wheel") / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__"))
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--wheel-dir", source.parent, source], check=True)
+    (built,) = source.parent.glob("*.whl")
+    return zipfile.ZipFile(built)
+
+
+def test_wheel_holds_vortex_core_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+    metadata = f"vortex_flux-{vortex_core.__version__}.dist-info"
+    names = set(wheel.namelist())
+    assert {name.partition("/")[0] for name in names} == {"vortex_core", metadata}
+    assert f"{metadata}/licenses/LICENSE" in names
+
+    sources = [path for path in CORE.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    assert {name for name in names if name.startswith("vortex_core/")} == {
+        path.relative_to(ROOT).as_posix() for path in sources
+    }
+
+
+def test_wheel_brings_the_one_command(wheel: zipfile.ZipFile) -> None:
+    (entry_points,) = (name for name in wheel.namelist() if name.endswith("entry_points.txt"))
+    assert wheel.read(entry_points).decode().strip() == "[console_scripts]\nvortex = vortex_core.cli:app"
+
+
+def test_install_exposes_no_other_folder(tmp_path: Path) -> None:
+    code = """
+import importlib.util, sys
+for name in sys.argv[1:]:
+    spec = importlib.util.find_spec(name)
+    print(spec and (spec.origin or list(spec.submodule_search_locations)))
+"""
+    assert str(ROOT) not in python(code, "nodes", "tests", "tools", "workflows", cwd=tmp_path)
+
+
+def test_requirements_leave_the_host_alone() -> None:
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    requirements = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    assert requirements
+    assert not HOST & {canonicalize_name(requirement.name) for requirement in requirements}
+    for requirement in requirements:
+        assert [bound.operator for bound in requirement.specifier] == [">="], requirement
+
+
+def test_requirements_agree_with_the_package() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    assert {line for line in lines if line and not line.startswith("#")} <= set(project["dependencies"])
+
+
+def test_import_is_light() -> None:
+    code = """
+import sys, time
+start = time.perf_counter()
+import vortex_core
+print(time.perf_counter() - start)
+assert not {"torch", "numpy", "transformers", "diffusers", "bitsandbytes"} & set(sys.modules)
+"""
+    assert min(float(python(code)) for _ in range(3)) < 0.15
+
+
+@pytest.mark.parametrize("path", sorted(CORE.rglob("*.py")), ids=lambda path: str(path.relative_to(CORE)))
+def test_module_imports_work_inside_comfyui(path: Path) -> None:
+    # The pack's folder is not on sys.path there, so vortex_core can only reach itself relatively.
+    forbidden = {"vortex_core", "comfy", "comfy_api", "comfy_execution", "folder_paths", "nodes", "server"}
+    for node in ast.walk(ast.parse(path.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = [node.module or ""]
+        assert not forbidden & {name.partition(".")[0] for name in names}, f"line {node.lineno}"
+
+
+def test_comfyui_loads_the_pack_from_a_hyphenated_folder(tmp_path: Path) -> None:
+    # The steps of ComfyUI's own loader (nodes.py, load_custom_node), with vortex_core hidden as it is there.
+    code = """
+import importlib, importlib.util, sys
+folder = sys.argv[1]
+name = folder.replace(".", "_x_")
+sys.modules["vortex_core"] = None
+spec = importlib.util.spec_from_file_location(name, folder + "/__init__.py")
+module = importlib.util.module_from_spec(spec)
+sys.modules[name] = module
+spec.loader.exec_module(module)
+assert isinstance(module.NODE_CLASS_MAPPINGS, dict)
+assert "torch" not in sys.modules
+engine = importlib.import_module(name + ".vortex_core.engine")
+print(engine.__name__)
+"""
+    pack = tmp_path / "ComfyUI-Vortex"
+    pack.symlink_to(ROOT, target_is_directory=True)
+    assert python(code, str(pack), cwd=tmp_path).strip().endswith("ComfyUI-Vortex.vortex_core.engine")

@@ -1,0 +1,49 @@
+"""Vortex: FLUX.1-schnell pictures with resident NF4 weights.
+
+    from vortex_core import load_flux_schnell
+    engine = load_flux_schnell("tiny")
+    picture = engine.generate("a red circle on a white background", seed=7)
+
+Public names load on first use, so that importing the package costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .conditioning import Conditioning as Conditioning
+    from .engine import Engine as Engine
+    from .engine import load_flux_schnell as load_flux_schnell
+    from .vram import clear_cuda_cache as clear_cuda_cache
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Conditioning": "conditioning",
+    "Engine": "engine",
+    "load_flux_schnell": "engine",
+    "clear_cuda_cache": "vram",
+    **dict.fromkeys(
+        (
+            "VortexError",
+            "VortexInputError",
+            "VortexCheckpointError",
+            "VortexDeviceError",
+            "VortexInitializationError",
+            "VortexWarning",
+            "PromptTruncatedWarning",
+            "NoEffectWarning",
+        ),
+        "errors",
+    ),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

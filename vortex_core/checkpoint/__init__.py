@@ -1,0 +1,1 @@
+"""From files or a diffusers pipeline to canonical tensors, and from those to modules."""

@@ -1,0 +1,80 @@
+"""Which diffusers tensors make a canonical one.
+
+BFL's layout is canonical: fused, so fewer and larger products.
+"""
+
+from __future__ import annotations
+
+_TOP = {
+    "img_in": ("x_embedder",),
+    "txt_in": ("context_embedder",),
+    "time_in.in_layer": ("time_text_embed.timestep_embedder.linear_1",),
+    "time_in.out_layer": ("time_text_embed.timestep_embedder.linear_2",),
+    "vector_in.in_layer": ("time_text_embed.text_embedder.linear_1",),
+    "vector_in.out_layer": ("time_text_embed.text_embedder.linear_2",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+    "final_layer.linear": ("proj_out",),
+}
+_DOUBLE = {
+    "img_mod.lin": ("norm1.linear",),
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "img_attn.norm.query_norm": ("attn.norm_q",),
+    "img_attn.norm.key_norm": ("attn.norm_k",),
+    "img_attn.proj": ("attn.to_out.0",),
+    "img_mlp.0": ("ff.net.0.proj",),
+    "img_mlp.2": ("ff.net.2",),
+    "txt_mod.lin": ("norm1_context.linear",),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "txt_attn.norm.query_norm": ("attn.norm_added_q",),
+    "txt_attn.norm.key_norm": ("attn.norm_added_k",),
+    "txt_attn.proj": ("attn.to_add_out",),
+    "txt_mlp.0": ("ff_context.net.0.proj",),
+    "txt_mlp.2": ("ff_context.net.2",),
+}
+_SINGLE = {
+    "modulation.lin": ("norm.linear",),
+    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "linear2": ("proj_out",),
+    "norm.query_norm": ("attn.norm_q",),
+    "norm.key_norm": ("attn.norm_k",),
+}
+_BLOCKS = {
+    "double_blocks": ("transformer_blocks", _DOUBLE),
+    "single_blocks": ("single_transformer_blocks", _SINGLE),
+}
+_VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+VAE_LEVELS = 4
+
+
+def flux_sources(name: str) -> tuple[str, ...]:
+    """The diffusers names, in row order, of a canonical transformer tensor such as `single_blocks.0.linear1.weight`.
+
+    `final_layer.adaLN_modulation.1` also needs its halves swapped (see `tensors.Renamed.read`).
+    """
+    module, _, kind = name.rpartition(".")
+    kind = "weight" if kind == "scale" else kind
+    family, _, rest = module.partition(".")
+    if family in _BLOCKS:
+        theirs, table = _BLOCKS[family]
+        index, _, inner = rest.partition(".")
+        return tuple(f"{theirs}.{index}.{source}.{kind}" for source in table[inner])
+    return tuple(f"{source}.{kind}" for source in _TOP[module])
+
+
+def vae_sources(name: str) -> tuple[str, ...]:
+    """The diffusers name of a canonical VAE decoder tensor such as `up.3.block.0.conv1.weight`."""
+    part = name.split(".")
+    match part:
+        case ["mid", "attn_1", inner, kind]:
+            theirs = f"mid_block.attentions.0.{_VAE_ATTENTION[inner]}.{kind}"
+        case ["mid", block, *rest]:
+            theirs = f"mid_block.resnets.{int(block.removeprefix('block_')) - 1}.{'.'.join(rest)}"
+        case ["up", level, "block", *rest]:
+            theirs = f"up_blocks.{VAE_LEVELS - 1 - int(level)}.resnets.{'.'.join(rest)}"
+        case ["up", level, "upsample", *rest]:
+            theirs = f"up_blocks.{VAE_LEVELS - 1 - int(level)}.upsamplers.0.{'.'.join(rest)}"
+        case ["norm_out", kind]:
+            theirs = f"conv_norm_out.{kind}"
+        case _:
+            theirs = name
+    return (f"decoder.{theirs.replace('nin_shortcut', 'conv_shortcut')}",)

@@ -1,0 +1,95 @@
+"""Fill modules that were built on `meta`: linears become NF4 where asked, everything else takes its tensor as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .. import nf4
+from ..errors import VortexCheckpointError
+from ..linear import Backend, NF4Linear
+from .tensors import Tensors
+
+# Embedders and the last projection are small, and their error would reach every token: they stay unquantized.
+UNQUANTIZED = ("img_in", "txt_in", "time_in", "vector_in", "final_layer.linear")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """How weights are to arrive: computed on `device` in `dtype`, quantized for `backend` (None: not at all).
+
+    `progress(nbytes)` is told what was read.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    backend: Backend | None
+    progress: Callable[[int], None] = lambda nbytes: None
+
+
+def check(module: nn.Module, tensors: Tensors, prefix: str = "") -> int:
+    """Compare names and shapes with the headers; the bytes that will be read at 2 bytes a value.
+
+    Costs no data and no memory. Raises `VortexCheckpointError` naming the first tensors that are missing or of
+    another shape.
+    """
+    values = 0
+    missing, other = [], []
+    for name, parameter in module.named_parameters(prefix=prefix.rstrip(".")):
+        values += parameter.numel()
+        if name not in tensors:
+            missing.append(name)
+        elif _squeezed(tensors.shape(name)) != _squeezed(tuple(parameter.shape)):
+            other.append(f"{name}: expected {tuple(parameter.shape)}, found {tensors.shape(name)}")
+    if missing:
+        raise VortexCheckpointError(
+            f"{tensors.where} lacks {len(missing)} tensors, such as {', '.join(missing[:3])}. "
+            "It is another model, or incomplete.",
+            path=tensors.where,
+        )
+    if other:
+        raise VortexCheckpointError(
+            f"{tensors.where} does not fit its config.json: {'; '.join(other[:3])}.", path=tensors.where
+        )
+    return values * 2
+
+
+def materialize(
+    module: nn.Module, tensors: Tensors, target: Target, *, prefix: str = "", home: torch.device | None = None
+) -> nn.Module:
+    """Fill `module` (built on `meta`) from `tensors`, names prefixed with `prefix`, tensor by tensor; returns it.
+
+    Quantization runs on `target.device`; the results stay on `home` (default: there too). Host memory holds about
+    one tensor at a time.
+    """
+    home = home or target.device
+    for path, child in list(module.named_modules()):
+        name = prefix + path
+        if target.backend is not None and isinstance(child, nn.Linear) and not name.startswith(UNQUANTIZED):
+            source = _read(tensors, f"{name}.weight", target)
+            weight = nf4.quantize(source.to(target.device), name).to(home)
+            bias = None
+            if child.bias is not None:
+                bias = _read(tensors, f"{name}.bias", target).to(home, target.dtype)
+            module.set_submodule(path, NF4Linear(weight, bias, target.backend))
+    for path, parameter in list(module.named_parameters()):
+        if not parameter.is_meta:
+            continue  # filled before, perhaps with another home
+        owner = module.get_submodule(path.rpartition(".")[0])
+        tensor = _read(tensors, prefix + path, target).to(home, target.dtype, copy=True).view(parameter.shape)
+        setattr(owner, path.rpartition(".")[2], nn.Parameter(tensor, requires_grad=False))
+    return module
+
+
+def _read(tensors: Tensors, name: str, target: Target) -> Tensor:
+    tensor = tensors.read(name)
+    target.progress(tensor.numel() * 2)
+    return tensor
+
+
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    # the VAE's 1x1 convolutions are linears in Vortex and in diffusers, but not in BFL's file
+    return shape[:2] if shape[2:] == (1, 1) else shape

@@ -1,0 +1,213 @@
+"""The command `vortex`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from . import __version__
+from .errors import VortexError, VortexInputError, VortexWarning
+from .spec import DEFAULT_STEPS, MAX_SIZE, MAX_STEPS, MIN_SIZE, SIZE_MULTIPLE
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+app = typer.Typer(
+    help="FLUX.1-schnell pictures with resident NF4 weights, in 4 steps.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+console = Console(stderr=True)
+EXIT_USAGE, EXIT_CANCELLED = 2, 130
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"vortex {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def vortex(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say what is chosen and why.")] = False,
+) -> None:
+    """Options that every command takes."""
+    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(message)s", stream=sys.stderr)
+
+
+@app.command(
+    epilog='Examples:\n\n  vortex generate "a red circle on a white background"\n\n'
+    '  vortex generate "a lighthouse at dusk" --model ~/models/FLUX.1-schnell --size 1024x1024 -o lighthouse.png'
+)
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What the picture shows, in words.", show_default=False)],
+    model: Annotated[
+        str,
+        typer.Option(help="'tiny' (bundled: simple coloured shapes) or a FLUX.1-schnell diffusers folder."),
+    ] = "tiny",
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="PNG to write; a batch adds -1, -2, ... [default: vortex-SEED.png]",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Same seed, same picture. Picture i of a batch has seed + i. [default: drawn]"),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            help=f"WIDTHxHEIGHT in pixels, multiples of {SIZE_MULTIPLE} from {MIN_SIZE} to {MAX_SIZE}. "
+            "[default: the model's own]"
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(help=f"1 to {MAX_STEPS}; schnell is made for 4.")] = DEFAULT_STEPS,
+    batch: Annotated[int, typer.Option(help="How many pictures.")] = 1,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="Accepted, but without effect: schnell draws at guidance 0.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="'cuda', 'cuda:1' or 'cpu'. [default: the GPU if any]")] = None,
+    quantization: Annotated[
+        str, typer.Option(help="'nf4', or 'none' for 16-bit weights (24 GB at full size).")
+    ] = "nf4",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
+) -> None:
+    """Draw a prompt and write it as PNG. The file carries prompt, seed, model and version as text."""
+    with _plain_errors():
+        width, height = _parse_size(size)
+        if batch < 1:
+            raise VortexInputError(f"--batch must be at least 1, not {batch}.")
+        seed = secrets.randbits(32) if seed is None else seed
+        paths = _output_paths(output or Path(f"vortex-{seed}.png"), batch, overwrite)
+        with _progress() as progress:
+            engine = _load(progress, model, device=device, quantization=quantization)
+            task = progress.add_task("drawing", total=steps, count=f"0/{steps} steps")
+            pictures = engine.generate(
+                prompt,
+                negative_prompt,
+                seed=seed,
+                height=height,
+                width=width,
+                steps=steps,
+                batch_size=batch,
+                on_step=lambda i, n, latents: progress.update(task, completed=i, count=f"{i}/{n} steps"),
+            )
+        from .png import save_png
+
+        for i, (picture, path) in enumerate(zip(pictures, paths, strict=True)):
+            made = {"prompt": prompt, "seed": str(seed + i), "steps": str(steps), "model": engine.name}
+            save_png(picture, path, {**made, "software": f"vortex {__version__}"})
+            console.print(f"[green]{path}[/]  {picture.shape[1]} x {picture.shape[0]}, seed {seed + i}")
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts and bug reports.")] = False,
+) -> None:
+    """Say what this machine can do, and what to fix. Exits with 1 where something keeps Vortex from working."""
+    from dataclasses import asdict
+
+    from .doctor import examine
+
+    findings = list(examine())
+    if as_json:
+        typer.echo(json.dumps({"vortex": __version__, "findings": [asdict(f) for f in findings]}))
+    else:
+        table = Table("", "what", "found", "to do", box=None, pad_edge=False)
+        marks = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "fault": "[red]fault[/]"}
+        for finding in findings:
+            table.add_row(marks[finding.state], finding.name, finding.detail, finding.fix)
+        Console().print(table)
+    if any(finding.state == "fault" for finding in findings):
+        raise typer.Exit(1)
+
+
+class _plain_errors:
+    """Errors and warnings as sentences; a traceback is for bugs."""
+
+    def __enter__(self) -> None:
+        self._show = warnings.showwarning
+        warnings.simplefilter("always", VortexWarning)
+        warnings.showwarning = self._warn
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        warnings.showwarning = self._show
+        if isinstance(error, VortexError):
+            console.print("[red]error:[/]", str(error), highlight=False, markup=True)
+            raise typer.Exit(EXIT_USAGE if isinstance(error, VortexInputError) else 1) from error
+        if isinstance(error, OSError):
+            console.print("[red]error:[/]", str(error), highlight=False)
+            raise typer.Exit(1) from error
+        if isinstance(error, KeyboardInterrupt):
+            console.print("cancelled; nothing was written")
+            raise typer.Exit(EXIT_CANCELLED) from error
+
+    def _warn(self, message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+        if issubclass(category, VortexWarning):
+            console.print("[yellow]note:[/]", str(message), highlight=False)
+        else:
+            self._show(message, category, *rest, **more)
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description:>8}"),
+        BarColumn(),
+        TextColumn("{task.fields[count]}"),
+        TimeElapsedColumn(),
+        console=console,
+    )
+
+
+def _load(progress: Progress, model: str, **options: Any) -> Engine:
+    task = progress.add_task("loading", total=None, count="")
+
+    def report(done: int, total: int) -> None:
+        count = f"{done / 1e9:.2f}/{total / 1e9:.2f} GB"
+        progress.update(task, completed=done, total=total, count=count)
+
+    from .engine import Engine  # seconds of imports: after the bar shows
+
+    return Engine.load(model, on_progress=report, **options)
+
+
+def _parse_size(size: str | None) -> tuple[int | None, int | None]:
+    if size is None:
+        return None, None
+    width, cross, height = size.lower().partition("x")
+    if not (cross and width.isdecimal() and height.isdecimal()):
+        raise VortexInputError(f"--size must look like 512x512 (width x height), not {size!r}.")
+    return int(width), int(height)
+
+
+def _output_paths(output: Path, batch: int, overwrite: bool) -> list[Path]:
+    """One path a picture, checked before any work is done."""
+    if output.suffix.lower() != ".png":
+        raise VortexInputError(f"--output must end in .png, not {output.name!r}.")
+    if not output.parent.is_dir():
+        raise VortexInputError(f"There is no folder {output.parent}; make it first.")
+    paths = [output]
+    if batch > 1:
+        paths = [output.with_stem(f"{output.stem}-{i + 1}") for i in range(batch)]
+    existing = [str(path) for path in paths if path.exists()]
+    if existing and not overwrite:
+        raise VortexInputError(f"{', '.join(existing)} exists; choose another name, or add --overwrite.")
+    return paths

@@ -1,0 +1,191 @@
+"""Prompt time: from a prompt to a `Conditioning`, everything a picture needs to know of it.
+
+Besides the T5 embeddings that is the modulation of every block at every step. Modulation depends on the timestep
+and the pooled text only, and its linears are 3.2 of FLUX's 11.9 B parameters: run here, once a prompt, for all
+steps in one product, they need not stay on the device while it draws.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .checkpoint.bundle import Bundle
+from .checkpoint.materialize import Target, check, materialize
+from .errors import VortexInputError
+from .residency import stream
+from .sampling import timesteps
+from .spec import FluxSpec
+from .text import HOST, T5, Clip, tokenize_prompt
+
+CACHED = 32  # prompts; about 10 MB of host memory each at full size
+
+
+@dataclass(frozen=True, slots=True)
+class Conditioning:
+    """What step time needs of a prompt, in host memory, so that a cache of many costs no VRAM.
+
+    `txt` is T5's embeddings `[1, N, context]`; `modulation` `[steps, rows, D]` holds the shifts, scales and gates
+    in the order the blocks take them.
+    """
+
+    txt: Tensor
+    modulation: Tensor
+
+    @property
+    def steps(self) -> int:
+        """Steps this was computed for."""
+        return self.modulation.shape[0]
+
+    def check(self, steps: int) -> None:
+        """Raise `VortexInputError` unless this was computed for `steps`."""
+        if self.steps != steps:
+            raise VortexInputError(f"This Conditioning is for {self.steps} steps, not {steps}.")
+
+
+class Embedder(nn.Module):
+    """Two linears with SiLU between, from a feature to the width of the transformer."""
+
+    def __init__(self, inside: int, hidden: int) -> None:
+        super().__init__()
+        self.in_layer = nn.Linear(inside, hidden)
+        self.out_layer = nn.Linear(hidden, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., inside]` to `[..., D]`."""
+        return self.out_layer(F.silu(self.in_layer(x)))
+
+
+class Rows(nn.Module):
+    """One modulation linear, giving `count` vectors of the transformer's width."""
+
+    def __init__(self, hidden: int, count: int) -> None:
+        super().__init__()
+        self.lin = nn.Linear(hidden, count * hidden)
+
+
+class DoubleModulation(nn.Module):
+    """Shift, scale, gate before attention and before the MLP, for each stream."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.img_mod = Rows(hidden, 6)
+        self.txt_mod = Rows(hidden, 6)
+
+    def forward(self, vec: Tensor) -> Tensor:
+        """`[steps, D]` to `[steps, 12 D]`."""
+        return torch.cat((self.img_mod.lin(vec), self.txt_mod.lin(vec)), dim=-1)
+
+
+class SingleModulation(nn.Module):
+    """Shift, scale and gate of a single block."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.modulation = Rows(hidden, 3)
+
+    def forward(self, vec: Tensor) -> Tensor:
+        """`[steps, D]` to `[steps, 3 D]`."""
+        return self.modulation.lin(vec)
+
+
+class FinalModulation(nn.Module):
+    """Shift and scale of the final layer."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.adaLN_modulation = nn.Sequential(nn.Identity(), nn.Linear(hidden, 2 * hidden))
+
+    def forward(self, vec: Tensor) -> Tensor:
+        """`[steps, D]` to `[steps, 2 D]`."""
+        return self.adaLN_modulation(vec)
+
+
+class Modulation(nn.Module):
+    """The part of FLUX that sees only time and pooled text. Module names are the checkpoint's."""
+
+    def __init__(self, spec: FluxSpec) -> None:
+        super().__init__()
+        self.time_in = Embedder(256, spec.hidden)
+        self.vector_in = Embedder(spec.vec, spec.hidden)
+        self.double_blocks = nn.ModuleList(DoubleModulation(spec.hidden) for _ in range(spec.double_blocks))
+        self.single_blocks = nn.ModuleList(SingleModulation(spec.hidden) for _ in range(spec.single_blocks))
+        self.final_layer = FinalModulation(spec.hidden)
+
+    @property
+    def units(self) -> list[nn.Module]:
+        """The modulation linears by block, in the order of the table; the pieces that may stream."""
+        return [*self.double_blocks, *self.single_blocks, self.final_layer]
+
+    def forward(self, t: Tensor, pooled: Tensor) -> Tensor:
+        """Timesteps `t` `[steps]` in 0..1 and `pooled` `[1, vec]` to the table `[steps, rows, D]`."""
+        emb = timestep_embedding(t.to(pooled.dtype) * 1000).to(pooled.dtype)
+        vec = F.silu(self.time_in(emb) + self.vector_in(pooled))
+        table = torch.cat([unit(vec) for unit in self.units], dim=-1)
+        return table.unflatten(-1, (-1, vec.shape[-1]))
+
+
+def timestep_embedding(t: Tensor, dim: int = 256, max_period: float = 10_000) -> Tensor:
+    """Sinusoids of `t` (0 to 1000): fp32 `[steps, dim]`, cosines first."""
+    half = torch.arange(dim // 2, dtype=torch.float32, device=t.device)
+    angles = t.float()[:, None] * torch.exp(-math.log(max_period) * half / (dim // 2))
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+class Conditioner:
+    """Encoders, modulation and the cache of what they made."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.tokenizers = (bundle.tokenizer, bundle.tokenizer_2)
+        self.clip = Clip(bundle.clip)
+        self.t5 = T5(bundle.t5)
+        with torch.device("meta"):
+            self.modulation = Modulation(bundle.flux)
+        self._cache: OrderedDict[tuple[object, ...], Conditioning] = OrderedDict()
+
+    def check(self, bundle: Bundle) -> int:
+        """See `materialize.check`."""
+        return (
+            self.clip.check(bundle.text_encoder)
+            + self.t5.check(bundle.text_encoder_2)
+            + check(self.modulation, bundle.transformer)
+        )
+
+    def load(self, bundle: Bundle, target: Target) -> None:
+        """Read all weights: streamed from pinned host memory on CUDA, in place on the CPU."""
+        self.device = target.device
+        streams = target.device.type == "cuda"
+        home = HOST if streams else target.device
+        self.clip.load(bundle.text_encoder, target, home)
+        self.t5.load(bundle.text_encoder_2, target, home)
+        for embedder, name in (
+            (self.modulation.time_in, "time_in."),
+            (self.modulation.vector_in, "vector_in."),
+        ):
+            materialize(embedder, bundle.transformer, target, prefix=name)
+        materialize(self.modulation, bundle.transformer, target, home=home)
+        if streams:
+            stream([*self.clip.units, *self.t5.units, *self.modulation.units], target.device)
+
+    def __call__(self, prompt: str, steps: int) -> Conditioning:
+        """The conditioning of a prompt; from the cache if its tokens were seen before. Warns when text is cut."""
+        clip, t5 = tokenize_prompt(*self.tokenizers, prompt)
+        key = (clip.ids, t5.ids, steps)
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        conditioning = self.from_embeddings(self.t5(t5.ids), self.clip(clip.ids), steps)
+        self._cache[key] = conditioning
+        if len(self._cache) > CACHED:
+            self._cache.popitem(last=False)
+        return conditioning
+
+    def from_embeddings(self, txt: Tensor, pooled: Tensor, steps: int) -> Conditioning:
+        """From T5 embeddings `[1, N, context]` and CLIP's pooled vector `[1, vec]`."""
+        t = torch.tensor(timesteps(steps)[:-1], device=self.device)
+        return Conditioning(txt.to(HOST), self.modulation(t, pooled).to(HOST))

@@ -1,0 +1,63 @@
+"""Everything Vortex raises or warns with: one root each, data on the object, and a sentence that says what to do."""
+
+from __future__ import annotations
+
+GB = 1e9  # bytes; GB is 10^9 everywhere in Vortex
+
+
+class VortexError(Exception):
+    """Root of every error Vortex raises on purpose."""
+
+
+class VortexInputError(VortexError, ValueError):
+    """An argument is out of range or does not fit; nothing was done."""
+
+
+class VortexCheckpointError(VortexError):
+    """Files that are missing, unsafe, of another model or damaged. `path` names the culprit where there is one."""
+
+    def __init__(self, message: str, *, path: str | None = None) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+class VortexDeviceError(VortexError):
+    """The device that was asked for does not exist or cannot run FLUX (no native bf16)."""
+
+
+class VortexInitializationError(VortexError):
+    """Loading ran out of memory. Everything half-loaded was released before this was raised.
+
+    `needed`, `free`, `total` and `allocated` are bytes on the device (`None` where unknown); `remedy` says what to do.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        needed: int | None,
+        free: int | None,
+        total: int | None,
+        allocated: int | None,
+        remedy: str,
+    ) -> None:
+        figures = {"needed": needed, "free": free, "total": total, "allocated by this process": allocated}
+        table = ", ".join(f"{name} {'unknown' if n is None else f'{n / GB:.2f} GB'}" for name, n in figures.items())
+        super().__init__(f"{message} ({table}). {remedy}")
+        self.needed = needed
+        self.free = free
+        self.total = total
+        self.allocated = allocated
+        self.remedy = remedy
+
+
+class VortexWarning(UserWarning):
+    """Root of every warning Vortex gives."""
+
+
+class PromptTruncatedWarning(VortexWarning):
+    """Part of a prompt does not reach an encoder; the message quotes the text that was lost."""
+
+
+class NoEffectWarning(VortexWarning):
+    """An argument was accepted but cannot change the picture."""

@@ -1,0 +1,82 @@
+"""From a seed to noise, from noise to clean latents: packing, positions, the schedule and the Euler steps.
+
+Legend: B pictures, H and W in pixels, S = H/16 * W/16 packed tokens, N text tokens, C channels of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from .spec import FluxSpec
+from .transformer import Rope, Transformer
+
+
+def noise(seed: int, batch: int, height: int, width: int, channels: int = 16) -> Tensor:
+    """fp32 noise `[B, C, H/8, W/8]` on the CPU: picture i from its own generator, seeded with `seed + i`.
+
+    Drawn on the CPU, so that a seed means the same picture on every device, and the same noise as in ComfyUI's
+    KSampler; one generator a picture, so that a batch equals its singles.
+    """
+    shape = (channels, height // 8, width // 8)
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in range(batch)])
+
+
+def pack(latents: Tensor) -> Tensor:
+    """`[B, 16, H/8, W/8]` to tokens `[B, S, 64]`."""
+    return rearrange(latents, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=2, pw=2)
+
+
+def unpack(img: Tensor, height: int, width: int) -> Tensor:
+    """Tokens `[B, S, 64]` to `[B, 16, H/8, W/8]`."""
+    return rearrange(img, "b (h w) (c ph pw) -> b c (h ph) (w pw)", h=height // 16, w=width // 16, ph=2, pw=2)
+
+
+def timesteps(steps: int) -> tuple[float, ...]:
+    """schnell's schedule, `steps + 1` values from 1 to 0, evenly spaced (shift 1)."""
+    return tuple(1 - i / steps for i in range(steps + 1))
+
+
+def positions(height: int, width: int, tokens: int) -> Tensor:
+    """Ids `[N + S, 3]`: zeros for text, `(0, row, column)` for each image token."""
+    rows, columns = height // 16, width // 16
+    img_ids = torch.zeros(rows, columns, 3)
+    img_ids[..., 1] = torch.arange(rows)[:, None]
+    img_ids[..., 2] = torch.arange(columns)[None, :]
+    return torch.cat((torch.zeros(tokens, 3), img_ids.flatten(0, 1)))
+
+
+def rope(ids: Tensor, spec: FluxSpec, device: torch.device) -> Rope:
+    """cos and sin of the rotary embedding, fp32 `[N + S, C/2]`, computed in fp64 on the CPU as BFL does."""
+    angles = []
+    for axis, dim in enumerate(spec.axes):
+        frequencies = spec.theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        angles.append(ids[:, axis, None].double() * frequencies)
+    angle = torch.cat(angles, dim=1)
+    return angle.cos().float().to(device), angle.sin().float().to(device)
+
+
+def denoise(
+    transformer: Transformer,
+    img: Tensor,
+    txt: Tensor,
+    modulation: Tensor,
+    pe: Rope,
+    on_step: Callable[[int, int, Tensor], None] | None = None,
+) -> Tensor:
+    """The Euler steps from noise to clean latents, in place on `img` (fp32 `[B, S, 64]`), which is returned.
+
+    `txt [B, N, D]` is `txt_in` of the embeddings; `modulation [steps, rows, D]`. `on_step(i, n, clean)` is called
+    after step i of n (from 1) with the packed clean latents that step predicts, and may raise to cancel.
+    """
+    steps = modulation.shape[0]
+    for i, (t, t_next) in enumerate(pairwise(timesteps(steps))):
+        velocity = transformer(img.to(txt.dtype), txt, modulation[i], pe).float()
+        if on_step is not None:
+            on_step(i + 1, steps, img - t * velocity)
+        img.add_(velocity, alpha=t_next - t)
+    return img

@@ -1,0 +1,136 @@
+"""The two text encoders: tokens in, T5 embeddings and CLIP's pooled vector out.
+
+The models are transformers' own, built on `meta` and filled by us, so that T5's linears (`wo` too, which
+transformers' own 4-bit path leaves out) are NF4. Embedding tables stay in host memory: a prompt looks up a few
+hundred rows, which is cheaper to send than a third of a GB is to keep.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from .checkpoint.materialize import Target, check, materialize
+from .checkpoint.tensors import Tensors
+from .errors import PromptTruncatedWarning
+from .spec import CLIP_TOKENS, T5_TOKENS
+
+HOST = torch.device("cpu")
+T5_PAD = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Token ids, cut and padded to an encoder's length, and the text that did not fit."""
+
+    ids: tuple[int, ...]
+    lost: str
+
+
+def tokenize(tokenizer: Tokenizer, prompt: str, length: int, pad: int | None = None) -> Tokens:
+    """Ids of `prompt`, ending in the end token, exactly `length` of them; padded with `pad` or the end token."""
+    encoding = tokenizer.encode(prompt)
+    end = encoding.ids[-1]
+    if len(encoding.ids) <= length:
+        fill = end if pad is None else pad
+        return Tokens((*encoding.ids, *[fill] * (length - len(encoding.ids))), lost="")
+    return Tokens((*encoding.ids[: length - 1], end), lost=prompt[encoding.offsets[length - 1][0] :].strip())
+
+
+def tokenize_prompt(clip: Tokenizer, t5: Tokenizer, prompt: str) -> tuple[Tokens, Tokens]:
+    """CLIP's 77 and T5's 256 tokens of a prompt. Warns (`PromptTruncatedWarning`) with the text that is lost."""
+    clip_tokens = tokenize(clip, prompt, CLIP_TOKENS)
+    t5_tokens = tokenize(t5, prompt, T5_TOKENS, pad=T5_PAD)
+    if t5_tokens.lost:
+        _warn(f"The prompt is longer than the {T5_TOKENS} tokens FLUX.1-schnell reads. Lost: {t5_tokens.lost!r}")
+    elif clip_tokens.lost:
+        _warn(
+            f"The prompt is longer than CLIP's {CLIP_TOKENS} tokens. T5 still reads all of it, but the pooled "
+            f"vector is without: {clip_tokens.lost!r}"
+        )
+    return clip_tokens, t5_tokens
+
+
+class T5:
+    """T5's encoder. `units` are its blocks, the pieces that may stream."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        from transformers import T5Config, T5EncoderModel
+
+        with torch.device("meta"):
+            model = T5EncoderModel(T5Config.from_dict(dict(config))).eval()
+        self._model: Any = model.encoder
+        self._model.embed_tokens = None  # tied to `shared`, which is looked up here
+        self._table = nn.Embedding(model.config.vocab_size, model.config.d_model, device="meta")
+        self._device = HOST
+
+    @property
+    def units(self) -> list[nn.Module]:
+        """The blocks, in the order they run."""
+        return list(self._model.block)
+
+    def check(self, tensors: Tensors) -> int:
+        """See `materialize.check`."""
+        return check(self._model, tensors, "encoder.") + check(self._table, tensors, "shared.")
+
+    def load(self, tensors: Tensors, target: Target, home: torch.device) -> None:
+        """Fill the blocks on `home`; the table stays in host memory in `target.dtype`."""
+        plain = Target(target.device, target.dtype, None, target.progress)
+        self._device = target.device
+        materialize(self._table, tensors, plain, prefix="shared.", home=HOST)
+        materialize(self._model.block, tensors, target, prefix="encoder.block.", home=home)
+        norm = self._model.final_layer_norm
+        materialize(norm, tensors, plain, prefix="encoder.final_layer_norm.")
+
+    def __call__(self, ids: tuple[int, ...]) -> Tensor:
+        """Embeddings `[1, 256, context]` on the device. No mask: FLUX has none, so padding tokens count."""
+        embedded = F.embedding(torch.tensor([ids]), self._table.weight).to(self._device)
+        return self._model(inputs_embeds=embedded).last_hidden_state
+
+
+class Clip:
+    """CLIP's text encoder, for its pooled vector. `units` are its layers, the pieces that may stream."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        with torch.device("meta"):
+            model = CLIPTextModel(CLIPTextConfig.from_dict(dict(config))).eval()
+        self._model: Any = getattr(model, "text_model", model)  # transformers 4 nests it
+        self._device = HOST
+
+    @property
+    def units(self) -> list[nn.Module]:
+        """The layers, in the order they run."""
+        return list(self._model.encoder.layers)
+
+    def check(self, tensors: Tensors) -> int:
+        """See `materialize.check`."""
+        return check(self._model, tensors)
+
+    def load(self, tensors: Tensors, target: Target, home: torch.device) -> None:
+        """Fill the layers on `home`; embedding tables stay in host memory. Nothing is quantized: it is 0.12 B."""
+        plain = Target(target.device, target.dtype, None, target.progress)
+        self._device = target.device
+        embeddings = self._model.embeddings
+        materialize(embeddings, tensors, plain, prefix="embeddings.", home=HOST)
+        positions = embeddings.position_embedding.num_embeddings
+        embeddings.position_ids = torch.arange(positions)[None]  # a buffer no checkpoint carries
+        embeddings.register_forward_hook(lambda module, inputs, output: output.to(self._device))
+        materialize(self._model.encoder, tensors, plain, prefix="encoder.", home=home)
+        materialize(self._model.final_layer_norm, tensors, plain, prefix="final_layer_norm.")
+
+    def __call__(self, ids: tuple[int, ...]) -> Tensor:
+        """The pooled vector `[1, vec]` on the device."""
+        return self._model(input_ids=torch.tensor([ids])).pooler_output
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, PromptTruncatedWarning, stacklevel=2)
