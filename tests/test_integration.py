@@ -154,3 +154,25 @@ def test_batch_generation_memory_leak(actor: Actor) -> None:
     assert after[0] - before[0] < 50 * MB
     assert after[1] <= before[1]
     assert after[2] - before[2] < 50 * MB
+
+
+@pytest.mark.gpu
+def test_offloading_frees_what_it_says_and_comes_back_the_same(tiny_dir: Path) -> None:
+    engine = load_flux_schnell(tiny_dir, device="cuda")
+    expected = engine.generate(PROMPT, seed=1)
+    before = snapshot(engine.device).allocated
+    said = engine.device_bytes
+    assert engine.offload() == said
+    freed = before - snapshot(engine.device).allocated
+    assert said <= freed < said * 1.05 + MB
+    assert not engine.resident
+    assert engine.offload() == 0
+    engine._conditioner._cache.clear()
+    assert torch.equal(engine.generate(PROMPT, seed=1), expected)
+    assert engine.resident
+    engine.unload()
+
+
+def test_offloading_on_the_cpu_does_nothing(engine: Engine) -> None:
+    assert engine.offload() == engine.device_bytes == 0
+    assert engine.resident

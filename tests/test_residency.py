@@ -6,7 +6,7 @@ from torch import nn
 
 from vortex_core import residency
 from vortex_core.errors import VortexWarning
-from vortex_core.residency import nbytes, stream
+from vortex_core.residency import Staging, nbytes
 
 
 def units() -> list[nn.Module]:
@@ -26,16 +26,21 @@ def test_streamed_units_compute_what_they_computed_at_home(device: str) -> None:
     home, moved = units(), units()
     x = torch.randn(3, 5)
     expected = [unit(x) for unit in home]
-    streamed = stream(moved, torch.device(device))
-    staging = streamed[0].staging.untyped_storage()
-    assert staging.nbytes() == max(unit.nbytes for unit in streamed)
-    for _ in range(2):  # each visit overwrites the other's
+    staging = Staging(moved, torch.device(device))
+    for again in (False, True):
+        if again:
+            staging.release()
+            assert all(tensor.device.type == "cpu" for unit in moved for tensor in unit.parameters())
+            staging.allocate()
+        buffer = staging.units[0].buffer.untyped_storage()
+        assert buffer.nbytes() == staging.nbytes == max(unit.nbytes for unit in staging.units)
         for unit, result in zip(moved, expected, strict=True):
-            staging.fill_(255)
+            buffer.fill_(255)  # each visit overwrites the other's
             torch.testing.assert_close(unit(x.to(device)).cpu(), result)
-    for tensor in (*moved[0].parameters(), *moved[1].parameters()):
-        assert tensor.untyped_storage().data_ptr() == staging.data_ptr()
-        assert tensor.data_ptr() % 4 == 0
+        for unit in moved:
+            assert all(tensor.untyped_storage().data_ptr() == buffer.data_ptr() for tensor in unit.parameters())
+    moved[0](x.to(device))
+    assert torch.equal(moved[0].bytes.cpu(), torch.arange(3, dtype=torch.uint8))
 
 
 def test_no_pinned_memory_warns_and_works(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,7 +53,7 @@ def test_no_pinned_memory_warns_and_works(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(residency.torch, "empty", refuse)
     with pytest.warns(VortexWarning, match=r"No pinned host memory.*\(no accelerator\)"):
-        stream(units(), torch.device("cpu"))
+        Staging(units(), torch.device("cpu"))
 
 
 def test_nbytes_counts_parameters_and_buffers() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .checkpoint.bundle import Bundle
 from .checkpoint.materialize import Target, check, materialize
 from .errors import VortexInputError
-from .residency import stream
+from .residency import Staging
 from .sampling import timesteps
 from .spec import FluxSpec
 from .text import HOST, T5, Clip, tokenize_prompt
@@ -146,6 +146,7 @@ class Conditioner:
         self.t5 = T5(bundle.t5)
         with torch.device("meta"):
             self.modulation = Modulation(bundle.flux)
+        self.staging: Staging | None = None
         self._cache: OrderedDict[tuple[object, ...], Conditioning] = OrderedDict()
 
     def check(self, bundle: Bundle) -> int:
@@ -170,7 +171,12 @@ class Conditioner:
             materialize(embedder, bundle.transformer, target, prefix=name)
         materialize(self.modulation, bundle.transformer, target, home=home)
         if streams:
-            stream([*self.clip.units, *self.t5.units, *self.modulation.units], target.device)
+            self.staging = Staging([*self.clip.units, *self.t5.units, *self.modulation.units], target.device)
+
+    @property
+    def resident(self) -> list[nn.Module]:
+        """The small parts that do not stream."""
+        return [self.modulation.time_in, self.modulation.vector_in, self.t5.norm, self.clip.norm]
 
     def __call__(self, prompt: str, steps: int) -> Conditioning:
         """The conditioning of a prompt; from the cache if its tokens were seen before. Warns when text is cut."""

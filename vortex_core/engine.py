@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import sampling
 from .checkpoint.bundle import Bundle, open_bundle, open_pipeline
@@ -28,7 +28,7 @@ from .errors import NoEffectWarning, VortexInitializationError, VortexInputError
 from .linear import Backend, NF4Linear, choose_backend
 from .request import Request, check_prompt, check_steps
 from .residency import nbytes
-from .spec import DEFAULT_STEPS
+from .spec import DEFAULT_STEPS, T5_TOKENS
 from .transformer import Rope, Transformer
 from .vae import Decoder, decode
 from .vram import snapshot
@@ -51,7 +51,7 @@ class Engine:
     device and stream through one staging buffer when a prompt is new. Calls from several threads take turns.
 
     Attributes: `name`, `device`, `dtype`, `quantization`, `native_size` (side in pixels the model was trained at),
-    `last_seed`.
+    `last_seed`, `resident` (False while offloaded).
     """
 
     def __init__(self, bundle: Bundle, *, quantization: str, dtype: torch.dtype, backend: Backend | None) -> None:
@@ -67,6 +67,7 @@ class Engine:
         with torch.device("meta"):
             self._transformer = Transformer(bundle.flux)
             self._decoder = Decoder(bundle.vae)
+        self.resident = False
         self._ropes: OrderedDict[tuple[int, int, int], Rope] = OrderedDict()
         self._lock = threading.RLock()
 
@@ -155,9 +156,8 @@ class Engine:
         materialize(self._transformer, bundle.transformer, target)
         materialize(self._decoder, bundle.decoder, Target(device, self.dtype, None, progress))
         self._conditioner.load(bundle, target)
-        if self._backend is not None:
-            self._backend.reserve(self._largest_linear(), self.dtype)
-        self._rope(self.native_size, self.native_size, 256)
+        self.resident = True
+        self._reserve()
         if device.type == "cuda":
             torch.cuda.empty_cache()  # what quantizing left cached is nobody's, and counts against the card
         memory = snapshot(device)
@@ -184,6 +184,7 @@ class Engine:
         check_prompt(prompt)
         check_steps(steps)
         with self._lock:
+            self.resume()
             return self._conditioner(prompt, steps)
 
     @torch.inference_mode()
@@ -232,6 +233,7 @@ class Engine:
                 stacklevel=3,
             )
         with self._lock:
+            self.resume()
             self.last_seed = seed
             conditioning = self._conditioner(prompt, steps) if isinstance(prompt, str) else prompt
             noise = sampling.noise(seed, batch_size, request.height, request.width, self._spec.latent_channels)
@@ -254,6 +256,64 @@ class Engine:
         img = sampling.pack(noise).to(self.device)
         sampling.denoise(self._transformer, img, txt, modulation, pe, report if on_step else None)
         return sampling.unpack(img, height, width)
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes on a CUDA device between calls, and so what `offload` frees: weights, staging buffer, workspace."""
+        if self.device.type != "cuda" or not self.resident:
+            return 0
+        staging = self._conditioner.staging.nbytes if self._conditioner.staging else 0
+        ropes = sum(table.numel() * table.element_size() for rope in self._ropes.values() for table in rope)
+        return nbytes(*self._on_device()) + staging + (self._backend.nbytes if self._backend else 0) + ropes
+
+    def offload(self) -> int:
+        """Move everything to host memory and hand the VRAM back to the driver; the bytes freed.
+
+        The next `generate` or `encode` brings it back (`resume`), and draws the same pictures, bit for bit.
+        Nothing happens on the CPU, or when it is offloaded already.
+        """
+        with self._lock:
+            freed = self.device_bytes
+            if freed:
+                self._move(torch.device("cpu"))
+                if self._conditioner.staging:
+                    self._conditioner.staging.release()
+                if self._backend is not None:
+                    self._backend.release()
+                self._ropes.clear()
+                self.resident = False
+                torch.cuda.empty_cache()
+            return freed
+
+    def resume(self) -> None:
+        """Bring an offloaded engine back to its device. Raises torch's `OutOfMemoryError`, still offloaded."""
+        with self._lock:
+            self._check_loaded()
+            if self.resident:
+                return
+            self.resident = True
+            try:
+                with torch.inference_mode():
+                    self._move(self.device)
+                    if self._conditioner.staging:
+                        self._conditioner.staging.allocate()
+                    self._reserve()
+            except torch.OutOfMemoryError:
+                self.offload()
+                raise
+
+    def _on_device(self) -> list[nn.Module]:
+        return [self._transformer, self._decoder, *self._conditioner.resident]
+
+    def _move(self, device: torch.device) -> None:
+        for module in self._on_device():
+            module.to(device)
+
+    def _reserve(self) -> None:
+        """Make the buffers that every picture needs: the decode workspace and the native size's positions."""
+        if self._backend is not None:
+            self._backend.reserve(self._largest_linear(), self.dtype)
+        self._rope(self.native_size, self.native_size, T5_TOKENS)
 
     def unload(self) -> None:
         """Release every weight and buffer; the engine cannot draw any more. Loading again makes a new one."""

@@ -26,8 +26,17 @@ class Backend(Protocol):
 
     name: str
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the workspace it keeps on the device."""
+        ...
+
     def reserve(self, numel: int, dtype: torch.dtype) -> None:
         """Make room for weights of up to `numel` values, so that decoding them allocates nothing."""
+        ...
+
+    def release(self) -> None:
+        """Give the workspace back; the next `decode` or `reserve` takes it again."""
         ...
 
     def decode(self, packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
@@ -39,9 +48,13 @@ class ReferenceBackend:
     """Plain torch; the oracle, and the fallback that runs wherever torch runs."""
 
     name = "reference"
+    nbytes = 0
 
     def reserve(self, numel: int, dtype: torch.dtype) -> None:
         """Plain torch allocates its intermediates itself."""
+
+    def release(self) -> None:
+        """There is nothing to give back."""
 
     def decode(self, packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
         """See `Backend.decode`."""
@@ -60,6 +73,15 @@ class BitsAndBytesBackend:
         """See `Backend.reserve`."""
         if self.workspace.device.type == "cuda" and (self.workspace.numel() < numel or self.workspace.dtype != dtype):
             self.workspace = torch.empty(numel, dtype=dtype, device=self.workspace.device)
+
+    @property
+    def nbytes(self) -> int:
+        """See `Backend.nbytes`."""
+        return self.workspace.numel() * self.workspace.element_size()
+
+    def release(self) -> None:
+        """See `Backend.release`."""
+        self.workspace = self.workspace.new_empty(0)
 
     def decode(self, packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
         """See `Backend.decode`."""

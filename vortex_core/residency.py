@@ -25,7 +25,6 @@ class Streamed:
     """A module that lives in host memory and visits the staging buffer to run. `nbytes` is its size there."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
         self.slots: list[tuple[Tensor, int]] = []  # each tensor of the module, and its offset in the flat buffer
         self.nbytes = 0
         for tensor in _tensors(module):
@@ -35,36 +34,50 @@ class Streamed:
         for tensor, offset in self.slots:
             source = tensor.data.contiguous().view(-1).view(torch.uint8)
             self.host[offset : offset + source.numel()].copy_(source)
+        self.bind(self.host)
+        module.register_forward_pre_hook(self._load)
 
-    def bind(self, staging: Tensor) -> None:
-        """Turn the module's tensors into views of `staging` (uint8, at least `nbytes`), filled before each run."""
+    def bind(self, buffer: Tensor) -> None:
+        """Turn the module's tensors into views of `buffer` (uint8, at least `nbytes`)."""
         for tensor, offset in self.slots:
-            span = staging[offset : offset + tensor.numel() * tensor.element_size()]
+            span = buffer[offset : offset + tensor.numel() * tensor.element_size()]
             tensor.data = span.view(tensor.dtype).view(tensor.shape)
-        self.staging = staging[: self.nbytes]
-        self.module.register_forward_pre_hook(self._load)
+        self.buffer = buffer[: self.nbytes]
 
     def _load(self, module: nn.Module, inputs: object) -> None:
-        self.staging.copy_(self.host, non_blocking=True)
+        self.buffer.copy_(self.host, non_blocking=True)
 
 
-def stream(units: Iterable[nn.Module], device: torch.device) -> list[Streamed]:
-    """Move `units` to host memory and let them run on `device` through one staging buffer as large as the largest.
+class Staging:
+    """One buffer on `device`, as large as the largest of `units`, through which all of them run.
 
-    Units must not be nested, and must run one after another on one CUDA stream.
+    Units must not be nested, and must run one after another on one CUDA stream. `nbytes` is the buffer's size.
     """
-    streamed = [Streamed(unit) for unit in units]
-    staging = torch.empty(max(unit.nbytes for unit in streamed), dtype=torch.uint8, device=device)
-    for unit in streamed:
-        unit.bind(staging)
-    log.info(
-        "%d units, %.2f GB, stream from host memory through %.2f GB on %s",
-        len(streamed),
-        sum(unit.nbytes for unit in streamed) / 1e9,
-        staging.numel() / 1e9,
-        device,
-    )
-    return streamed
+
+    def __init__(self, units: Iterable[nn.Module], device: torch.device) -> None:
+        self.units = [Streamed(unit) for unit in units]
+        self.device = device
+        self.nbytes = max(unit.nbytes for unit in self.units)
+        self.allocate()
+        total = sum(unit.nbytes for unit in self.units)
+        log.info(
+            "%d units, %.2f GB, stream from host memory through %.2f GB on %s",
+            len(self.units),
+            total / 1e9,
+            self.nbytes / 1e9,
+            device,
+        )
+
+    def allocate(self) -> None:
+        """Take the buffer; units can run."""
+        buffer = torch.empty(self.nbytes, dtype=torch.uint8, device=self.device)
+        for unit in self.units:
+            unit.bind(buffer)
+
+    def release(self) -> None:
+        """Give the buffer back; the units rest in host memory."""
+        for unit in self.units:
+            unit.bind(unit.host)
 
 
 def nbytes(*modules: nn.Module) -> int:

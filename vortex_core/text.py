@@ -76,6 +76,11 @@ class T5:
         """The blocks, in the order they run."""
         return list(self._model.block)
 
+    @property
+    def norm(self) -> nn.Module:
+        """The last norm, which never streams."""
+        return self._model.final_layer_norm
+
     def check(self, tensors: Tensors) -> int:
         """See `materialize.check`."""
         return check(self._model, tensors, "encoder.") + check(self._table, tensors, "shared.")
@@ -86,8 +91,7 @@ class T5:
         self._device = target.device
         materialize(self._table, tensors, plain, prefix="shared.", home=HOST)
         materialize(self._model.block, tensors, target, prefix="encoder.block.", home=home)
-        norm = self._model.final_layer_norm
-        materialize(norm, tensors, plain, prefix="encoder.final_layer_norm.")
+        materialize(self.norm, tensors, plain, prefix="encoder.final_layer_norm.")
 
     def __call__(self, ids: tuple[int, ...]) -> Tensor:
         """Embeddings `[1, 256, context]` on the device. No mask: FLUX has none, so padding tokens count."""
@@ -111,6 +115,11 @@ class Clip:
         """The layers, in the order they run."""
         return list(self._model.encoder.layers)
 
+    @property
+    def norm(self) -> nn.Module:
+        """The last norm, which never streams."""
+        return self._model.final_layer_norm
+
     def check(self, tensors: Tensors) -> int:
         """See `materialize.check`."""
         return check(self._model, tensors)
@@ -125,7 +134,7 @@ class Clip:
         embeddings.position_ids = torch.arange(positions)[None]  # a buffer no checkpoint carries
         embeddings.register_forward_hook(lambda module, inputs, output: output.to(self._device))
         materialize(self._model.encoder, tensors, plain, prefix="encoder.", home=home)
-        materialize(self._model.final_layer_norm, tensors, plain, prefix="final_layer_norm.")
+        materialize(self.norm, tensors, plain, prefix="final_layer_norm.")
 
     def __call__(self, ids: tuple[int, ...]) -> Tensor:
         """The pooled vector `[1, vec]` on the device."""
