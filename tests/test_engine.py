@@ -15,6 +15,7 @@ from vortex_core import (
     VortexInputError,
     load_flux_schnell,
     sampling,
+    text,
 )
 from vortex_core import engine as engine_module
 from vortex_core.conditioning import CACHED
@@ -173,6 +174,23 @@ def test_a_conditioning_stands_for_its_prompt(engine: Engine) -> None:
     assert torch.equal(engine.generate(conditioning, seed=1, steps=2, **SMALL), expected)
     with pytest.raises(VortexInputError, match="for 2 steps, not 4"):
         engine.generate(conditioning, seed=1, **SMALL)
+
+
+def test_embeddings_from_elsewhere_draw_the_same(engine: Engine) -> None:
+    clip, t5 = text.tokenize_prompt(*engine._conditioner.tokenizers, PROMPT)
+    with torch.inference_mode():
+        txt, pooled = engine._conditioner.t5(t5.ids), engine._conditioner.clip(clip.ids)
+    expected = engine.generate(PROMPT, seed=1, **SMALL)
+    assert torch.equal(engine.generate(engine.condition(txt, pooled), seed=1, **SMALL), expected)
+    longer = engine.condition(torch.cat((txt, txt), dim=1), pooled)
+    assert engine.generate(longer, seed=1, **SMALL).isfinite().all()
+    for bad_txt, bad_pooled, sentence in (
+        (txt[0], pooled, "txt must be"),
+        (txt[..., :64], pooled, "txt must be"),
+        (txt, pooled[:, :64], "pooled must be"),
+    ):
+        with pytest.raises(VortexInputError, match=sentence):
+            engine.condition(bad_txt, bad_pooled)
 
 
 def test_native_size_is_the_default(engine: Engine) -> None:

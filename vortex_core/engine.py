@@ -188,6 +188,26 @@ class Engine:
             return self._conditioner(prompt, steps)
 
     @torch.inference_mode()
+    def condition(self, txt: Tensor, pooled: Tensor, steps: int = DEFAULT_STEPS) -> Conditioning:
+        """A `Conditioning` from embeddings made elsewhere: T5's `[1, N, context]` and CLIP's pooled `[1, vec]`.
+
+        Raises `VortexInputError` for other shapes, or steps out of 1 to 8.
+        """
+        self._check_loaded()
+        check_steps(steps)
+        if txt.ndim != 3 or txt.shape[0] != 1 or txt.shape[2] != self._spec.context:
+            raise VortexInputError(
+                f"txt must be [1, tokens, {self._spec.context}] (T5 embeddings), not {list(txt.shape)}."
+            )
+        if tuple(pooled.shape) != (1, self._spec.vec):
+            raise VortexInputError(f"pooled must be [1, {self._spec.vec}] (from CLIP), not {list(pooled.shape)}.")
+        with self._lock:
+            self.resume()
+            return self._conditioner.from_embeddings(
+                txt.to(self.device, self.dtype), pooled.to(self.device, self.dtype), steps
+            )
+
+    @torch.inference_mode()
     def generate(
         self,
         prompt: str | Conditioning,
