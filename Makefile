@@ -14,7 +14,7 @@ help:  ## show this list
 setup: $(READY)  ## create .venv with everything that development needs (the others do it first)
 
 demo: $(READY)  ## draw demo.png with the bundled model
-	$(BIN)/vortex generate "a red circle on a white background" --seed 7 --overwrite -o demo.png
+	$(BIN)/vortex generate "a green ring in the center of a yellow background" --seed 7 --overwrite -o demo.png
 
 test: $(READY)  ## run the tests, without a network
 	$(BIN)/python -m pytest --cov --cov-report=term

@@ -260,6 +260,23 @@ class Engine:
             latents = self._denoise(conditioning, noise, on_step)
             return decode(self._decoder, latents, out)
 
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures, float32 `[B, H, W, 3]` in 0..1, of clean latents `[B, 16, H/8, W/8]` in the model's scale.
+
+        Raises `VortexInputError` for another shape.
+        """
+        self._check_loaded()
+        if latents.ndim != 4 or latents.shape[1] != self._spec.latent_channels:
+            raise VortexInputError(
+                f"latents must be [B, {self._spec.latent_channels}, H/8, W/8], not {list(latents.shape)}."
+            )
+        batch, _, rows, columns = latents.shape
+        with self._lock:
+            self.resume()
+            out = torch.empty(batch, rows * 8, columns * 8, 3, device=self.device)
+            return decode(self._decoder, latents.to(self.device, torch.float32), out)
+
     def _denoise(self, conditioning: Conditioning, noise: Tensor, on_step: OnStep | None) -> Tensor:
         """Noise `[B, 16, H/8, W/8]` to clean latents of that shape, fp32 on the device."""
         batch, _, rows, columns = noise.shape

@@ -1,0 +1,42 @@
+"""Draws a labelled sheet of prompts and pictures, 6 x 4, as a model makes them: nothing is picked or drawn twice."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from evaluate import MAKERS, MODEL, never_seen
+from PIL import Image, ImageDraw
+
+SHEET = MODEL.parents[2] / "docs" / "tiny-schnell.jpg"
+COLUMNS, LABEL, GAP = 6, 46, 8  # pictures in a row; heights and gaps in pixels
+
+
+def main(
+    out: Annotated[Path, typer.Argument(help="Picture to write.")] = SHEET,
+    model: Annotated[Path, typer.Option(help="Model directory.")] = MODEL,
+    maker: Annotated[str, typer.Option(help="diffusers or vortex.")] = "diffusers",
+    nf4: Annotated[bool, typer.Option("--nf4/--bf16", help="Precision of the weights served in NF4.")] = True,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Draw 12 captions of one object and 12 of two, none of them seen in training."""
+    prompts = [caption for things in (1, 2) for _, caption in never_seen(things, 12)]
+    seen = MAKERS[maker](model, nf4, device)(prompts, list(range(len(prompts))))
+    side = max(seen.shape[1], 160)
+    rows = -(-len(prompts) // COLUMNS)
+    sheet = Image.new("RGB", (COLUMNS * (side + GAP) + GAP, rows * (side + LABEL + GAP) + GAP), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (prompt, picture) in enumerate(zip(prompts, seen, strict=True)):
+        x, y = GAP + i % COLUMNS * (side + GAP), GAP + i // COLUMNS * (side + LABEL + GAP)
+        tile = Image.fromarray((picture * 255).round().byte().numpy()).resize((side, side), Image.Resampling.LANCZOS)
+        sheet.paste(tile, (x, y))
+        pen.text((x, y + side + 2), "\n".join(textwrap.wrap(prompt, side // 6)[:3]), fill="black")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(out, quality=92)
+    print(f"{out}: {len(prompts)} pictures")
+
+
+if __name__ == "__main__":
+    typer.run(main)
