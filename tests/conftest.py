@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import comfy_host
 import pytest
 
 if TYPE_CHECKING:
@@ -18,16 +19,14 @@ if TYPE_CHECKING:
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
-COMFYUI = Path(os.environ.get("COMFYUI_PATH", "~/comfy/ComfyUI")).expanduser()
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     comfyui = [item for item in items if item.get_closest_marker("comfyui")]
     if gpu and not _cuda_is_available():
         _skip(gpu, "NOT RUN, full size on a GPU: torch sees no CUDA device here")
-    if comfyui and not (COMFYUI / "comfy").is_dir():
-        _skip(comfyui, f"NOT RUN, inside ComfyUI: no tree at {COMFYUI} (set COMFYUI_PATH)")
+    if comfyui and not comfy_host.trees():
+        _skip(comfyui, "NOT RUN, inside ComfyUI: no tree in $COMFYUI_PATH, nor at ~/comfy/ComfyUI")
 
 
 def _skip(items: list[pytest.Item], reason: str) -> None:

@@ -1,0 +1,194 @@
+"""Every call into ComfyUI: folders, VRAM, progress, previews, interrupts. All imports inside functions, so that the
+pack loads fast, and its nodes import and test where there is no ComfyUI.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ..vortex_core import Engine
+
+log = logging.getLogger(__name__)
+
+FOLDERS = ("vortex", "diffusers")  # registered model folders whose subfolders may hold a model
+
+# ---------------------------------------------------------------- folders
+
+
+def model_folders() -> dict[str, Path]:
+    """Diffusers folders below the host's model folders, by the name the loader shows: `vortex/FLUX.1-schnell`.
+
+    The loader picks from this table and never builds a path from what a workflow says. A folder that a link leads
+    out of all model folders is left out.
+    """
+    import folder_paths
+
+    folder_paths.add_model_folder_path("vortex", os.path.join(folder_paths.models_dir, "vortex"))
+    roots = [Path(root) for kind in FOLDERS for root in folder_paths.get_folder_paths(kind)]
+    allowed = [root.resolve() for root in roots]
+    found: dict[str, Path] = {}
+    for kind in FOLDERS:
+        for root in map(Path, folder_paths.get_folder_paths(kind)):
+            for folder in _subfolders(root):
+                if not (folder / "transformer").is_dir():
+                    continue
+                if any(folder.resolve().is_relative_to(root) for root in allowed):
+                    found.setdefault(f"{kind}/{folder.name}", folder)
+                else:
+                    log.warning(
+                        "%s leads out of ComfyUI's model folders and is not listed; name its folder in "
+                        "extra_model_paths.yaml instead.",
+                        folder,
+                    )
+    return found
+
+
+def _subfolders(root: Path) -> Iterator[Path]:
+    try:
+        yield from sorted(path for path in root.iterdir() if path.is_dir())
+    except OSError as error:  # most folders that are registered do not exist
+        log.debug("%s is not listed: %s", root, error)
+
+
+# ---------------------------------------------------------------- VRAM
+
+
+def device() -> torch.device:
+    """The device the host computes on."""
+    import comfy.model_management as management
+
+    return management.get_torch_device()
+
+
+def make_room(size: int, device: torch.device) -> None:
+    """Have the host move its models away until `size` bytes are free on a GPU."""
+    import comfy.model_management as management
+
+    if device.type != "cpu":
+        management.free_memory(size, device)
+
+
+def register(engine: Engine) -> Any:
+    """What stands for an engine in the host's list of loaded models. Keep it: the host holds it weakly."""
+    return _patcher_class()(engine)
+
+
+def bring_back(patcher: Any, working: int) -> None:
+    """Make an engine resident, as the host makes its own models resident, with `working` bytes free beside it."""
+    import comfy.model_management as management
+
+    management.load_models_gpu([patcher], memory_required=working)
+
+
+@cache
+def _patcher_class() -> type:
+    """The host's own `ModelPatcher`, with another way to move weights.
+
+    Derived where it runs, because hosts ask more of this object with every release; what is new comes from the host.
+    """
+    import torch
+    from comfy.model_patcher import ModelPatcher
+
+    class VortexFlux(torch.nn.Module):
+        """What the host takes for the model: no weights, so that nobody moves them behind the engine's back."""
+
+    class EnginePatcher(ModelPatcher):
+        """All or nothing: every step needs all step-time weights, so a part of them on the device is of no use."""
+
+        def __init__(self, engine: Engine) -> None:
+            self.engine = engine
+            self.resident_size = engine.device_bytes
+            super().__init__(VortexFlux(), engine.device, torch.device("cpu"), size=self.resident_size)
+
+        def model_size(self) -> int:
+            # grows a little with every new picture size, and is zero while offloaded: then the last one counts
+            self.resident_size = self.engine.device_bytes or self.resident_size
+            return self.resident_size
+
+        def loaded_size(self) -> int:
+            return self.engine.device_bytes
+
+        def current_loaded_device(self) -> torch.device:
+            return self.load_device if self.engine.resident else self.offload_device
+
+        def partially_load(self, device_to: torch.device, extra_memory: int = 0, **ignored: Any) -> int:
+            before = self.engine.device_bytes
+            self.engine.resume()
+            return self.engine.device_bytes - before
+
+        def partially_unload(self, device_to: torch.device, memory_to_free: int = 0, **ignored: Any) -> int:
+            return 0  # the host then asks for all of it, with detach
+
+        def detach(self, unpatch_all: bool = True) -> torch.nn.Module:
+            # False: the host replaces an entry of its list, or this object dies; nothing moves then
+            if unpatch_all:
+                super().detach(False)
+                self.engine.offload()
+            return self.model
+
+    return EnginePatcher
+
+
+# ---------------------------------------------------------------- progress, previews, interrupts
+
+
+def progress(total: int) -> Callable[..., None]:
+    """`report(done, preview=None)` for the running node's progress bar; raises when the user interrupts."""
+    import comfy.utils
+
+    bar = comfy.utils.ProgressBar(total)
+
+    def report(done: int, preview: Any = None) -> None:
+        bar.update_absolute(done, total, preview)
+        check_interrupt()
+
+    return report
+
+
+def check_interrupt() -> None:
+    """Raise the host's own exception when the user interrupts."""
+    import comfy.model_management as management
+
+    management.throw_exception_if_processing_interrupted()
+
+
+def previewer(device: torch.device) -> Callable[[Tensor], Any] | None:
+    """From latents in the model's scale to a preview, by the method the user chose; None where previews are off."""
+    import comfy.latent_formats
+    import latent_preview
+
+    found = latent_preview.get_previewer(device, comfy.latent_formats.Flux())
+    return found and (lambda latents: found.decode_latent_to_preview_image("JPEG", latents))
+
+
+def is_running() -> bool:
+    """Whether the host is running a prompt."""
+    from server import PromptServer
+
+    return bool(PromptServer.instance.prompt_queue.currently_running)
+
+
+# ---------------------------------------------------------------- latents
+
+
+def to_native(latents: Tensor) -> Tensor:
+    """From the model's scale to that of the host's LATENT, on the CPU, in memory of its own."""
+    import comfy.latent_formats
+
+    return comfy.latent_formats.Flux().process_out(latents.float()).to("cpu", copy=True)
+
+
+def from_native(samples: Tensor) -> Tensor:
+    """From the scale of the host's LATENT to the model's."""
+    import comfy.latent_formats
+
+    return comfy.latent_formats.Flux().process_in(samples.float())

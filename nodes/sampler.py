@@ -1,0 +1,160 @@
+"""Schnell Sampler: from a prompt, or native CONDITIONING, to pictures and their latents."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from ..vortex_core.spec import DEFAULT_STEPS, MAX_SIZE, MAX_STEPS, MIN_SIZE, SIZE_MULTIPLE
+from . import engines, host
+from .types import MODEL, Model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..vortex_core import Conditioning, Engine
+
+log = logging.getLogger(__name__)
+
+SIDE = {"default": 1024, "min": MIN_SIZE, "max": MAX_SIZE, "step": SIZE_MULTIPLE}
+USED = {"pooled_output", "guidance"}  # guidance: schnell has none, and a Flux graph often sets it
+
+
+class SchnellSampler:
+    """Draws in 4 steps at guidance 0, as schnell is made."""
+
+    CATEGORY = "Vortex"
+    DESCRIPTION = "Draws pictures with FLUX.1-schnell in 4 steps. Guidance is 0 by design."
+    RETURN_TYPES = ("IMAGE", "LATENT")
+    RETURN_NAMES = ("image", "latent")
+    OUTPUT_TOOLTIPS = ("The pictures.", "Their latents, for VAE Decode, latent upscalers and Save Latent.")
+    FUNCTION = "sample"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "model": (MODEL, {"tooltip": "From NF4 Flux Loader."}),
+                "prompt": (
+                    "STRING",
+                    {
+                        "multiline": True,
+                        "dynamicPrompts": True,
+                        "default": "",
+                        "tooltip": "What the picture shows. T5 reads up to 256 tokens of it, CLIP 77; the log quotes "
+                        "what is cut. Not used where conditioning is connected.",
+                    },
+                ),
+                "width": ("INT", SIDE | {"tooltip": "Pixels, a multiple of 16. tiny-schnell was trained at 128."}),
+                "height": ("INT", SIDE | {"tooltip": "Pixels, a multiple of 16. tiny-schnell was trained at 128."}),
+                "batch_size": (
+                    "INT",
+                    {
+                        "default": 1,
+                        "min": 1,
+                        "max": 64,
+                        "tooltip": "Pictures. Picture i starts from the noise of seed + i.",
+                    },
+                ),
+                "seed": (
+                    "INT",
+                    {
+                        "default": 0,
+                        "min": 0,
+                        "max": 2**64 - 1,
+                        "control_after_generate": True,
+                        "tooltip": "The same seed draws the same picture; the noise is that of the host's KSampler.",
+                    },
+                ),
+                "steps": (
+                    "INT",
+                    {
+                        "default": DEFAULT_STEPS,
+                        "min": 1,
+                        "max": MAX_STEPS,
+                        "tooltip": "schnell is distilled for 4; more seldom help.",
+                    },
+                ),
+            },
+            "optional": {
+                "negative_prompt": (
+                    "STRING",
+                    {
+                        "multiline": True,
+                        "default": "",
+                        "tooltip": "Has no effect, and the log says so: at guidance 0 there is no second pass for it.",
+                    },
+                ),
+                "conditioning": (
+                    "CONDITIONING",
+                    {"tooltip": "From CLIP Text Encode with a Flux CLIP (T5-XXL and CLIP-L), in place of the prompt."},
+                ),
+            },
+        }
+
+    def sample(
+        self,
+        model: Model,
+        prompt: str,
+        width: int,
+        height: int,
+        batch_size: int,
+        seed: int,
+        steps: int,
+        negative_prompt: str = "",
+        conditioning: list[Any] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        import torch
+
+        engine = engines.acquire(model)
+        if conditioning is None:
+            calls = [(prompt, seed, batch_size)]
+        else:
+            several = from_native(engine, conditioning, steps)
+            calls = [(several[0], seed, batch_size)]
+            if len(several) > 1:
+                calls = [(several[i % len(several)], seed + i, 1) for i in range(batch_size)]
+        report = host.progress(len(calls) * steps)
+        preview = host.previewer(engine.device)
+        images, latents = [], []
+
+        def on_step(i: int, n: int, clean: Tensor) -> None:
+            if clean.is_cuda:
+                # launches run ahead of the card: the bar would jump, and an interrupt would come too late
+                torch.cuda.synchronize(clean.device)
+            report(len(latents) * n + i, preview(clean) if preview else None)
+            if i == n:
+                latents.append(host.to_native(clean))
+
+        for what, first, count in calls:
+            done = engine.generate(
+                what, negative_prompt, seed=first, height=height, width=width, steps=steps, batch_size=count,
+                on_step=on_step,
+            )  # fmt: skip
+            images.append(done.cpu())
+        return torch.cat(images), {"samples": torch.cat(latents)}
+
+
+def from_native(engine: Engine, conditioning: list[Any], steps: int) -> list[Conditioning]:
+    """One `Conditioning` for each prompt of a native CONDITIONING, `[[T5 [B, N, D], {"pooled_output": [B, V]}]]`.
+
+    Raises `VortexInputError` for several entries (Combine, areas), or what no Flux CLIP made.
+    """
+    from ..vortex_core.errors import VortexInputError
+
+    if len(conditioning) != 1:
+        raise VortexInputError(
+            f"conditioning holds {len(conditioning)} entries; Vortex takes one, straight from CLIP Text Encode. "
+            "Combined prompts and areas need guidance, which schnell has not."
+        )
+    txt, extras = conditioning[0]
+    pooled = extras.get("pooled_output")
+    if pooled is None:
+        raise VortexInputError("conditioning has no pooled CLIP vector. Load the CLIP with type flux.")
+    if pooled.shape[0] not in (1, txt.shape[0]):
+        raise VortexInputError(f"conditioning has {txt.shape[0]} texts but {pooled.shape[0]} pooled vectors.")
+    ignored = sorted(set(extras) - USED)
+    if ignored:
+        log.warning("conditioning: %s has no effect in Vortex", ", ".join(ignored))
+    pooled = pooled.expand(txt.shape[0], -1)
+    return [engine.condition(txt[i : i + 1], pooled[i : i + 1], steps) for i in range(txt.shape[0])]

@@ -1,0 +1,142 @@
+"""VRAM Monitor: what the run took, against limits. Passes any value through, so that it runs where it is put."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from . import host, plot
+from .recorder import Sample, reader, recorder
+from .types import ANY
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+GB = 1e9
+COUNTERS = {
+    "allocated": "torch allocated",
+    "reserved": "torch reserved",
+    "process": "this process (NVML)",
+    "device": "whole card (NVML)",
+}
+LIMIT = {"default": 0.0, "min": 0.0, "max": 1000.0, "step": 0.1}
+
+
+class VRAMMonitor:
+    """Reports VRAM now and at its peak, and stops a run that took too much."""
+
+    CATEGORY = "Vortex"
+    DESCRIPTION = "Passes a value on and reports VRAM: now, at its peak, and over the run. Warns, or stops the run."
+    RETURN_TYPES = (ANY, "STRING", "STRING", "IMAGE")
+    RETURN_NAMES = ("value", "report", "json", "timeline")
+    OUTPUT_TOOLTIPS = ("What came in.", "The figures as text.", "The figures as JSON.", "VRAM over the run.")
+    FUNCTION = "monitor"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "value": (ANY, {"tooltip": "Anything. The monitor reports once this is there, and passes it on."}),
+                "soft_limit": (
+                    "FLOAT",
+                    LIMIT | {"tooltip": "GB. A higher peak of torch reserved is a warning. 0: no limit."},
+                ),
+                "hard_limit": (
+                    "FLOAT",
+                    LIMIT | {"tooltip": "GB. A higher peak of torch reserved stops the run. 0: no limit."},
+                ),
+                "reset_peak": (
+                    "BOOLEAN",
+                    {
+                        "default": True,
+                        "tooltip": "On: peaks and timeline start anew with each run. Off: they go on over all runs.",
+                    },
+                ),
+            }
+        }
+
+    @classmethod
+    def IS_CHANGED(cls, reset_peak: bool = True, **others: Any) -> str:
+        # the host asks this of every node before the first one runs, so sampling covers the whole run
+        recorder.begin(host.device(), reset=reset_peak)
+        return str(time.time_ns())
+
+    def monitor(
+        self, value: Any, soft_limit: float, hard_limit: float, reset_peak: bool
+    ) -> dict[str, Any] | tuple[Any, str, str, Tensor]:
+        device = host.device()
+        if device.type != "cuda":
+            text = "No NVIDIA GPU: ComfyUI runs on the CPU here, so there is no VRAM to measure."
+            figures = {"device": str(device), "status": "no gpu", "report": text}
+            return value, text, json.dumps(figures), plot.timeline("VRAM: no NVIDIA GPU here", {})
+        recorder.begin(device, reset=False)  # where the host does not ask IS_CHANGED, from here on
+        now = reader(device)()
+        figures = measure(device, now, soft_limit, hard_limit)
+        text = report(figures)
+        if figures["status"] == "over the hard limit":
+            from ..vortex_core.errors import VortexError
+
+            raise VortexError(f"VRAM Monitor stops the run.\n{text}")
+        if figures["status"] != "ok":
+            log.warning(text)
+        return value, text, json.dumps(figures), picture(figures, [*recorder.samples, now], soft_limit, hard_limit)
+
+
+def measure(device: torch.device, now: Sample, soft_limit: float, hard_limit: float) -> dict[str, Any]:
+    """All figures in bytes, and how they stand to the limits in GB."""
+    import torch
+
+    samples = [*recorder.samples, now]
+    peak = {name: max((getattr(s, name) or 0 for s in samples), default=0) or None for name in COUNTERS}
+    # torch keeps its own peaks, which no sampling interval can miss
+    peak["allocated"] = torch.cuda.max_memory_allocated(device)
+    peak["reserved"] = torch.cuda.max_memory_reserved(device)
+    return {
+        "device": torch.cuda.get_device_name(device),
+        "total": torch.cuda.mem_get_info(device)[1],
+        "now": {name: asdict(now)[name] for name in COUNTERS},
+        "peak": peak,
+        "samples": len(samples),
+        "soft_limit": soft_limit * GB,
+        "hard_limit": hard_limit * GB,
+        "status": judge(peak["reserved"], soft_limit, hard_limit),
+    }
+
+
+def judge(peak: int, soft_limit: float, hard_limit: float) -> str:
+    """How a peak in bytes stands to limits in GB, of which 0 is none."""
+    if hard_limit and peak > hard_limit * GB:
+        return "over the hard limit"
+    if soft_limit and peak > soft_limit * GB:
+        return "over the soft limit"
+    return "ok"
+
+
+def report(figures: dict[str, Any]) -> str:
+    """The figures as text."""
+
+    def gb(value: int | None) -> str:
+        return "unknown" if value is None else f"{value / GB:.2f} GB"
+
+    lines = [f"VRAM of {figures['device']}, {gb(figures['total'])}", f"{'':22}{'now':>10}{'peak':>12}"]
+    lines += [f"{name:22}{gb(figures['now'][key]):>10}{gb(figures['peak'][key]):>12}" for key, name in COUNTERS.items()]
+    limits = [f"{kind} {gb(figures[f'{kind}_limit'])}" for kind in ("soft", "hard") if figures[f"{kind}_limit"]]
+    lines.append(f"Peak of torch reserved: {figures['status']} ({', '.join(limits) or 'no limits'})")
+    return "\n".join(lines)
+
+
+def picture(figures: dict[str, Any], samples: list[Sample], soft_limit: float, hard_limit: float) -> Tensor:
+    """The timeline as IMAGE."""
+    start = samples[0].seconds
+    series = {
+        name: [(s.seconds - start, getattr(s, key) / GB) for s in samples if getattr(s, key) is not None]
+        for key, name in COUNTERS.items()
+    }
+    limits = ((soft_limit, "soft limit", plot.WARN), (hard_limit, "hard limit", plot.STOP))
+    return plot.timeline(f"VRAM of {figures['device']}", series, [level for level in limits if level[0]])

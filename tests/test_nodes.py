@@ -1,0 +1,576 @@
+"""Every node without ComfyUI, on a small stand-in for it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from fake_host import FakeHost, Interrupted
+
+import workflows
+
+ROOT = Path(__file__).parent.parent
+PACK = workflows.load_pack()
+KEYS = sorted(PACK.NODE_CLASS_MAPPINGS)
+PROMPT = "a red circle on a white background"
+SIDE = 64
+
+
+def module(name: str) -> Any:
+    """A module of the pack, as ComfyUI imported it."""
+    return importlib.import_module(f"{workflows.PACKAGE}.{name}")
+
+
+engines, host, types = module("nodes.engines"), module("nodes.host"), module("nodes.types")
+plot, recording, monitoring = module("nodes.plot"), module("nodes.recorder"), module("nodes.vram_monitor")
+errors, latency = module("vortex_core.errors"), module("vortex_core.latency")
+
+
+@pytest.fixture(scope="module")
+def _host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHost]:
+    fake = FakeHost(tmp_path_factory.mktemp("models"))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, content in fake.modules().items():
+            patch.setitem(sys.modules, name, content)
+        host._patcher_class.cache_clear()
+        yield fake
+        engines._loaded.clear()
+        host._patcher_class.cache_clear()
+
+
+@pytest.fixture
+def comfy(_host: FakeHost) -> FakeHost:
+    _host.reset()
+    return _host
+
+
+@pytest.fixture
+def model(comfy: FakeHost) -> Any:
+    handle, _ = node("VortexFluxLoader").load(engines.BUNDLED, 6.5, "exact")
+    return handle
+
+
+def node(key: str) -> Any:
+    return PACK.NODE_CLASS_MAPPINGS[key]()
+
+
+def sample(model: Any, prompt: str = PROMPT, batch: int = 1, seed: int = 7, **more: Any) -> Any:
+    return node("VortexSchnellSampler").sample(model, prompt, SIDE, SIDE, batch, seed, 2, **more)
+
+
+# ---------------------------------------------------------------- the table
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_schema(comfy: FakeHost, key: str) -> None:
+    kind = PACK.NODE_CLASS_MAPPINGS[key]
+    inputs = kind.INPUT_TYPES()
+    for name, spec in {**inputs["required"], **inputs.get("optional", {})}.items():
+        assert spec[1]["tooltip"], name
+    assert len(kind.RETURN_TYPES) == len(kind.RETURN_NAMES) == len(kind.OUTPUT_TOOLTIPS)
+    assert callable(getattr(kind, kind.FUNCTION))
+    assert kind.DESCRIPTION
+    assert key in PACK.NODE_DISPLAY_NAME_MAPPINGS
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_help_page_names_every_input_and_has_its_picture(comfy: FakeHost, key: str) -> None:
+    docs = ROOT / PACK.WEB_DIRECTORY / "docs"
+    text = (docs / f"{key}.md").read_text()
+    inputs = PACK.NODE_CLASS_MAPPINGS[key].INPUT_TYPES()
+    for name in (*inputs["required"], *inputs.get("optional", {})):
+        assert f"{name}**" in text or f"**{name}" in text or f", {name}" in text, name
+    assert f"(./{key}.jpg)" in text
+    assert (docs / f"{key}.jpg").stat().st_size > 5000
+
+
+def test_input_order_is_what_saved_workflows_rely_on(comfy: FakeHost) -> None:
+    # widgets_values is positional: append, never reorder
+    order = {key: list(workflows.Schemas().inputs(key)) for key in KEYS}
+    assert order == {
+        "VortexFluxLoader": ["model", "vram_budget", "mode"],
+        "VortexLatencyProbe": ["model", "prompt", "width", "height", "steps", "runs", "warmup", "value"],
+        "VortexSchnellSampler": [
+            *("model", "prompt", "width", "height", "batch_size", "seed", "steps", "negative_prompt", "conditioning"),
+        ],
+        "VortexVRAMMonitor": ["value", "soft_limit", "hard_limit", "reset_peak"],
+    }  # fmt: skip
+
+
+def test_workflows_are_in_step_with_the_nodes() -> None:
+    assert workflows.stale() == []
+    for name in workflows.WORKFLOWS:
+        assert (workflows.FOLDER / f"{name}.jpg").is_file()
+
+
+def test_loading_the_pack_is_light_and_changes_no_torch_state() -> None:
+    code = """
+import importlib.util, sys, time
+root = sys.argv[1]
+def load():
+    spec = importlib.util.spec_from_file_location("pack", root + "/__init__.py", submodule_search_locations=[root])
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["pack"] = module
+    spec.loader.exec_module(module)
+started = time.perf_counter()
+load()
+seconds = time.perf_counter() - started
+heavy = {"torch", "numpy", "diffusers", "transformers", "bitsandbytes", "tokenizers", "pynvml", "PIL"}
+assert not heavy & set(sys.modules)
+import torch
+def state():
+    return (torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), torch.initial_seed(),
+            torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled(),
+            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark, torch.backends.cudnn.enabled)
+for name in [name for name in sys.modules if name.partition(".")[0] == "pack"]:
+    del sys.modules[name]
+before = state()
+load()
+assert state() == before
+print(seconds)
+"""
+    run = [sys.executable, "-c", code, str(ROOT)]
+    assert min(float(subprocess.check_output(run, text=True)) for _ in range(2)) < 0.2
+
+
+# ---------------------------------------------------------------- loader and engines
+
+
+def test_loading_again_does_not_load_again(comfy: FakeHost, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "_load", lambda model: pytest.fail("loaded again"))
+    again, _ = node("VortexFluxLoader").load(engines.BUNDLED, 8.0, "exact")
+    assert again.key == model.key
+    assert engines.acquire(model) is engines.acquire(again)
+
+
+def test_loading_reports_progress(comfy: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "_loaded", type(engines._loaded)())
+    engines.acquire(engines.find(engines.BUNDLED, 6.5, "exact"))
+    steps = [done for done, _, _ in comfy.progress[-1]]
+    assert steps == sorted(steps)
+    assert steps[-1] == 1000
+
+
+def test_two_models_alternate_and_a_third_replaces_the_oldest(
+    comfy: FakeHost, model: Any, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads = []
+    load = engines._load
+    monkeypatch.setattr(engines, "_load", lambda model: (loads.append(model.name), load(model))[1])
+    for name in ("one", "two"):
+        shutil.copytree(tiny_dir, comfy.models / "vortex" / name)
+    one, two = (engines.find(f"vortex/{name}", 6.5, "exact") for name in ("one", "two"))
+    for handle in (one, model, one, model):
+        engines.acquire(handle)
+    assert loads == ["vortex/one"]
+    engines.acquire(two)
+    assert list(engines._loaded) == [model.key, two.key]
+    engines.acquire(one)
+    assert loads == ["vortex/one", "vortex/two", "vortex/one"]
+    shutil.rmtree(comfy.models / "vortex")
+    engines.acquire(model)
+
+
+def test_a_changed_file_is_another_model(comfy: FakeHost, tiny_dir: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_dir, tmp_path / "copy")
+    before = engines.fingerprint(copy)
+    assert engines.fingerprint(copy) == before
+    (copy / "vae" / "config.json").write_text("{}")
+    assert engines.fingerprint(copy) != before
+
+
+HOSTILE = (
+    "..", "../..", "/etc", "/etc/passwd", "vortex/../../..", "vortex/..", "diffusers//etc", "C:\\Windows", "C:/Windows",
+    "\\\\server\\share", "vortex\\..\\..", "vortex/NUL", "CON", "a\0b", "vortex/one\0", "~", "~root", "file:///etc/passwd",
+    "", " ", "tiny", "tiny-schnell/..", "$HOME", "%2e%2e%2f", "vortex/\N{FULLWIDTH FULL STOP}\N{FULLWIDTH FULL STOP}",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_no_name_leads_out_of_the_list(comfy: FakeHost, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "fingerprint", lambda folder: pytest.fail(f"read {folder}"))
+    with pytest.raises(errors.VortexInputError, match="There is no model"):
+        node("VortexFluxLoader").load(name, 6.5, "exact")
+    with pytest.raises(errors.VortexInputError, match="There is no model"):
+        PACK.NODE_CLASS_MAPPINGS["VortexFluxLoader"].IS_CHANGED(name, 6.5, "exact")
+
+
+def test_links_do_not_lead_out_of_the_model_folders(
+    comfy: FakeHost, tiny_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = comfy.models / "vortex"
+    folder.mkdir()
+    (folder / "outside").symlink_to(tiny_dir, target_is_directory=True)
+    real = shutil.copytree(tiny_dir, folder / "real")
+    (folder / "inside").symlink_to(real, target_is_directory=True)
+    (folder / "empty").mkdir()
+    assert engines.available() == [engines.BUNDLED, "vortex/inside", "vortex/real"]
+    assert "extra_model_paths.yaml" in caplog.text
+
+    secret = tmp_path / "secret.json"
+    secret.write_text("{}")
+    (real / "vae" / "config.json").unlink()
+    (real / "vae" / "config.json").symlink_to(secret)
+    with pytest.raises(errors.VortexCheckpointError, match="leads out of its model folder"):
+        engines.find("vortex/real", 6.5, "exact")
+    shutil.rmtree(folder)
+
+
+def test_a_model_larger_than_its_budget_is_refused_before_it_is_read(
+    comfy: FakeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *device: (10**9, 8 * 10**9))
+    monkeypatch.setattr(engines, "step_time_bytes", lambda path: 5 * 10**9)
+    card = SimpleNamespace(type="cuda")
+    engines.check_budget(types.Model("big", "tiny", "", 6.5, "exact"), card)
+    with pytest.raises(errors.VortexInputError, match=r"5\.0 GB .* vram_budget is 4 GB"):
+        engines.check_budget(types.Model("big", "tiny", "", 4, "exact"), card)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *device: (10**9, 4 * 10**9))
+    with pytest.raises(errors.VortexInputError, match="the card's memory"):
+        engines.check_budget(types.Model("big", "tiny", "", 6.5, "exact"), card)
+
+
+def test_step_time_bytes_is_the_size_of_the_loaded_weights(comfy: FakeHost, model: Any) -> None:
+    loaded = engines.acquire(model).step_time_bytes
+    assert engines.step_time_bytes("tiny") == pytest.approx(loaded, rel=0.35)  # embedders stay 16-bit, or fp32 on a CPU
+
+
+def test_the_least_recently_used_leaves_the_card_where_budgets_do_not_fit(
+    comfy: FakeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone: list[str] = []
+
+    def stub(name: str, budget: float) -> Any:
+        engine = SimpleNamespace(name=name, resident=True, offload=lambda: gone.append(name))
+        return engines.Loaded(engine, None, int(budget * 1e9))
+
+    table = {(name, "exact"): stub(name, budget) for name, budget in (("a", 6), ("b", 6), ("c", 6))}
+    monkeypatch.setattr(engines, "_loaded", type(engines._loaded)(table))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *device: (0, 16 * 10**9))
+    engines._offload_others(types.Model("c", "", "c", 6.0, "exact"), SimpleNamespace(type="cuda"))
+    assert gone == ["a"]
+
+
+def test_out_of_memory_reaches_the_host_as_torchs_own(comfy: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*arguments: Any, **options: Any) -> None:
+        raise errors.VortexInitializationError(
+            "Loading ran out of memory", needed=1, free=0, total=1, allocated=0, remedy="Close something."
+        ) from torch.OutOfMemoryError()
+
+    monkeypatch.setattr(engines, "_loaded", type(engines._loaded)())
+    monkeypatch.setattr(module("vortex_core.engine").Engine, "load", load)
+    with pytest.raises(torch.OutOfMemoryError, match="Close something"):
+        engines.acquire(engines.find(engines.BUNDLED, 6.5, "exact"))
+    assert not engines._loaded
+
+
+# ---------------------------------------------------------------- residency
+
+
+class StubEngine:
+    """An engine that only counts."""
+
+    def __init__(self) -> None:
+        self.resident, self.size, self.moves = True, 1000, []
+        self.device = torch.device("cpu")
+
+    @property
+    def device_bytes(self) -> int:
+        return self.size if self.resident else 0
+
+    def offload(self) -> int:
+        freed, self.resident = self.device_bytes, False
+        self.moves.append("offload")
+        return freed
+
+    def resume(self) -> None:
+        self.resident = True
+        self.moves.append("resume")
+
+
+def test_the_host_moves_an_engine_whole_and_hears_its_true_size(comfy: FakeHost) -> None:
+    engine = StubEngine()
+    patcher = host.register(engine)
+    assert (patcher.model_size(), patcher.loaded_size()) == (1000, 1000)
+    assert patcher.partially_unload(torch.device("cpu"), 10) == 0  # so that the host asks for all of it
+    assert patcher.detach(False) is patcher.model
+    assert engine.moves == []  # each repeated load asks this
+    patcher.detach()
+    assert (patcher.model_size(), patcher.loaded_size()) == (1000, 0)
+    assert patcher.current_loaded_device() == patcher.offload_device
+    assert patcher.partially_load(torch.device("cpu"), 10, force_patch_weights=False) == 1000
+    assert engine.moves == ["offload", "resume"]
+    engine.size = 1200  # a new picture size
+    assert patcher.model_size() == 1200
+
+
+def test_every_use_asks_the_host_for_what_the_budget_leaves(comfy: FakeHost, model: Any) -> None:
+    sample(model)
+    assert [working for _, working in comfy.asked[-1:]] == [int(6.5e9)]  # nothing is on a device here
+
+
+# ---------------------------------------------------------------- sampler and VAE
+
+
+def test_pictures_and_latents_are_what_the_host_takes(comfy: FakeHost, model: Any) -> None:
+    image, latent = sample(model, batch=2)
+    assert image.shape == (2, SIDE, SIDE, 3)
+    assert (image.dtype, image.device.type) == (torch.float32, "cpu")
+    assert image.min() >= 0
+    assert image.max() <= 1
+    assert latent["samples"].shape == (2, 16, SIDE // 8, SIDE // 8)
+    assert torch.equal(
+        image, engines.acquire(model).generate(PROMPT, seed=7, height=SIDE, width=SIDE, steps=2, batch_size=2)
+    )
+    decoded = module("nodes.vae").Decoder(model).decode(latent["samples"])
+    assert torch.allclose(decoded, image, atol=1e-3)
+
+
+def test_outputs_are_nobody_elses_memory(comfy: FakeHost, model: Any) -> None:
+    image, latent = sample(model)
+    kept, kept_latent = image.clone(), latent["samples"].clone()
+    sample(model, seed=8)
+    assert torch.equal(image, kept)
+    assert torch.equal(latent["samples"], kept_latent)
+
+
+def test_progress_and_previews_follow_the_steps(comfy: FakeHost, model: Any) -> None:
+    seen = []
+    comfy.previewer = SimpleNamespace(
+        decode_latent_to_preview_image=lambda kind, x0: seen.append(x0.shape) or (kind, 0, 512)
+    )
+    sample(model)
+    assert comfy.progress[-1] == [(1, 2, ("JPEG", 0, 512)), (2, 2, ("JPEG", 0, 512))]
+    assert seen == [(1, 16, SIDE // 8, SIDE // 8)] * 2
+
+
+def test_an_interrupt_lands_in_the_step_and_the_next_run_is_clean(comfy: FakeHost, model: Any) -> None:
+    wanted, _ = sample(model)
+    comfy.interrupt_after = 1
+    with pytest.raises(Interrupted):
+        sample(model)
+    assert len(comfy.progress[-1]) == 2
+    comfy.interrupt_after = None
+    assert torch.equal(sample(model)[0], wanted)
+
+
+def test_native_conditioning_draws_what_its_embeddings_say(comfy: FakeHost, model: Any) -> None:
+    engine = engines.acquire(model)
+    torch.manual_seed(0)
+    txt, pooled = torch.randn(2, 300, 128), torch.randn(2, 128)  # a long prompt, and two at once
+    native = [[txt, {"pooled_output": pooled, "guidance": 3.5}]]
+    image, latent = sample(model, "", batch=2, conditioning=native)
+    assert latent["samples"].shape[0] == 2
+    for i in range(2):
+        single = engine.condition(txt[i : i + 1], pooled[i : i + 1], 2)
+        assert torch.equal(image[i : i + 1], engine.generate(single, seed=7 + i, height=SIDE, width=SIDE, steps=2))
+    assert comfy.progress[-1][-1][:2] == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("native", "message"),
+    [
+        ([], "holds 0 entries"),
+        ([[torch.zeros(1, 8, 128), {"pooled_output": torch.zeros(1, 128)}]] * 2, "holds 2 entries"),
+        ([[torch.zeros(1, 8, 128), {}]], "no pooled CLIP vector"),
+        ([[torch.zeros(1, 8, 64), {"pooled_output": torch.zeros(1, 128)}]], r"txt must be \[1, tokens, 128\]"),
+        ([[torch.zeros(1, 8, 128), {"pooled_output": torch.zeros(1, 64)}]], r"pooled must be \[1, 128\]"),
+        ([[torch.zeros(2, 8, 128), {"pooled_output": torch.zeros(3, 128)}]], "2 texts but 3 pooled"),
+    ],
+)
+def test_conditioning_of_another_model_is_refused_in_words(
+    comfy: FakeHost, model: Any, native: Any, message: str
+) -> None:
+    with pytest.raises(errors.VortexInputError, match=message):
+        sample(model, conditioning=native)
+
+
+def test_what_conditioning_carries_in_vain_is_named(
+    comfy: FakeHost, model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    extras = {"pooled_output": torch.zeros(1, 128), "control": object()}
+    sample(model, conditioning=[[torch.zeros(1, 8, 128), extras]])
+    assert "control has no effect" in caplog.text
+
+
+def test_a_negative_prompt_says_that_it_has_no_effect(comfy: FakeHost, model: Any) -> None:
+    with pytest.warns(errors.NoEffectWarning):
+        image, _ = sample(model, negative_prompt="blue")
+    assert torch.equal(image, sample(model)[0])
+
+
+@pytest.mark.parametrize("prompt", ["", "   \n"])
+def test_an_empty_prompt_is_refused_in_words(comfy: FakeHost, model: Any, prompt: str) -> None:
+    with pytest.raises(errors.VortexInputError, match="not empty"):
+        sample(model, prompt)
+
+
+def test_the_vae_only_decodes_and_says_so(comfy: FakeHost, model: Any) -> None:
+    decoder = module("nodes.vae").Decoder(model)
+    with pytest.raises(errors.VortexError, match="Load VAE"):
+        decoder.encode(torch.zeros(1, 64, 64, 3))
+    assert not hasattr(decoder, "first_stage_model")
+    _, latent = sample(model)
+    assert torch.equal(decoder.decode_tiled(latent["samples"], tile_x=64), decoder.decode(latent["samples"]))
+    with pytest.raises(errors.VortexInputError, match=r"latents must be \[B, 16"):
+        decoder.decode(torch.zeros(1, 4, 8, 8))
+
+
+# ---------------------------------------------------------------- VRAM Monitor
+
+
+def test_the_monitor_passes_on_and_says_that_there_is_no_gpu(comfy: FakeHost) -> None:
+    value = object()
+    passed, text, figures, timeline = node("VortexVRAMMonitor").monitor(value, 1.0, 2.0, True)
+    assert passed is value
+    assert "No NVIDIA GPU" in text
+    assert json.loads(figures)["status"] == "no gpu"
+    assert timeline.shape == (1, plot.HEIGHT, plot.WIDTH, 3)
+
+
+def test_measuring_nodes_run_each_time(comfy: FakeHost) -> None:
+    monitor, probe = (PACK.NODE_CLASS_MAPPINGS[key] for key in ("VortexVRAMMonitor", "VortexLatencyProbe"))
+    assert monitor.IS_CHANGED(reset_peak=True) != monitor.IS_CHANGED(reset_peak=True)
+    assert probe.IS_CHANGED() != probe.IS_CHANGED()
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "status"),
+    [
+        (0, 0, "ok"),
+        (5, 0, "ok"),
+        (4.9, 0, "over the soft limit"),
+        (4, 4.5, "over the hard limit"),
+        (4, 5, "over the soft limit"),
+    ],
+)
+def test_limits(soft: float, hard: float, status: str) -> None:
+    assert monitoring.judge(5 * 10**9, soft, hard) == status
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA card of 8 GB, 5 GB reserved by torch, whose driver does not tell the process."""
+    monkeypatch.setattr(host, "device", lambda: SimpleNamespace(type="cuda"))
+    counters = {"memory_allocated": 3, "memory_reserved": 4, "max_memory_allocated": 4, "max_memory_reserved": 5}
+    for name, gigabytes in counters.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, n=gigabytes: n * 10**9)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 8 * 10**9))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(recording, "_nvml", lambda device: lambda: (None, 7 * 10**9))
+    monkeypatch.setattr(monitoring, "recorder", recording.Recorder())
+
+
+def test_the_monitor_reports_a_card(comfy: FakeHost, card: None, caplog: pytest.LogCaptureFixture) -> None:
+    comfy.running = 3
+    PACK.NODE_CLASS_MAPPINGS["VortexVRAMMonitor"].IS_CHANGED(reset_peak=True)
+    monitoring.recorder._thread.join(10)
+    assert len(monitoring.recorder.samples) == 3  # the thread ends with the host's run
+    _, text, figures, _ = node("VortexVRAMMonitor").monitor("x", 4.5, 0.0, True)
+    monitoring.recorder._thread.join(10)
+    assert "torch reserved" in text
+    assert "unknown" in text
+    found = json.loads(figures)
+    assert found["peak"] == {"allocated": 4 * 10**9, "reserved": 5 * 10**9, "process": None, "device": 7 * 10**9}
+    assert found["status"] == "over the soft limit"
+    assert "over the soft limit" in caplog.text
+
+
+def test_the_monitor_stops_a_run_that_took_too_much(comfy: FakeHost, card: None) -> None:
+    with pytest.raises(errors.VortexError, match=r"(?s)stops the run.*over the hard limit"):
+        node("VortexVRAMMonitor").monitor("x", 0.0, 4.5, True)
+    monitoring.recorder._thread.join(10)
+
+
+def test_the_recorder_forgets_only_when_told(comfy: FakeHost, card: None) -> None:
+    recorder = recording.Recorder()
+    for reset, expected in ((True, 1), (False, 2), (True, 1)):
+        recorder.begin(SimpleNamespace(type="cuda"), reset=reset)
+        recorder._thread.join(10)
+        assert len(recorder.samples) == expected
+
+
+def test_a_card_that_nvml_does_not_know_is_no_error() -> None:
+    assert recording._nvml(torch.device("cpu"))() == (None, None)
+
+
+def test_any_equals_every_type_and_stays_a_string() -> None:
+    assert not types.ANY.__ne__("IMAGE")  # what the host asks
+    assert types.ANY == "*"
+    assert json.dumps(types.ANY) == '"*"'
+
+
+# ---------------------------------------------------------------- Latency Probe
+
+
+def test_the_probe_measures_and_passes_on(comfy: FakeHost, model: Any) -> None:
+    value = object()
+    text, figures, histogram, passed = node("VortexLatencyProbe").probe(model, PROMPT, SIDE, SIDE, 1, 5, 1, value)
+    found = json.loads(figures)
+    assert passed is value
+    assert len(found["seconds"]) == found["count"] == 5
+    assert "P99.9" in text
+    assert "rests on 1 of 5 samples" in text
+    assert histogram.shape == (1, plot.HEIGHT, plot.WIDTH, 3)
+    assert [done for done, _, _ in comfy.progress[-1]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_probe_can_be_interrupted(comfy: FakeHost, model: Any) -> None:
+    comfy.interrupt_after = 3
+    with pytest.raises(Interrupted):
+        node("VortexLatencyProbe").probe(model, PROMPT, SIDE, SIDE, 1, 50, 0)
+
+
+def test_percentiles_are_measured_times_and_say_what_they_rest_on() -> None:
+    found = latency.summarize([i / 1000 for i in range(1, 1001)])
+    assert [(p.q, p.seconds, p.support) for p in found.percentiles] == [
+        (50, 0.5, 501), (90, 0.9, 101), (95, 0.95, 51), (99, 0.99, 11), (99.9, 0.999, 2),
+    ]  # fmt: skip
+    assert found.mean == pytest.approx(0.5005)
+    assert found.outliers == ()
+
+
+def test_outliers_lie_beyond_three_sigma() -> None:
+    assert latency.summarize([1.0] * 30 + [9.0]).outliers == ((30, 9.0),)
+    single = latency.summarize([2.0])
+    assert (single.deviation, single.outliers, single.percentiles[-1].support) == (0.0, (), 1)
+
+
+@pytest.mark.parametrize("samples", [[], [float("nan")], [-1.0], [float("inf")]])
+def test_what_cannot_be_summarized_is_refused(samples: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"no sample|finite"):
+        latency.summarize(samples)
+
+
+# ---------------------------------------------------------------- plots
+
+
+@pytest.mark.parametrize("samples", [[1.0], [2.0, 2.0, 2.0], [0.0, 0.0], [i**2 for i in range(500)], [1e-9, 1e9]])
+def test_any_samples_make_a_histogram(samples: list[float]) -> None:
+    image = plot.histogram("title", samples, [(samples[0], "P50")], "ms")
+    assert image.shape == (1, plot.HEIGHT, plot.WIDTH, 3)
+    assert image.min() >= 0
+    assert image.max() == 1
+
+
+@pytest.mark.parametrize("line", [[], [(0.0, 0.0)], [(0.0, 1.0), (1.0, 2.0)], [(i / 20, i % 7) for i in range(5000)]])
+def test_any_samples_make_a_timeline(line: list[tuple[float, float]]) -> None:
+    image = plot.timeline("title", {"torch reserved": line}, [(1.5, "soft limit", plot.WARN)])
+    assert image.shape == (1, plot.HEIGHT, plot.WIDTH, 3)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 8.3), (995, 1005), (0, 3e-4), (-5, 1e6)])
+def test_ticks_are_round_and_inside(low: float, high: float) -> None:
+    found = plot.ticks(low, high)
+    assert 2 <= len(found) <= 8
+    assert all(low <= value <= high for value in found)
