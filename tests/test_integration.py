@@ -20,7 +20,7 @@ from vortex_core import Engine, NoEffectWarning, PromptTruncatedWarning, load_fl
 from vortex_core.vram import snapshot
 
 MB, GB = 10**6, 10**9
-PROMPT = "a red circle on a white background"
+PROMPT = "a green ring in the center of a yellow background"
 
 
 @dataclass
@@ -106,7 +106,7 @@ def test_vram_budget_compliance(actor: Actor) -> None:
 def test_deterministic_output(actor: Actor) -> None:
     first, again, other = actor.draw(seed=5), actor.draw(seed=5), actor.draw(seed=6)
     assert torch.equal(first, again)
-    assert (first - other).abs().mean() > 1 / 255
+    assert (first - other).abs().max() > 16 / 255
 
 
 def test_preallocated_buffer_output(actor: Actor) -> None:

@@ -7,6 +7,7 @@ import logging
 import secrets
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,6 +31,18 @@ app = typer.Typer(
 )
 console = Console(stderr=True)
 EXIT_USAGE, EXIT_CANCELLED = 2, 130
+
+Clip = Annotated[Path | None, typer.Option(help="CLIP's text encoder, for a model without: clip_l.safetensors.")]
+T5 = Annotated[Path | None, typer.Option(help="T5's encoder, for a model without: t5xxl_fp16.safetensors.")]
+Vae = Annotated[Path | None, typer.Option(help="VAE, for a model without: ae.safetensors.")]
+CacheDir = Annotated[
+    Path | None,
+    typer.Option(help="Where quantized weights are kept. [default: $VORTEX_CACHE or the user's cache folder]"),
+]
+cache = typer.Typer(help="The quantized weights that Vortex keeps on disk.", no_args_is_help=True)
+fetch = typer.Typer(help="Download what Vortex needs; nothing else ever uses the network.", no_args_is_help=True)
+app.add_typer(cache, name="cache")
+app.add_typer(fetch, name="fetch")
 
 
 def _version(wanted: bool) -> None:
@@ -57,8 +70,15 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What the picture shows, in words.", show_default=False)],
     model: Annotated[
         str,
-        typer.Option(help="'tiny' (bundled: simple coloured shapes) or a FLUX.1-schnell diffusers folder."),
+        typer.Option(
+            help="'tiny' (bundled: simple coloured shapes), a FLUX.1-schnell diffusers folder, or a .safetensors or "
+            ".gguf file."
+        ),
     ] = "tiny",
+    clip: Clip = None,
+    t5: T5 = None,
+    vae: Vae = None,
+    cache_dir: CacheDir = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -98,7 +118,8 @@ def generate(
         seed = secrets.randbits(32) if seed is None else seed
         paths = _output_paths(output or Path(f"vortex-{seed}.png"), batch, overwrite)
         with _progress() as progress:
-            engine = _load(progress, model, device=device, quantization=quantization)
+            parts = {"clip": clip, "t5": t5, "vae": vae, "cache_dir": cache_dir}
+            engine = _load(progress, model, device=device, quantization=quantization, **parts)
             task = progress.add_task("drawing", total=steps, count=f"0/{steps} steps")
             pictures = engine.generate(
                 prompt,
@@ -140,6 +161,102 @@ def doctor(
         raise typer.Exit(1)
 
 
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A file or folder.", show_default=False)],
+    clip: Clip = None,
+    t5: T5 = None,
+    vae: Vae = None,
+    budget: Annotated[float, typer.Option(help="VRAM budget in GB (10^9 bytes) to compare with.")] = 6.5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a model file is, what it lacks, and what it takes on the GPU. Reads headers only."""
+    from dataclasses import asdict
+
+    from .inspection import inspect as look
+
+    with _plain_errors():
+        seen = look(path, {"clip": clip, "t5": t5, "vae": vae})
+        if as_json:
+            typer.echo(json.dumps(asdict(seen) | {"path": str(path), "resident": seen.resident}))
+            return
+        table = Table("part", "written as", "tensors", "in the file", box=None, pad_edge=False)
+        for part in seen.found:
+            table.add_row(part.kind, part.words, str(part.tensors), f"{part.nbytes / 1e9:.2f} GB")
+        out = Console()
+        out.print(table)
+        for missing in seen.missing:
+            out.print(f"[yellow]lacks[/] {missing}")
+        for what, size in seen.placement.items():
+            out.print(f"{size / 1e9:6.2f} GB  {what}")
+        if seen.placement:
+            left = budget - seen.resident / 1e9
+            verdict = f"leaves {left:.2f} GB for activations" if left > 0 else f"is {-left:.2f} GB over"
+            out.print(f"{seen.resident / 1e9:6.2f} GB  on the GPU between pictures; a budget of {budget} GB {verdict}")
+
+
+@app.command()
+def quantize(
+    source: Annotated[Path, typer.Argument(help="A FLUX.1-schnell transformer: folder or file.", show_default=False)],
+    target: Annotated[Path, typer.Argument(help="The .safetensors file to write.", show_default=False)],
+    device: Annotated[str | None, typer.Option(help="'cuda' or 'cpu'. [default: the GPU if any]")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")] = False,
+) -> None:
+    """Write a transformer as one NF4 file (BFL names, no nested scales) that Vortex and others read."""
+    with _plain_errors():
+        if target.suffix != ".safetensors":
+            raise VortexInputError(f"The target must end in .safetensors, not {target.name!r}.")
+        _check_new([target], overwrite)
+        from .quantize import quantize_file
+
+        with _progress() as progress:
+            quantize_file(source, target, device=device, on_progress=_bytes(progress, "writing"))
+        console.print(f"[green]{target}[/]  {target.stat().st_size / 1e9:.2f} GB")
+
+
+@cache.command("list")
+def cache_list(cache_dir: CacheDir = None) -> None:
+    """Show what is kept, the latest used first."""
+    from .checkpoint.cache import Cache
+
+    kept = Cache(cache_dir)
+    table = Table("part", "of", "size", "file", box=None, pad_edge=False)
+    for entry in kept.entries():
+        table.add_row(entry.kind, entry.source, f"{entry.nbytes / 1e9:.2f} GB", entry.path.name)
+    Console().print(table if table.row_count else f"nothing is kept in {kept.folder}")
+
+
+@cache.command("clear")
+def cache_clear(cache_dir: CacheDir = None) -> None:
+    """Remove everything that is kept; the next load quantizes again."""
+    from .checkpoint.cache import Cache
+
+    typer.echo(f"freed {Cache(cache_dir).clear() / 1e9:.2f} GB")
+
+
+@cache.command("verify")
+def cache_verify(cache_dir: CacheDir = None) -> None:
+    """Read everything that is kept and compare it with what was written. Exits with 1 where it differs."""
+    from .checkpoint.cache import Cache
+
+    damaged = False
+    for entry, differs in Cache(cache_dir).damaged():
+        typer.echo(f"{'DAMAGED' if differs else 'ok'}  {entry.path}")
+        damaged = damaged or differs
+    if damaged:
+        raise typer.Exit(1)
+
+
+@fetch.command("tokenizers")
+def fetch_tokenizers() -> None:
+    """Download CLIP's and T5's tokenizers (4 MB) into the Hugging Face cache, for single-file models."""
+    from .checkpoint.tokenizer import fetch_tokenizers as download
+
+    with _plain_errors():
+        for path in download():
+            typer.echo(str(path))
+
+
 class _plain_errors:
     """Errors and warnings as sentences; a traceback is for bugs."""
 
@@ -177,13 +294,18 @@ def _progress() -> Progress:
     )
 
 
-def _load(progress: Progress, model: str, **options: Any) -> Engine:
-    task = progress.add_task("loading", total=None, count="")
+def _bytes(progress: Progress, what: str) -> Callable[[int, int], None]:
+    task = progress.add_task(what, total=None, count="")
 
     def report(done: int, total: int) -> None:
         count = f"{done / 1e9:.2f}/{total / 1e9:.2f} GB"
         progress.update(task, completed=done, total=total, count=count)
 
+    return report
+
+
+def _load(progress: Progress, model: str, **options: Any) -> Engine:
+    report = _bytes(progress, "loading")
     from .engine import Engine  # seconds of imports: after the bar shows
 
     return Engine.load(model, on_progress=report, **options)
@@ -207,7 +329,11 @@ def _output_paths(output: Path, batch: int, overwrite: bool) -> list[Path]:
     paths = [output]
     if batch > 1:
         paths = [output.with_stem(f"{output.stem}-{i + 1}") for i in range(batch)]
+    _check_new(paths, overwrite)
+    return paths
+
+
+def _check_new(paths: list[Path], overwrite: bool) -> None:
     existing = [str(path) for path in paths if path.exists()]
     if existing and not overwrite:
         raise VortexInputError(f"{', '.join(existing)} exists; choose another name, or add --overwrite.")
-    return paths

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,12 +18,14 @@ from torch import Tensor, nn
 
 from .checkpoint.bundle import Bundle
 from .checkpoint.materialize import Target, check, materialize
+from .checkpoint.tensors import Tensors
 from .errors import VortexInputError
 from .residency import Staging
 from .sampling import timesteps
 from .spec import FluxSpec
 from .text import HOST, T5, Clip, tokenize_prompt
 
+Sources = Mapping[str, Tensors]  # the canonical tensors of `transformer`, `clip`, `t5` and `vae`
 CACHED = 32  # prompts; about 10 MB of host memory each at full size
 
 
@@ -149,27 +152,27 @@ class Conditioner:
         self.staging: Staging | None = None
         self._cache: OrderedDict[tuple[object, ...], Conditioning] = OrderedDict()
 
-    def check(self, bundle: Bundle) -> int:
+    def check(self, sources: Sources) -> int:
         """See `materialize.check`."""
         return (
-            self.clip.check(bundle.text_encoder)
-            + self.t5.check(bundle.text_encoder_2)
-            + check(self.modulation, bundle.transformer)
+            self.clip.check(sources["clip"])
+            + self.t5.check(sources["t5"])
+            + check(self.modulation, sources["transformer"])
         )
 
-    def load(self, bundle: Bundle, target: Target) -> None:
+    def load(self, sources: Sources, target: Target) -> None:
         """Read all weights: streamed from pinned host memory on CUDA, in place on the CPU."""
         self.device = target.device
         streams = target.device.type == "cuda"
         home = HOST if streams else target.device
-        self.clip.load(bundle.text_encoder, target, home)
-        self.t5.load(bundle.text_encoder_2, target, home)
+        self.clip.load(sources["clip"], target, home)
+        self.t5.load(sources["t5"], target, home)
         for embedder, name in (
             (self.modulation.time_in, "time_in."),
             (self.modulation.vector_in, "vector_in."),
         ):
-            materialize(embedder, bundle.transformer, target, prefix=name)
-        materialize(self.modulation, bundle.transformer, target, home=home)
+            materialize(embedder, sources["transformer"], target, prefix=name)
+        materialize(self.modulation, sources["transformer"], target, home=home)
         if streams:
             self.staging = Staging([*self.clip.units, *self.t5.units, *self.modulation.units], target.device)
 

@@ -12,16 +12,18 @@ import secrets
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from . import sampling
 from .checkpoint.bundle import Bundle, open_bundle, open_pipeline
+from .checkpoint.cache import Cache
 from .checkpoint.materialize import Target, check, materialize
+from .checkpoint.tensors import Tensors
 from .conditioning import Conditioner, Conditioning
 from .device import resolve_device
 from .errors import NoEffectWarning, VortexInitializationError, VortexInputError
@@ -76,18 +78,26 @@ class Engine:
         cls,
         model: str | Path = "tiny",
         *,
+        clip: str | Path | None = None,
+        t5: str | Path | None = None,
+        vae: str | Path | None = None,
+        tokenizers: str | Path | None = None,
         device: str | torch.device | None = None,
         quantization: str = "nf4",
         dtype: torch.dtype | None = None,
         backend: str | None = None,
+        cache_dir: str | Path | None = None,
         on_progress: OnLoad | None = None,
     ) -> Engine:
         """Read a model and make it resident.
 
-        `model`: `"tiny"` (bundled) or a folder in the diffusers layout. `device`: default the first CUDA device,
-        else the CPU. `quantization`: `"nf4"`, or `"none"` to keep 16-bit weights. `dtype`: of the products; default
-        bf16 on CUDA, fp32 on the CPU. `backend`: `"bitsandbytes"` or `"reference"`; default the fastest that works.
-        `on_progress(done, total)` is told bytes.
+        `model`: `"tiny"` (bundled), a folder in the diffusers layout, or a .safetensors or .gguf file. `clip`, `t5`,
+        `vae`: files or folders for what the model lacks. `tokenizers`: a folder with `tokenizer/` and `tokenizer_2/`;
+        default the model's own, else the Hugging Face cache's. `device`: default the first CUDA device, else the CPU.
+        `quantization`: `"nf4"`, or `"none"` to keep 16-bit weights. `dtype`: of the products; default bf16 on CUDA,
+        fp32 on the CPU. `backend`: `"bitsandbytes"` or `"reference"`; default the fastest that works. `cache_dir`:
+        where quantized weights are kept; default `$VORTEX_CACHE` or the user's cache folder. `on_progress(done, total)`
+        is told bytes.
 
         Raises `VortexInputError`, `VortexDeviceError` and `VortexCheckpointError` before any device memory is
         taken, and `VortexInitializationError` (with figures) when memory runs out; then nothing stays behind.
@@ -95,7 +105,9 @@ class Engine:
         where = resolve_device(device)
         _check_choice("quantization", quantization, QUANTIZATIONS)
         chosen = choose_backend(where, backend) if quantization == "nf4" else None
-        return cls._load(open_bundle(model), where, quantization, dtype, chosen, on_progress)
+        bundle = open_bundle(model, clip=clip, t5=t5, vae=vae, tokenizers=tokenizers)
+        cache = Cache(None if cache_dir is None else Path(cache_dir).expanduser())
+        return cls._load(bundle, where, quantization, dtype, chosen, on_progress, cache)
 
     @classmethod
     def from_pipeline(
@@ -112,7 +124,7 @@ class Engine:
         where = resolve_device(device)
         _check_choice("quantization", quantization, QUANTIZATIONS)
         chosen = choose_backend(where, backend) if quantization == "nf4" else None
-        return cls._load(open_pipeline(pipe), where, quantization, dtype, chosen, on_progress)
+        return cls._load(open_pipeline(pipe), where, quantization, dtype, chosen, on_progress, None)
 
     @classmethod
     def _load(
@@ -123,12 +135,15 @@ class Engine:
         dtype: torch.dtype | None,
         backend: Backend | None,
         on_progress: OnLoad | None,
+        cache: Cache | None,
     ) -> Engine:
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         engine = cls(bundle, quantization=quantization, dtype=dtype, backend=backend)
+        for kind, part in bundle.parts.items():
+            log.info("%s: %s, %s", kind, part.words, part.tensors.where)
         try:
             with torch.inference_mode():
-                engine._fill(bundle, device, on_progress)
+                engine._fill(bundle, device, on_progress, cache if backend is not None else None)
             return engine
         except torch.OutOfMemoryError as error:
             needed = nbytes(engine._transformer, engine._decoder)
@@ -137,13 +152,10 @@ class Engine:
             # the traceback's frames would keep half-loaded tensors alive
             raise failure from error.with_traceback(None)
 
-    def _fill(self, bundle: Bundle, device: torch.device, on_progress: OnLoad | None) -> None:
-        total = (
-            self._conditioner.check(bundle)
-            + check(self._transformer, bundle.transformer)
-            + check(self._decoder, bundle.decoder)
-        )
-        done = 0
+    def _fill(self, bundle: Bundle, device: torch.device, on_progress: OnLoad | None, cache: Cache | None) -> None:
+        self.device = device
+        sources = {kind: part.tensors for kind, part in bundle.parts.items()}
+        done, total = 0, self._check(sources)
 
         def progress(count: int) -> None:
             nonlocal done
@@ -151,11 +163,16 @@ class Engine:
             if on_progress is not None:
                 on_progress(min(done, total), total)
 
-        self.device = device
         target = Target(device, self.dtype, self._backend, progress)
-        materialize(self._transformer, bundle.transformer, target)
-        materialize(self._decoder, bundle.decoder, Target(device, self.dtype, None, progress))
-        self._conditioner.load(bundle, target)
+        if cache is not None:
+            # a part that must be quantized first is read once for that, and its result once more
+            total += sum(part.nbytes for kind, part in bundle.parts.items() if cache.lacks(part, kind))
+            for kind, modules in (("transformer", self._modules()), ("t5", self._conditioner.t5.modules)):
+                sources[kind] = cache.quantized(bundle.parts[kind], kind, modules, target)
+            total = done + self._check(sources)
+        materialize(self._transformer, sources["transformer"], target)
+        materialize(self._decoder, sources["vae"], Target(device, self.dtype, None, progress))
+        self._conditioner.load(sources, target)
         self.resident = True
         self._reserve()
         if device.type == "cuda":
@@ -168,6 +185,18 @@ class Engine:
             device,
             memory.reserved / 1e9,
         )
+
+    def _check(self, sources: Mapping[str, Tensors]) -> int:
+        """Compare every part with its source's headers; the bytes to read."""
+        return (
+            self._conditioner.check(sources)
+            + check(self._transformer, sources["transformer"])
+            + check(self._decoder, sources["vae"])
+        )
+
+    def _modules(self) -> list[tuple[nn.Module, str]]:
+        """What the transformer's file holds: its step-time and its prompt-time half."""
+        return [(self._transformer, ""), (self._conditioner.modulation, "")]
 
     @property
     def step_time_bytes(self) -> int:
@@ -388,19 +417,9 @@ class Engine:
             raise VortexInputError("This engine was unloaded. Load the model again with Engine.load(...).")
 
 
-def load_flux_schnell(
-    model: str | Path = "tiny",
-    *,
-    device: str | torch.device | None = None,
-    quantization: str = "nf4",
-    dtype: torch.dtype | None = None,
-    backend: str | None = None,
-    on_progress: OnLoad | None = None,
-) -> Engine:
-    """Short form of `Engine.load`, where every argument is explained."""
-    return Engine.load(
-        model, device=device, quantization=quantization, dtype=dtype, backend=backend, on_progress=on_progress
-    )
+def load_flux_schnell(model: str | Path = "tiny", **options: Any) -> Engine:
+    """Short form of `Engine.load`, where every option is explained."""
+    return Engine.load(model, **options)
 
 
 def _out_of_memory(device: torch.device, needed: int) -> VortexInitializationError:

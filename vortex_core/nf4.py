@@ -7,6 +7,7 @@ so that matrices can be joined and cut by rows. Level table: QLoRA (Dettmers et 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,16 @@ class NF4Weight:
     def to(self, device: torch.device) -> NF4Weight:
         """The same weight on `device`."""
         return NF4Weight(self.packed.to(device), self.absmax.to(device))
+
+    def halves(self) -> tuple[NF4Weight, NF4Weight]:
+        """The upper and the lower half of the rows."""
+        upper, lower = zip(self.packed.chunk(2), self.absmax.chunk(2), strict=True)
+        return NF4Weight(*upper), NF4Weight(*lower)
+
+
+def join(weights: Sequence[NF4Weight]) -> NF4Weight:
+    """Stack weights by rows, bit for bit: every row of a FLUX matrix is whole blocks, so nothing is re-quantized."""
+    return NF4Weight(torch.cat([w.packed for w in weights]), torch.cat([w.absmax for w in weights]))
 
 
 def quantize(weight: Tensor, name: str = "weight") -> NF4Weight:

@@ -81,9 +81,14 @@ class T5:
         """The last norm, which never streams."""
         return self._model.final_layer_norm
 
+    @property
+    def modules(self) -> list[tuple[nn.Module, str]]:
+        """Its modules and the prefixes of their tensors' names."""
+        return [(self._model, "encoder."), (self._table, "shared.")]
+
     def check(self, tensors: Tensors) -> int:
         """See `materialize.check`."""
-        return check(self._model, tensors, "encoder.") + check(self._table, tensors, "shared.")
+        return sum(check(module, tensors, prefix) for module, prefix in self.modules)
 
     def load(self, tensors: Tensors, target: Target, home: torch.device) -> None:
         """Fill the blocks on `home`; the table stays in host memory in `target.dtype`."""

@@ -1,9 +1,9 @@
-"""Everything one model is made of, wherever it came from: a diffusers folder, the bundled miniature, a pipeline."""
+"""Everything one model is made of, wherever it came from: folders, single files, the miniature, a pipeline."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,15 +11,23 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer
 
 from ..errors import VortexCheckpointError
-from ..spec import FluxSpec, VaeSpec, dev_checkpoint_message
-from .layout import flux_sources, vae_sources
-from .tensors import PICKLES, Renamed, SafetensorsFiles, StateDict, Tensors, open_folder, pickle_message
+from ..spec import FluxSpec, VaeSpec
+from .config import infer_clip, infer_flux, infer_t5, infer_vae
+from .dialect import Part, find_part
+from .tensors import Raw, StateDict, Tensors, open_file, open_folder
+from .tokenizer import find_tokenizers, whole
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny-schnell"
-FOLDERS = ("transformer", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae")
+SUBFOLDERS = {"transformer": "transformer", "clip": "text_encoder", "t5": "text_encoder_2", "vae": "vae"}
+WORDS = {
+    "transformer": "the transformer",
+    "clip": "CLIP's text encoder (such as clip_l.safetensors)",
+    "t5": "the T5 encoder (such as t5xxl_fp16.safetensors)",
+    "vae": "the VAE (such as ae.safetensors)",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,77 +39,132 @@ class Bundle:
     vae: VaeSpec
     clip: Mapping[str, Any]
     t5: Mapping[str, Any]
-    transformer: Tensors
-    decoder: Tensors
-    text_encoder: Tensors
-    text_encoder_2: Tensors
+    parts: Mapping[str, Part]
     tokenizer: Tokenizer
     tokenizer_2: Tokenizer
 
+    def tensors(self, kind: str) -> Tensors:
+        """A part's canonical tensors; `kind` is `transformer`, `clip`, `t5` or `vae`."""
+        return self.parts[kind].tensors
 
-def open_bundle(model: str | Path) -> Bundle:
-    """Open a diffusers folder, or the bundled miniature for `"tiny"`; reads configs and headers only.
+
+def open_bundle(
+    model: str | Path,
+    *,
+    clip: str | Path | None = None,
+    t5: str | Path | None = None,
+    vae: str | Path | None = None,
+    tokenizers: str | Path | None = None,
+) -> Bundle:
+    """Open a model by name (`"tiny"`, bundled), diffusers folder or single file; reads configs and headers only.
+
+    `clip`, `t5` and `vae` are files or folders for what the model lacks; they win over what it has. `tokenizers` is a
+    folder with `tokenizer/` and `tokenizer_2/`.
 
     Raises `VortexCheckpointError` that says what is missing, unsafe, or another model's.
     """
     path = TINY if model == "tiny" else Path(model).expanduser()
-    if path.is_file():
-        raise VortexCheckpointError(_file_message(path), path=str(path))
-    if not path.is_dir():
+    if not path.exists():
         raise VortexCheckpointError(
-            f"There is no model at {path}. Give 'tiny' (bundled) or a FLUX.1-schnell folder in the diffusers "
-            "layout; Vortex never downloads by itself.",
+            f"There is no model at {path}. Give 'tiny' (bundled), a FLUX.1-schnell folder in the diffusers layout or "
+            "a .safetensors or .gguf file; Vortex never downloads by itself.",
             path=str(path),
         )
-    missing = [name for name in FOLDERS if not (path / name).is_dir()]
+    parts, configs = find_parts(path, {"clip": clip, "t5": t5, "vae": vae})
+    missing = [WORDS[kind] for kind in SUBFOLDERS if kind not in parts]
     if missing:
+        options = ", ".join(f"{kind}=" for kind in SUBFOLDERS if kind not in parts and kind != "transformer")
         raise VortexCheckpointError(
-            f"{path} is not a whole diffusers folder: it lacks {', '.join(missing)}. Expected the folders "
-            f"{', '.join(FOLDERS)}.",
+            f"{path} lacks {'; '.join(missing)}." + (f" Give files for them with {options}." if options else ""),
             path=str(path),
         )
-    transformer = open_folder(path / "transformer")
-    if any(name.startswith(("guidance_in.", "time_text_embed.guidance_embedder.")) for name in transformer.names()):
-        raise VortexCheckpointError(dev_checkpoint_message(), path=str(path))
-    return Bundle(
-        name="tiny-schnell" if model == "tiny" else path.name,
-        flux=FluxSpec.from_diffusers(_config(path / "transformer")),
-        vae=VaeSpec.from_diffusers(_config(path / "vae")),
-        clip=_config(path / "text_encoder"),
-        t5=_config(path / "text_encoder_2"),
-        transformer=Renamed(transformer, flux_sources),
-        decoder=Renamed(open_folder(path / "vae"), vae_sources),
-        text_encoder=_clip_names(open_folder(path / "text_encoder")),
-        text_encoder_2=open_folder(path / "text_encoder_2"),
-        tokenizer=_tokenizer(path / "tokenizer"),
-        tokenizer_2=_tokenizer(path / "tokenizer_2"),
-    )
+    folder = Path(tokenizers).expanduser() if tokenizers is not None else path if path.is_dir() else None
+    return _bundle("tiny-schnell" if model == "tiny" else path.stem, parts, configs, *find_tokenizers(folder))
 
 
 def open_pipeline(pipe: FluxPipeline) -> Bundle:
-    """The parts of a diffusers `FluxPipeline` (bf16, fp16 or fp32 weights), which keeps its own copy.
+    """The parts of a diffusers `FluxPipeline` (16 or 32 bits, or bitsandbytes NF4), which keeps its own copy.
 
-    Raises `VortexCheckpointError` for FLUX.1-dev and for weights that are already quantized.
+    Raises `VortexCheckpointError` for FLUX.1-dev and for weights quantized in another way.
     """
-    for part in (pipe.transformer, pipe.text_encoder_2):
-        if getattr(part, "quantization_method", None) is not None:
+    modules = {"transformer": pipe.transformer, "clip": pipe.text_encoder, "t5": pipe.text_encoder_2, "vae": pipe.vae}
+    parts = {}
+    for kind, module in modules.items():
+        method = getattr(module, "quantization_method", None)
+        raw = StateDict(module.state_dict(), f"the pipeline's {SUBFOLDERS[kind]}")
+        part = find_part(raw, kind)
+        if part is None or (method is not None and not part.is_nf4):
             raise VortexCheckpointError(
-                "This pipeline's weights are already quantized; Vortex quantizes bf16, fp16 or fp32 weights itself. "
-                "Load the pipeline without a quantization_config."
+                f"{raw.where} is quantized ({method}) or not FLUX's; Vortex takes 16 or 32 bits, or bitsandbytes NF4."
             )
-    where = "the pipeline's "
+        parts[kind] = part
+    configs = {kind: dict(module.config.to_dict() if kind in ("clip", "t5") else module.config)
+               for kind, module in modules.items()}  # fmt: skip
+    name = Path(getattr(pipe, "name_or_path", "") or "pipeline").name
+    tokenizers = (
+        whole(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
+        for tokenizer in (pipe.tokenizer, pipe.tokenizer_2)
+    )
+    return _bundle(name, parts, configs, *tokenizers)
+
+
+def find_parts(
+    path: Path, others: Mapping[str, str | Path | None]
+) -> tuple[dict[str, Part], dict[str, dict[str, Any]]]:
+    """The parts at `path` and in the `others`, and the configs beside them. Reads headers only."""
+    parts: dict[str, Part] = {}
+    configs: dict[str, dict[str, Any]] = {}
+    whole_file = open_file(path) if path.is_file() else None
+    for kind, subfolder in SUBFOLDERS.items():
+        given = others.get(kind)
+        if given is not None:
+            raw, folder = _open(Path(given).expanduser(), subfolder)
+        elif whole_file is not None:
+            raw, folder = whole_file, None
+        elif (path / subfolder).is_dir():
+            raw, folder = _open(path / subfolder, subfolder)
+        else:
+            continue
+        part = find_part(raw, kind)
+        if part is not None:
+            parts[kind] = part
+            if folder is not None and (folder / "config.json").is_file():
+                configs[kind] = _config(folder)
+        elif given is not None:
+            raise VortexCheckpointError(f"{given} does not hold {WORDS[kind]}.", path=str(given))
+    return parts, configs
+
+
+def _open(path: Path, subfolder: str) -> tuple[Raw, Path | None]:
+    if path.is_file():
+        return open_file(path), None
+    folder = path / subfolder if (path / subfolder).is_dir() else path
+    return open_folder(folder), folder
+
+
+def _bundle(
+    name: str,
+    parts: Mapping[str, Part],
+    configs: Mapping[str, Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    tokenizer_2: Tokenizer,
+) -> Bundle:
+    def spec(kind: str, read: Callable[[Mapping[str, Any]], Any], infer: Callable[[Tensors], Any]) -> Any:
+        return read(configs[kind]) if kind in configs else infer(parts[kind].tensors)
+
+    clip = spec("clip", dict, infer_clip)
+    if "clip" not in configs:
+        # pooling looks for the end token; only the tokenizer knows which one it writes
+        clip["eos_token_id"] = tokenizer.encode("").ids[-1]
     return Bundle(
-        name=Path(getattr(pipe, "name_or_path", "") or "pipeline").name,
-        flux=FluxSpec.from_diffusers(pipe.transformer.config),
-        vae=VaeSpec.from_diffusers(pipe.vae.config),
-        clip=pipe.text_encoder.config.to_dict(),
-        t5=pipe.text_encoder_2.config.to_dict(),
-        transformer=Renamed(StateDict(pipe.transformer.state_dict(), where + "transformer"), flux_sources),
-        decoder=Renamed(StateDict(pipe.vae.state_dict(), where + "vae"), vae_sources),
-        text_encoder=_clip_names(StateDict(pipe.text_encoder.state_dict(), where + "text_encoder")),
-        text_encoder_2=StateDict(pipe.text_encoder_2.state_dict(), where + "text_encoder_2"),
-        tokenizer=_whole(Tokenizer.from_str(pipe.tokenizer.backend_tokenizer.to_str())),
-        tokenizer_2=_whole(Tokenizer.from_str(pipe.tokenizer_2.backend_tokenizer.to_str())),
+        name=name,
+        flux=spec("transformer", FluxSpec.from_diffusers, infer_flux),
+        vae=spec("vae", VaeSpec.from_diffusers, infer_vae),
+        clip=clip,
+        t5=spec("t5", dict, infer_t5),
+        parts=parts,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
     )
 
 
@@ -112,44 +175,3 @@ def _config(folder: Path) -> dict[str, Any]:
     except (OSError, json.JSONDecodeError) as error:
         raise VortexCheckpointError(f"{path} is missing or not JSON ({error}).", path=str(path)) from error
     return config
-
-
-def _tokenizer(folder: Path) -> Tokenizer:
-    if (folder / "tokenizer.json").is_file():
-        return _whole(Tokenizer.from_file(str(folder / "tokenizer.json")))
-    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        # the released folder has CLIP's tokenizer only in this older form; transformers knows how to join it
-        from transformers import CLIPTokenizerFast
-
-        fast = CLIPTokenizerFast.from_pretrained(str(folder), local_files_only=True)
-        return _whole(Tokenizer.from_str(fast.backend_tokenizer.to_str()))
-    raise VortexCheckpointError(
-        f"{folder} holds no tokenizer.json (nor vocab.json and merges.txt). Download it with the model.",
-        path=str(folder),
-    )
-
-
-def _whole(tokenizer: Tokenizer) -> Tokenizer:
-    # a tokenizer file stores the padding and truncation of whoever used it last
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
-
-
-def _clip_names(source: Tensors) -> Tensors:
-    # transformers 4 writes CLIP's text model under `text_model.`, transformers 5 without
-    prefixed = any(name.startswith("text_model.") for name in source.names())
-    return Renamed(source, lambda name: (f"text_model.{name}" if prefixed else name,))
-
-
-def _file_message(path: Path) -> str:
-    if path.suffix in PICKLES:
-        return pickle_message(path)
-    if path.suffix == ".safetensors":
-        names = SafetensorsFiles(path, [path]).names()
-        if any("guidance_in." in name for name in names):
-            return dev_checkpoint_message()
-    return (
-        f"{path} is a single file. Vortex reads FLUX.1-schnell as a folder in the diffusers layout "
-        f"({', '.join(FOLDERS)})."
-    )

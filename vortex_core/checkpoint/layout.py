@@ -44,12 +44,13 @@ _BLOCKS = {
 }
 _VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 VAE_LEVELS = 4
+SWAPPED = ("final_layer.adaLN_modulation.1",)  # diffusers stores (scale, shift), BFL (shift, scale)
 
 
 def flux_sources(name: str) -> tuple[str, ...]:
     """The diffusers names, in row order, of a canonical transformer tensor such as `single_blocks.0.linear1.weight`.
 
-    `final_layer.adaLN_modulation.1` also needs its halves swapped (see `tensors.Renamed.read`).
+    Modules in `SWAPPED` also need their halves swapped.
     """
     module, _, kind = name.rpartition(".")
     kind = "weight" if kind == "scale" else kind

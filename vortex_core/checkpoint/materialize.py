@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import nf4
 from ..errors import VortexCheckpointError
 from ..linear import Backend, NF4Linear
+from ..nf4 import NF4Weight
 from .tensors import Tensors
 
 # Embedders and the last projection are small, and their error would reach every token: they stay unquantized.
@@ -31,19 +32,20 @@ class Target:
 
 
 def check(module: nn.Module, tensors: Tensors, prefix: str = "") -> int:
-    """Compare names and shapes with the headers; the bytes that will be read at 2 bytes a value.
+    """Compare names and shapes with the headers; the bytes that will be read.
 
     Costs no data and no memory. Raises `VortexCheckpointError` naming the first tensors that are missing or of
     another shape.
     """
-    values = 0
+    total = 0
     missing, other = [], []
     for name, parameter in module.named_parameters(prefix=prefix.rstrip(".")):
-        values += parameter.numel()
         if name not in tensors:
             missing.append(name)
         elif _squeezed(tensors.shape(name)) != _squeezed(tuple(parameter.shape)):
             other.append(f"{name}: expected {tuple(parameter.shape)}, found {tensors.shape(name)}")
+        else:
+            total += tensors.nbytes(name)
     if missing:
         raise VortexCheckpointError(
             f"{tensors.where} lacks {len(missing)} tensors, such as {', '.join(missing[:3])}. "
@@ -54,7 +56,7 @@ def check(module: nn.Module, tensors: Tensors, prefix: str = "") -> int:
         raise VortexCheckpointError(
             f"{tensors.where} does not fit its config.json: {'; '.join(other[:3])}.", path=tensors.where
         )
-    return values * 2
+    return total
 
 
 def materialize(
@@ -68,9 +70,8 @@ def materialize(
     home = home or target.device
     for path, child in list(module.named_modules()):
         name = prefix + path
-        if target.backend is not None and isinstance(child, nn.Linear) and not name.startswith(UNQUANTIZED):
-            source = _read(tensors, f"{name}.weight", target)
-            weight = nf4.quantize(source.to(target.device), name).to(home)
+        if target.backend is not None and is_quantized(child, name):
+            weight = read_nf4(tensors, f"{name}.weight", target).to(home)
             bias = None
             if child.bias is not None:
                 bias = _read(tensors, f"{name}.bias", target).to(home, target.dtype)
@@ -84,9 +85,23 @@ def materialize(
     return module
 
 
+def is_quantized(module: nn.Module, name: str) -> bool:
+    """Whether the module of this canonical name is a linear whose weight becomes NF4."""
+    return isinstance(module, nn.Linear) and not name.startswith(UNQUANTIZED)
+
+
+def read_nf4(tensors: Tensors, name: str, target: Target) -> NF4Weight:
+    """A weight in NF4 on the target's device: as it is where the source has it, else quantized there."""
+    weight = tensors.read_nf4(name, target.device)
+    if weight is None:
+        weight = nf4.quantize(tensors.read(name, target.device), name)
+    target.progress(tensors.nbytes(name))
+    return weight
+
+
 def _read(tensors: Tensors, name: str, target: Target) -> Tensor:
     tensor = tensors.read(name)
-    target.progress(tensor.numel() * 2)
+    target.progress(tensors.nbytes(name))
     return tensor
 
 

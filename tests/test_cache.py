@@ -1,0 +1,183 @@
+"""Quantized once in a file's life: the cache, the NF4 writer, and the commands over them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from vortex_core import Engine, VortexCheckpointError, load_flux_schnell, nf4
+from vortex_core.checkpoint import cache as cache_module
+from vortex_core.checkpoint.cache import Cache, identity
+from vortex_core.cli import app
+from vortex_core.errors import VortexWarning
+from vortex_core.inspection import inspect
+from vortex_core.quantize import quantize_file
+
+runner = CliRunner()
+DRAW = {"seed": 1, "height": 64, "width": 64, "steps": 1}
+PROMPT = "a red circle"
+
+
+@pytest.fixture
+def cached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A cache folder that takes the miniature too."""
+    monkeypatch.setattr(cache_module, "SMALLEST", 0)
+    return tmp_path / "cache"
+
+
+def test_the_second_load_quantizes_nothing(
+    cached: Path, tiny_dir: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = engine.generate(PROMPT, **DRAW)
+    calls = []
+    first = load_flux_schnell(tiny_dir, device="cpu", cache_dir=cached, on_progress=lambda *call: calls.append(call))
+    assert torch.equal(first.generate(PROMPT, **DRAW), expected)
+    assert calls[-1][0] == calls[-1][1]
+    kinds = sorted(entry.kind for entry in Cache(cached).entries())
+    assert kinds == ["t5", "transformer"]
+    monkeypatch.setattr(nf4, "quantize", lambda *a: pytest.fail("quantized again"))
+    second = load_flux_schnell(tiny_dir, device="cpu", cache_dir=cached)
+    assert torch.equal(second.generate(PROMPT, **DRAW), expected)
+
+
+def test_small_models_are_not_kept(tmp_path: Path, tiny_dir: Path) -> None:
+    load_flux_schnell(tiny_dir, device="cpu", cache_dir=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_identity_follows_content_not_place(tmp_path: Path, tiny_dir: Path) -> None:
+    source = tiny_dir / "vae" / "diffusion_pytorch_model.safetensors"
+    copy = tmp_path / "other name.safetensors"
+    shutil.copy2(source, copy)
+    assert identity([copy]) == identity([source])
+    data = bytearray(copy.read_bytes())
+    data[-1] ^= 1
+    copy.write_bytes(data)
+    os.utime(copy, ns=(source.stat().st_atime_ns, source.stat().st_mtime_ns))
+    assert identity([copy]) != identity([source])
+
+
+def test_a_cache_that_cannot_be_written_costs_only_time(
+    cached: Path, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch, engine: Engine
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cache_module, "write_nf4", full)
+    with pytest.warns(VortexWarning, match="No space left on device.*cache_dir="):
+        drawn = load_flux_schnell(tiny_dir, device="cpu", cache_dir=cached).generate(PROMPT, **DRAW)
+    assert torch.equal(drawn, engine.generate(PROMPT, **DRAW))
+    assert not list(cached.glob("*.part"))
+
+
+def test_a_crash_leaves_nothing_half_written(tmp_path: Path, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = iter(range(5))
+
+    def crash(*arguments: object) -> None:
+        if next(count) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    real = nf4.quantize
+    monkeypatch.setattr(nf4, "quantize", crash)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_file(tiny_dir, tmp_path / "out.safetensors", device="cpu")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_least_used_go_first(cached: Path, tiny_dir: Path) -> None:
+    load_flux_schnell(tiny_dir, device="cpu", cache_dir=cached)
+    kept = Cache(cached, limit=0)
+    entries = kept.entries()
+    keep = entries[-1].path
+    os.utime(keep, (time.time(), time.time() - 1000))
+    kept._shrink(keep=keep)
+    assert [entry.path for entry in kept.entries()] == [keep]
+
+
+def test_cache_commands(cached: Path, tiny_dir: Path) -> None:
+    load_flux_schnell(tiny_dir, device="cpu", cache_dir=cached)
+    at = ["--cache-dir", str(cached)]
+    assert "transformer" in runner.invoke(app, ["cache", "list", *at]).output
+    assert runner.invoke(app, ["cache", "verify", *at]).exit_code == 0
+    path = Cache(cached).entries()[0].path
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    damaged = runner.invoke(app, ["cache", "verify", *at])
+    assert damaged.exit_code == 1
+    assert "DAMAGED" in damaged.output
+    assert "freed 0.01 GB" in runner.invoke(app, ["cache", "clear", *at]).output
+    assert "nothing is kept" in runner.invoke(app, ["cache", "list", *at]).output
+
+
+def test_quantize_writes_a_file_that_draws_the_same(tmp_path: Path, tiny_dir: Path, engine: Engine) -> None:
+    target = tmp_path / "nf4.safetensors"
+    said = runner.invoke(app, ["quantize", str(tiny_dir), str(target), "--device", "cpu"])
+    assert said.exit_code == 0, said.output
+    parts = {"clip": tiny_dir / "text_encoder", "t5": tiny_dir / "text_encoder_2", "vae": tiny_dir / "vae"}
+    with load_flux_schnell(target, device="cpu", tokenizers=tiny_dir, **parts) as other:
+        assert torch.equal(other.generate(PROMPT, **DRAW), engine.generate(PROMPT, **DRAW))
+    again = tmp_path / "again.safetensors"
+    quantize_file(target, again, device="cpu")
+    first, second = load_file(target), load_file(again)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    refused = runner.invoke(app, ["quantize", str(tiny_dir), str(target)])
+    assert refused.exit_code == 2
+    assert "add --overwrite" in refused.output
+    assert runner.invoke(app, ["quantize", str(tiny_dir), str(tmp_path / "x.bin")]).exit_code == 2
+    with pytest.raises(VortexCheckpointError, match="does not hold the transformer"):
+        quantize_file(tiny_dir / "vae" / "diffusion_pytorch_model.safetensors", tmp_path / "y.safetensors")
+
+
+def test_bitsandbytes_reads_what_we_write(tmp_path: Path, tiny_dir: Path) -> None:
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    path = quantize_file(tiny_dir, tmp_path / "nf4.safetensors", device="cpu")
+    tensors, name = load_file(path), "single_blocks.0.linear1.weight"
+    parts = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+    state = QuantState.from_dict(parts, device=torch.device("cpu"))
+    packed = nf4.NF4Weight(tensors[name].view(state.shape[0], -1), tensors[f"{name}.absmax"].view(state.shape[0], -1))
+    assert torch.equal(dequantize_4bit(tensors[name], state), nf4.dequantize(packed, torch.bfloat16))
+
+
+def test_inspect_says_what_it_is(tmp_path: Path, tiny_dir: Path) -> None:
+    said = runner.invoke(app, ["inspect", str(tiny_dir)]).output
+    for words in ("diffusers names, bf16", "step-time weights, on the GPU", "a budget of 6.5 GB leaves"):
+        assert words in " ".join(said.split())
+    report = json.loads(runner.invoke(app, ["inspect", str(tiny_dir), "--json"]).stdout)
+    assert report["missing"] == []
+    vae = inspect(tiny_dir / "vae" / "diffusion_pytorch_model.safetensors")
+    assert [part.kind for part in vae.found] == ["vae"]
+    assert len(vae.missing) == 3
+    assert vae.placement == {}
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(VortexCheckpointError, match="no part of FLUX"):
+        inspect(tmp_path / "other.safetensors")
+    assert runner.invoke(app, ["inspect", str(tmp_path / "missing")]).exit_code == 1
+
+
+def test_the_plan_is_what_loading_takes(tiny_dir: Path, engine: Engine) -> None:
+    planned = inspect(tiny_dir).placement["step-time weights, on the GPU"]
+    plain = sum(p.numel() * 2 for p in engine._transformer.parameters())  # fp32 here, counted in bf16
+    actual = engine.step_time_bytes - plain
+    assert planned == pytest.approx(actual, rel=0.01)
+
+
+def test_fetch_downloads_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *file: asked.append(file) or f"cache/{file[1]}")
+    said = runner.invoke(app, ["fetch", "tokenizers"])
+    assert said.exit_code == 0
+    assert len(asked) == 2

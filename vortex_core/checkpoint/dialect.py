@@ -1,0 +1,118 @@
+"""Which of the files people have this is: where each part of a model lies in a source, and in what layout.
+
+A part is recognised by tensors that only it has, under any of the prefixes its writers use.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..errors import VortexCheckpointError
+from ..spec import dev_checkpoint_message
+from .layout import SWAPPED, flux_sources, vae_sources
+from .tensors import GgufFile, Raw, Renamed, Stored, Tensors
+
+Sources = Callable[[str], tuple[str, ...]]
+
+
+def _same(name: str) -> tuple[str, ...]:
+    return (name,)
+
+
+def _bfl_vae(name: str) -> tuple[str, ...]:
+    return (f"decoder.{name}",)
+
+
+def _nested_clip(name: str) -> tuple[str, ...]:
+    return (f"text_model.{name}",)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """One way a part is written: a tensor that gives it away, and where canonical tensors come from."""
+
+    words: str
+    witness: str
+    sources: Sources
+    swapped: tuple[str, ...] = ()
+
+
+PREFIXES = {
+    "transformer": ("", "model.diffusion_model.", "diffusion_model.", "transformer."),
+    "clip": ("", "text_encoders.clip_l.transformer.", "clip_l.transformer.", "text_encoders.clip_l."),
+    "t5": ("", "text_encoders.t5xxl.transformer.", "t5xxl.transformer.", "text_encoders.t5xxl."),
+    "vae": ("", "vae.", "first_stage_model."),
+}
+LAYOUTS = {
+    "transformer": (
+        Layout("BFL", "double_blocks.0.img_attn.qkv.weight", _same),
+        Layout("diffusers", "transformer_blocks.0.attn.to_q.weight", flux_sources, SWAPPED),
+    ),
+    # transformers 4 writes CLIP's text model under `text_model.`, transformers 5 without
+    "clip": (
+        Layout("transformers", "text_model.encoder.layers.0.self_attn.q_proj.weight", _nested_clip),
+        Layout("transformers", "encoder.layers.0.self_attn.q_proj.weight", _same),
+    ),
+    "t5": (Layout("transformers", "encoder.block.0.layer.0.SelfAttention.q.weight", _same),),
+    "vae": (
+        Layout("BFL", "decoder.mid.block_1.norm1.weight", _bfl_vae),
+        Layout("diffusers", "decoder.mid_block.resnets.0.norm1.weight", vae_sources),
+    ),
+}
+GUIDANCE = ("guidance_in.", "time_text_embed.guidance_embedder.")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One part of a model in a source, under canonical names. `words` describe how it is written."""
+
+    tensors: Tensors
+    stored: Stored
+    words: str
+
+    @property
+    def is_nf4(self) -> bool:
+        """Whether its linears are NF4 already."""
+        return bool(self.stored.nf4)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file, about."""
+        return sum(self.stored.nbytes(name) for name in self.stored.names())
+
+
+def find_part(raw: Raw, kind: str) -> Part | None:
+    """The part `kind` (`transformer`, `clip`, `t5` or `vae`) of a source, or None where it has none.
+
+    Raises `VortexCheckpointError` for FLUX.1-dev and for 4-bit formats other than NF4.
+    """
+    for prefix in PREFIXES[kind]:
+        for layout in LAYOUTS[kind]:
+            if prefix + layout.witness in raw:
+                if kind == "transformer" and any(name.startswith(_prefixed(prefix)) for name in raw.names()):
+                    raise VortexCheckpointError(dev_checkpoint_message(), path=raw.where)
+                stored = Stored(raw, prefix)
+                tensors = Renamed(stored, layout.sources, layout.swapped)
+                return Part(tensors, stored, f"{layout.words} names, {storage(stored, layout.witness)}")
+    return None
+
+
+def storage(stored: Stored, witness: str) -> str:
+    """How the weights are stored, in words, such as `bf16`, `fp8 e4m3 scaled` or `NF4 nested`."""
+    name = stored.prefix + witness
+    if witness in stored.nf4 or stored.nf4:
+        packed = next(iter(stored.nf4))
+        nested = f"{stored.prefix}{packed}.nested_absmax" in stored.raw
+        return "NF4 with nested scales" if nested else "NF4"
+    if isinstance(stored.raw, GgufFile):
+        types = Counter(stored.raw.dtype(name) for name in stored.raw.names() if name.endswith(".weight"))
+        return f"GGUF {types.most_common(1)[0][0]}"
+    dtype = stored.raw.dtype(name)
+    words = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F8_E4M3": "fp8 e4m3", "F8_E5M2": "fp8 e5m2"}
+    return words.get(dtype, dtype) + (" scaled" if stored.scaled else "")
+
+
+def _prefixed(prefix: str) -> tuple[str, ...]:
+    return tuple(prefix + name for name in GUIDANCE)

@@ -1,0 +1,79 @@
+"""The two tokenizers, found without a network: beside the model, or in the user's Hugging Face cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from ..errors import VortexCheckpointError
+
+# Where `vortex fetch tokenizers` downloads from, and where a cache is looked through: repository, file.
+CLIP_HOMES = (("openai/clip-vit-large-patch14", "tokenizer.json"),)
+T5_HOMES = (
+    ("black-forest-labs/FLUX.1-schnell", "tokenizer_2/tokenizer.json"),
+    ("black-forest-labs/FLUX.1-dev", "tokenizer_2/tokenizer.json"),
+    ("google-t5/t5-base", "tokenizer.json"),  # the same vocabulary
+)
+
+
+def find_tokenizers(folder: Path | None) -> tuple[Tokenizer, Tokenizer]:
+    """CLIP's and T5's: from `folder/tokenizer` and `folder/tokenizer_2`, else from the user's Hugging Face cache.
+
+    Raises `VortexCheckpointError` that says how to get what is missing; nothing is downloaded.
+    """
+    if folder is not None and (folder / "tokenizer").is_dir() and (folder / "tokenizer_2").is_dir():
+        return read_tokenizer(folder / "tokenizer"), read_tokenizer(folder / "tokenizer_2")
+    found = [_cached(homes) for homes in (CLIP_HOMES, T5_HOMES)]
+    missing = [name for name, path in zip(("CLIP", "T5"), found, strict=True) if path is None]
+    if missing:
+        where = f"{folder} has no tokenizer and tokenizer_2 folders, and " if folder is not None else ""
+        raise VortexCheckpointError(
+            f"{where}the Hugging Face cache does not hold the tokenizer of {' and '.join(missing)}. Run `vortex fetch "
+            "tokenizers` once (it downloads about 4 MB), or give tokenizers=, a folder with both.",
+            path=None if folder is None else str(folder),
+        )
+    clip, t5 = (read_tokenizer(path) for path in found if path is not None)
+    return clip, t5
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """From a tokenizer.json, or a folder with one, or with CLIP's older pair of vocab.json and merges.txt."""
+    if path.is_file():
+        return whole(Tokenizer.from_file(str(path)))
+    if (path / "tokenizer.json").is_file():
+        return whole(Tokenizer.from_file(str(path / "tokenizer.json")))
+    if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
+        # the released folder has CLIP's tokenizer only in this older form; transformers knows how to join it
+        from transformers import CLIPTokenizerFast
+
+        fast = CLIPTokenizerFast.from_pretrained(str(path), local_files_only=True)
+        return whole(Tokenizer.from_str(fast.backend_tokenizer.to_str()))
+    raise VortexCheckpointError(
+        f"{path} holds no tokenizer.json (nor vocab.json and merges.txt). Download it with the model.",
+        path=str(path),
+    )
+
+
+def whole(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer without padding and truncation: its file stores those of whoever used it last."""
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def fetch_tokenizers() -> list[Path]:
+    """Download both tokenizers into the user's Hugging Face cache; the files. The only place that uses a network."""
+    from huggingface_hub import hf_hub_download
+
+    return [Path(hf_hub_download(*homes[-1])) for homes in (CLIP_HOMES, T5_HOMES)]
+
+
+def _cached(homes: tuple[tuple[str, str], ...]) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    for repository, file in homes:
+        path = try_to_load_from_cache(repository, file)
+        if isinstance(path, str):
+            return Path(path)
+    return None
