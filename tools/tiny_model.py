@@ -57,12 +57,12 @@ def t5_tokenizer() -> Tokenizer:
     """Unigram over the captions' words, with bytes below them so that nothing is unknown. Ignores case."""
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     vocabulary += [(f"<0x{byte:02X}>", -20.0) for byte in range(256)]
-    vocabulary += [("▁", -8.0)] + [(f"▁{word}", -4.0) for word in words()]
+    vocabulary += [("\u2581", -8.0)] + [(f"\u2581{word}", -4.0) for word in words()]
     vocabulary += [(chr(c), -12.0) for c in range(33, 127) if not chr(c).isupper()]
     tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=2, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")]
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="always")]
     )
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(), decoders.Fuse()])
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
