@@ -131,7 +131,9 @@ WORKFLOWS: dict[str, Workflow] = {
     "first-picture": Workflow(
         {
             1: loader(),
-            2: sampler(prompt="a red circle on a white background", width=TINY_SIDE, height=TINY_SIDE, seed=7),
+            2: sampler(
+                prompt="a green ring in the center of a yellow background", width=TINY_SIDE, height=TINY_SIDE, seed=7
+            ),
             3: Node(
                 "SaveImage",
                 RESULT_AT,
