@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -29,7 +29,6 @@ def write_nf4(
     modules: Iterable[Named],
     target: Target,
     metadata: Mapping[str, str],
-    rename: Callable[[str], str] = lambda name: name,
 ) -> str:
     """Write the tensors that `modules` name into `path`, linears in NF4; the sha256 of the file.
 
@@ -48,7 +47,7 @@ def write_nf4(
             else:
                 plain[prefix + name] = tensors.read(prefix + name)
     header, offset = {}, 0
-    for name, dtype, shape, nbytes in _entries(weights, plain, rename):
+    for name, dtype, shape, nbytes in _entries(weights, plain):
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + nbytes]}
         offset += nbytes
     digest = hashlib.sha256()
@@ -65,16 +64,16 @@ def write_nf4(
 
 
 def _entries(
-    weights: Mapping[str, tuple[int, int]], plain: Mapping[str, Tensor], rename: Callable[[str], str]
+    weights: Mapping[str, tuple[int, int]], plain: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, str, list[int], int]]:
     for name, tensor in plain.items():
-        yield rename(name), DTYPES[tensor.dtype], list(tensor.shape), tensor.numel() * tensor.element_size()
+        yield name, DTYPES[tensor.dtype], list(tensor.shape), tensor.numel() * tensor.element_size()
     for name, (n, k) in weights.items():
         values, state = n * k, len(_state(n, k))
-        yield rename(name), "U8", [values // 2, 1], values // 2
-        yield rename(name) + ".absmax", "F32", [values // BLOCK], values // BLOCK * 4
-        yield rename(name) + ".quant_map", "F32", [len(LEVELS)], len(LEVELS) * 4
-        yield rename(name) + NF4_STATE, "U8", [state], state
+        yield name, "U8", [values // 2, 1], values // 2
+        yield name + ".absmax", "F32", [values // BLOCK], values // BLOCK * 4
+        yield name + ".quant_map", "F32", [len(LEVELS)], len(LEVELS) * 4
+        yield name + NF4_STATE, "U8", [state], state
 
 
 def _chunks(
