@@ -27,6 +27,7 @@ from .checkpoint.tensors import Tensors
 from .conditioning import Conditioner, Conditioning
 from .device import resolve_device
 from .errors import NoEffectWarning, VortexInitializationError, VortexInputError
+from .latency import mark
 from .linear import Backend, NF4Linear, choose_backend
 from .request import Request, check_prompt, check_steps
 from .residency import nbytes
@@ -285,6 +286,7 @@ class Engine:
             self.resume()
             self.last_seed = seed
             conditioning = self._conditioner(prompt, steps) if isinstance(prompt, str) else prompt
+            mark("prompt")
             noise = sampling.noise(seed, batch_size, request.height, request.width, self._spec.latent_channels)
             latents = self._denoise(conditioning, noise, on_step)
             return decode(self._decoder, latents, out)
@@ -320,6 +322,7 @@ class Engine:
                 on_step(i, n, sampling.unpack(clean, height, width))
 
         img = sampling.pack(noise).to(self.device)
+        mark("prepare")
         sampling.denoise(self._transformer, img, txt, modulation, pe, report if on_step else None)
         return sampling.unpack(img, height, width)
 

@@ -12,6 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from .latency import mark
 from .spec import FluxSpec
 from .transformer import Rope, Transformer
 
@@ -79,4 +80,5 @@ def denoise(
         if on_step is not None:
             on_step(i + 1, steps, img - t * velocity)
         img.add_(velocity, alpha=t_next - t)
+        mark(f"step {i + 1}")
     return img

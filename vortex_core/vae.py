@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .latency import mark
 from .spec import VaeSpec
 
 
@@ -129,4 +130,5 @@ def decode(decoder: Decoder, latents: Tensor, out: Tensor) -> Tensor:
     for picture, latent in zip(out, latents.to(dtype), strict=True):
         decoded = decoder(latent[None])[0]
         picture.copy_(rearrange(decoded, "c h w -> h w c").float().mul_(0.5).add_(0.5).clamp_(0, 1))
+    mark("decode")
     return out
