@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__
+from .bench.command import app as bench
 from .errors import VortexInputError
 from .spec import DEFAULT_STEPS, MAX_SIZE, MAX_STEPS, MIN_SIZE, SIZE_MULTIPLE
 from .terminal import T5, CacheDir, Clip, Vae, byte_count, console, load_engine, parse_size, plain_errors, progress_bars
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 cache = typer.Typer(help="The quantized weights that Vortex keeps on disk.", no_args_is_help=True)
 fetch = typer.Typer(help="Download what Vortex needs; nothing else ever uses the network.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
 app.add_typer(cache, name="cache")
 app.add_typer(fetch, name="fetch")
 

@@ -1,0 +1,208 @@
+"""`vortex bench baseline`: keep a run, and judge later ones against it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from ..spec import DEFAULT_STEPS
+from ..terminal import T5, CacheDir, Clip, Vae, load_engine, plain_errors, progress_bars
+from .comparison import THRESHOLD, Comparison, compare, compare_pairs
+from .options import (
+    EXIT_CODES,
+    AsJson,
+    Device,
+    Iterations,
+    Model,
+    Output,
+    Prompts,
+    Quantization,
+    Size,
+    Steps,
+    Warmup,
+    check_size,
+    finish,
+    grid,
+    milliseconds,
+    picture_count,
+    write_folder,
+)
+from .pictures import ITERATIONS, PROMPTS, WARMUP, Workload
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from .baseline import Run
+    from .latency_report import LatencyReport
+
+SCHEMA = "vortex.bench.comparison/1"
+app = typer.Typer(help="Keep a run, and judge later ones against it.", no_args_is_help=True)
+Folder = Annotated[
+    Path | None,
+    typer.Option(help="Where runs are kept. [default: $VORTEX_BASELINES or ~/.local/share/vortex/baselines]"),
+]
+
+
+@app.command(epilog=EXIT_CODES)
+def save(
+    model: Model = "tiny",
+    clip: Clip = None,
+    t5: T5 = None,
+    vae: Vae = None,
+    cache_dir: CacheDir = None,
+    size: Size = None,
+    steps: Steps = DEFAULT_STEPS,
+    device: Device = None,
+    quantization: Quantization = "nf4",
+    iterations: Iterations = ITERATIONS,
+    warmup: Warmup = WARMUP,
+    prompt: Prompts = None,
+    folder: Folder = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure, and keep the run as what later ones on this machine are compared with. Ends with one JSON line."""
+    from . import latency_report
+    from .baseline import History
+
+    load = {"clip": clip, "t5": t5, "vae": vae, "cache_dir": cache_dir, "device": device, "quantization": quantization}
+    with plain_errors():
+        chosen = check_size(size, steps)
+        with progress_bars() as progress:
+            engine = load_engine(progress, model, **load)
+            workload = _workload(engine.native_size, chosen, steps, iterations, warmup, prompt)
+            report = latency_report.run(engine, workload, on_picture=picture_count(progress, "timing"))
+        history = History(folder, report.machine, report.model, workload)
+        found = report.series["cached"].whole
+        table = grid("pictures", "P50", "P95", "kept in", title=report.title)
+        p50, p95 = (milliseconds(found.percentile(q).seconds) for q in (50, 95))
+        if not report.interrupted:
+            history.add(report, baseline=True)
+        table.add_row(str(found.count), p50, p95, "nowhere: interrupted" if report.interrupted else str(history.path))
+        finish(report.figures() | {"file": str(history.path)}, [table], [], as_json, report.interrupted)
+
+
+@app.command("compare", epilog=EXIT_CODES)
+def compare_command(
+    model: Model = "tiny",
+    clip: Clip = None,
+    t5: T5 = None,
+    vae: Vae = None,
+    cache_dir: CacheDir = None,
+    size: Size = None,
+    steps: Steps = DEFAULT_STEPS,
+    device: Device = None,
+    quantization: Quantization = "nf4",
+    iterations: Iterations = ITERATIONS,
+    warmup: Warmup = WARMUP,
+    prompt: Prompts = None,
+    folder: Folder = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="A git revision to draw with in turns, in place of the baseline. Both engines are loaded."),
+    ] = None,
+    threshold: Annotated[
+        float, typer.Option(min=0, help="The smallest slow-down to fail for, 0.02 for 2 %.")
+    ] = THRESHOLD,
+    output: Output = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure, and fail for a slow-down that is neither chance (p < 0.01) nor small. Ends with one JSON line.
+
+    Compared with the last saved baseline; the run joins the history. With --against REV two revisions take turns
+    in one run and are compared picture by picture: what the machine does meanwhile meets both.
+    """
+    from . import figures, latency_report
+    from .baseline import History
+    from .machine import machine
+    from .pictures import describe
+
+    load = {"clip": clip, "t5": t5, "vae": vae, "cache_dir": cache_dir, "device": device, "quantization": quantization}
+    with plain_errors():
+        chosen = check_size(size, steps)
+        if against is not None:
+            work = chosen, steps, iterations, warmup, prompt
+            _compare_revision(against, {"model": model, **load}, work, threshold, output, as_json)
+        with progress_bars() as progress:
+            engine = load_engine(progress, model, **load)
+            workload = _workload(engine.native_size, chosen, steps, iterations, warmup, prompt)
+            history = History(folder, machine(engine.device), describe(engine), workload)
+            baseline = history.baseline()
+            report = latency_report.run(engine, workload, on_picture=picture_count(progress, "timing"))
+        if not report.interrupted:
+            history.add(report, baseline=False)
+        comparison = compare(baseline.seconds, [sample.seconds for sample in report.samples])
+        about = {"title": report.title, "baseline": baseline.when, "phases": _phase_changes(baseline, report)}
+        plots = {"trend": figures.trend(report.title, history.runs())}
+        _finish(comparison, about, threshold, plots, output, as_json, report.interrupted)
+
+
+def _compare_revision(
+    revision: str, load: dict[str, Any], work: tuple[Any, ...], threshold: float, output: Path | None, as_json: bool
+) -> None:
+    from . import figures
+    from .against import alternate, workers
+
+    load = {name: str(value) for name, value in load.items() if value is not None}
+    pairs: list[tuple[float, float]] = []
+    interrupted = False
+    with progress_bars() as progress, workers(revision, load) as (before, after):
+        workload = _workload(after.model["native_size"], *work)
+        try:
+            pairs.extend(alternate(before.draw, after.draw, workload, picture_count(progress, "timing")))
+        except KeyboardInterrupt:
+            if not pairs:
+                raise
+            interrupted = True
+    old, new = zip(*pairs, strict=True)
+    title = f"{after.model['name']}, {workload.width} x {workload.height}, {workload.steps} steps, against {revision}"
+    lines = {name: list(enumerate(s * 1e3 for s in side)) for name, side in ((revision, old), ("now", new))}
+    plots = {"pairs": figures.timeline(title, lines, labels=("pair", "milliseconds"))}
+    about = {"title": title, "against": revision, "pairs": pairs}
+    _finish(compare_pairs(old, new), about, threshold, plots, output, as_json, interrupted)
+
+
+def _workload(
+    native: int,
+    size: tuple[int, int] | None,
+    steps: int,
+    iterations: int,
+    warmup: int,
+    prompts: Sequence[str] | None,
+) -> Workload:
+    return Workload(*(size or (native, native)), steps, iterations, warmup, 0, tuple(prompts or PROMPTS))
+
+
+def _phase_changes(baseline: Run, report: LatencyReport) -> dict[str, float]:
+    """Of each phase's median: where a change comes from. Not judged."""
+    now = report.series["cached"].phases
+    return {
+        name: now[name].percentile(50).seconds / seconds - 1
+        for name, seconds in baseline.phases.items()
+        if name in now and seconds
+    }
+
+
+def _finish(
+    comparison: Comparison,
+    about: Mapping[str, Any],
+    threshold: float,
+    plots: Mapping[str, Figure],
+    output: Path | None,
+    as_json: bool,
+    interrupted: bool,
+) -> NoReturn:
+    verdict = comparison.verdict(threshold)
+    found = {"schema": SCHEMA, **about, **asdict(comparison), "threshold": threshold, "verdicts": [asdict(verdict)]}
+    if output:
+        write_folder(output, found, plots)
+    table = grid("before", "after", "change", "95 % interval", "p", "slower", title=about["title"])
+    interval = f"{comparison.low:+.1%} to {comparison.high:+.1%}"
+    table.add_row(
+        str(comparison.before), str(comparison.after), f"{comparison.change:+.1%}", interval,
+        f"{comparison.p_value:.2g}", f"{comparison.slower:.0%}",
+    )  # fmt: skip
+    finish(found, [table], [verdict], as_json, interrupted)

@@ -1,0 +1,111 @@
+"""Options that several benchmark commands take, and how every one of them ends."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from ..errors import VortexInputError
+from ..request import Request
+from ..terminal import EXIT_CANCELLED, console, parse_size
+from .pictures import MAX_PROMPTS
+from .verdict import EXIT_FAIL, EXIT_UNDECIDED, FAIL, PASS, UNDECIDED, Verdict, exit_code
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Model = Annotated[
+    str, typer.Option(help="'tiny' (bundled), a FLUX.1-schnell diffusers folder, or a .safetensors or .gguf file.")
+]
+Size = Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels. [default: the model's own]")]
+Steps = Annotated[int, typer.Option(help="Steps of a picture; schnell is made for 4.")]
+Device = Annotated[str | None, typer.Option(help="'cuda', 'cuda:1' or 'cpu'. [default: the GPU if any]")]
+Quantization = Annotated[str, typer.Option(help="'nf4', or 'none' for 16-bit weights.")]
+Iterations = Annotated[int, typer.Option(min=1, help="Pictures that count.")]
+Warmup = Annotated[int, typer.Option(min=0, help="Pictures before that, which do not.")]
+Prompts = Annotated[
+    list[str] | None, typer.Option("--prompt", help=f"Prompts to rotate over, up to {MAX_PROMPTS}. [default: five]")
+]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Folder for report.json, samples.csv and plots as PNG and SVG.")
+]
+Prometheus = Annotated[Path | None, typer.Option(help="File to write in Prometheus' text format.")]
+Log = Annotated[Path | None, typer.Option(help="File to which JSON lines are added, one a picture.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print nothing but the JSON line.")]
+
+EXIT_CODES = (
+    f"Exit codes: 0 pass, {EXIT_FAIL} fail, 2 bad usage, {EXIT_UNDECIDED} the samples cannot tell, "
+    f"{EXIT_CANCELLED} interrupted (what was measured is reported)."
+)
+MARKS = {PASS: "[green]PASS[/]", FAIL: "[red]FAIL[/]", UNDECIDED: "[yellow]UNDECIDED[/]"}
+
+
+def check_size(size: str | None, steps: int) -> tuple[int, int] | None:
+    """Width and height of `--size`, checked before a model is loaded. Raises `VortexInputError`."""
+    width, height = parse_size(size)
+    Request(seed=0, height=height or 64, width=width or 64, steps=steps, batch_size=1)
+    return None if width is None or height is None else (width, height)
+
+
+def check_files(*paths: Path | None) -> None:
+    """Raise `VortexInputError` for a file whose folder does not exist, before anything is measured."""
+    for path in paths:
+        if path is not None and not path.parent.is_dir():
+            raise VortexInputError(f"There is no folder {path.parent}; make it first.")
+
+
+def picture_count(progress: Progress, what: str) -> Callable[[int, int], None]:
+    """A new bar that counts pictures: `report(done, total)`."""
+    task = progress.add_task(what, total=None, count="")
+
+    def report(done: int, total: int) -> None:
+        progress.update(task, completed=done, total=total, count=f"{done}/{total} pictures")
+
+    return report
+
+
+def finish(
+    figures: Mapping[str, Any],
+    tables: Sequence[Table],
+    verdicts: Sequence[Verdict],
+    as_json: bool,
+    interrupted: bool = False,
+) -> NoReturn:
+    """Print tables and verdicts, then the JSON line; raise `typer.Exit` with the code that says how it went."""
+    if not as_json:
+        out = Console()
+        for table in tables:
+            out.print(table)
+        for verdict in verdicts:
+            out.print(f"{MARKS[verdict.state]}  {verdict.what}: {verdict.detail}", highlight=False)
+    code = EXIT_CANCELLED if interrupted else exit_code(verdicts)
+    typer.echo(json.dumps({**figures, "exit_code": code}))
+    raise typer.Exit(code)
+
+
+def write_folder(folder: Path, figures: Mapping[str, Any], plots: Mapping[str, Figure]) -> None:
+    """Write report.json and the plots, `NAME.png` and `NAME.svg`."""
+    from .figures import save
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").write_text(json.dumps(figures, indent=1) + "\n")
+    for name, figure in plots.items():
+        save(figure, folder / name)
+    console.print(f"[green]{folder}[/]  report.json, {', '.join(f'{name}.png, .svg' for name in plots)}")
+
+
+def milliseconds(seconds: float) -> str:
+    """Seconds, as they are read."""
+    return f"{seconds * 1e3:.1f} ms"
+
+
+def grid(*columns: str, title: str = "") -> Table:
+    """An empty table in the style of all commands."""
+    return Table(*columns, title=title or None, title_justify="left", box=None, pad_edge=False)

@@ -1,0 +1,142 @@
+"""VRAM over an engine's life: before it, loaded, at the peak of drawing, after it is gone; each judged by a budget."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .machine import Machine, machine, now
+from .memory import ALLOCATED, GB, RESERVED, Counters, Moment, Timeline, at_rest
+from .pictures import PROMPTS, describe, draw
+from .verdict import FAIL, PASS, UNDECIDED, Verdict
+
+if TYPE_CHECKING:
+    from ..engine import Engine
+
+SCHEMA = "vortex.bench.vram/1"
+MODEL, GENERATION, TOTAL = 6.5 * GB, 0.5 * GB, 7.0 * GB  # bytes of torch reserved, at most
+REMAINS = 0.05 * GB  # what libraries keep of their workspaces once they were used
+PICTURES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One of baseline, loaded, peak and after clean-up: `counters` in bytes, `began` in seconds of the timeline."""
+
+    name: str
+    began: float
+    counters: Counters
+
+
+@dataclass(frozen=True, slots=True)
+class VramReport:
+    """All that a profile measured. `ledger`: bytes on the device by component, when loaded."""
+
+    model: dict[str, str]
+    machine: Machine
+    when: str
+    size: tuple[int, int]
+    stages: tuple[Stage, ...]
+    ledger: dict[str, int]
+    timeline: tuple[Moment, ...]
+
+    @property
+    def title(self) -> str:
+        """What was measured, where."""
+        width, height = self.size
+        return f"{self.model['name']}, {width} x {height}, on {self.machine.device}"
+
+    @property
+    def verdicts(self) -> list[Verdict]:
+        """One a stage, of torch reserved, which is what a budget bounds; undecided where there is no GPU."""
+        reserved = [stage.counters.get(RESERVED) for stage in self.stages]
+        baseline, loaded, peak, after = (value or 0 for value in reserved)
+        judged = (
+            ("model", loaded - baseline, MODEL),
+            ("generation adds", peak - loaded, GENERATION),
+            ("peak in all", peak, TOTAL),
+            ("after clean-up, over the baseline", after - baseline, REMAINS),
+        )
+        return [_judge(what, taken, limit, measured=None not in reserved) for what, taken, limit in judged]
+
+    def figures(self) -> dict[str, Any]:
+        """Everything but the timeline, for JSON."""
+        return {
+            "schema": SCHEMA,
+            "when": self.when,
+            "model": self.model,
+            "machine": self.machine.as_dict(),
+            "size": self.size,
+            "stages": [asdict(stage) for stage in self.stages],
+            "ledger": self.ledger,
+            "verdicts": [asdict(verdict) for verdict in self.verdicts],
+        }
+
+
+def run(
+    load: Callable[[], Engine],
+    device: torch.device,
+    *,
+    size: tuple[int, int] | None = None,
+    on_picture: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> VramReport:
+    """Load an engine on `device`, draw a few pictures of new prompts, unload it. `options` go to `Engine.generate`.
+
+    `size`: width and height, by default the model's native size.
+    """
+    when = now()
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.zeros(1, device=device)  # the CUDA context belongs to the baseline
+        torch.cuda.empty_cache()
+    with Timeline(device) as timeline:
+
+        def stage(name: str, began: float | None = None) -> Stage:
+            return Stage(name, timeline.seconds if began is None else began, at_rest(device))
+
+        baseline = stage("baseline")
+        engine = load()
+        loaded = stage("loaded")
+        ledger, model = ledger_of(engine), describe(engine)
+        width, height = size or (engine.native_size, engine.native_size)
+        began = timeline.seconds
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(device)
+        for i, prompt in enumerate(PROMPTS[:PICTURES]):
+            draw(engine, prompt, i, width=width, height=height, **options)
+            if on_picture is not None:
+                on_picture(i + 1, PICTURES)
+        peak = stage("peak", began)
+        if cuda:
+            # torch keeps its own peaks, which no interval can miss
+            peak.counters[ALLOCATED] = torch.cuda.max_memory_allocated(device)
+            peak.counters[RESERVED] = torch.cuda.max_memory_reserved(device)
+        engine.unload()
+        del engine
+        gc.collect()
+        if cuda:
+            torch.cuda.empty_cache()
+        after = stage("after clean-up")
+    for reading in timeline.readings:
+        if began <= reading.seconds < after.began:
+            for name, value in reading.counters.items():
+                peak.counters[name] = max(peak.counters.get(name) or 0, value or 0) or None
+    stages = (baseline, loaded, peak, after)
+    return VramReport(model, machine(device), when, (width, height), stages, ledger, tuple(timeline.readings))
+
+
+def ledger_of(engine: Engine) -> dict[str, int]:
+    """Bytes on the device by component."""
+    return {"step-time weights": engine.step_time_bytes, "everything of Vortex": engine.device_bytes}
+
+
+def _judge(what: str, taken: int, limit: float, *, measured: bool) -> Verdict:
+    what = f"{what} at most {limit / GB:g} GB"
+    if not measured:
+        return Verdict(what, UNDECIDED, "there is no GPU here, so there is no VRAM to measure")
+    return Verdict(what, PASS if taken <= limit else FAIL, f"{taken / GB:.2f} GB of torch reserved")
