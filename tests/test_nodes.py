@@ -567,10 +567,3 @@ def test_any_samples_make_a_histogram(samples: list[float]) -> None:
 def test_any_samples_make_a_timeline(line: list[tuple[float, float]]) -> None:
     image = plot.timeline("title", {"torch reserved": line}, [(1.5, "soft limit", plot.WARN)])
     assert image.shape == (1, plot.HEIGHT, plot.WIDTH, 3)
-
-
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 8.3), (995, 1005), (0, 3e-4), (-5, 1e6)])
-def test_ticks_are_round_and_inside(low: float, high: float) -> None:
-    found = plot.ticks(low, high)
-    assert 2 <= len(found) <= 8
-    assert all(low <= value <= high for value in found)

@@ -90,29 +90,6 @@ def _clock(device: torch.device) -> tuple[Callable[[], Any], Callable[[Any, Any]
     return now, lambda before, after: before.elapsed_time(after) / 1e3
 
 
-def measure(
-    work: Callable[[], object],
-    *,
-    runs: int,
-    warmup: int,
-    device: torch.device,
-    on_run: Callable[[int, int], None] | None = None,
-) -> list[float]:
-    """Seconds of each of `runs` calls of `work`, after `warmup` calls that do not count.
-
-    `on_run(done, total)` is told of every call outside the timed span, warm-up included; it may raise to cancel.
-    """
-    samples: list[float] = []
-    for i in range(warmup + runs):
-        with Stopwatch(device) as watch:
-            work()
-        if i >= warmup:
-            samples.append(watch.seconds)
-        if on_run is not None:
-            on_run(i + 1, warmup + runs)
-    return samples
-
-
 @dataclass(frozen=True, slots=True)
 class Percentile:
     """`q` percent of the samples took at most `seconds`; `support` samples took that long or longer.

@@ -115,7 +115,7 @@ def compare_command(
     Compared with the last saved baseline; the run joins the history. With --against REV two revisions take turns
     in one run and are compared picture by picture: what the machine does meanwhile meets both.
     """
-    from . import figures, latency_report
+    from . import latency_report, plots
     from .baseline import History
     from .machine import machine
     from .pictures import describe
@@ -136,14 +136,14 @@ def compare_command(
             history.add(report, baseline=False)
         comparison = compare(baseline.seconds, [sample.seconds for sample in report.samples])
         about = {"title": report.title, "baseline": baseline.when, "phases": _phase_changes(baseline, report)}
-        plots = {"trend": figures.trend(report.title, history.runs())}
-        _finish(comparison, about, threshold, plots, output, as_json, report.interrupted)
+        shown = {"trend": plots.trend_plot(report.title, history.runs())}
+        _finish(comparison, about, threshold, shown, output, as_json, report.interrupted)
 
 
 def _compare_revision(
     revision: str, load: dict[str, Any], work: tuple[Any, ...], threshold: float, output: Path | None, as_json: bool
 ) -> None:
-    from . import figures
+    from . import plots
     from .against import alternate, workers
 
     load = {name: str(value) for name, value in load.items() if value is not None}
@@ -159,10 +159,9 @@ def _compare_revision(
             interrupted = True
     old, new = zip(*pairs, strict=True)
     title = f"{after.model['name']}, {workload.width} x {workload.height}, {workload.steps} steps, against {revision}"
-    lines = {name: list(enumerate(s * 1e3 for s in side)) for name, side in ((revision, old), ("now", new))}
-    plots = {"pairs": figures.timeline(title, lines, labels=("pair", "milliseconds"))}
+    shown = {"pairs": plots.pairs_plot(title, revision, old, new)}
     about = {"title": title, "against": revision, "pairs": pairs}
-    _finish(compare_pairs(old, new), about, threshold, plots, output, as_json, interrupted)
+    _finish(compare_pairs(old, new), about, threshold, shown, output, as_json, interrupted)
 
 
 def _workload(
@@ -190,7 +189,7 @@ def _finish(
     comparison: Comparison,
     about: Mapping[str, Any],
     threshold: float,
-    plots: Mapping[str, Figure],
+    shown: Mapping[str, Figure],
     output: Path | None,
     as_json: bool,
     interrupted: bool,
@@ -198,7 +197,7 @@ def _finish(
     verdict = comparison.verdict(threshold)
     found = {"schema": SCHEMA, **about, **asdict(comparison), "threshold": threshold, "verdicts": [asdict(verdict)]}
     if output:
-        write_folder(output, found, plots)
+        write_folder(output, found, shown)
     table = grid("before", "after", "change", "95 % interval", "p", "slower", title=about["title"])
     interval = f"{comparison.low:+.1%} to {comparison.high:+.1%}"
     table.add_row(

@@ -79,7 +79,7 @@ def latency(
     A percentile counts as supported where the sample holds a time beyond it with 95 % confidence: P90 takes 29
     pictures, P95 59, P99 299. A target on one that is not supported is undecided, unless a lower percentile breaks it.
     """
-    from . import exports, figures, latency_report
+    from . import exports, latency_report, plots
     from .trace import chrome_trace
 
     with plain_errors():
@@ -117,7 +117,7 @@ def latency(
             exports.write_prometheus(exports.latency_metrics(found), "summary", what, prometheus)
         if output:
             samples = [sample.as_dict() for sample in report.samples]
-            write_folder(output, found | {"samples": samples}, figures.latency_plots(report))
+            write_folder(output, found | {"samples": samples}, plots.latency_plots(report))
             exports.write_csv(report.samples, output / "samples.csv")
         finish(found, latency_tables(report), report.verdicts, as_json, report.interrupted)
 
@@ -172,7 +172,7 @@ def vram(
 
     Undecided where there is no GPU; then the host's memory is what is shown.
     """
-    from . import exports, figures
+    from . import exports, plots
     from .vram_report import run
 
     with plain_errors():
@@ -192,7 +192,7 @@ def vram(
             exports.write_prometheus(exports.vram_metrics(found), "gauge", what, prometheus)
         if output:
             timeline = [asdict(reading) for reading in report.timeline]
-            write_folder(output, found | {"timeline": timeline}, {"vram": figures.vram_timeline(report)})
+            write_folder(output, found | {"timeline": timeline}, {"vram": plots.vram_plot(report)})
         finish(found, vram_tables(report), report.verdicts, as_json)
 
 
@@ -231,7 +231,7 @@ def leak(
     Fails where a counter's slope is above 0.1 MB a picture with 99.9 % confidence, or 10 pictures in a row
     add more than 50 MB.
     """
-    from . import exports, figures
+    from . import exports, plots
     from .leak import MB, run
 
     with plain_errors():
@@ -252,7 +252,7 @@ def leak(
             metrics = (("vortex_memory_slope_bytes", {"counter": t.counter}, t.slope) for t in report.trends)
             exports.write_prometheus(metrics, "gauge", "Bytes by which a counter grows with each picture.", prometheus)
         if output:
-            write_folder(output, found, {"leak": figures.growth(report.title, report.trends)})
+            write_folder(output, found, {"leak": plots.leak_plot(report)})
         table = grid("counter", "MB a picture", "99.9 % interval", "10 pictures add at most", title=report.title)
         for t in report.trends:
             interval = f"{t.low / MB:+.3f} to {t.high / MB:+.3f}"

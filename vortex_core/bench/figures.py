@@ -1,4 +1,4 @@
-"""The plots: how runs are spread, what phases take, values over time, medians over a history.
+"""How plots look: a histogram, lines over time, stacked bars, a trend of medians.
 
 Figures are made without pyplot, which keeps global state and wants one thread; ComfyUI's nodes draw in another.
 """
@@ -7,15 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from ..latency import Latency, percentile
-from .baseline import Run
-from .latency_report import LatencyReport
-from .leak import MB, Trend
-from .memory import GB, RESERVED
-from .vram_report import MODEL, TOTAL, VramReport
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,6 +23,17 @@ COLOURS = ("#2463eb", "#0d9488", "#d97706", "#9333ea", "#0891b2", "#be185d", "#6
 WARN, STOP = "#d97706", "#dc2626"
 Point = tuple[float, float]
 Level = tuple[float, str, str]  # value, name, colour
+
+
+@dataclass(frozen=True, slots=True)
+class Median:
+    """One point of a trend, with its interval; `special` ones have a colour of their own."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    special: bool
 
 
 def histogram(title: str, samples: Sequence[float], marks: Sequence[tuple[float, str]], label: str) -> Figure:
@@ -48,8 +53,9 @@ def timeline(
     levels: Sequence[Level] = (),
     labels: tuple[str, str] = ("seconds", "GB"),
     moments: Sequence[tuple[float, str]] = (),
+    from_zero: bool = True,
 ) -> Figure:
-    """Lines of `(x, y)` from zero up, dashed levels, named moments. Says so where there is nothing to draw."""
+    """Lines of `(x, y)`, dashed levels, named moments. Says so where there is nothing to draw."""
     figure, axes = _sheet(title, *labels)
     for (name, line), colour in zip(series.items(), COLOURS, strict=False):
         if line:
@@ -57,95 +63,49 @@ def timeline(
             axes.plot(*zip(*line, strict=True), color=colour, linewidth=2, marker=marker, label=name)
     for value, name, colour in levels:
         axes.axhline(value, color=colour, linewidth=1.5, linestyle="--", label=name)
-    if not any(series.values()):
-        axes.text(0.5, 0.5, "nothing was measured", transform=axes.transAxes, ha="center", color=SOFT, size=14)
-    axes.set_ylim(bottom=0)
-    axes.set_xlim(left=0)
     for x, name in moments:
         axes.axvline(x, color=SOFT, linewidth=1, linestyle=":")
         axes.text(x, 1, f" {name}", transform=axes.get_xaxis_transform(), va="top", color=SOFT, size=9, rotation=90)
+    if not any(series.values()):
+        axes.text(0.5, 0.5, "nothing was measured", transform=axes.transAxes, ha="center", color=SOFT, size=14)
+    axes.set_xlim(left=0)
+    if from_zero:
+        axes.set_ylim(bottom=0)
     _legend(axes)
     return figure
 
 
-def latency_plots(report: LatencyReport) -> dict[str, Figure]:
-    """The plots of a latency report, by name."""
-    cached = [sample.seconds * 1e3 for sample in report.samples if not sample.cold]
-    latency = report.series["cached"].whole
-    plots = {
-        "latency": histogram(report.title, cached, percentile_marks(latency), "milliseconds"),
-        "phases": phases(report.title, {kind: series.phases for kind, series in report.series.items()}),
-    }
-    series = {
-        kind: [(s.started, s.seconds * 1e3) for s in report.samples if s.cold is cold]
-        for kind, cold in (("cached prompt", False), ("new prompt", True))
-    }
-    plots["run"] = timeline(report.title, series, labels=("seconds since the start", "milliseconds"))
-    return plots
-
-
-def percentile_marks(latency: Latency) -> list[tuple[float, str]]:
-    """P50, P95 and P99 in milliseconds, for a histogram."""
-    chosen = [latency.percentile(q) for q in (50, 95, 99)]
-    return [(p.seconds * 1e3, f"P{p.q:g} {p.seconds * 1e3:.1f} ms") for p in chosen]
-
-
-def vram_timeline(report: VramReport) -> Figure:
-    """Every counter over an engine's life, its stages and the limits of the budget."""
-    names = report.timeline[0].counters
-    series = {
-        name: [(r.seconds, value / GB) for r in report.timeline if (value := r.counters[name]) is not None]
-        for name in names
-    }
-    levels = []
-    if RESERVED in names:
-        levels = [(MODEL / GB, "model, at most", WARN), (TOTAL / GB, "in all, at most", STOP)]
-    return timeline(report.title, series, levels, moments=[(stage.began, stage.name) for stage in report.stages])
-
-
-def phases(title: str, kinds: Mapping[str, Mapping[str, Latency]]) -> Figure:
-    """One bar a kind of picture, cut into the medians of its phases, in milliseconds."""
-    figure, axes = _sheet(title, "milliseconds, medians", "")
-    names = list(dict.fromkeys(name for parts in kinds.values() for name in parts))
-    start = dict.fromkeys(kinds, 0.0)
+def stacks(title: str, bars: Mapping[str, Mapping[str, float]], label: str) -> Figure:
+    """One bar across for each entry of `bars`, cut into its named parts."""
+    figure, axes = _sheet(title, label, "")
+    names = list(dict.fromkeys(name for parts in bars.values() for name in parts))
+    ends = dict.fromkeys(bars, 0.0)
     for i, name in enumerate(names):
-        widths = {
-            kind: parts[name].percentile(50).seconds * 1e3 if name in parts else 0 for kind, parts in kinds.items()
-        }
+        widths = {bar: parts.get(name, 0.0) for bar, parts in bars.items()}
         axes.barh(
-            list(kinds), list(widths.values()), left=list(start.values()), color=COLOURS[i % len(COLOURS)],
+            list(bars), list(widths.values()), left=list(ends.values()), color=COLOURS[i % len(COLOURS)],
             edgecolor="white", height=0.5, label=name,
         )  # fmt: skip
-        start = {kind: start[kind] + widths[kind] for kind in kinds}
+        ends = {bar: ends[bar] + widths[bar] for bar in bars}
     axes.invert_yaxis()
     _legend(axes)
     return figure
 
 
-def trend(title: str, history: Sequence[Run]) -> Figure:
-    """Medians of all runs with their intervals, in order; baselines apart."""
-    figure, axes = _sheet(title, "run", "median, milliseconds")
-    medians = [percentile(run.seconds, 50) for run in history]
-    axes.plot([p.seconds * 1e3 for p in medians], color=SOFT, linewidth=1)
-    for baseline, colour, name in ((False, COLOURS[0], "run"), (True, WARN, "baseline")):
-        chosen = [i for i, run in enumerate(history) if run.baseline is baseline]
-        values = [medians[i].seconds * 1e3 for i in chosen]
-        below = [(medians[i].seconds - medians[i].low) * 1e3 for i in chosen]
-        above = [(medians[i].high - medians[i].seconds) * 1e3 for i in chosen]
+def trend(title: str, medians: Sequence[Median], label: str, special: str) -> Figure:
+    """Medians in order with their intervals; `special` is what the special ones are called."""
+    figure, axes = _sheet(title, "", label)
+    axes.plot([m.value for m in medians], color=SOFT, linewidth=1)
+    for kind, colour, name in ((False, COLOURS[0], "run"), (True, WARN, special)):
+        chosen = [(i, m) for i, m in enumerate(medians) if m.special is kind]
         if chosen:
-            axes.errorbar(chosen, values, yerr=(below, above), fmt="o", color=colour, capsize=4, label=name)
-    axes.set_xticks(range(len(history)), [_run_name(run) for run in history], rotation=30, ha="right")
-    _legend(axes)
-    return figure
-
-
-def growth(title: str, trends: Sequence[Trend]) -> Figure:
-    """Each counter's readings against its first one, in MB, by picture."""
-    figure, axes = _sheet(title, "pictures", "MB since the first")
-    for found, colour in zip(trends, COLOURS, strict=False):
-        values = [(reading - found.readings[0]) / MB for reading in found.readings]
-        name = f"{found.counter}: {found.slope / MB:+.3f} MB a picture"
-        axes.plot(range(1, len(values) + 1), values, color=colour, linewidth=2, label=name)
+            spread = [[m.value - m.low for _, m in chosen], [m.high - m.value for _, m in chosen]]
+            axes.errorbar(
+                [i for i, _ in chosen], [m.value for _, m in chosen], yerr=spread, fmt="o", color=colour, capsize=4,
+                label=name,
+            )  # fmt: skip
+    axes.set_xticks(range(len(medians)), [m.name for m in medians], rotation=30, ha="right")
+    axes.set_ylim(bottom=0)
     _legend(axes)
     return figure
 
@@ -160,16 +120,14 @@ def pixels(figure: Figure) -> NDArray[np.uint8]:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def save(figure: Figure, stem: Path) -> list[Path]:
-    """Write `stem.png` and `stem.svg`; the paths."""
+def save(figure: Figure, stem: Path) -> None:
+    """Write `stem.png` and `stem.svg`."""
     import matplotlib
 
-    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
-    # text as text; a picture of the same figures is the same file
+    # text stays text, and the same figures make the same file
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "vortex"}):
-        for path in paths:
-            figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-    return paths
+        figure.savefig(f"{stem}.png")
+        figure.savefig(f"{stem}.svg", metadata={"Date": None})
 
 
 def _sheet(title: str, x: str, y: str) -> tuple[Figure, Axes]:
@@ -188,9 +146,6 @@ def _sheet(title: str, x: str, y: str) -> tuple[Figure, Axes]:
 
 
 def _legend(axes: Axes) -> None:
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(frameon=False, labelcolor=SOFT, ncols=3, loc="upper left", bbox_to_anchor=(0, -0.14))
-
-
-def _run_name(run: Run) -> str:
-    return f"{run.when[:16].replace('T', ' ')}\n{run.vortex}"
+    handles, names = axes.get_legend_handles_labels()
+    if names:
+        axes.figure.legend(handles, names, frameon=False, labelcolor=SOFT, ncols=5, loc="outside lower left")
