@@ -110,7 +110,7 @@ def compare_command(
     output: Output = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure, and fail for a slow-down that is neither chance (p < 0.01) nor small. Ends with one JSON line.
+    """Measure, and fail for a slow-down that is neither chance (p < 0.005) nor small. Ends with one JSON line.
 
     Compared with the last saved baseline; the run joins the history. With --against REV two revisions take turns
     in one run and are compared picture by picture: what the machine does meanwhile meets both.

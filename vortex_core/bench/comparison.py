@@ -20,10 +20,10 @@ from .verdict import FAIL, PASS, UNDECIDED, Verdict
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-ALPHA = 0.01  # chance of calling noise a slow-down, before the threshold makes it smaller still
+ALPHA = 0.005  # chance of calling noise a slow-down, before the threshold makes it smaller still
 THRESHOLD = 0.02  # the smallest slow-down that is called one
 FEWEST = 10  # samples; with fewer pairs no p-value gets below ALPHA by a margin
-Z_95 = 1.959964
+Z_TWO_SIDED, Z_POWER, Z_ALPHA = 1.96, 1.645, 2.576  # of 95 %, of 95 %, of ALPHA
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +49,14 @@ class Comparison:
         change = f"{self.change:+.1%}, 95 % interval {self.low:+.1%} to {self.high:+.1%}, p {self.p_value:.2g}"
         if min(self.before, self.after) < FEWEST:
             return Verdict(what, UNDECIDED, f"not enough samples: {self.before} and {self.after} of {FEWEST}; {change}")
-        slower = self.p_value < ALPHA and self.change >= threshold
-        return Verdict(what, FAIL if slower else PASS, change)
+        if self.p_value < ALPHA and self.change >= threshold:
+            return Verdict(what, FAIL, change)
+        return Verdict(what, PASS, f"{change}; would have found {self.detectable(threshold):.1%} or more")
+
+    def detectable(self, threshold: float = THRESHOLD) -> float:
+        """The slow-down that runs as noisy as these would fail for about nine times of ten."""
+        error = math.log((1 + self.high) / (1 + self.low)) / (2 * Z_TWO_SIDED)
+        return math.expm1(max((Z_ALPHA + Z_POWER) * error, math.log1p(threshold) + Z_POWER * error))
 
 
 def compare(before: Sequence[float], after: Sequence[float]) -> Comparison:
@@ -87,7 +93,7 @@ def _logarithms(seconds: Sequence[float]) -> NDArray[np.float64]:
 def _shift(differences: NDArray[np.float64], deviation: float) -> tuple[float, float, float]:
     """Median and 95 % interval of a shift, as ratios less 1; `deviation` is that of the rank statistic."""
     ordered = np.sort(differences, axis=None)
-    reach = Z_95 * deviation
+    reach = Z_TWO_SIDED * deviation
     low = max(0, math.floor(len(ordered) / 2 - reach))
     high = min(len(ordered) - 1, math.ceil(len(ordered) / 2 + reach) - 1)
     middle, low, high = np.expm1((np.median(ordered), ordered[low], ordered[high]))
