@@ -51,6 +51,7 @@ class Worker:
         except BrokenPipeError:
             answer = ""
         if not answer:
+            self.close()
             raise VortexError(f"The worker that draws with {self._root} ended; what it wrote is above.")
         return dict(json.loads(answer))
 

@@ -125,6 +125,8 @@ def run(
     settle = 2 * max(len(sizes), len(PROMPTS))
     readings: dict[str, list[int]] = {}
     interrupted = False
+    gc.collect()
+    gc.freeze()  # or every collection below would look at all that was there before
     try:
         for i in range(settle + pictures):
             width, height = sizes[i % len(sizes)]
@@ -140,5 +142,7 @@ def run(
         if not readings:
             raise
         interrupted = True
+    finally:
+        gc.unfreeze()
     trends = tuple(trend(name, values) for name, values in readings.items())
     return LeakReport(describe(engine), machine(engine.device), when, tuple(sizes), trends, interrupted)
