@@ -80,7 +80,8 @@ class LatencyProbe:
         value: Any = None,
     ) -> tuple[str, str, Tensor, Any]:
         from ..vortex_core.bench.latency_report import summarize_series
-        from ..vortex_core.bench.pictures import Workload, measure
+        from ..vortex_core.bench.pictures import measure
+        from ..vortex_core.bench.workload import Workload
 
         engine = engines.acquire(model)
         workload = Workload(width, height, steps, iterations=runs, warmup=warmup, cold=0, prompts=(prompt,))

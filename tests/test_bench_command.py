@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 
 from vortex_core import Engine
 from vortex_core.bench import against, latency_report, pictures
+from vortex_core.bench.workload import Workload
 from vortex_core.cli import app
 
 runner = CliRunner()
@@ -27,8 +28,7 @@ Bench = Callable[..., Result]
 @pytest.fixture
 def bench(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Bench:
     """Runs `vortex bench ...` with the shared engine, and checks the exit code."""
-    for module in ("command", "baseline_command"):
-        monkeypatch.setattr(f"vortex_core.bench.{module}.load_engine", lambda *arguments, **options: engine)
+    monkeypatch.setattr("vortex_core.bench.options.load_engine", lambda *arguments, **options: engine)
 
     def run(*arguments: str, code: int = 0) -> Result:
         result = runner.invoke(app, ["bench", *arguments])
@@ -243,5 +243,5 @@ def test_modules_run_as_the_commands(name: str) -> None:
 
 
 def test_reports_say_what_was_measured(engine: Engine) -> None:
-    report = latency_report.run(engine, pictures.Workload(64, 80, steps=1, iterations=1, warmup=0, cold=0))
+    report = latency_report.run(engine, Workload(64, 80, steps=1, iterations=1, warmup=0, cold=0))
     assert report.title.startswith("tiny-schnell, 64 x 80, 1 steps, on ")

@@ -13,8 +13,8 @@ from scipy.stats import iqr
 
 from vortex_core import VortexInputError
 from vortex_core.bench.comparison import Comparison, compare, compare_pairs
-from vortex_core.bench.pictures import ITERATIONS
 from vortex_core.bench.verdict import exit_code
+from vortex_core.bench.workload import ITERATIONS
 
 RECORDED = json.loads((Path(__file__).parent / "data" / "recorded-runs.json").read_text())
 NAMES = [run["what"] for run in RECORDED]

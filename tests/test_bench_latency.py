@@ -12,7 +12,7 @@ import pytest
 from vortex_core import Engine, VortexInputError, sampling
 from vortex_core.bench import latency_report
 from vortex_core.bench.latency_report import LatencyReport, judge
-from vortex_core.bench.pictures import Workload
+from vortex_core.bench.workload import Workload
 from vortex_core.latency import summarize
 
 WORK = Workload(64, 64, steps=2, iterations=16, warmup=1, cold=2)

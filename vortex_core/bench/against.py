@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import VortexError, VortexInputError
-from .pictures import Workload
+from .workload import Workload
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import VortexError
 from .latency_report import LatencyReport
 from .machine import Machine
-from .pictures import Workload
+from .workload import Workload
 
 SCHEMA = "vortex.bench.run/1"
 

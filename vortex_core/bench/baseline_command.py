@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from ..spec import DEFAULT_STEPS
-from ..terminal import T5, CacheDir, Clip, Vae, load_engine, plain_errors, progress_bars
+from ..terminal import plain_errors, progress_bars
 from .comparison import THRESHOLD, Comparison, compare, compare_pairs
 from .options import (
     EXIT_CODES,
     AsJson,
-    Device,
-    Iterations,
-    Model,
     Output,
-    Prompts,
-    Quantization,
-    Size,
-    Steps,
-    Warmup,
-    check_size,
+    Source,
+    Work,
     finish,
     grid,
+    grouped,
     milliseconds,
     picture_count,
     write_folder,
 )
-from .pictures import ITERATIONS, PROMPTS, WARMUP, Workload
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,24 +35,15 @@ SCHEMA = "vortex.bench.comparison/1"
 app = typer.Typer(help="Keep a run, and judge later ones against it.", no_args_is_help=True)
 Folder = Annotated[
     Path | None,
-    typer.Option(help="Where runs are kept. [default: $VORTEX_BASELINES or ~/.local/share/vortex/baselines]"),
+    typer.Option(help="Where runs are kept; $VORTEX_BASELINES or ~/.local/share/vortex/baselines where none is given."),
 ]
 
 
 @app.command(epilog=EXIT_CODES)
+@grouped
 def save(
-    model: Model = "tiny",
-    clip: Clip = None,
-    t5: T5 = None,
-    vae: Vae = None,
-    cache_dir: CacheDir = None,
-    size: Size = None,
-    steps: Steps = DEFAULT_STEPS,
-    device: Device = None,
-    quantization: Quantization = "nf4",
-    iterations: Iterations = ITERATIONS,
-    warmup: Warmup = WARMUP,
-    prompt: Prompts = None,
+    source: Source,
+    work: Work,
     folder: Folder = None,
     as_json: AsJson = False,
 ) -> None:
@@ -68,12 +51,11 @@ def save(
     from . import latency_report
     from .baseline import History
 
-    load = {"clip": clip, "t5": t5, "vae": vae, "cache_dir": cache_dir, "device": device, "quantization": quantization}
     with plain_errors():
-        chosen = check_size(size, steps)
+        work.check()
         with progress_bars() as progress:
-            engine = load_engine(progress, model, **load)
-            workload = _workload(engine.native_size, chosen, steps, iterations, warmup, prompt)
+            engine = source.load(progress)
+            workload = work.workload(engine.native_size)
             report = latency_report.run(engine, workload, on_picture=picture_count(progress, "timing"))
         history = History(folder, report.machine, report.model, workload)
         found = report.series["cached"].whole
@@ -86,19 +68,10 @@ def save(
 
 
 @app.command("compare", epilog=EXIT_CODES)
+@grouped
 def compare_command(
-    model: Model = "tiny",
-    clip: Clip = None,
-    t5: T5 = None,
-    vae: Vae = None,
-    cache_dir: CacheDir = None,
-    size: Size = None,
-    steps: Steps = DEFAULT_STEPS,
-    device: Device = None,
-    quantization: Quantization = "nf4",
-    iterations: Iterations = ITERATIONS,
-    warmup: Warmup = WARMUP,
-    prompt: Prompts = None,
+    source: Source,
+    work: Work,
     folder: Folder = None,
     against: Annotated[
         str | None,
@@ -120,15 +93,13 @@ def compare_command(
     from .machine import machine
     from .pictures import describe
 
-    load = {"clip": clip, "t5": t5, "vae": vae, "cache_dir": cache_dir, "device": device, "quantization": quantization}
     with plain_errors():
-        chosen = check_size(size, steps)
+        work.check()
         if against is not None:
-            work = chosen, steps, iterations, warmup, prompt
-            _compare_revision(against, {"model": model, **load}, work, threshold, output, as_json)
+            _compare_revision(against, source, work, threshold, output, as_json)
         with progress_bars() as progress:
-            engine = load_engine(progress, model, **load)
-            workload = _workload(engine.native_size, chosen, steps, iterations, warmup, prompt)
+            engine = source.load(progress)
+            workload = work.workload(engine.native_size)
             history = History(folder, machine(engine.device), describe(engine), workload)
             baseline = history.baseline()
             report = latency_report.run(engine, workload, on_picture=picture_count(progress, "timing"))
@@ -141,16 +112,16 @@ def compare_command(
 
 
 def _compare_revision(
-    revision: str, load: dict[str, Any], work: tuple[Any, ...], threshold: float, output: Path | None, as_json: bool
+    revision: str, source: Source, work: Work, threshold: float, output: Path | None, as_json: bool
 ) -> None:
     from . import plots
     from .against import alternate, workers
 
-    load = {name: str(value) for name, value in load.items() if value is not None}
+    load = {name: str(value) for name, value in asdict(source).items() if value is not None}
     pairs: list[tuple[float, float]] = []
     interrupted = False
     with progress_bars() as progress, workers(revision, load) as (before, after):
-        workload = _workload(after.model["native_size"], *work)
+        workload = work.workload(after.model["native_size"])
         try:
             pairs.extend(alternate(before.draw, after.draw, workload, picture_count(progress, "timing")))
         except KeyboardInterrupt:
@@ -162,17 +133,6 @@ def _compare_revision(
     shown = {"pairs": plots.pairs_plot(title, revision, old, new)}
     about = {"title": title, "against": revision, "pairs": pairs}
     _finish(compare_pairs(old, new), about, threshold, shown, output, as_json, interrupted)
-
-
-def _workload(
-    native: int,
-    size: tuple[int, int] | None,
-    steps: int,
-    iterations: int,
-    warmup: int,
-    prompts: Sequence[str] | None,
-) -> Workload:
-    return Workload(*(size or (native, native)), steps, iterations, warmup, 0, tuple(prompts or PROMPTS))
 
 
 def _phase_changes(baseline: Run, report: LatencyReport) -> dict[str, float]:

@@ -6,42 +6,41 @@ import json
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from ..device import resolve_device
+from ..errors import GB
 from ..spec import DEFAULT_STEPS
-from ..terminal import T5, CacheDir, Clip, Vae, load_engine, plain_errors, progress_bars
+from ..terminal import plain_errors, progress_bars
 from .baseline_command import app as baseline
-from .exports import append_json
-from .latency_report import LatencyReport
-from .memory import GB
 from .options import (
     EXIT_CODES,
     AsJson,
-    Device,
     Iterations,
     Log,
-    Model,
     Output,
     Prometheus,
-    Prompts,
-    Quantization,
     Size,
+    Source,
     Steps,
-    Warmup,
+    Work,
     check_files,
     check_size,
     finish,
     grid,
+    grouped,
     milliseconds,
     picture_count,
     write_folder,
 )
-from .pictures import COLD, ITERATIONS, PROMPTS, WARMUP, Sample, Workload
-from .vram_report import VramReport
+from .workload import COLD, ITERATIONS
+
+if TYPE_CHECKING:
+    from .latency_report import LatencyReport
+    from .pictures import Sample
+    from .vram_report import VramReport
 
 app = typer.Typer(help="Measure latency and memory, and judge them.", no_args_is_help=True)
 app.add_typer(baseline, name="baseline")
@@ -50,20 +49,11 @@ Target = Annotated[float | None, typer.Option(help="Seconds that this percentile
 
 
 @app.command(epilog=EXIT_CODES)
+@grouped
 def latency(
-    model: Model = "tiny",
-    clip: Clip = None,
-    t5: T5 = None,
-    vae: Vae = None,
-    cache_dir: CacheDir = None,
-    size: Size = None,
-    steps: Steps = DEFAULT_STEPS,
-    device: Device = None,
-    quantization: Quantization = "nf4",
-    iterations: Iterations = ITERATIONS,
-    warmup: Warmup = WARMUP,
+    source: Source,
+    work: Work,
     cold: Annotated[int, typer.Option(min=0, help="Pictures of prompts never seen before, after the others.")] = COLD,
-    prompt: Prompts = None,
     target_p50: Target = None,
     target_p90: Target = None,
     target_p95: Target = None,
@@ -83,26 +73,14 @@ def latency(
     from .trace import chrome_trace
 
     with plain_errors():
-        chosen = check_size(size, steps)
+        work.check()
         check_files(trace, prometheus, log)
         wanted = {50.0: target_p50, 90.0: target_p90, 95.0: target_p95, 99.0: target_p99}
         with progress_bars() as progress:
-            engine = load_engine(
-                progress, model, clip=clip, t5=t5, vae=vae, cache_dir=cache_dir, device=device,
-                quantization=quantization,
-            )  # fmt: skip
-            width, height = chosen or (engine.native_size, engine.native_size)
+            engine = source.load(progress)
             report = latency_report.run(
                 engine,
-                Workload(
-                    width=width,
-                    height=height,
-                    steps=steps,
-                    iterations=iterations,
-                    warmup=warmup,
-                    cold=cold,
-                    prompts=tuple(prompt or PROMPTS),
-                ),
+                work.workload(engine.native_size, cold),
                 targets={q: target for q, target in wanted.items() if target is not None},
                 on_picture=picture_count(progress, "timing"),
                 on_sample=None if log is None else partial(_log_sample, log),
@@ -150,20 +128,17 @@ def latency_tables(report: LatencyReport) -> list[Table]:
 
 
 def _log_sample(log: Path, sample: Sample) -> None:
+    from .exports import append_json
+
     append_json(log, "picture", sample.as_dict())
 
 
 @app.command(epilog=EXIT_CODES)
+@grouped
 def vram(
-    model: Model = "tiny",
-    clip: Clip = None,
-    t5: T5 = None,
-    vae: Vae = None,
-    cache_dir: CacheDir = None,
+    source: Source,
     size: Size = None,
     steps: Steps = DEFAULT_STEPS,
-    device: Device = None,
-    quantization: Quantization = "nf4",
     output: Output = None,
     prometheus: Prometheus = None,
     as_json: AsJson = False,
@@ -172,6 +147,7 @@ def vram(
 
     Undecided where there is no GPU; then the host's memory is what is shown.
     """
+    from ..device import resolve_device
     from . import exports, plots
     from .vram_report import run
 
@@ -179,12 +155,12 @@ def vram(
         chosen = check_size(size, steps)
         check_files(prometheus)
         with progress_bars() as progress:
-            load = partial(
-                load_engine, progress, model, clip=clip, t5=t5, vae=vae, cache_dir=cache_dir, device=device,
-                quantization=quantization,
-            )  # fmt: skip
             report = run(
-                load, resolve_device(device), size=chosen, on_picture=picture_count(progress, "drawing"), steps=steps
+                partial(source.load, progress),
+                resolve_device(source.device),
+                size=chosen,
+                on_picture=picture_count(progress, "drawing"),
+                steps=steps,
             )
         found = report.figures()
         if prometheus:
@@ -209,18 +185,14 @@ def vram_tables(report: VramReport) -> list[Table]:
 
 
 @app.command(epilog=EXIT_CODES)
+@grouped
 def leak(
-    model: Model = "tiny",
-    clip: Clip = None,
-    t5: T5 = None,
-    vae: Vae = None,
-    cache_dir: CacheDir = None,
+    source: Source,
     size: Annotated[
-        list[str] | None, typer.Option(help="WIDTHxHEIGHT, several to mix. [default: native, half of it, and wide]")
+        list[str] | None,
+        typer.Option(help="WIDTHxHEIGHT, several to mix; native, half of it and wide where none is given."),
     ] = None,
     steps: Steps = DEFAULT_STEPS,
-    device: Device = None,
-    quantization: Quantization = "nf4",
     iterations: Iterations = ITERATIONS,
     output: Output = None,
     prometheus: Prometheus = None,
@@ -238,10 +210,7 @@ def leak(
         sizes = [pair for text in size or () if (pair := check_size(text, steps))]
         check_files(prometheus)
         with progress_bars() as progress:
-            engine = load_engine(
-                progress, model, clip=clip, t5=t5, vae=vae, cache_dir=cache_dir, device=device,
-                quantization=quantization,
-            )  # fmt: skip
+            engine = source.load(progress)
             side = engine.native_size
             native = [(side, side), (side // 2, side // 2), (side, side // 2)]
             report = run(

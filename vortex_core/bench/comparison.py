@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from ..errors import VortexInputError
 from .verdict import FAIL, PASS, UNDECIDED, Verdict
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
 ALPHA = 0.005  # chance of calling noise a slow-down, before the threshold makes it smaller still
@@ -61,6 +60,7 @@ class Comparison:
 
 def compare(before: Sequence[float], after: Sequence[float]) -> Comparison:
     """Two independent sets of seconds. Raises `VortexInputError` where one is empty or holds a time not above 0."""
+    import numpy as np
     from scipy.stats import mannwhitneyu
 
     x, y = _logarithms(before), _logarithms(after)
@@ -72,6 +72,7 @@ def compare(before: Sequence[float], after: Sequence[float]) -> Comparison:
 
 def compare_pairs(before: Sequence[float], after: Sequence[float]) -> Comparison:
     """Seconds in pairs: `before[i]` and `after[i]` drew the same picture one after the other. Raises as `compare`."""
+    import numpy as np
     from scipy.stats import wilcoxon
 
     difference = _logarithms(after) - _logarithms(before)
@@ -84,6 +85,8 @@ def compare_pairs(before: Sequence[float], after: Sequence[float]) -> Comparison
 
 
 def _logarithms(seconds: Sequence[float]) -> NDArray[np.float64]:
+    import numpy as np
+
     values = np.asarray(seconds, dtype=float)
     if not values.size or not (np.isfinite(values) & (values > 0)).all():
         raise VortexInputError("A comparison needs at least one time on each side, and every time above 0.")
@@ -92,6 +95,8 @@ def _logarithms(seconds: Sequence[float]) -> NDArray[np.float64]:
 
 def _shift(differences: NDArray[np.float64], deviation: float) -> tuple[float, float, float]:
     """Median and 95 % interval of a shift, as ratios less 1; `deviation` is that of the rank statistic."""
+    import numpy as np
+
     ordered = np.sort(differences, axis=None)
     reach = Z_TWO_SIDED * deviation
     low = max(0, math.floor(len(ordered) / 2 - reach))

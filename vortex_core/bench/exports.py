@@ -6,9 +6,10 @@ import csv
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .pictures import Sample
+if TYPE_CHECKING:
+    from .pictures import Sample
 
 Metric = tuple[str, Mapping[str, str], float]  # name, labels, value
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..latency import Latency, samples_needed, summarize
 from .machine import Machine, Reading, machine, now
-from .pictures import Sample, Workload, describe, measure, overhead
+from .pictures import Sample, describe, measure, overhead
 from .verdict import FAIL, PASS, UNDECIDED, Verdict
+from .workload import Workload
 
 if TYPE_CHECKING:
     from ..engine import Engine

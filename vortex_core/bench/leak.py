@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from ..errors import VortexInputError
 from .machine import Machine, machine, now
 from .memory import Counters, at_rest
-from .pictures import PROMPTS, describe, draw
+from .pictures import describe, draw
 from .verdict import FAIL, PASS, UNDECIDED, Verdict
+from .workload import PROMPTS
 
 if TYPE_CHECKING:
     import torch

@@ -12,7 +12,6 @@ from ..latency import synchronize
 from ..vram import snapshot
 
 ALLOCATED, RESERVED, PROCESS, HOST = "torch allocated", "torch reserved", "process (NVML)", "host (RSS)"
-GB = 1e9
 INTERVAL = 0.02  # seconds between two readings of a timeline
 
 Counters = dict[str, int | None]  # bytes by name; None where NVML does not tell

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 
 import typer
 from rich.console import Console
@@ -13,26 +16,19 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ..errors import VortexInputError
-from ..request import Request
-from ..terminal import EXIT_CANCELLED, console, parse_size
-from .pictures import MAX_PROMPTS
+from ..spec import DEFAULT_STEPS
+from ..terminal import EXIT_CANCELLED, T5, CacheDir, Clip, Vae, console, load_engine, parse_size
 from .verdict import EXIT_FAIL, EXIT_UNDECIDED, FAIL, PASS, UNDECIDED, Verdict, exit_code
+from .workload import ITERATIONS, MAX_PROMPTS, PROMPTS, WARMUP, Workload
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Model = Annotated[
-    str, typer.Option(help="'tiny' (bundled), a FLUX.1-schnell diffusers folder, or a .safetensors or .gguf file.")
-]
-Size = Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels. [default: the model's own]")]
+    from ..engine import Engine
+
+Size = Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels; the model's own where none is given.")]
 Steps = Annotated[int, typer.Option(help="Steps of a picture; schnell is made for 4.")]
-Device = Annotated[str | None, typer.Option(help="'cuda', 'cuda:1' or 'cpu'. [default: the GPU if any]")]
-Quantization = Annotated[str, typer.Option(help="'nf4', or 'none' for 16-bit weights.")]
 Iterations = Annotated[int, typer.Option(min=1, help="Pictures that count.")]
-Warmup = Annotated[int, typer.Option(min=0, help="Pictures before that, which do not.")]
-Prompts = Annotated[
-    list[str] | None, typer.Option("--prompt", help=f"Prompts to rotate over, up to {MAX_PROMPTS}. [default: five]")
-]
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Folder for report.json, samples.csv and plots as PNG and SVG.")
 ]
@@ -47,8 +43,86 @@ EXIT_CODES = (
 MARKS = {PASS: "[green]PASS[/]", FAIL: "[red]FAIL[/]", UNDECIDED: "[yellow]UNDECIDED[/]"}
 
 
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Options: which model, where it runs and how."""
+
+    model: Annotated[
+        str, typer.Option(help="'tiny' (bundled), a FLUX.1-schnell diffusers folder, or a .safetensors or .gguf file.")
+    ] = "tiny"
+    clip: Clip = None
+    t5: T5 = None
+    vae: Vae = None
+    cache_dir: CacheDir = None
+    device: Annotated[
+        str | None, typer.Option(help="'cuda', 'cuda:1' or 'cpu'; the GPU, if any, where none is given.")
+    ] = None
+    quantization: Annotated[str, typer.Option(help="'nf4', or 'none' for 16-bit weights.")] = "nf4"
+
+    def load(self, progress: Progress) -> Engine:
+        """The engine, behind a bar."""
+        return load_engine(progress, **asdict(self))
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Options: which pictures, and how many."""
+
+    size: Size = None
+    steps: Steps = DEFAULT_STEPS
+    iterations: Iterations = ITERATIONS
+    warmup: Annotated[int, typer.Option(min=0, help="Pictures before that, which do not.")] = WARMUP
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--prompt", help=f"Prompts to rotate over, up to {MAX_PROMPTS}; five simple ones where none is given."
+        ),
+    ] = None
+
+    def check(self) -> None:
+        """Raise `VortexInputError` for a size or steps out of range, before a model is loaded."""
+        check_size(self.size, self.steps)
+
+    def workload(self, native: int, cold: int = 0) -> Workload:
+        """The pictures of a model whose native side is `native`."""
+        width, height = check_size(self.size, self.steps) or (native, native)
+        prompts = tuple(self.prompt or PROMPTS)
+        return Workload(width, height, self.steps, self.iterations, self.warmup, cold, prompts)
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """A command for Typer, which knows no groups of options: a parameter that is a dataclass becomes its fields."""
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
+    parameters: list[Parameter] = []
+    for parameter in signature(command).parameters.values():
+        kind = groups.get(parameter.name)
+        if kind is None:
+            parameters.append(parameter.replace(annotation=hints[parameter.name], kind=Parameter.KEYWORD_ONLY))
+            continue
+        own = get_type_hints(kind, include_extras=True)
+        parameters += [
+            Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=own[field.name])
+            for field in fields(kind)
+        ]
+
+    @wraps(command)
+    def flat(**options: Any) -> None:
+        made = {
+            name: kind(**{field.name: options.pop(field.name) for field in fields(kind)})
+            for name, kind in groups.items()
+        }
+        command(**made, **options)
+
+    flat.__dict__["__signature__"] = Signature(parameters)
+    flat.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return flat
+
+
 def check_size(size: str | None, steps: int) -> tuple[int, int] | None:
     """Width and height of `--size`, checked before a model is loaded. Raises `VortexInputError`."""
+    from ..request import Request
+
     width, height = parse_size(size)
     Request(seed=0, height=height or 64, width=width or 64, steps=steps, batch_size=1)
     return None if width is None or height is None else (width, height)

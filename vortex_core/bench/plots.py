@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ..errors import GB
 from ..latency import Latency, percentile
 from .baseline import Run
 from .figures import STOP, WARN, Median, histogram, stacks, timeline, trend
 from .latency_report import LatencyReport
 from .leak import MB, LeakReport
-from .memory import GB, RESERVED
+from .memory import RESERVED
 from .vram_report import MODEL, TOTAL, VramReport
 
 if TYPE_CHECKING:

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..errors import GB
 from .machine import Machine, machine, now
-from .memory import ALLOCATED, GB, RESERVED, Counters, Moment, Timeline, at_rest
-from .pictures import PROMPTS, describe, draw
+from .memory import ALLOCATED, RESERVED, Counters, Moment, Timeline, at_rest
+from .pictures import describe, draw
 from .verdict import FAIL, PASS, UNDECIDED, Verdict
+from .workload import PROMPTS
 
 if TYPE_CHECKING:
     from ..engine import Engine
