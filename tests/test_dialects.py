@@ -15,7 +15,7 @@ from vortex_core import Engine, VortexCheckpointError, load_flux_schnell, nf4
 from vortex_core.checkpoint.bundle import Bundle, open_bundle
 from vortex_core.checkpoint.dialect import find_part
 from vortex_core.checkpoint.materialize import is_quantized
-from vortex_core.checkpoint.tensors import StateDict, open_file
+from vortex_core.checkpoint.files import StateDict, open_file
 from vortex_core.conditioning import Modulation
 from vortex_core.transformer import Transformer
 

@@ -14,7 +14,8 @@ from ..errors import VortexCheckpointError
 from ..spec import FluxSpec, VaeSpec
 from .config import infer_clip, infer_flux, infer_t5, infer_vae
 from .dialect import Part, find_part
-from .tensors import Raw, StateDict, Tensors, open_file, open_folder
+from .files import Raw, StateDict, open_file, open_folder, unreadable
+from .tensors import Tensors
 from .tokenizer import find_tokenizers, whole
 
 if TYPE_CHECKING:
@@ -64,18 +65,14 @@ def open_bundle(
     Raises `VortexCheckpointError` that says what is missing, unsafe, or another model's.
     """
     path = TINY if model == "tiny" else Path(model).expanduser()
-    if not path.exists():
-        raise VortexCheckpointError(
-            f"There is no model at {path}. Give 'tiny' (bundled), a FLUX.1-schnell folder in the diffusers layout or "
-            "a .safetensors or .gguf file; Vortex never downloads by itself.",
-            path=str(path),
-        )
     parts, configs = find_parts(path, {"clip": clip, "t5": t5, "vae": vae})
     missing = [WORDS[kind] for kind in SUBFOLDERS if kind not in parts]
     if missing:
         options = ", ".join(f"{kind}=" for kind in SUBFOLDERS if kind not in parts and kind != "transformer")
         raise VortexCheckpointError(
-            f"{path} lacks {'; '.join(missing)}." + (f" Give files for them with {options}." if options else ""),
+            f"{path} lacks {'; '.join(missing)}."
+            + (f" Give files for them with {options}." if options else "")
+            + _files_in(path),
             path=str(path),
         )
     folder = Path(tokenizers).expanduser() if tokenizers is not None else path if path.is_dir() else None
@@ -111,7 +108,12 @@ def open_pipeline(pipe: FluxPipeline) -> Bundle:
 def find_parts(
     path: Path, others: Mapping[str, str | Path | None]
 ) -> tuple[dict[str, Part], dict[str, dict[str, Any]]]:
-    """The parts at `path` and in the `others`, and the configs beside them. Reads headers only."""
+    """The parts at `path` and in the `others`, and the configs beside them. Reads headers only.
+
+    Raises `VortexCheckpointError` where there is nothing, or nothing that can be read.
+    """
+    for place in (path, *(Path(other).expanduser() for other in others.values() if other is not None)):
+        _check_readable(place)
     parts: dict[str, Part] = {}
     configs: dict[str, dict[str, Any]] = {}
     whole_file = open_file(path) if path.is_file() else None
@@ -121,8 +123,8 @@ def find_parts(
             raw, folder = _open(Path(given).expanduser(), subfolder)
         elif whole_file is not None:
             raw, folder = whole_file, None
-        elif (path / subfolder).is_dir():
-            raw, folder = _open(path / subfolder, subfolder)
+        elif (path / subfolder).is_dir() or (kind == "transformer" and (path / "config.json").is_file()):
+            raw, folder = _open(path, subfolder)
         else:
             continue
         part = find_part(raw, kind)
@@ -133,6 +135,24 @@ def find_parts(
         elif given is not None:
             raise VortexCheckpointError(f"{given} does not hold {WORDS[kind]}.", path=str(given))
     return parts, configs
+
+
+def _check_readable(path: Path) -> None:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise VortexCheckpointError(
+            f"There is no model at {path}. Give 'tiny' (bundled), a FLUX.1-schnell folder in the diffusers layout "
+            "or a .safetensors or .gguf file; Vortex never downloads by itself.",
+            path=str(path),
+        ) from error
+    except OSError as error:
+        raise unreadable(path, "model", error) from error
+
+
+def _files_in(path: Path) -> str:
+    files = [*path.glob("*.safetensors"), *path.glob("*.gguf")] if path.is_dir() else []
+    return f" It is a folder; perhaps you mean the file {files[0].name} in it." if files else ""
 
 
 def _open(path: Path, subfolder: str) -> tuple[Raw, Path | None]:
@@ -150,18 +170,43 @@ def _bundle(
     tokenizer_2: Tokenizer,
 ) -> Bundle:
     def spec(kind: str, read: Callable[[Mapping[str, Any]], Any], infer: Callable[[Tensors], Any]) -> Any:
-        return read(configs[kind]) if kind in configs else infer(parts[kind].tensors)
+        where = parts[kind].tensors.where
+        try:
+            return read(configs[kind]) if kind in configs else infer(parts[kind].tensors)
+        except VortexCheckpointError as error:
+            raise VortexCheckpointError(f"{where}: {error}", path=where) from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise VortexCheckpointError(
+                f"The config.json beside {where} is another model's, or damaged ({error!r}). Download it again.",
+                path=where,
+            ) from error
 
     clip = spec("clip", dict, infer_clip)
     if "clip" not in configs:
         # pooling looks for the end token; only the tokenizer knows which one it writes
         clip["eos_token_id"] = tokenizer.encode("").ids[-1]
+    flux, vae, t5 = (
+        spec("transformer", FluxSpec.from_diffusers, infer_flux),
+        spec("vae", VaeSpec.from_diffusers, infer_vae),
+        spec("t5", dict, infer_t5),
+    )
+    for kind, width, expected in (
+        ("clip", clip.get("hidden_size"), flux.vec),
+        ("t5", t5.get("d_model"), flux.context),
+        ("vae", vae.latent_channels, flux.latent_channels),
+    ):
+        if width != expected:
+            where = parts[kind].tensors.where
+            raise VortexCheckpointError(
+                f"{where} is {width} wide, but this transformer needs {expected}. Give {WORDS[kind]} of FLUX.1.",
+                path=where,
+            )
     return Bundle(
         name=name,
-        flux=spec("transformer", FluxSpec.from_diffusers, infer_flux),
-        vae=spec("vae", VaeSpec.from_diffusers, infer_vae),
+        flux=flux,
+        vae=vae,
         clip=clip,
-        t5=spec("t5", dict, infer_t5),
+        t5=t5,
         parts=parts,
         tokenizer=tokenizer,
         tokenizer_2=tokenizer_2,
@@ -171,7 +216,11 @@ def _bundle(
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
-        config: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise VortexCheckpointError(f"{path} is missing or not JSON ({error}).", path=str(path)) from error
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise VortexCheckpointError(
+            f"{path} is missing or not JSON ({error}). Download it again.", path=str(path)
+        ) from error
+    if not isinstance(config, dict):
+        raise VortexCheckpointError(f"{path} is not a model's config. Download it again.", path=str(path))
     return config
