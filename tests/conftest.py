@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import comfy_host
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from vortex_core import Engine
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 # Read once by huggingface_hub and transformers, when they are imported: set before any test module is.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
+
+settings.register_profile("quick", max_examples=100, deadline=None, database=None)
+settings.register_profile("nightly", max_examples=10_000, deadline=None, database=None)
+settings.load_profile("quick")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

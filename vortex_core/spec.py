@@ -103,8 +103,8 @@ class VaeSpec:
             )
         if any(width % self.groups for width in self.channels):
             raise VortexCheckpointError(
-                f"The VAE's widths {self.channels} do not divide into {self.groups} norm groups. A single file does not "
-                "say how many it has, so FLUX's 32 are taken: give vae= the VAE's folder, which does."
+                f"The VAE's widths {self.channels} do not divide into {self.groups} norm groups. A single file does "
+                "not say how many it has, so FLUX's 32 are taken: give vae= the VAE's folder, which does."
             )
 
     @classmethod

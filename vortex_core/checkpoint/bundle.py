@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from ..errors import VortexCheckpointError
 from ..spec import FluxSpec, VaeSpec
-from .config import infer_clip, infer_flux, infer_t5, infer_vae
+from .config import describe
 from .dialect import Part, find_part
 from .files import Raw, StateDict, open_file, open_folder, unreadable
 from .tensors import Tensors
@@ -169,27 +169,12 @@ def _bundle(
     tokenizer: Tokenizer,
     tokenizer_2: Tokenizer,
 ) -> Bundle:
-    def spec(kind: str, read: Callable[[Mapping[str, Any]], Any], infer: Callable[[Tensors], Any]) -> Any:
-        where = parts[kind].tensors.where
-        try:
-            return read(configs[kind]) if kind in configs else infer(parts[kind].tensors)
-        except VortexCheckpointError as error:
-            raise VortexCheckpointError(f"{where}: {error}", path=where) from error
-        except (KeyError, TypeError, ValueError) as error:
-            raise VortexCheckpointError(
-                f"The config.json beside {where} is another model's, or damaged ({error!r}). Download it again.",
-                path=where,
-            ) from error
-
-    clip = spec("clip", dict, infer_clip)
+    flux, vae, clip, t5 = (
+        describe(kind, parts[kind].tensors, configs.get(kind)) for kind in ("transformer", "vae", "clip", "t5")
+    )
     if "clip" not in configs:
         # pooling looks for the end token; only the tokenizer knows which one it writes
         clip["eos_token_id"] = tokenizer.encode("").ids[-1]
-    flux, vae, t5 = (
-        spec("transformer", FluxSpec.from_diffusers, infer_flux),
-        spec("vae", VaeSpec.from_diffusers, infer_vae),
-        spec("t5", dict, infer_t5),
-    )
     for kind, width, expected in (
         ("clip", clip.get("hidden_size"), flux.vec),
         ("t5", t5.get("d_model"), flux.context),

@@ -63,6 +63,7 @@ class SafetensorsFiles:
         self._upload: Upload | None = None
         for path in self.files:
             try:
+                path.open("rb").close()  # safe_open says of a forbidden file that there is none
                 file = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise unreadable(path, "safetensors", error) from error

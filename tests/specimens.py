@@ -1,0 +1,63 @@
+"""Small sound files to damage, and a look at them as loading does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import bitsandbytes.functional as bnb
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vortex_core.checkpoint.bundle import find_parts
+from vortex_core.checkpoint.config import describe
+from vortex_core.checkpoint.materialize import check, is_quantized
+from vortex_core.conditioning import Modulation
+from vortex_core.spec import FluxSpec
+from vortex_core.transformer import Transformer
+
+SMALL = FluxSpec(hidden=128, heads=1, double_blocks=1, single_blocks=1, context=64, vec=64)
+
+
+def plain() -> dict[str, Tensor]:
+    """A transformer of one double and one single block, 1.5 M parameters in bf16, under BFL's names."""
+    generator = torch.Generator().manual_seed(0)
+    named = [pair for half in halves(SMALL) for pair in half.named_parameters()]
+    return {name: torch.randn(p.shape, generator=generator).bfloat16() for name, p in named}
+
+
+def packed(nested: bool) -> dict[str, Tensor]:
+    """The same in NF4 as bitsandbytes packs it, with or without nested scales."""
+    linears = {
+        f"{name}.weight" for half in halves(SMALL) for name, part in half.named_modules() if is_quantized(part, name)
+    }
+    state: dict[str, Tensor] = {}
+    for name, tensor in plain().items():
+        if name in linears:
+            weight, quantized = bnb.quantize_4bit(tensor, blocksize=64, quant_type="nf4", compress_statistics=nested)
+            parts = {f"{name}.{key}": value.contiguous() for key, value in quantized.as_dict(packed=True).items()}
+            state |= {name: weight, **parts}
+        else:
+            state[name] = tensor
+    return state
+
+
+def save(tensors: dict[str, Tensor], path: Path) -> Path:
+    """Write `tensors` with safetensors' own writer; the path."""
+    save_file(tensors, path)
+    return path
+
+
+def look(path: Path) -> None:
+    """Everything that `Engine.load` does with a transformer before it takes memory."""
+    parts, configs = find_parts(path, {})
+    if "transformer" in parts:
+        tensors = parts["transformer"].tensors
+        for half in halves(describe("transformer", tensors, configs.get("transformer"))):
+            check(half, tensors)
+
+
+def halves(spec: FluxSpec) -> list[nn.Module]:
+    """The two modules that a transformer's file fills, on `meta`."""
+    with torch.device("meta"):
+        return [Transformer(spec), Modulation(spec)]
