@@ -48,13 +48,23 @@ def save(tensors: dict[str, Tensor], path: Path) -> Path:
     return path
 
 
-def look(path: Path) -> None:
-    """Everything that `Engine.load` does with a transformer before it takes memory."""
+def look(path: Path) -> bool:
+    """Everything that `Engine.load` does with a transformer before it takes memory; whether there is one."""
     parts, configs = find_parts(path, {})
-    if "transformer" in parts:
-        tensors = parts["transformer"].tensors
-        for half in halves(describe("transformer", tensors, configs.get("transformer"))):
-            check(half, tensors)
+    if "transformer" not in parts:
+        return False
+    tensors = parts["transformer"].tensors
+    for half in halves(describe("transformer", tensors, configs.get("transformer"))):
+        check(half, tensors)
+    return True
+
+
+def read(path: Path) -> None:
+    """Every canonical tensor, decoded."""
+    tensors = find_parts(path, {})[0]["transformer"].tensors
+    for half in halves(describe("transformer", tensors, None)):
+        for name, _ in half.named_parameters():
+            tensors.read(name)
 
 
 def halves(spec: FluxSpec) -> list[nn.Module]:

@@ -68,8 +68,8 @@ def write(path: Path, header: dict[str, Any], data: bytes) -> Path:
 def test_the_sound_files_are_sound(
     tmp_path: Path, plain: dict[str, Tensor], packed: dict[bool, dict[str, Tensor]], nested: bool
 ) -> None:
-    look(save(plain, tmp_path / "plain.safetensors"))
-    look(save(packed[nested], tmp_path / "nf4.safetensors"))
+    assert look(save(plain, tmp_path / "plain.safetensors"))
+    assert look(save(packed[nested], tmp_path / "nf4.safetensors"))
 
 
 @pytest.mark.parametrize("length", [0, 1, 7, 100_000_001, 2**40, 2**63, 2**64 - 1, None])

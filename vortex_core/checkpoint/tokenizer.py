@@ -7,6 +7,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from ..errors import VortexCheckpointError
+from .files import unreadable
 
 # Where `vortex fetch tokenizers` downloads from, and where a cache is looked through: repository, file.
 CLIP_HOMES = (("openai/clip-vit-large-patch14", "tokenizer.json"),)
@@ -39,10 +40,12 @@ def find_tokenizers(folder: Path | None) -> tuple[Tokenizer, Tokenizer]:
 
 def read_tokenizer(path: Path) -> Tokenizer:
     """From a tokenizer.json, or a folder with one, or with CLIP's older pair of vocab.json and merges.txt."""
-    if path.is_file():
-        return whole(Tokenizer.from_file(str(path)))
-    if (path / "tokenizer.json").is_file():
-        return whole(Tokenizer.from_file(str(path / "tokenizer.json")))
+    file = path if path.is_file() else path / "tokenizer.json"
+    if file.is_file():
+        try:
+            return whole(Tokenizer.from_file(str(file)))
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise unreadable(file, "tokenizer", error) from error
     if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
         # the released folder has CLIP's tokenizer only in this older form; transformers knows how to join it
         from transformers import CLIPTokenizerFast
@@ -63,10 +66,19 @@ def whole(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def fetch_tokenizers() -> list[Path]:
-    """Download both tokenizers into the user's Hugging Face cache; the files. The only place that uses a network."""
+    """Download both tokenizers into the user's Hugging Face cache; the files. The only place that uses a network.
+
+    Raises `VortexCheckpointError` where that fails.
+    """
     from huggingface_hub import hf_hub_download
 
-    return [Path(hf_hub_download(*homes[-1])) for homes in (CLIP_HOMES, T5_HOMES)]
+    try:
+        return [Path(hf_hub_download(*homes[-1])) for homes in (CLIP_HOMES, T5_HOMES)]
+    except (OSError, ValueError) as error:
+        raise VortexCheckpointError(
+            f"The tokenizers could not be downloaded ({str(error).partition(chr(10))[0]}). Check the network, and that "
+            "HF_HUB_OFFLINE is not set."
+        ) from error
 
 
 def _cached(homes: tuple[tuple[str, str], ...]) -> Path | None:

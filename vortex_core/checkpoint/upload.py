@@ -36,6 +36,7 @@ class Upload:
                 self._send(source, target)
         return copy
 
+    @torch.inference_mode()  # which the buffers may have been made in
     def _send(self, source: Tensor, target: Tensor) -> None:
         sent = self._sent[self._turn]
         pinned = self._buffers[self._turn][: source.numel()]
