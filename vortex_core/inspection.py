@@ -14,6 +14,7 @@ from .checkpoint.bundle import SUBFOLDERS, WORDS, find_parts
 from .checkpoint.config import describe
 from .checkpoint.dialect import Part
 from .checkpoint.materialize import check, is_quantized
+from .checkpoint.tokenizer import locate_tokenizers
 from .conditioning import Modulation
 from .errors import VortexCheckpointError
 from .nf4 import BLOCK
@@ -62,8 +63,13 @@ def inspect(path: str | Path, others: Mapping[str, str | Path | None] | None = N
     found = tuple(
         Found(kind, part.words, sum(1 for _ in part.stored.names()), part.nbytes) for kind, part in parts.items()
     )
-    missing = tuple(WORDS[kind] for kind in SUBFOLDERS if kind not in parts)
-    return Inspection(where, found, missing, dict(_placement(parts, configs)))
+    missing = [WORDS[kind] for kind in SUBFOLDERS if kind not in parts]
+    missing += [
+        f"{encoder}'s tokenizer (`vortex fetch tokenizers` downloads it)"
+        for encoder, place in locate_tokenizers(where if where.is_dir() else None).items()
+        if place is None
+    ]
+    return Inspection(where, found, tuple(missing), dict(_placement(parts, configs)))
 
 
 def _placement(parts: Mapping[str, Part], configs: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, int]]:

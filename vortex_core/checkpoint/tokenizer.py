@@ -23,10 +23,8 @@ def find_tokenizers(folder: Path | None) -> tuple[Tokenizer, Tokenizer]:
 
     Raises `VortexCheckpointError` that says how to get what is missing; nothing is downloaded.
     """
-    if folder is not None and (folder / "tokenizer").is_dir() and (folder / "tokenizer_2").is_dir():
-        return read_tokenizer(folder / "tokenizer"), read_tokenizer(folder / "tokenizer_2")
-    found = [_cached(homes) for homes in (CLIP_HOMES, T5_HOMES)]
-    missing = [name for name, path in zip(("CLIP", "T5"), found, strict=True) if path is None]
+    found = locate_tokenizers(folder)
+    missing = [name for name, path in found.items() if path is None]
     if missing:
         where = f"{folder} has no tokenizer and tokenizer_2 folders, and " if folder is not None else ""
         raise VortexCheckpointError(
@@ -34,8 +32,15 @@ def find_tokenizers(folder: Path | None) -> tuple[Tokenizer, Tokenizer]:
             "tokenizers` once (it downloads about 4 MB), or give tokenizers=, a folder with both.",
             path=None if folder is None else str(folder),
         )
-    clip, t5 = (read_tokenizer(path) for path in found if path is not None)
+    clip, t5 = (read_tokenizer(path) for path in found.values() if path is not None)
     return clip, t5
+
+
+def locate_tokenizers(folder: Path | None) -> dict[str, Path | None]:
+    """Where CLIP's and T5's tokenizers are, or None where they are missing. Reads nothing."""
+    if folder is not None and (folder / "tokenizer").is_dir() and (folder / "tokenizer_2").is_dir():
+        return {"CLIP": folder / "tokenizer", "T5": folder / "tokenizer_2"}
+    return {"CLIP": _cached(CLIP_HOMES), "T5": _cached(T5_HOMES)}
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
