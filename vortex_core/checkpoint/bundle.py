@@ -15,7 +15,7 @@ from ..spec import FluxSpec, VaeSpec
 from .config import infer_clip, infer_flux, infer_t5, infer_vae
 from .dialect import Part, find_part
 from .tensors import Raw, StateDict, Tensors, open_file, open_folder
-from .tokenizer import find_tokenizers, whole
+from .tokenizer import find_tokenizers, read_tokenizer, whole
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
@@ -27,6 +27,12 @@ WORDS = {
     "clip": "CLIP's text encoder (such as clip_l.safetensors)",
     "t5": "the T5 encoder (such as t5xxl_fp16.safetensors)",
     "vae": "the VAE (such as ae.safetensors)",
+}
+SIZES: dict[str, tuple[Callable[[Mapping[str, Any]], Any], Callable[[Tensors], Any]]] = {
+    "transformer": (FluxSpec.from_diffusers, infer_flux),
+    "clip": (dict, infer_clip),
+    "t5": (dict, infer_t5),
+    "vae": (VaeSpec.from_diffusers, infer_vae),
 }
 
 
@@ -54,12 +60,12 @@ def open_bundle(
     clip: str | Path | None = None,
     t5: str | Path | None = None,
     vae: str | Path | None = None,
-    tokenizers: str | Path | None = None,
+    tokenizers: str | Path | tuple[Path, Path] | None = None,
 ) -> Bundle:
     """Open a model by name (`"tiny"`, bundled), diffusers folder or single file; reads configs and headers only.
 
     `clip`, `t5` and `vae` are files or folders for what the model lacks; they win over what it has. `tokenizers` is a
-    folder with `tokenizer/` and `tokenizer_2/`.
+    folder with `tokenizer/` and `tokenizer_2/`, or the pair of CLIP's and T5's folders.
 
     Raises `VortexCheckpointError` that says what is missing, unsafe, or another model's.
     """
@@ -78,8 +84,11 @@ def open_bundle(
             f"{path} lacks {'; '.join(missing)}." + (f" Give files for them with {options}." if options else ""),
             path=str(path),
         )
+    name = "tiny-schnell" if model == "tiny" else path.stem
+    if isinstance(tokenizers, tuple):
+        return _bundle(name, parts, configs, *map(read_tokenizer, tokenizers))
     folder = Path(tokenizers).expanduser() if tokenizers is not None else path if path.is_dir() else None
-    return _bundle("tiny-schnell" if model == "tiny" else path.stem, parts, configs, *find_tokenizers(folder))
+    return _bundle(name, parts, configs, *find_tokenizers(folder))
 
 
 def open_pipeline(pipe: FluxPipeline) -> Bundle:
@@ -149,23 +158,61 @@ def _bundle(
     tokenizer: Tokenizer,
     tokenizer_2: Tokenizer,
 ) -> Bundle:
-    def spec(kind: str, read: Callable[[Mapping[str, Any]], Any], infer: Callable[[Tensors], Any]) -> Any:
-        return read(configs[kind]) if kind in configs else infer(parts[kind].tensors)
-
-    clip = spec("clip", dict, infer_clip)
+    described = {kind: describe(kind, part, configs.get(kind)) for kind, part in parts.items()}
     if "clip" not in configs:
         # pooling looks for the end token; only the tokenizer knows which one it writes
-        clip["eos_token_id"] = tokenizer.encode("").ids[-1]
+        described["clip"]["eos_token_id"] = tokenizer.encode("").ids[-1]
+    _check_fit(described, parts, {"clip": tokenizer, "t5": tokenizer_2})
     return Bundle(
         name=name,
-        flux=spec("transformer", FluxSpec.from_diffusers, infer_flux),
-        vae=spec("vae", VaeSpec.from_diffusers, infer_vae),
-        clip=clip,
-        t5=spec("t5", dict, infer_t5),
+        flux=described["transformer"],
+        vae=described["vae"],
+        clip=described["clip"],
+        t5=described["t5"],
         parts=parts,
         tokenizer=tokenizer,
         tokenizer_2=tokenizer_2,
     )
+
+
+def _check_fit(described: Mapping[str, Any], parts: Mapping[str, Part], tokenizers: Mapping[str, Tokenizer]) -> None:
+    """Raise `VortexCheckpointError` where parts are of different models."""
+    for kind in ("clip", "t5", "vae"):
+        where, found = parts[kind].tensors.where, width(kind, described[kind])
+        wanted = wanted_width(kind, described["transformer"])
+        if found != wanted:
+            raise VortexCheckpointError(
+                f"{where} does not fit this transformer, which takes {wanted} channels and not {found}. "
+                f"Give {WORDS[kind]}.",
+                path=where,
+            )
+        if kind in tokenizers and (tokens := tokenizers[kind].get_vocab_size()) > described[kind]["vocab_size"]:
+            raise VortexCheckpointError(
+                f"{where} has embeddings for {described[kind]['vocab_size']} tokens and its tokenizer has {tokens}: "
+                "it is another model's. Give tokenizers=, a folder with both.",
+                path=where,
+            )
+
+
+def describe(kind: str, part: Part, config: Mapping[str, Any] | None = None) -> Any:
+    """A part's sizes, from the config beside it, else from the tensors: `FluxSpec`, `VaeSpec` or transformers' config.
+
+    Raises `VortexCheckpointError` where it is another model.
+    """
+    read, infer = SIZES[kind]
+    return read(config) if config is not None else infer(part.tensors)
+
+
+def width(kind: str, described: Any) -> int:
+    """The width of a part's output: of CLIP's pooled vector, T5's embeddings, or the VAE's latents."""
+    if kind == "vae":
+        return int(described.latent_channels)
+    return int(described[{"clip": "hidden_size", "t5": "d_model"}[kind]])
+
+
+def wanted_width(kind: str, flux: FluxSpec) -> int:
+    """The width that a transformer takes from `clip`, `t5` or `vae`."""
+    return {"clip": flux.vec, "t5": flux.context, "vae": flux.latent_channels}[kind]
 
 
 def _config(folder: Path) -> dict[str, Any]:

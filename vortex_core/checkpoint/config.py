@@ -51,7 +51,9 @@ def infer_clip(tensors: Tensors) -> dict[str, Any]:
 
 
 def infer_t5(tensors: Tensors) -> dict[str, Any]:
-    """A config for transformers' T5 encoder."""
+    """A config for transformers' T5 encoder. Raises `VortexCheckpointError` for umT5, which has the same names."""
+    if "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight" in tensors:
+        raise VortexCheckpointError(f"{tensors.where} is a umT5 encoder; FLUX takes T5-XXL.", path=tensors.where)
     vocabulary, width = _shape(tensors, "shared.weight")
     first = "encoder.block.0.layer.0.SelfAttention."
     buckets, heads = _shape(tensors, first + "relative_attention_bias.weight")

@@ -22,7 +22,7 @@ def find_tokenizers(folder: Path | None) -> tuple[Tokenizer, Tokenizer]:
 
     Raises `VortexCheckpointError` that says how to get what is missing; nothing is downloaded.
     """
-    if folder is not None and (folder / "tokenizer").is_dir() and (folder / "tokenizer_2").is_dir():
+    if folder is not None and has_tokenizers(folder):
         return read_tokenizer(folder / "tokenizer"), read_tokenizer(folder / "tokenizer_2")
     found = [_cached(homes) for homes in (CLIP_HOMES, T5_HOMES)]
     missing = [name for name, path in zip(("CLIP", "T5"), found, strict=True) if path is None]
@@ -35,6 +35,11 @@ def find_tokenizers(folder: Path | None) -> tuple[Tokenizer, Tokenizer]:
         )
     clip, t5 = (read_tokenizer(path) for path in found if path is not None)
     return clip, t5
+
+
+def has_tokenizers(folder: Path) -> bool:
+    """Whether a model's folder brings its own."""
+    return (folder / "tokenizer").is_dir() and (folder / "tokenizer_2").is_dir()
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
