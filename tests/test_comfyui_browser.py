@@ -66,6 +66,10 @@ class Page:
     def text(self) -> str:
         return self.js("return document.body.innerText")
 
+    def dialog(self) -> str:
+        """What the open dialog says."""
+        return self.js("return [...document.querySelectorAll('[role=dialog]')].map(e => e.innerText).join()")
+
     def click(self, css: str) -> None:
         self.until(lambda: self.js("const e = document.querySelector(arguments[0]); e && e.click(); return !!e", css))
 
@@ -158,7 +162,7 @@ def put_the_checkpoint(page: Page, name: str) -> None:
     target.unlink(missing_ok=True)
     page.js("return app.refreshComboInNodes()")
     page.open_template(name)
-    page.until(lambda: workflows.CHECKPOINT in page.text(), 20)  # in the dialog; a canvas has no text
+    page.until(lambda: workflows.CHECKPOINT in page.dialog(), 20)
     page.js("document.querySelectorAll('.p-dialog-close-button').forEach(e => e.click())")
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(page.host.base.parent / workflows.CHECKPOINT, target)
