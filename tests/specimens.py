@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vortex_core.checkpoint.bundle import find_parts
-from vortex_core.checkpoint.config import describe
+from vortex_core.checkpoint.bundle import describe, find_parts
 from vortex_core.checkpoint.materialize import check, is_quantized
 from vortex_core.conditioning import Modulation
 from vortex_core.spec import FluxSpec
@@ -53,18 +52,18 @@ def look(path: Path) -> bool:
     parts, configs = find_parts(path, {})
     if "transformer" not in parts:
         return False
-    tensors = parts["transformer"].tensors
-    for half in halves(describe("transformer", tensors, configs.get("transformer"))):
-        check(half, tensors)
+    part = parts["transformer"]
+    for half in halves(describe("transformer", part, configs.get("transformer"))):
+        check(half, part.tensors)
     return True
 
 
 def read(path: Path) -> None:
     """Every canonical tensor, decoded."""
-    tensors = find_parts(path, {})[0]["transformer"].tensors
-    for half in halves(describe("transformer", tensors, None)):
+    part = find_parts(path, {})[0]["transformer"]
+    for half in halves(describe("transformer", part)):
         for name, _ in half.named_parameters():
-            tensors.read(name)
+            part.tensors.read(name)
 
 
 def halves(spec: FluxSpec) -> list[nn.Module]:

@@ -186,7 +186,9 @@ def test_other_models(tmp_path: Path, plain: dict[str, Tensor], words: str) -> N
 def test_parts_that_do_not_belong_together(tmp_path: Path, tiny_dir: Path, plain: dict[str, Tensor]) -> None:
     path = save(plain, tmp_path / "small.safetensors")
     parts = {"clip": tiny_dir / "text_encoder", "t5": tiny_dir / "text_encoder_2", "vae": tiny_dir / "vae"}
-    with pytest.raises(VortexCheckpointError, match=r"is 128 wide, but this transformer needs 64\. Give CLIP's"):
+    with pytest.raises(
+        VortexCheckpointError, match=r"does not fit this transformer, which takes 64 channels and not 128\. Give CLIP's"
+    ):
         open_bundle(path, tokenizers=tiny_dir, **parts)
 
 

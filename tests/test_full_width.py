@@ -14,8 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vortex_core import nf4
-from vortex_core.checkpoint.bundle import find_parts
-from vortex_core.checkpoint.config import describe
+from vortex_core.checkpoint.bundle import describe, find_parts
 from vortex_core.checkpoint.dialect import Part, find_part
 from vortex_core.checkpoint.files import StateDict, open_file
 from vortex_core.checkpoint.layout import flux_sources
@@ -80,7 +79,7 @@ def test_a_diffusers_folder_and_a_bfl_file(folder: Path, wide: Part, tmp_path: P
 
     parts, configs = find_parts(folder, {})
     assert len(list((folder / "transformer").glob("*.safetensors"))) > 1
-    assert describe("transformer", parts["transformer"].tensors, configs["transformer"]) == ONE_BLOCK
+    assert describe("transformer", parts["transformer"], configs["transformer"]) == ONE_BLOCK
     with torch.device("meta"):
         halves = (Transformer(ONE_BLOCK), Modulation(ONE_BLOCK))
     assert sum(check(half, wide.tensors) for half in halves) == wide.nbytes
@@ -88,7 +87,7 @@ def test_a_diffusers_folder_and_a_bfl_file(folder: Path, wide: Part, tmp_path: P
     path = tmp_path / "flux1-schnell.safetensors"
     save_file({name: wide.tensors.read(name).contiguous() for name in names}, path)
     single = part_of(path)
-    assert describe("transformer", single.tensors, None) == ONE_BLOCK
+    assert describe("transformer", single) == ONE_BLOCK
     theirs = convert_flux_transformer_checkpoint_to_diffusers({name: single.tensors.read(name) for name in names})
     assert theirs.keys() == set(wide.stored.names())
     assert all(torch.equal(tensor, wide.stored.read(name)) for name, tensor in theirs.items())

@@ -165,8 +165,7 @@ def report(figures: dict[str, Any]) -> None:
 
 def _from_cache(folder: Path, cache: Path, *, fill: bool) -> None:
     from vortex_core.checkpoint import cache as cache_module
-    from vortex_core.checkpoint.bundle import find_parts
-    from vortex_core.checkpoint.config import describe
+    from vortex_core.checkpoint.bundle import describe, find_parts
     from vortex_core.checkpoint.materialize import Target, check, materialize
     from vortex_core.conditioning import Modulation
     from vortex_core.linear import ReferenceBackend
@@ -175,7 +174,7 @@ def _from_cache(folder: Path, cache: Path, *, fill: bool) -> None:
     cache_module.SMALLEST = 0  # the miniature too
     parts, configs = find_parts(folder, {})
     part = parts["transformer"]
-    spec = describe("transformer", part.tensors, configs.get("transformer"))
+    spec = describe("transformer", part, configs.get("transformer"))
     with torch.device("meta"):
         halves = (Transformer(spec), Modulation(spec))
     target = Target(DEVICE, torch.bfloat16, ReferenceBackend())

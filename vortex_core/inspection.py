@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checkpoint.bundle import SUBFOLDERS, WORDS, find_parts
-from .checkpoint.config import describe
+from .checkpoint.bundle import SUBFOLDERS, WORDS, describe, find_parts
 from .checkpoint.dialect import Part
 from .checkpoint.materialize import check, is_quantized
 from .checkpoint.tokenizer import locate_tokenizers
@@ -76,7 +75,7 @@ def _placement(parts: Mapping[str, Part], configs: Mapping[str, Mapping[str, Any
     if "transformer" not in parts:
         return
     tensors = parts["transformer"].tensors
-    spec = describe("transformer", tensors, configs.get("transformer"))
+    spec = describe("transformer", parts["transformer"], configs.get("transformer"))
     with torch.device("meta"):
         step_time, modulation = Transformer(spec), Modulation(spec)
     for half in (step_time, modulation):

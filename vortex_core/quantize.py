@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from . import __version__
-from .checkpoint.bundle import WORDS, find_parts
-from .checkpoint.config import describe
+from .checkpoint.bundle import WORDS, describe, find_parts
 from .checkpoint.files import PICKLES
 from .checkpoint.materialize import Target, check
 from .checkpoint.write import DIFFUSERS, write_nf4
@@ -48,7 +47,7 @@ def quantize_file(
     if "transformer" not in parts:
         raise VortexCheckpointError(f"{source} does not hold {WORDS['transformer']}.", path=str(source))
     tensors = parts["transformer"].tensors
-    spec = describe("transformer", tensors, configs.get("transformer"))
+    spec = describe("transformer", parts["transformer"], configs.get("transformer"))
     with torch.device("meta"):
         modules = [(Transformer(spec), ""), (Modulation(spec), "")]
     total = sum(check(module, tensors, prefix) for module, prefix in modules)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +12,11 @@ from tokenizers import Tokenizer
 
 from ..errors import VortexCheckpointError
 from ..spec import FluxSpec, VaeSpec
-from .config import describe
+from .config import infer_clip, infer_flux, infer_t5, infer_vae
 from .dialect import Part, find_part
 from .files import Raw, StateDict, open_file, open_folder, unreadable
 from .tensors import Tensors
-from .tokenizer import find_tokenizers, whole
+from .tokenizer import find_tokenizers, read_tokenizer, whole
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
@@ -29,6 +29,13 @@ WORDS = {
     "t5": "the T5 encoder (such as t5xxl_fp16.safetensors)",
     "vae": "the VAE (such as ae.safetensors)",
 }
+SIZES: dict[str, tuple[Callable[[Mapping[str, Any]], Any], Callable[[Tensors], Any]]] = {
+    "transformer": (FluxSpec.from_diffusers, infer_flux),
+    "clip": (dict, infer_clip),
+    "t5": (dict, infer_t5),
+    "vae": (VaeSpec.from_diffusers, infer_vae),
+}
+NEEDED = {"clip": ("hidden_size", "vocab_size"), "t5": ("d_model", "vocab_size")}  # of transformers' dictionaries
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +62,12 @@ def open_bundle(
     clip: str | Path | None = None,
     t5: str | Path | None = None,
     vae: str | Path | None = None,
-    tokenizers: str | Path | None = None,
+    tokenizers: str | Path | tuple[Path, Path] | None = None,
 ) -> Bundle:
     """Open a model by name (`"tiny"`, bundled), diffusers folder or single file; reads configs and headers only.
 
     `clip`, `t5` and `vae` are files or folders for what the model lacks; they win over what it has. `tokenizers` is a
-    folder with `tokenizer/` and `tokenizer_2/`.
+    folder with `tokenizer/` and `tokenizer_2/`, or the pair of CLIP's and T5's folders.
 
     Raises `VortexCheckpointError` that says what is missing, unsafe, or another model's.
     """
@@ -75,8 +82,11 @@ def open_bundle(
             + _files_in(path),
             path=str(path),
         )
+    name = "tiny-schnell" if model == "tiny" else path.stem
+    if isinstance(tokenizers, tuple):
+        return _bundle(name, parts, configs, *map(read_tokenizer, tokenizers))
     folder = Path(tokenizers).expanduser() if tokenizers is not None else path if path.is_dir() else None
-    return _bundle("tiny-schnell" if model == "tiny" else path.stem, parts, configs, *find_tokenizers(folder))
+    return _bundle(name, parts, configs, *find_tokenizers(folder))
 
 
 def open_pipeline(pipe: FluxPipeline) -> Bundle:
@@ -169,33 +179,74 @@ def _bundle(
     tokenizer: Tokenizer,
     tokenizer_2: Tokenizer,
 ) -> Bundle:
-    flux, vae, clip, t5 = (
-        describe(kind, parts[kind].tensors, configs.get(kind)) for kind in ("transformer", "vae", "clip", "t5")
-    )
+    described = {kind: describe(kind, part, configs.get(kind)) for kind, part in parts.items()}
     if "clip" not in configs:
         # pooling looks for the end token; only the tokenizer knows which one it writes
-        clip["eos_token_id"] = tokenizer.encode("").ids[-1]
-    for kind, width, expected in (
-        ("clip", clip.get("hidden_size"), flux.vec),
-        ("t5", t5.get("d_model"), flux.context),
-        ("vae", vae.latent_channels, flux.latent_channels),
-    ):
-        if width != expected:
-            where = parts[kind].tensors.where
-            raise VortexCheckpointError(
-                f"{where} is {width} wide, but this transformer needs {expected}. Give {WORDS[kind]} of FLUX.1.",
-                path=where,
-            )
+        described["clip"]["eos_token_id"] = tokenizer.encode("").ids[-1]
+    _check_fit(described, parts, {"clip": tokenizer, "t5": tokenizer_2})
     return Bundle(
         name=name,
-        flux=flux,
-        vae=vae,
-        clip=clip,
-        t5=t5,
+        flux=described["transformer"],
+        vae=described["vae"],
+        clip=described["clip"],
+        t5=described["t5"],
         parts=parts,
         tokenizer=tokenizer,
         tokenizer_2=tokenizer_2,
     )
+
+
+def _check_fit(described: Mapping[str, Any], parts: Mapping[str, Part], tokenizers: Mapping[str, Tokenizer]) -> None:
+    """Raise `VortexCheckpointError` where parts are of different models."""
+    for kind in ("clip", "t5", "vae"):
+        where, found = parts[kind].tensors.where, width(kind, described[kind])
+        wanted = wanted_width(kind, described["transformer"])
+        if found != wanted:
+            raise VortexCheckpointError(
+                f"{where} does not fit this transformer, which takes {wanted} channels and not {found}. "
+                f"Give {WORDS[kind]}.",
+                path=where,
+            )
+        if kind in tokenizers and (tokens := tokenizers[kind].get_vocab_size()) > described[kind]["vocab_size"]:
+            raise VortexCheckpointError(
+                f"{where} has embeddings for {described[kind]['vocab_size']} tokens and its tokenizer has {tokens}: "
+                "it is another model's. Give tokenizers=, a folder with both.",
+                path=where,
+            )
+
+
+def describe(kind: str, part: Part, config: Mapping[str, Any] | None = None) -> Any:
+    """A part's sizes, from the config beside it, else from the tensors: `FluxSpec`, `VaeSpec` or transformers' config.
+
+    Raises `VortexCheckpointError` where it is another model.
+    """
+    read, infer = SIZES[kind]
+    where = part.tensors.where
+    try:
+        sizes = read(config) if config is not None else infer(part.tensors)
+        for size in NEEDED.get(kind, ()):
+            int(sizes[size])
+    except VortexCheckpointError as error:
+        if error.path is not None:
+            raise
+        raise VortexCheckpointError(f"{where}: {error}", path=where) from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise VortexCheckpointError(
+            f"The config.json of {where} is another model's, or damaged ({error!r}). Download it again.", path=where
+        ) from error
+    return sizes
+
+
+def width(kind: str, described: Any) -> int:
+    """The width of a part's output: of CLIP's pooled vector, T5's embeddings, or the VAE's latents."""
+    if kind == "vae":
+        return int(described.latent_channels)
+    return int(described[{"clip": "hidden_size", "t5": "d_model"}[kind]])
+
+
+def wanted_width(kind: str, flux: FluxSpec) -> int:
+    """The width that a transformer takes from `clip`, `t5` or `vae`."""
+    return {"clip": flux.vec, "t5": flux.context, "vae": flux.latent_channels}[kind]
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -1,8 +1,7 @@
-"""A part's sizes: from the config.json beside it, else read off the tensors themselves."""
+"""Sizes read off the tensors themselves, for files that carry no config."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from itertools import count
 from typing import Any
 
@@ -11,30 +10,6 @@ from ..spec import FluxSpec, VaeSpec
 from .tensors import Tensors
 
 CLIP_HEAD = 64  # channels of a head, in every CLIP text model
-
-
-def describe(kind: str, tensors: Tensors, config: Mapping[str, Any] | None) -> Any:
-    """`FluxSpec`, `VaeSpec`, or transformers' own dictionary for `clip` and `t5`; `config` is None for single files.
-
-    Raises `VortexCheckpointError` where config or tensors are another model's.
-    """
-    infer: Mapping[str, Callable[[Tensors], Any]] = {
-        "transformer": infer_flux, "vae": infer_vae, "clip": infer_clip, "t5": infer_t5
-    }  # fmt: skip
-    read: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
-        "transformer": FluxSpec.from_diffusers, "vae": VaeSpec.from_diffusers, "clip": dict, "t5": dict
-    }  # fmt: skip
-    try:
-        return infer[kind](tensors) if config is None else read[kind](config)
-    except VortexCheckpointError as error:
-        if error.path is not None:
-            raise
-        raise VortexCheckpointError(f"{tensors.where}: {error}", path=tensors.where) from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise VortexCheckpointError(
-            f"The config.json of {tensors.where} is another model's, or damaged ({error!r}). Download it again.",
-            path=tensors.where,
-        ) from error
 
 
 def infer_flux(tensors: Tensors) -> FluxSpec:
@@ -76,7 +51,9 @@ def infer_clip(tensors: Tensors) -> dict[str, Any]:
 
 
 def infer_t5(tensors: Tensors) -> dict[str, Any]:
-    """A config for transformers' T5 encoder."""
+    """A config for transformers' T5 encoder. Raises `VortexCheckpointError` for umT5, which has the same names."""
+    if "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight" in tensors:
+        raise VortexCheckpointError(f"{tensors.where} is a umT5 encoder; FLUX takes T5-XXL.", path=tensors.where)
     vocabulary, width = _shape(tensors, "shared.weight", 2)
     first = "encoder.block.0.layer.0.SelfAttention."
     buckets, heads = _shape(tensors, first + "relative_attention_bias.weight", 2)

@@ -38,9 +38,14 @@ def find_tokenizers(folder: Path | None) -> tuple[Tokenizer, Tokenizer]:
 
 def locate_tokenizers(folder: Path | None) -> dict[str, Path | None]:
     """Where CLIP's and T5's tokenizers are, or None where they are missing. Reads nothing."""
-    if folder is not None and (folder / "tokenizer").is_dir() and (folder / "tokenizer_2").is_dir():
+    if folder is not None and has_tokenizers(folder):
         return {"CLIP": folder / "tokenizer", "T5": folder / "tokenizer_2"}
     return {"CLIP": _cached(CLIP_HOMES), "T5": _cached(T5_HOMES)}
+
+
+def has_tokenizers(folder: Path) -> bool:
+    """Whether a model's folder brings its own."""
+    return (folder / "tokenizer").is_dir() and (folder / "tokenizer_2").is_dir()
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
