@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes.functional as bnb
 import torch
@@ -44,6 +46,20 @@ def packed(nested: bool) -> dict[str, Tensor]:
 def save(tensors: dict[str, Tensor], path: Path) -> Path:
     """Write `tensors` with safetensors' own writer; the path."""
     save_file(tensors, path)
+    return path
+
+
+def write_gguf(path: Path, architecture: str, tensors: Mapping[str, tuple[Any, Any]]) -> Path:
+    """Write numpy arrays with the `gguf` package; each with the type it is packed in, or None for its own. The path."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, architecture)
+    for name, (values, packed_as) in tensors.items():
+        writer.add_tensor(name, values, raw_dtype=packed_as)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     return path
 
 

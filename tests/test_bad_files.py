@@ -334,3 +334,17 @@ def test_a_damaged_entry_is_made_again(
     loaded = load_flux_schnell(tiny_dir, device="cpu", cache_dir=tmp_path)
     assert torch.equal(loaded.generate("a red circle", **DRAW), engine.generate("a red circle", **DRAW))
     assert not any(differs for _, differs in Cache(tmp_path).damaged())
+
+
+@pytest.mark.gpu
+def test_a_refusal_takes_no_vram(tmp_path: Path, tiny_dir: Path) -> None:
+    path = quantize_file(tiny_dir, tmp_path / "nf4.safetensors", device="cpu")
+    tensors = load_file(path)
+    tensors["single_blocks.2.linear2.weight.absmax"][5] = torch.nan
+    save(tensors, path)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    parts = {"clip": tiny_dir / "text_encoder", "t5": tiny_dir / "text_encoder_2", "vae": tiny_dir / "vae"}
+    with pytest.raises(VortexCheckpointError, match=r"linear2\.weight\.absmax holds NaN"):
+        load_flux_schnell(path, device="cuda", tokenizers=tiny_dir, **parts)
+    assert torch.cuda.max_memory_allocated() - before < 1_000_000  # the backend decodes a sample of 512 values

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -50,6 +52,24 @@ def test_the_second_load_quantizes_nothing(
     monkeypatch.setattr(nf4, "quantize", lambda *a: pytest.fail("quantized again"))
     second = load_flux_schnell(tiny_dir, device="cpu", cache_dir=cached)
     assert torch.equal(second.generate(PROMPT, **DRAW), expected)
+
+
+TWICE = """
+import sys
+from vortex_core import load_flux_schnell
+from vortex_core.checkpoint import cache
+cache.SMALLEST = 0
+load_flux_schnell("tiny", device="cpu", cache_dir=sys.argv[1])
+"""
+
+
+def test_two_processes_at_once(tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "error", "-c", TWICE, str(tmp_path)]
+    both = [subprocess.Popen(command, cwd=Path(__file__).parents[1]) for _ in range(2)]
+    assert [process.wait(timeout=300) for process in both] == [0, 0]
+    assert len(Cache(tmp_path).entries()) == 2
+    assert not any(differs for _, differs in Cache(tmp_path).damaged())
+    assert not list(tmp_path.glob(".*.part"))
 
 
 def test_small_models_are_not_kept(tmp_path: Path, tiny_dir: Path) -> None:

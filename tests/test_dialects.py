@@ -9,6 +9,7 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from specimens import write_gguf
 from torch import Tensor, nn
 
 from vortex_core import Engine, VortexCheckpointError, load_flux_schnell, nf4
@@ -180,20 +181,16 @@ def test_gguf(tmp_path: Path, tiny_dir: Path, canonical: dict[str, Tensor], line
     gguf = pytest.importorskip("gguf")
     path = tmp_path / "flux.gguf"
     quantization = gguf.GGMLQuantizationType[kind]
-    writer = gguf.GGUFWriter(path, "flux")
-    expected = {}
+    tensors, expected = {}, {}
     for name, tensor in canonical.items():
         values = tensor.float().numpy()
         if name in linears:
             data = gguf.quantize(values, quantization)
             expected[name] = torch.from_numpy(gguf.dequantize(data, quantization).copy())
-            writer.add_tensor(name, data, raw_dtype=quantization)
+            tensors[name] = data, quantization
         else:
-            writer.add_tensor(name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+            tensors[name] = values, None
+    write_gguf(path, "flux", tensors)
     assert words(path) == f"BFL names, GGUF {kind}"
     part = find_part(open_file(path), "transformer")
     assert part is not None
@@ -222,19 +219,13 @@ def test_a_t5_as_gguf(tmp_path: Path, tiny_dir: Path, engine: Engine, kind: str)
     tensors = load_file(tiny_dir / "text_encoder_2" / "model.safetensors")
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5ENCODER, 3)
     quantization = gguf.GGMLQuantizationType[kind]
-    writer = gguf.GGUFWriter(path, "t5encoder")
+    renamed = {}
     for name, tensor in tensors.items():
         values = tensor.float().numpy()
         theirs = names.get_name(name, try_suffixes=(".weight",)) or "token_embd.weight"
         is_linear = tensor.ndim == 2 and "relative" not in name
-        if is_linear:
-            writer.add_tensor(theirs, gguf.quantize(values, quantization), raw_dtype=quantization)
-        else:
-            writer.add_tensor(theirs, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+        renamed[theirs] = (gguf.quantize(values, quantization), quantization) if is_linear else (values, None)
+    write_gguf(path, "t5encoder", renamed)
     part = find_part(open_file(path), "t5")
     assert part is not None
     assert part.words == f"llama.cpp names, GGUF {kind}"

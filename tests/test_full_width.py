@@ -11,6 +11,7 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 from safetensors.torch import save_file
+from specimens import write_gguf
 from torch import Tensor
 
 from vortex_core import nf4
@@ -157,8 +158,7 @@ def test_gguf(wide: Part, tmp_path: Path, kind: str) -> None:
     gguf = pytest.importorskip("gguf")
     np = pytest.importorskip("numpy")
     quantization = gguf.GGMLQuantizationType[kind]
-    writer = gguf.GGUFWriter(tmp_path / "flux.gguf", "flux")
-    writer.add_tensor(WITNESS, np.zeros((64, 64), dtype=np.float32))
+    tensors = {WITNESS: (np.zeros((64, 64), dtype=np.float32), None)}
     expected = {}
     for name in ALONE:
         n, k = wide.tensors.shape(name)
@@ -172,12 +172,8 @@ def test_gguf(wide: Part, tmp_path: Path, kind: str) -> None:
         else:
             data = gguf.quantize(wide.tensors.read(name).float().numpy(), quantization)
         expected[name] = torch.from_numpy(gguf.dequantize(data, quantization).copy()).view(n, k)
-        writer.add_tensor(name, data, raw_dtype=quantization)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    part = part_of(tmp_path / "flux.gguf")
+        tensors[name] = data, quantization
+    part = part_of(write_gguf(tmp_path / "flux.gguf", "flux", tensors))
     assert kind in part.words
     for name in ALONE:
         part.tensors.check(name)

@@ -13,7 +13,7 @@ import pytest
 import specimens
 from hypothesis import given
 from hypothesis import strategies as st
-from specimens import look, read, save
+from specimens import look, read, save, write_gguf
 
 from vortex_core import VortexCheckpointError
 
@@ -80,18 +80,13 @@ def mutated(source: bytes, edits: list[tuple[str, Any, Any]]) -> bytes:
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of sound files: bf16, NF4 plain and nested, GGUF."""
-    gguf, np = pytest.importorskip("gguf"), pytest.importorskip("numpy")
+    np = pytest.importorskip("numpy")
     folder = tmp_path_factory.mktemp("sound")
     save(specimens.plain(), folder / "plain.safetensors")
     save(specimens.packed(False), folder / "nf4.safetensors")
     save(specimens.packed(True), folder / "nested.safetensors")
-    writer = gguf.GGUFWriter(folder / "whole.gguf", "flux")
-    for name in ("double_blocks.0.img_attn.qkv.weight", "img_in.weight", "txt_in.weight"):
-        writer.add_tensor(name, np.ones((128, 64), dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    names = ("double_blocks.0.img_attn.qkv.weight", "img_in.weight", "txt_in.weight")
+    write_gguf(folder / "whole.gguf", "flux", {name: (np.ones((128, 64), dtype=np.float32), None) for name in names})
     return folder
 
 
