@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import specimens
-from hypothesis import given
-from hypothesis import strategies as st
 from specimens import look, read, save, write_gguf
 
 from vortex_core import VortexCheckpointError
+
+pytest.importorskip("hypothesis")
+from hypothesis import given
+from hypothesis import strategies as st
 
 GGUF_HEADER = 400  # bytes of the sound file's
 SHARES = st.floats(0, 1, exclude_max=True)

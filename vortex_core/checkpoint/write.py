@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nf4 import BLOCK, LEVELS, NF4Weight
+from ..nf4 import BLOCK, LEVELS, join
 from .files import WORDS
 from .layout import SWAPPED, flux_sources, source_rows
 from .materialize import UNQUANTIZED, Target, is_quantized, read_nf4
@@ -34,8 +34,7 @@ QUEUED = 8  # chunks that wait to be written, each at most half of the largest w
 
 @dataclass(frozen=True, slots=True)
 class Naming:
-    """How canonical tensors are written: the names that each becomes, by rows; the modules whose halves swap places
-    or stay unquantized."""
+    """How canonical tensors are written: the names each is cut into by rows, whose halves swap, what stays plain."""
 
     sources: Callable[[str], Sequence[str]]
     swapped: tuple[str, ...]
@@ -127,8 +126,7 @@ def _chunks(
     for name, (n, k) in weights.items():
         weight = read_nf4(tensors, name, target, target.device)
         if name.startswith(naming.swapped):
-            upper, lower = weight.halves()
-            weight = NF4Weight(torch.cat((lower.packed, upper.packed)), torch.cat((lower.absmax, upper.absmax)))
+            weight = join(weight.halves()[::-1])
         first = 0
         for _, rows in source_rows(naming.sources(name), n):
             yield _bytes(weight.packed[first : first + rows])
