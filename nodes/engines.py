@@ -6,16 +6,14 @@ output, moved the weights away or never ran the loader again.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import host
+from . import files, host
 from .types import Model
 
 if TYPE_CHECKING:
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-BUNDLED = "tiny-schnell"
 KEPT = 2  # engines; one that is offloaded still takes its weights' size of host memory
 
 
@@ -40,49 +37,6 @@ class Loaded:
 
 _loaded: OrderedDict[tuple[str, str], Loaded] = OrderedDict()  # least recently used first
 _lock = threading.RLock()
-
-
-def available() -> list[str]:
-    """Names of the models that are found, the bundled miniature first."""
-    return [BUNDLED, *host.model_folders()]
-
-
-def find(name: str, vram_budget: float, mode: str) -> Model:
-    """The handle of a model in `available`. Raises `VortexInputError` for any other name."""
-    from ..vortex_core.checkpoint.bundle import TINY
-    from ..vortex_core.errors import VortexInputError
-
-    folders = {BUNDLED: TINY, **host.model_folders()}
-    if name not in folders:
-        raise VortexInputError(
-            f"There is no model {name!r} here. Found: {', '.join(folders)}. Put a FLUX.1-schnell folder in the "
-            "diffusers layout into models/vortex or models/diffusers and press R to refresh the list."
-        )
-    folder = folders[name]
-    path = "tiny" if name == BUNDLED else str(folder)
-    return Model(name, path, fingerprint(folder), vram_budget, mode)
-
-
-def fingerprint(folder: Path) -> str:
-    """Changes when a file of the model does: names, sizes and times, since 34 GB take too long to read.
-
-    Raises `VortexCheckpointError` for a file that a link leads out of the folder.
-    """
-    from ..vortex_core.errors import VortexCheckpointError
-
-    root = folder.resolve()
-    digest = hashlib.sha256(str(root).encode(errors="surrogateescape"))
-    for path in sorted(Path(base, file) for base, _, files in os.walk(root) for file in files):
-        if not path.resolve().is_relative_to(root):
-            raise VortexCheckpointError(
-                f"{path} is a link that leads out of its model folder, and is not followed. Put the file itself there.",
-                path=str(path),
-            )
-        stat = path.stat()
-        digest.update(
-            f"{path.relative_to(root)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape")
-        )
-    return digest.hexdigest()[:16]
 
 
 def acquire(model: Model) -> Engine:
@@ -102,6 +56,7 @@ def _load(model: Model) -> Loaded:
     import torch
 
     from ..vortex_core import Engine
+    from ..vortex_core.checkpoint.tokenizer import has_tokenizers
     from ..vortex_core.errors import VortexInitializationError
 
     device = host.device()
@@ -113,7 +68,14 @@ def _load(model: Model) -> Loaded:
     report = host.progress(1000)  # bytes overflow the 32 bits that some of the host's clients count in
     log.info("Loading %s", model.name)
     try:
-        engine = Engine.load(model.path, device=device, on_progress=lambda done, all: report(1000 * done // all))
+        engine = Engine.load(
+            model.path,
+            **dict(model.parts),
+            tokenizers=None if has_tokenizers(Path(model.path)) else host.tokenizers(),
+            device=device,
+            cache_dir=host.cache_folder(),
+            on_progress=lambda done, all: report(1000 * done // all),
+        )
     except VortexInitializationError as error:
         # as torch's own error, so that the host unloads its models and says so
         raise torch.OutOfMemoryError(str(error)) from error
@@ -138,15 +100,14 @@ def check_budget(model: Model, device: torch.device) -> None:
 
 
 def step_time_bytes(path: str) -> int:
-    """NF4 size of the weights that stay resident, from the model's config files."""
+    """NF4 size of the weights that stay resident, from headers and config files."""
     import torch
 
-    from ..vortex_core.checkpoint.bundle import open_bundle
+    from ..vortex_core.inspection import nf4_size
     from ..vortex_core.transformer import Transformer
 
     with torch.device("meta"):
-        transformer = Transformer(open_bundle(path).flux)
-    return sum(parameter.numel() for parameter in transformer.parameters()) * 9 // 16  # 4 bits, and 32 for each 64
+        return nf4_size(Transformer(files.look(Path(path))["transformer"]))
 
 
 def _offload_others(model: Model, device: torch.device) -> None:
