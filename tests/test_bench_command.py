@@ -244,4 +244,4 @@ def test_modules_run_as_the_commands(name: str) -> None:
 
 def test_reports_say_what_was_measured(engine: Engine) -> None:
     report = latency_report.run(engine, Workload(64, 80, steps=1, iterations=1, warmup=0, cold=0))
-    assert report.title.startswith("tiny-schnell, 64 x 80, 1 steps, on ")
+    assert report.title.startswith("tiny-schnell, 64 x 80, 1 step, on ")

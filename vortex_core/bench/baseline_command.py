@@ -129,7 +129,7 @@ def _compare_revision(
                 raise
             interrupted = True
     old, new = zip(*pairs, strict=True)
-    title = f"{after.model['name']}, {workload.width} x {workload.height}, {workload.steps} steps, against {revision}"
+    title = f"{after.model['name']}, {workload.words}, against {revision}"
     shown = {"pairs": plots.pairs_plot(title, revision, old, new)}
     about = {"title": title, "against": revision, "pairs": pairs}
     _finish(compare_pairs(old, new), about, threshold, shown, output, as_json, interrupted)

@@ -204,18 +204,15 @@ def leak(
     add more than 50 MB.
     """
     from . import exports, plots
-    from .leak import MB, run
+    from .leak import MB, mixed, run
 
     with plain_errors():
         sizes = [pair for text in size or () if (pair := check_size(text, steps))]
         check_files(prometheus)
         with progress_bars() as progress:
             engine = source.load(progress)
-            side = engine.native_size
-            native = [(side, side), (side // 2, side // 2), (side, side // 2)]
-            report = run(
-                engine, sizes or native, iterations, on_picture=picture_count(progress, "drawing"), steps=steps
-            )
+            counter = picture_count(progress, "drawing")
+            report = run(engine, sizes or mixed(engine.native_size), iterations, on_picture=counter, steps=steps)
         found = report.figures()
         if prometheus:
             metrics = (("vortex_memory_slope_bytes", {"counter": t.counter}, t.slope) for t in report.trends)

@@ -65,12 +65,12 @@ def timeline(
         axes.axhline(value, color=colour, linewidth=1.5, linestyle="--", label=name)
     for x, name in moments:
         axes.axvline(x, color=SOFT, linewidth=1, linestyle=":")
-        axes.text(x, 1, f" {name}", transform=axes.get_xaxis_transform(), va="top", color=SOFT, size=9, rotation=90)
+        axes.text(x, 0.02, name, transform=axes.get_xaxis_transform(), ha="left", color=SOFT, size=9, rotation=90)
     if not any(series.values()):
         axes.text(0.5, 0.5, "nothing was measured", transform=axes.transAxes, ha="center", color=SOFT, size=14)
     axes.set_xlim(left=0)
     if from_zero:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, axes.get_ylim()[1] * 1.05)
     _legend(axes)
     return figure
 

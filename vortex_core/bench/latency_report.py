@@ -57,7 +57,7 @@ class LatencyReport:
     def title(self) -> str:
         """What was measured, where."""
         work = self.workload
-        return f"{self.model['name']}, {work.width} x {work.height}, {work.steps} steps, on {self.machine.device}"
+        return f"{self.model['name']}, {work.words}, on {self.machine.device}"
 
     @property
     def series(self) -> dict[str, Series]:

@@ -108,6 +108,11 @@ class LeakReport:
         }
 
 
+def mixed(side: int) -> list[tuple[int, int]]:
+    """Sizes to draw in turn for a model whose native side is `side`: native, half of it, and wide."""
+    return [(side, side), (side // 2, side // 2), (side, side // 2)]
+
+
 def run(
     engine: Engine,
     sizes: Sequence[tuple[int, int]],

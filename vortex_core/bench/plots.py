@@ -12,7 +12,7 @@ from .figures import STOP, WARN, Median, histogram, stacks, timeline, trend
 from .latency_report import LatencyReport
 from .leak import MB, LeakReport
 from .memory import RESERVED
-from .vram_report import MODEL, TOTAL, VramReport
+from .vram_report import MODEL, PEAK, TOTAL, VramReport
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,7 +57,8 @@ def vram_plot(report: VramReport) -> Figure:
         for name in names
     }
     levels = [(MODEL / GB, "model, at most", WARN), (TOTAL / GB, "in all, at most", STOP)]
-    moments = [(stage.began, stage.name) for stage in report.stages]
+    moments = [(stage.began, stage.name) for stage in report.stages if stage.name != PEAK]
+    moments.append((report.peak_at, PEAK))
     return timeline(report.title, series, levels if RESERVED in names else (), moments=moments)
 
 

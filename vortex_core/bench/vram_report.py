@@ -23,6 +23,7 @@ SCHEMA = "vortex.bench.vram/1"
 MODEL, GENERATION, TOTAL = 6.5 * GB, 0.5 * GB, 7.0 * GB  # bytes of torch reserved, at most
 REMAINS = 0.05 * GB  # what libraries keep of their workspaces once they were used
 PICTURES = 4
+BASELINE, LOADED, PEAK, AFTER = "baseline", "loaded", "peak", "after clean-up"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,13 @@ class VramReport:
         """What was measured, where."""
         width, height = self.size
         return f"{self.model['name']}, {width} x {height}, on {self.machine.device}"
+
+    @property
+    def peak_at(self) -> float:
+        """Seconds of the timeline at which its first counter was highest while pictures were drawn."""
+        drawing, after = (stage.began for stage in self.stages[2:])
+        moments = [moment for moment in self.timeline if drawing <= moment.seconds < after] or self.timeline[-1:]
+        return max(moments, key=lambda moment: next(iter(moment.counters.values())) or 0).seconds
 
     @property
     def verdicts(self) -> list[Verdict]:
@@ -101,9 +109,9 @@ def run(
         def stage(name: str, began: float | None = None) -> Stage:
             return Stage(name, timeline.seconds if began is None else began, at_rest(device))
 
-        baseline = stage("baseline")
+        baseline = stage(BASELINE)
         engine = load()
-        loaded = stage("loaded")
+        loaded = stage(LOADED)
         ledger, model = ledger_of(engine), describe(engine)
         width, height = size or (engine.native_size, engine.native_size)
         began = timeline.seconds
@@ -113,7 +121,7 @@ def run(
             draw(engine, prompt, i, width=width, height=height, **options)
             if on_picture is not None:
                 on_picture(i + 1, PICTURES)
-        peak = stage("peak", began)
+        peak = stage(PEAK, began)
         if cuda:
             # torch keeps its own peaks, which no interval can miss
             peak.counters[ALLOCATED] = torch.cuda.max_memory_allocated(device)
@@ -123,7 +131,7 @@ def run(
         gc.collect()
         if cuda:
             torch.cuda.empty_cache()
-        after = stage("after clean-up")
+        after = stage(AFTER)
     for reading in timeline.readings:
         if began <= reading.seconds < after.began:
             for name, value in reading.counters.items():

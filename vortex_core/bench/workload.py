@@ -41,6 +41,11 @@ class Workload:
             raise VortexInputError(f"Give from 1 to {MAX_PROMPTS} prompts, not {len(self.prompts)}.")
 
     @property
+    def words(self) -> str:
+        """Size and steps, to be read."""
+        return f"{self.width} x {self.height}, {self.steps} step{'s' * (self.steps != 1)}"
+
+    @property
     def total(self) -> int:
         """Pictures in all."""
         return self.warmup + self.iterations + self.cold
