@@ -174,6 +174,7 @@ def test_a_baseline_is_kept_and_compared_with(
         (["latency", "--steps", "9"], "steps must be from 1 to 8"),
         (["latency", "--iterations", "0"], "equal to 1"),
         (["latency", "--trace", "no/such/folder/t.json"], "There is no folder"),
+        (["latency", "--output", __file__], "--output must be a folder"),
         (["leak", "--size", "x"], "--size must look like"),
         (["vram", "--size", "16x16"], "must be a multiple of 16 from 64"),
         (["baseline", "compare", "--against", "no-such-revision"], "that knows 'no-such-revision'"),

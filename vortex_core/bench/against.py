@@ -30,6 +30,7 @@ class Worker:
             stdout=subprocess.PIPE,
             text=True,
             env={**os.environ, "PYTHONPATH": str(root)},
+            start_new_session=True,  # Ctrl-C is for this process, which then ends the worker
         )
         self.model = self._ask(load)
 

@@ -17,6 +17,7 @@ from .options import (
     Output,
     Source,
     Work,
+    check_output,
     finish,
     grid,
     grouped,
@@ -95,6 +96,7 @@ def compare_command(
 
     with plain_errors():
         work.check()
+        check_output(output)
         if against is not None:
             _compare_revision(against, source, work, threshold, output, as_json)
         with progress_bars() as progress:
@@ -123,7 +125,8 @@ def _compare_revision(
     with progress_bars() as progress, workers(revision, load) as (before, after):
         workload = work.workload(after.model["native_size"])
         try:
-            pairs.extend(alternate(before.draw, after.draw, workload, picture_count(progress, "timing")))
+            for pair in alternate(before.draw, after.draw, workload, picture_count(progress, "timing")):
+                pairs.append(pair)
         except KeyboardInterrupt:
             if not pairs:
                 raise

@@ -27,6 +27,7 @@ from .options import (
     Steps,
     Work,
     check_files,
+    check_output,
     check_size,
     finish,
     grid,
@@ -74,6 +75,7 @@ def latency(
 
     with plain_errors():
         work.check()
+        check_output(output)
         check_files(trace, prometheus, log)
         wanted = {50.0: target_p50, 90.0: target_p90, 95.0: target_p95, 99.0: target_p99}
         with progress_bars() as progress:
@@ -153,6 +155,7 @@ def vram(
 
     with plain_errors():
         chosen = check_size(size, steps)
+        check_output(output)
         check_files(prometheus)
         with progress_bars() as progress:
             report = run(
@@ -208,6 +211,7 @@ def leak(
 
     with plain_errors():
         sizes = [pair for text in size or () if (pair := check_size(text, steps))]
+        check_output(output)
         check_files(prometheus)
         with progress_bars() as progress:
             engine = source.load(progress)

@@ -19,7 +19,7 @@ def write_csv(samples: Sequence[Sample], path: Path) -> None:
     phases = list(dict.fromkeys(name for sample in samples for name in sample.phases))
     reading = ("clock", "memory_clock", "temperature", "power", "throttled", "load")
     with path.open("w", newline="") as file:
-        lines = csv.writer(file)
+        lines = csv.writer(file, lineterminator="\n")
         lines.writerow(("index", "cold", "prompt", "seed", "started", "seconds", *phases, "unmarked", *reading))
         for s in samples:
             spans = [s.phases.get(name) for name in phases]

@@ -135,6 +135,12 @@ def check_files(*paths: Path | None) -> None:
             raise VortexInputError(f"There is no folder {path.parent}; make it first.")
 
 
+def check_output(folder: Path | None) -> None:
+    """Raise `VortexInputError` for a folder that is a file, before anything is measured."""
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise VortexInputError(f"--output must be a folder, and {folder} is a file.")
+
+
 def picture_count(progress: Progress, what: str) -> Callable[[int, int], None]:
     """A new bar that counts pictures: `report(done, total)`."""
     task = progress.add_task(what, total=None, count="")
