@@ -110,7 +110,7 @@ class Page:
             const groups = app.graph.groups.map(g => g.bounding ?? g._bounding)
             const [x, y, width, height] = arguments[0] ?? [
                 -20, 0, Math.max(...groups.map(b => b[0] + b[2])) + 40, Math.max(...groups.map(b => b[1] + b[3]))]
-            const ds = app.canvas.ds, scale = Math.min(arguments[0] ? 3 : 1, 1620 / width, 830 / height)
+            const ds = app.canvas.ds, scale = Math.min(arguments[0] ? 3 : 1, 1620 / width, 790 / height)
             ds.scale = scale
             ds.offset[0] = 110 / scale - x
             ds.offset[1] = 110 / scale - y
@@ -251,5 +251,5 @@ def thumbnail_box(name: str) -> tuple[float, float, float, float]:
         return x + width - height, y, height, height
     node = next(node for node in workflow.nodes.values() if node.type == "SaveImage")
     (x, y), (width, height) = node.at, node.size
-    side = 320 if name == "batch-vram-monitor" else 220
+    side = 220 if name == "first-picture" else 340
     return x + (width - side) / 2, y + (height + 50 - side) / 2, side, side  # in the middle of what its widget leaves
