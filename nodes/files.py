@@ -38,7 +38,8 @@ def parts(part: str) -> dict[str, Path]:
     kind = PARTS[part]
     return {
         name.removeprefix(f"{kind}/"): path for name, path in _found(kind).items()
-        if part in held(path)
+        # GGUF encoders are not read, and the vocabulary in their headers takes seconds
+        if path.suffix.lower() == ".safetensors" and part in held(path)
     }  # fmt: skip
 
 

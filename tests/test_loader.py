@@ -192,10 +192,12 @@ def test_parts_of_another_size_are_no_candidates_and_are_refused_in_words(comfy:
 
 def test_gguf_is_listed_and_says_what_it_needs(comfy: FakeHost, shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (shelf / "unet").mkdir()
+    (shelf / "clip/t5-v1_1-xxl-encoder-Q5_K_M.gguf").write_bytes(b"GGUF")
     (shelf / "unet/flux1-schnell-Q4_K_S.gguf").write_bytes(b"GGUF")
     assert models.available() == [models.BUNDLED, FILE]  # gguf is installed here, and reads nothing in it
     monkeypatch.setitem(sys.modules, "gguf", None)
     monkeypatch.setattr(files, "find_spec", lambda name: None)
+    assert models.choices("t5") == [models.OWN, "t5xxl_fp16.safetensors"]
     name = "diffusion_models/flux1-schnell-Q4_K_S.gguf"
     assert name in models.available()
     with pytest.raises(errors.VortexCheckpointError, match="pip install gguf"):
