@@ -5,6 +5,7 @@ pytest-socket refuses every connection (pyproject.toml, addopts).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,13 @@ if TYPE_CHECKING:
 # Read once by huggingface_hub and transformers, when they are imported: set before any test module is.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
+
+with contextlib.suppress(ImportError):  # a GPU machine may lack it, and runs no test that needs it
+    from hypothesis import settings
+
+    settings.register_profile("quick", max_examples=100, deadline=None, database=None)
+    settings.register_profile("nightly", max_examples=10_000, deadline=None, database=None)
+    settings.load_profile("quick")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

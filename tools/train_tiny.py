@@ -252,8 +252,13 @@ def start_small(transformer: nn.Module) -> None:
 
 
 def vectors_of(tiny: tm.Tiny) -> list[nn.Parameter]:
-    """What AdamW trains: embeddings, and the first and last layers of each part."""
-    names = ("shared", "embed", "relative_attention_bias", "x_embedder", "context_embedder", "linear_1", "proj_out")
+    """What AdamW trains: embeddings, the first and last layers of each part, and T5's queries and keys.
+
+    T5 does not scale its attention's logits. Muon's steps make them so large that the softmax is stuck at one token,
+    its gradient zero, and T5 a bag of words.
+    """
+    names = ("shared", "embed", "relative_attention_bias", "SelfAttention.q", "SelfAttention.k", "x_embedder",
+             "context_embedder", "linear_1", "proj_out")  # fmt: skip
     chosen = []
     for module in (tiny.transformer, tiny.text_encoder, tiny.text_encoder_2):
         for name, parameter in module.named_parameters():
@@ -395,6 +400,7 @@ def main(
     until: Annotated[float, typer.Option(help="Or: be done at this time (seconds since 1970).")] = 0.0,
     vae: Annotated[float, typer.Option(help="Share of the time for the VAE; 0 keeps the one in --from.")] = 0.25,
     read: Annotated[float, typer.Option(help="Share for the encoders alone; the rest is the walk's.")] = 0.03,
+    fresh: Annotated[list[str] | None, typer.Option(help="Part to start anew, such as text_encoder_2.")] = None,
     stored: Annotated[Path | None, typer.Option("--data", help="File for the prepared scenes: read, or made.")] = None,
     short: Annotated[float, typer.Option(help="Share of the walk's time with short text padding.")] = 0.7,
     compiled: Annotated[bool, typer.Option("--compile/--eager", help="torch.compile the blocks.")] = True,
@@ -417,10 +423,12 @@ def main(
     began = time.monotonic()
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         warm = [pool.submit(judge.judge, np.zeros((32, 32, 3))) for _ in range(workers)]
-        tiny = tm.load(start) if start else tm.build(seed)
-        if not start:
-            start_small(tiny.transformer)
-            start_vae(tiny.vae)
+        built = tm.build(seed)
+        start_small(built.transformer)
+        start_vae(built.vae)
+        tiny = tm.load(start) if start else built
+        for part in fresh or ():
+            setattr(tiny, part, getattr(built, part))
         torch.manual_seed(seed + (1 if start else 0))
         ready = stored is not None and stored.exists()
         data = Data(**load_file(stored)) if ready else make_data(tiny, plan.scenes, seed, pool)

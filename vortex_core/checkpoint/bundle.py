@@ -14,7 +14,8 @@ from ..errors import VortexCheckpointError
 from ..spec import FluxSpec, VaeSpec
 from .config import infer_clip, infer_flux, infer_t5, infer_vae
 from .dialect import Part, find_part
-from .tensors import Raw, StateDict, Tensors, open_file, open_folder
+from .files import Raw, StateDict, open_file, open_folder, unreadable
+from .tensors import Tensors
 from .tokenizer import find_tokenizers, read_tokenizer, whole
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ SIZES: dict[str, tuple[Callable[[Mapping[str, Any]], Any], Callable[[Tensors], A
     "t5": (dict, infer_t5),
     "vae": (VaeSpec.from_diffusers, infer_vae),
 }
+NEEDED = {"clip": ("hidden_size", "vocab_size"), "t5": ("d_model", "vocab_size")}  # of transformers' dictionaries
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,18 +72,14 @@ def open_bundle(
     Raises `VortexCheckpointError` that says what is missing, unsafe, or another model's.
     """
     path = TINY if model == "tiny" else Path(model).expanduser()
-    if not path.exists():
-        raise VortexCheckpointError(
-            f"There is no model at {path}. Give 'tiny' (bundled), a FLUX.1-schnell folder in the diffusers layout or "
-            "a .safetensors or .gguf file; Vortex never downloads by itself.",
-            path=str(path),
-        )
     parts, configs = find_parts(path, {"clip": clip, "t5": t5, "vae": vae})
     missing = [WORDS[kind] for kind in SUBFOLDERS if kind not in parts]
     if missing:
         options = ", ".join(f"{kind}=" for kind in SUBFOLDERS if kind not in parts and kind != "transformer")
         raise VortexCheckpointError(
-            f"{path} lacks {'; '.join(missing)}." + (f" Give files for them with {options}." if options else ""),
+            f"{path} lacks {'; '.join(missing)}."
+            + (f" Give files for them with {options}." if options else "")
+            + _files_in(path),
             path=str(path),
         )
     name = "tiny-schnell" if model == "tiny" else path.stem
@@ -120,7 +118,12 @@ def open_pipeline(pipe: FluxPipeline) -> Bundle:
 def find_parts(
     path: Path, others: Mapping[str, str | Path | None]
 ) -> tuple[dict[str, Part], dict[str, dict[str, Any]]]:
-    """The parts at `path` and in the `others`, and the configs beside them. Reads headers only."""
+    """The parts at `path` and in the `others`, and the configs beside them. Reads headers only.
+
+    Raises `VortexCheckpointError` where there is nothing, or nothing that can be read.
+    """
+    for place in (path, *(Path(other).expanduser() for other in others.values() if other is not None)):
+        _check_readable(place)
     parts: dict[str, Part] = {}
     configs: dict[str, dict[str, Any]] = {}
     whole_file = open_file(path) if path.is_file() else None
@@ -130,8 +133,8 @@ def find_parts(
             raw, folder = _open(Path(given).expanduser(), subfolder)
         elif whole_file is not None:
             raw, folder = whole_file, None
-        elif (path / subfolder).is_dir():
-            raw, folder = _open(path / subfolder, subfolder)
+        elif (path / subfolder).is_dir() or (kind == "transformer" and (path / "config.json").is_file()):
+            raw, folder = _open(path, subfolder)
         else:
             continue
         part = find_part(raw, kind)
@@ -142,6 +145,24 @@ def find_parts(
         elif given is not None:
             raise VortexCheckpointError(f"{given} does not hold {WORDS[kind]}.", path=str(given))
     return parts, configs
+
+
+def _check_readable(path: Path) -> None:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise VortexCheckpointError(
+            f"There is no model at {path}. Give 'tiny' (bundled), a FLUX.1-schnell folder in the diffusers layout "
+            "or a .safetensors or .gguf file; Vortex never downloads by itself.",
+            path=str(path),
+        ) from error
+    except OSError as error:
+        raise unreadable(path, "model", error) from error
+
+
+def _files_in(path: Path) -> str:
+    files = [*path.glob("*.safetensors"), *path.glob("*.gguf")] if path.is_dir() else []
+    return f" It is a folder; perhaps you mean the file {files[0].name} in it." if files else ""
 
 
 def _open(path: Path, subfolder: str) -> tuple[Raw, Path | None]:
@@ -200,7 +221,20 @@ def describe(kind: str, part: Part, config: Mapping[str, Any] | None = None) -> 
     Raises `VortexCheckpointError` where it is another model.
     """
     read, infer = SIZES[kind]
-    return read(config) if config is not None else infer(part.tensors)
+    where = part.tensors.where
+    try:
+        sizes = read(config) if config is not None else infer(part.tensors)
+        for size in NEEDED.get(kind, ()):
+            int(sizes[size])
+    except VortexCheckpointError as error:
+        if error.path is not None:
+            raise
+        raise VortexCheckpointError(f"{where}: {error}", path=where) from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise VortexCheckpointError(
+            f"The config.json of {where} is another model's, or damaged ({error!r}). Download it again.", path=where
+        ) from error
+    return sizes
 
 
 def width(kind: str, described: Any) -> int:
@@ -218,7 +252,11 @@ def wanted_width(kind: str, flux: FluxSpec) -> int:
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
-        config: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise VortexCheckpointError(f"{path} is missing or not JSON ({error}).", path=str(path)) from error
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise VortexCheckpointError(
+            f"{path} is missing or not JSON ({error}). Download it again.", path=str(path)
+        ) from error
+    if not isinstance(config, dict):
+        raise VortexCheckpointError(f"{path} is not a model's config. Download it again.", path=str(path))
     return config
