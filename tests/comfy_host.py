@@ -21,7 +21,7 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 API = ROOT / "workflows" / "api"
 PACK = "ComfyUI-Vortex"  # a hyphen, as in the wild: no Python name
-START_SECONDS, RUN_SECONDS = 180, 180
+START_SECONDS, RUN_SECONDS = 300, 300
 
 
 def trees() -> list[Path]:

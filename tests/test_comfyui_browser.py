@@ -174,7 +174,7 @@ def put_the_checkpoint(page: Page, name: str) -> None:
     target.unlink(missing_ok=True)
     page.js("return app.refreshComboInNodes()")
     page.open_template(name)
-    page.until(lambda: workflows.CHECKPOINT in page.dialog(), 20)
+    page.until(lambda: workflows.CHECKPOINT in page.dialog())
     page.js("document.querySelectorAll('.p-dialog-close-button').forEach(e => e.click())")
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(page.host.base.parent / workflows.CHECKPOINT, target)
@@ -196,7 +196,7 @@ def test_template_opens_and_draws(page: Page, name: str) -> None:
     entry = page.host.wait(prompt)
     assert entry["status"]["status_str"] == "success", entry["status"]["messages"]
     assert page.host.pictures(entry)
-    page.until(lambda: page.js("return app.graph.nodes.some(n => n.imgs && n.imgs.length > 0)"), 20)
+    page.until(lambda: page.js("return app.graph.nodes.some(n => n.imgs && n.imgs.length > 0)"))
     assert page.complaints() == []
     if SHOTS:
         take(page, name)
@@ -214,11 +214,11 @@ def test_help_opens(page: Page, key: str) -> None:
     page.click(
         '[data-testid="info-button"], [data-testid="selection-toolbox-info"], .selection-toolbox .pi-question-circle'
     )
-    page.until(lambda: first_line[:40] in page.text(), 20)
+    page.until(lambda: first_line[:40] in page.text())
     code = """
         const found = [...document.querySelectorAll('img')].filter(e => e.src.includes(arguments[0]))
         return found.length > 0 && found.every(e => e.complete && e.naturalWidth > 100)"""
-    page.until(lambda: page.js(code, f"{key}.jpg"), 20)
+    page.until(lambda: page.js(code, f"{key}.jpg"))
     assert page.complaints() == []
 
 
