@@ -170,7 +170,7 @@ def vram(
             what = "Bytes at a stage of an engine's life."
             exports.write_prometheus(exports.vram_metrics(found), "gauge", what, prometheus)
         if output:
-            timeline = [asdict(reading) for reading in report.timeline]
+            timeline = [asdict(moment) for moment in report.timeline]
             write_folder(output, found | {"timeline": timeline}, {"vram": plots.vram_plot(report)})
         finish(found, vram_tables(report), report.verdicts, as_json)
 

@@ -51,14 +51,15 @@ def percentile_marks(latency: Latency) -> list[tuple[float, str]]:
 
 def vram_plot(report: VramReport) -> Figure:
     """Every counter over an engine's life, its stages and the limits of the budget."""
-    names = report.timeline[0].counters
+    names = report.timeline[0].reading
+    start = report.timeline[0].seconds
     series = {
-        name: [(r.seconds, value / GB) for r in report.timeline if (value := r.counters[name]) is not None]
+        name: [(m.seconds - start, value / GB) for m in report.timeline if (value := m.reading[name]) is not None]
         for name in names
     }
     levels = [(MODEL / GB, "model, at most", WARN), (TOTAL / GB, "in all, at most", STOP)]
-    moments = [(stage.began, stage.name) for stage in report.stages if stage.name != PEAK]
-    moments.append((report.peak_at, PEAK))
+    moments = [(stage.began - start, stage.name) for stage in report.stages if stage.name != PEAK]
+    moments.append((report.peak_at - start, PEAK))
     return timeline(report.title, series, levels if RESERVED in names else (), moments=moments)
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..errors import GB
 from .machine import Machine, machine, now
-from .memory import ALLOCATED, RESERVED, Counters, Moment, Timeline, at_rest
+from .memory import ALLOCATED, RESERVED, Counters, Moment, Timeline, at_rest, counters
 from .pictures import describe, draw
 from .verdict import FAIL, PASS, UNDECIDED, Verdict
 from .workload import PROMPTS
@@ -28,7 +30,7 @@ BASELINE, LOADED, PEAK, AFTER = "baseline", "loaded", "peak", "after clean-up"
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One of baseline, loaded, peak and after clean-up: `counters` in bytes, `began` in seconds of the timeline."""
+    """One of baseline, loaded, peak and after clean-up: `counters` in bytes; `began`, a time of `perf_counter`."""
 
     name: str
     began: float
@@ -45,7 +47,7 @@ class VramReport:
     size: tuple[int, int]
     stages: tuple[Stage, ...]
     ledger: dict[str, int]
-    timeline: tuple[Moment, ...]
+    timeline: tuple[Moment[Counters], ...]
 
     @property
     def title(self) -> str:
@@ -55,10 +57,10 @@ class VramReport:
 
     @property
     def peak_at(self) -> float:
-        """Seconds of the timeline at which its first counter was highest while pictures were drawn."""
+        """When the first counter was highest while pictures were drawn, a time of `perf_counter`."""
         drawing, after = (stage.began for stage in self.stages[2:])
         moments = [moment for moment in self.timeline if drawing <= moment.seconds < after] or self.timeline[-1:]
-        return max(moments, key=lambda moment: next(iter(moment.counters.values())) or 0).seconds
+        return max(moments, key=lambda moment: next(iter(moment.reading.values())) or 0).seconds
 
     @property
     def verdicts(self) -> list[Verdict]:
@@ -104,24 +106,24 @@ def run(
     if cuda:
         torch.zeros(1, device=device)  # the CUDA context belongs to the baseline
         torch.cuda.empty_cache()
-    with Timeline(device) as timeline:
 
-        def stage(name: str, began: float | None = None) -> Stage:
-            return Stage(name, timeline.seconds if began is None else began, at_rest(device))
+    def stage(name: str) -> Stage:
+        return Stage(name, time.perf_counter(), at_rest(device))
 
+    with Timeline(partial(counters, device)) as timeline:
         baseline = stage(BASELINE)
         engine = load()
         loaded = stage(LOADED)
         ledger, model = ledger_of(engine), describe(engine)
         width, height = size or (engine.native_size, engine.native_size)
-        began = timeline.seconds
+        began = time.perf_counter()
         if cuda:
             torch.cuda.reset_peak_memory_stats(device)
         for i, prompt in enumerate(PROMPTS[:PICTURES]):
             draw(engine, prompt, i, width=width, height=height, **options)
             if on_picture is not None:
                 on_picture(i + 1, PICTURES)
-        peak = stage(PEAK, began)
+        peak = Stage(PEAK, began, at_rest(device))
         if cuda:
             # torch keeps its own peaks, which no interval can miss
             peak.counters[ALLOCATED] = torch.cuda.max_memory_allocated(device)
@@ -132,12 +134,12 @@ def run(
         if cuda:
             torch.cuda.empty_cache()
         after = stage(AFTER)
-    for reading in timeline.readings:
-        if began <= reading.seconds < after.began:
-            for name, value in reading.counters.items():
+    for moment in timeline.moments:
+        if began <= moment.seconds < after.began:
+            for name, value in moment.reading.items():
                 peak.counters[name] = max(peak.counters.get(name) or 0, value or 0) or None
     stages = (baseline, loaded, peak, after)
-    return VramReport(model, machine(device), when, (width, height), stages, ledger, tuple(timeline.readings))
+    return VramReport(model, machine(device), when, (width, height), stages, ledger, tuple(timeline.moments))
 
 
 def ledger_of(engine: Engine) -> dict[str, int]:
