@@ -10,8 +10,9 @@ from itertools import count
 from typing import Any
 
 import pytest
+import torch
 
-from vortex_core import Engine, VortexInputError, sampling
+from vortex_core import Engine, VortexInputError, load_flux_schnell, sampling
 from vortex_core.bench import latency_report
 from vortex_core.bench.latency_report import LatencyReport, judge
 from vortex_core.bench.workload import Workload
@@ -130,3 +131,27 @@ def test_targets(samples: list[float], q: float, target: float, state: str) -> N
 def test_workloads_that_make_no_sense_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(VortexInputError):
         Workload(64, 64, **fields)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_launched_work_is_an_outlier_of_its_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = Workload(128, 128, iterations=20, warmup=3, cold=3)
+    with load_flux_schnell("tiny", device="cuda") as engine:
+        clean = latency_report.run(engine, work)
+        assert clean.overhead_share < 0.01
+        assert clean.disagreements <= 1
+        assert all(sample.reading.clock for sample in clean.samples)
+
+        forward, pictures = engine._decoder.forward, count()
+
+        def launching(*arguments: Any, **options: Any) -> Any:
+            if next(pictures) == work.warmup + 10:
+                torch.cuda._sleep(2_000_000_000)  # about a second, and returns at once
+            return forward(*arguments, **options)
+
+        monkeypatch.setattr(engine._decoder, "forward", launching)
+        report = latency_report.run(engine, work)
+    found = next(outlier for outlier in report.outliers if outlier.index == 10)
+    assert found.phase == "decode"
+    assert found.excess > 0.5
+    assert found.excess == pytest.approx(found.seconds - clean.series["cached"].whole.percentile(50).seconds, rel=0.1)
