@@ -10,7 +10,7 @@ from . import host
 if TYPE_CHECKING:
     import torch
 
-    from ..vortex_core.bench.memory import Timeline
+    from ..vortex_core.timeline import Timeline
     from ..vortex_core.vram import Snapshot
 
 INTERVAL = 0.05  # seconds
@@ -32,7 +32,7 @@ class Recorder:
         """Start sampling a CUDA device until the host's run ends; with `reset`, forget what was before."""
         import torch
 
-        from ..vortex_core.bench.memory import Timeline
+        from ..vortex_core.timeline import Timeline
         from ..vortex_core.vram import snapshot
 
         if device.type != "cuda":

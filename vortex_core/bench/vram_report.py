@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import GB
+from ..timeline import Moment, Timeline
 from .machine import Machine, machine, now
-from .memory import ALLOCATED, RESERVED, Counters, Moment, Timeline, at_rest, counters
+from .memory import ALLOCATED, RESERVED, Counters, at_rest, counters
 from .pictures import describe, draw
 from .verdict import FAIL, PASS, UNDECIDED, Verdict
 from .workload import PROMPTS
