@@ -12,7 +12,9 @@ from collections.abc import Iterable, Sequence
 
 MIB = 2**20
 ROUND = 512
-SMALL = MIB  # the largest request that goes to the small pool, and what a large block's rest must exceed to be split off
+SMALL = (
+    MIB  # the largest request that goes to the small pool, and what a large block's rest must exceed to be split off
+)
 SMALL_SEGMENT = 2 * MIB
 MEDIUM = 10 * MIB  # below it, large requests share segments
 MEDIUM_SEGMENT = 20 * MIB

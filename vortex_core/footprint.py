@@ -38,7 +38,7 @@ class _Recorder(TorchDispatchMode):
     """Notes each storage that operations make, and when it is gone."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.events: list[Event] = []
         self._known: dict[int, StorageWeakRef] = {}  # what is not ours, by the address of its storage
         self._live: dict[int, tuple[int, StorageWeakRef]] = {}
