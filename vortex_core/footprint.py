@@ -28,7 +28,8 @@ WIDE_HEAD = 256  # channels; wider heads are served by the memory-efficient kern
 def footprint(call: Callable[[], object]) -> int:
     """Bytes one block of device memory must have for `call`, which works on `meta` tensors."""
     recorder = _Recorder()
-    with torch.no_grad(), _Attention(), recorder:
+    # in inference mode, composed operations would come as one, and what they take inside would not be seen
+    with torch.inference_mode(False), torch.no_grad(), _Attention(), recorder:
         result = call()
     del result
     return block_for(recorder.events)

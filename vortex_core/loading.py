@@ -13,6 +13,7 @@ import torch
 from .checkpoint.bundle import Bundle
 from .checkpoint.cache import Cache
 from .checkpoint.materialize import Target
+from .checkpoint.tensors import SafetensorsFiles, Stored
 from .device import resolve_device
 from .errors import GB, VortexInitializationError, VortexInputError
 from .linear import Backend, choose_backend
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 OnLoad = Callable[[int, int], None]
 QUANTIZATIONS = ("nf4", "none")
 DEFAULT_BUDGET = 6.5 * GB
+MAPPED = 0.5 * GB  # read from mapped files before they are mapped anew
 CONTEXT = 1 * GB  # what a card needs besides: the CUDA context, the desktop
 
 
@@ -120,11 +122,17 @@ def fill(
     Raises `VortexCheckpointError` before any device memory is taken, and torch's `OutOfMemoryError`.
     """
     sources = {kind: part.tensors for kind, part in bundle.parts.items()}
-    done, total = 0, model.check(sources)
+    files = [part.stored.raw for part in bundle.parts.values()]
+    done, total, mapped = 0, model.check(sources), 0
 
     def progress(count: int) -> None:
-        nonlocal done
-        done += count
+        nonlocal done, mapped
+        done, mapped = done + count, mapped + count
+        if mapped > MAPPED:
+            mapped = 0
+            for file in files:
+                if isinstance(file, SafetensorsFiles):
+                    file.forget()
         if on_progress is not None:
             on_progress(min(done, total), total)
 
@@ -138,6 +146,7 @@ def fill(
             total += sum(part.nbytes for kind, part in bundle.parts.items() if cache.lacks(part, kind))
             named = {"transformer": [(model.transformer, ""), (model.modulation, "")], "t5": model.t5.modules}
             sources |= {kind: cache.quantized(bundle.parts[kind], kind, parts, target) for kind, parts in named.items()}
+            files += [kept.raw for kept in sources.values() if isinstance(kept, Stored)]
             total = done + model.check(sources)
         model.t5.load_table(sources["t5"], target)
         model.clip.load_table(sources["clip"], target)

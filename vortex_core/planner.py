@@ -175,7 +175,7 @@ def cost(plan: Plan, rate: float, steps: int, step_ms: float = 0.0) -> Cost:
     computes = [step_ms * piece.nbytes / total for piece in blocks]
     slices = -(-plan.demand.batch // plan.slice)
     added = max(0.0, stream_ms(copies, computes, steps) - steps * sum(computes))
-    return Cost(prompt / rate * 1e3, slices * added / plan.demand.batch)
+    return Cost(prompt / rate * 1e3, slices * added / max(1, plan.demand.batch))
 
 
 def stream_ms(copies: Sequence[float], computes: Sequence[float], rounds: int) -> float:

@@ -231,8 +231,9 @@ class Stager:
                 self._fetch(k)
             yield
         finally:
-            for parity in range(count):
-                self._lane.wait(self._copied[parity])  # before the buffers are anybody's
+            for parity, k in enumerate(self._inside):
+                if k is not None:
+                    self._lane.wait(self._copied[parity])  # before the buffer is anybody's
             for unit in self.units:
                 assert unit.host is not None
                 unit.bind(unit.host)

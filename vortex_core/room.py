@@ -149,8 +149,10 @@ class Room:
     def ledger(self) -> Ledger:
         """Who holds what torch has reserved on the device."""
         memory = snapshot(self.device, process=False)
-        return Ledger(self.components, memory.allocated, memory.reserved)
+        components = self.components if self.device.type == "cuda" else {}
+        return Ledger(components, memory.allocated, memory.reserved)
 
+    @torch.inference_mode()
     def offload(self) -> None:
         """Move everything to host memory and hand the VRAM back to the driver."""
         self.resident = False
@@ -158,6 +160,7 @@ class Room:
             self.backend.release()
         self.placement.offload()
 
+    @torch.inference_mode()
     def resume(self) -> None:
         """Bring everything back to the device. Raises torch's `OutOfMemoryError`, and nothing is there."""
         assert self.plan is not None

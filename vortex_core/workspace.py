@@ -38,9 +38,14 @@ class Workspace:
         if not self._pooled or nbytes <= self.nbytes:
             return
         self.release()
-        self._pool = torch.cuda.MemPool()
+        with torch.cuda.device(self.device):
+            self._pool = torch.cuda.MemPool()
         try:
-            self._hold(nbytes)
+            try:
+                self._hold(nbytes)
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()  # which torch does not do itself for a private pool
+                self._hold(nbytes)
         except torch.OutOfMemoryError:
             self.release()
             raise

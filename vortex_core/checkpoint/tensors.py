@@ -70,6 +70,11 @@ class SafetensorsFiles:
         self.where = str(where)
         self.files = tuple(paths)
         self._files: dict[str, Any] = {}
+        self.forget()
+
+    def forget(self) -> None:
+        """Map the files anew, so that what was read of them no longer counts as this process' memory."""
+        self._files.clear()
         for path in self.files:
             try:
                 file = safe_open(path, framework="pt")
