@@ -26,10 +26,12 @@ WIDE_HEAD = 256  # channels; wider heads are served by the memory-efficient kern
 
 
 def footprint(call: Callable[[], object]) -> int:
-    """Bytes one block of device memory must have for `call`, which works on `meta` tensors."""
+    """Bytes one block of device memory must have for `call`, which works on `meta` tensors.
+
+    Not for inference mode: composed operations come as one there, and what they take inside is not seen.
+    """
     recorder = _Recorder()
-    # in inference mode, composed operations would come as one, and what they take inside would not be seen
-    with torch.inference_mode(False), torch.no_grad(), _Attention(), recorder:
+    with torch.no_grad(), _Attention(), recorder:
         result = call()
     del result
     return block_for(recorder.events)

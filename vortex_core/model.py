@@ -159,7 +159,8 @@ class Model:
     def _remember(self, measure: Callable[..., int], *sizes: int | None) -> int:
         key = (measure.__name__, *sizes)
         if key not in self._footprints:
-            self._footprints[key] = measure(*sizes)
+            with torch.inference_mode(False):
+                self._footprints[key] = measure(*sizes)
         return self._footprints[key]
 
     def _steps(self, height: int, width: int, tokens: int, batch: int) -> int:
