@@ -67,7 +67,8 @@ def test_every_placement_draws_the_same_bit_for_bit(roomy: Engine) -> None:
     pictures = [roomy.generate(PROMPT, **draw)]
     pieces, demand = roomy._model.pieces, roomy._demand(*SIZE.values(), 1)
     seen = set()
-    for budget in sorted({Plan(pieces, demand, streamed, 1).peak for streamed in placements(pieces)}):
+    peaks = {Plan(pieces, demand, streamed, 1).peak for streamed in placements(pieces)}
+    for budget in (*sorted(peaks, reverse=True), roomy.budget):
         roomy._conditioner._cache.clear()
         roomy._room.budget = budget
         pictures.append(roomy.generate(PROMPT, **draw))
