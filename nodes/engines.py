@@ -91,7 +91,9 @@ def acquire(model: Model) -> Engine:
         loaded = _loaded.pop(model.key, None)
         if loaded is None:
             loaded = _load(model)
-        loaded.budget = model.budget
+        if loaded.budget != model.budget:
+            loaded.engine.limit(model.vram_budget)
+            loaded.budget = model.budget
         _loaded[model.key] = loaded
         _offload_others(model, loaded.engine.device)
         host.bring_back(loaded.patcher, max(0, loaded.budget - loaded.engine.device_bytes))
@@ -113,7 +115,12 @@ def _load(model: Model) -> Loaded:
     report = host.progress(1000)  # bytes overflow the 32 bits that some of the host's clients count in
     log.info("Loading %s", model.name)
     try:
-        engine = Engine.load(model.path, device=device, on_progress=lambda done, all: report(1000 * done // all))
+        engine = Engine.load(
+            model.path,
+            device=device,
+            vram_budget=None if device.type == "cpu" else model.vram_budget,
+            on_progress=lambda done, all: report(1000 * done // all),
+        )
     except VortexInitializationError as error:
         # as torch's own error, so that the host unloads its models and says so
         raise torch.OutOfMemoryError(str(error)) from error
@@ -121,32 +128,13 @@ def _load(model: Model) -> Loaded:
 
 
 def check_budget(model: Model, device: torch.device) -> None:
-    """Raise `VortexInputError`, before anything is read, where the weights alone exceed the budget or the card."""
+    """Raise `VortexInputError`, before other models make room, for a budget that the card cannot keep."""
     import torch
 
-    if device.type == "cpu":
-        return
-    from ..vortex_core.errors import VortexInputError
+    from ..vortex_core import loading
 
-    needed, total = step_time_bytes(model.path), torch.cuda.mem_get_info(device)[1]
-    for limit, what in ((model.budget, f"vram_budget is {model.vram_budget:g} GB"), (total, "the card's memory")):
-        if needed > limit:
-            raise VortexInputError(
-                f"{model.name} keeps {needed / 1e9:.1f} GB of weights in VRAM, which is more than {what} "
-                f"({limit / 1e9:.1f} GB)."
-            )
-
-
-def step_time_bytes(path: str) -> int:
-    """NF4 size of the weights that stay resident, from the model's config files."""
-    import torch
-
-    from ..vortex_core.checkpoint.bundle import open_bundle
-    from ..vortex_core.transformer import Transformer
-
-    with torch.device("meta"):
-        transformer = Transformer(open_bundle(path).flux)
-    return sum(parameter.numel() for parameter in transformer.parameters()) * 9 // 16  # 4 bits, and 32 for each 64
+    if device.type != "cpu":
+        loading.check_budget(model.vram_budget, torch.cuda.mem_get_info(device)[1])
 
 
 def _offload_others(model: Model, device: torch.device) -> None:

@@ -40,6 +40,15 @@ CacheDir = Annotated[
     typer.Option(help="Where quantized weights are kept. [default: $VORTEX_CACHE or the user's cache folder]"),
 ]
 cache = typer.Typer(help="The quantized weights that Vortex keeps on disk.", no_args_is_help=True)
+Vram = Annotated[
+    float | None,
+    typer.Option(
+        "--vram",
+        help="GB (10^9 bytes) of VRAM that torch may take at its peak, everything included; what does not fit streams "
+        "from host memory. [default: 6.5, or what a smaller card has but 1]",
+        show_default=False,
+    ),
+]
 fetch = typer.Typer(help="Download what Vortex needs; nothing else ever uses the network.", no_args_is_help=True)
 app.add_typer(cache, name="cache")
 app.add_typer(fetch, name="fetch")
@@ -105,6 +114,7 @@ def generate(
         str | None, typer.Option(help="Accepted, but without effect: schnell draws at guidance 0.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="'cuda', 'cuda:1' or 'cpu'. [default: the GPU if any]")] = None,
+    vram: Vram = None,
     quantization: Annotated[
         str, typer.Option(help="'nf4', or 'none' for 16-bit weights (24 GB at full size).")
     ] = "nf4",
@@ -119,7 +129,8 @@ def generate(
         paths = _output_paths(output or Path(f"vortex-{seed}.png"), batch, overwrite)
         with _progress() as progress:
             parts = {"clip": clip, "t5": t5, "vae": vae, "cache_dir": cache_dir}
-            engine = _load(progress, model, device=device, quantization=quantization, **parts)
+            limits = {"vram_budget": vram, "cap_process": True}  # the process is ours
+            engine = _load(progress, model, device=device, quantization=quantization, **limits, **parts)
             task = progress.add_task("drawing", total=steps, count=f"0/{steps} steps")
             pictures = engine.generate(
                 prompt,
@@ -137,6 +148,53 @@ def generate(
             made = {"prompt": prompt, "seed": str(seed + i), "steps": str(steps), "model": engine.name}
             save_png(picture, path, {**made, "software": f"vortex {__version__}"})
             console.print(f"[green]{path}[/]  {picture.shape[1]} x {picture.shape[0]}, seed {seed + i}")
+
+
+@app.command(
+    epilog="Examples:\n\n  vortex plan --vram 8 --size 1024x1024\n\n"
+    "  vortex plan --vram 4.5 --size 512x512 --step-ms 180"
+)
+def plan(
+    vram: Annotated[float, typer.Option("--vram", help="VRAM budget in GB (10^9 bytes).")] = 6.5,
+    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels.")] = "1024x1024",
+    batch: Annotated[int, typer.Option(help="How many pictures.")] = 1,
+    model: Annotated[
+        str | None, typer.Option(help="'tiny', a folder or a file. [default: FLUX.1-schnell's own sizes]")
+    ] = None,
+    clip: Clip = None,
+    t5: T5 = None,
+    vae: Vae = None,
+    pcie: Annotated[float, typer.Option(help="GB/s from pinned host memory to the card.")] = 12.0,
+    step_ms: Annotated[
+        float, typer.Option(help="What a step takes with everything on the card; copies hide behind it.")
+    ] = 0.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say where weights would live on any card, the peak of VRAM, and what streaming costs. Needs no GPU."""
+    with _plain_errors():
+        width, height = _parse_size(size)
+        from .proposal import propose
+
+        made = propose(vram, height, width, batch, model, {"clip": clip, "t5": t5, "vae": vae})
+        costs = made.costs(pcie * 1e9, step_ms)
+        if as_json:
+            typer.echo(json.dumps(made.figures | costs))
+            return
+        table = Table("part", "size", "on the card", "streams", box=None, pad_edge=False)
+        for row in made.rows:
+            sizes = (row.nbytes, row.resident, row.streamed)
+            table.add_row(row.name, *(f"{size / 1e9:6.2f} GB" if size else "" for size in sizes))
+        out = Console()
+        out.print(table)
+        for sentence in made.sentences:
+            out.print(sentence, highlight=False, soft_wrap=True)
+        bound = "" if step_ms else "at most "
+        out.print(
+            f"streaming at {pcie:g} GB/s adds {bound}{costs['prompt_ms']:.0f} ms to a new prompt, "
+            f"{bound}{costs['picture_ms']:.0f} ms to a picture of {DEFAULT_STEPS} steps",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 @app.command()

@@ -34,7 +34,7 @@ from .room import Room
 from .spec import DEFAULT_STEPS, T5_TOKENS, FluxSpec
 from .transformer import Rope
 from .vae import decode
-from .vram import Ledger
+from .vram import Ledger, snapshot
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
@@ -304,6 +304,12 @@ class Engine:
         if self._room.budget is None:
             return None
         return self._model.demand(height, width, batch, tokens, self._backend)
+
+    def limit(self, vram_budget: float) -> None:
+        """Keep within another budget, in GB, from the next call on. Raises `VortexInputError` as `load` does."""
+        self._check_loaded()
+        if self._room.budget is not None:
+            self._room.budget = loading.check_budget(vram_budget, snapshot(self.device, process=False).total or None)
 
     @property
     def budget(self) -> int | None:

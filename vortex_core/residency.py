@@ -231,9 +231,9 @@ class Stager:
                 self._fetch(k)
             yield
         finally:
-            for parity, k in enumerate(self._inside):
-                if k is not None:
-                    self._lane.wait(self._copied[parity])  # before the buffer is anybody's
+            for inside, token in zip(self._inside, self._copied, strict=True):
+                if inside is not None:
+                    self._lane.wait(token)  # before the buffer is anybody's
             for unit in self.units:
                 assert unit.host is not None
                 unit.bind(unit.host)
