@@ -6,9 +6,7 @@ output, moved the weights away or never ran the loader again.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-BUNDLED = "tiny-schnell"
 KEPT = 2  # engines; one that is offloaded still takes its weights' size of host memory
 
 
@@ -40,49 +37,6 @@ class Loaded:
 
 _loaded: OrderedDict[tuple[str, str], Loaded] = OrderedDict()  # least recently used first
 _lock = threading.RLock()
-
-
-def available() -> list[str]:
-    """Names of the models that are found, the bundled miniature first."""
-    return [BUNDLED, *host.model_folders()]
-
-
-def find(name: str, vram_budget: float, mode: str) -> Model:
-    """The handle of a model in `available`. Raises `VortexInputError` for any other name."""
-    from ..vortex_core.checkpoint.bundle import TINY
-    from ..vortex_core.errors import VortexInputError
-
-    folders = {BUNDLED: TINY, **host.model_folders()}
-    if name not in folders:
-        raise VortexInputError(
-            f"There is no model {name!r} here. Found: {', '.join(folders)}. Put a FLUX.1-schnell folder in the "
-            "diffusers layout into models/vortex or models/diffusers and press R to refresh the list."
-        )
-    folder = folders[name]
-    path = "tiny" if name == BUNDLED else str(folder)
-    return Model(name, path, fingerprint(folder), vram_budget, mode)
-
-
-def fingerprint(folder: Path) -> str:
-    """Changes when a file of the model does: names, sizes and times, since 34 GB take too long to read.
-
-    Raises `VortexCheckpointError` for a file that a link leads out of the folder.
-    """
-    from ..vortex_core.errors import VortexCheckpointError
-
-    root = folder.resolve()
-    digest = hashlib.sha256(str(root).encode(errors="surrogateescape"))
-    for path in sorted(Path(base, file) for base, _, files in os.walk(root) for file in files):
-        if not path.resolve().is_relative_to(root):
-            raise VortexCheckpointError(
-                f"{path} is a link that leads out of its model folder, and is not followed. Put the file itself there.",
-                path=str(path),
-            )
-        stat = path.stat()
-        digest.update(
-            f"{path.relative_to(root)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape")
-        )
-    return digest.hexdigest()[:16]
 
 
 def acquire(model: Model) -> Engine:
@@ -104,6 +58,7 @@ def _load(model: Model) -> Loaded:
     import torch
 
     from ..vortex_core import Engine
+    from ..vortex_core.checkpoint.tokenizer import has_tokenizers
     from ..vortex_core.errors import VortexInitializationError
 
     device = host.device()
@@ -117,8 +72,11 @@ def _load(model: Model) -> Loaded:
     try:
         engine = Engine.load(
             model.path,
+            **dict(model.parts),
+            tokenizers=None if has_tokenizers(Path(model.path)) else host.tokenizers(),
             device=device,
             vram_budget=None if device.type == "cpu" else model.vram_budget,
+            cache_dir=host.cache_folder(),
             on_progress=lambda done, all: report(1000 * done // all),
         )
     except VortexInitializationError as error:

@@ -4,9 +4,8 @@ pack loads fast, and its nodes import and test where there is no ComfyUI.
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,46 +16,28 @@ if TYPE_CHECKING:
 
     from ..vortex_core import Engine
 
-log = logging.getLogger(__name__)
-
-FOLDERS = ("vortex", "diffusers")  # registered model folders whose subfolders may hold a model
-
 # ---------------------------------------------------------------- folders
 
 
-def model_folders() -> dict[str, Path]:
-    """Diffusers folders below the host's model folders, by the name the loader shows: `vortex/FLUX.1-schnell`.
-
-    The loader picks from this table and never builds a path from what a workflow says. A folder that a link leads
-    out of all model folders is left out.
-    """
+def model_folders(kind: str) -> list[Path]:
+    """The host's registered folders of one kind, such as `checkpoints`; `vortex` is registered here."""
     import folder_paths
 
     folder_paths.add_model_folder_path("vortex", os.path.join(folder_paths.models_dir, "vortex"))
-    roots = [Path(root) for kind in FOLDERS for root in folder_paths.get_folder_paths(kind)]
-    allowed = [root.resolve() for root in roots]
-    found: dict[str, Path] = {}
-    for kind in FOLDERS:
-        for root in map(Path, folder_paths.get_folder_paths(kind)):
-            for folder in _subfolders(root):
-                if not (folder / "transformer").is_dir():
-                    continue
-                if any(folder.resolve().is_relative_to(root) for root in allowed):
-                    found.setdefault(f"{kind}/{folder.name}", folder)
-                else:
-                    log.warning(
-                        "%s leads out of ComfyUI's model folders and is not listed; name its folder in "
-                        "extra_model_paths.yaml instead.",
-                        folder,
-                    )
-    return found
+    return [Path(folder) for folder in folder_paths.get_folder_paths(kind)]
 
 
-def _subfolders(root: Path) -> Iterator[Path]:
-    try:
-        yield from sorted(path for path in root.iterdir() if path.is_dir())
-    except OSError as error:  # most folders that are registered do not exist
-        log.debug("%s is not listed: %s", root, error)
+def cache_folder() -> Path:
+    """Where quantized weights are kept."""
+    return model_folders("vortex")[0] / "cache"
+
+
+def tokenizers() -> tuple[Path, Path]:
+    """The host's own copies of CLIP's and T5's tokenizers."""
+    import comfy.model_management as management
+
+    root = Path(management.__file__).parent
+    return root / "sd1_tokenizer", root / "text_encoders" / "t5_tokenizer"
 
 
 # ---------------------------------------------------------------- VRAM

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import engines
+from .models import OWN, available, choices, find
 from .types import MODEL, Model
 from .vae import Decoder
 
@@ -27,11 +28,11 @@ class NF4FluxLoader:
         return {
             "required": {
                 "model": (
-                    engines.available(),
+                    available(),
                     {
                         "tooltip": "tiny-schnell is bundled: a trained miniature that draws simple coloured shapes "
-                        "anywhere. Others are FLUX.1-schnell folders in the diffusers layout in models/vortex or "
-                        "models/diffusers."
+                        "anywhere. Others are FLUX.1-schnell: files in models/diffusion_models, unet or checkpoints, "
+                        "or whole folders in models/vortex or models/diffusers."
                     },
                 ),
                 "vram_budget": (
@@ -50,14 +51,33 @@ class NF4FluxLoader:
                     ["exact"],
                     {"tooltip": "exact: NF4 weights, 16-bit products; the only mode there is so far."},
                 ),
-            }
+            },
+            # appended after a release: what is saved lists values by position
+            "optional": {
+                "clip_l": (
+                    choices("clip"),
+                    {"tooltip": "CLIP, for a model without it: clip_l in models/text_encoders or models/clip."},
+                ),
+                "t5xxl": (
+                    choices("t5"),
+                    {"tooltip": "T5, for a model without it: t5xxl in models/text_encoders or models/clip."},
+                ),
+                "vae": (
+                    choices("vae"),
+                    {"tooltip": "The VAE, for a model without it: ae.safetensors in models/vae."},
+                ),
+            },
         }
 
     @classmethod
-    def IS_CHANGED(cls, model: str, vram_budget: float, mode: str) -> str:
-        return engines.find(model, vram_budget, mode).fingerprint
+    def IS_CHANGED(
+        cls, model: str, vram_budget: float, mode: str, clip_l: str = OWN, t5xxl: str = OWN, vae: str = OWN
+    ) -> str:
+        return find(model, vram_budget, mode, clip=clip_l, t5=t5xxl, vae=vae).fingerprint
 
-    def load(self, model: str, vram_budget: float, mode: str) -> tuple[Model, Decoder]:
-        handle = engines.find(model, vram_budget, mode)
+    def load(
+        self, model: str, vram_budget: float, mode: str, clip_l: str = OWN, t5xxl: str = OWN, vae: str = OWN
+    ) -> tuple[Model, Decoder]:
+        handle = find(model, vram_budget, mode, clip=clip_l, t5=t5xxl, vae=vae)
         engines.acquire(handle)
         return handle, Decoder(handle)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 MODEL = "VORTEX_MODEL"
 
@@ -24,13 +25,17 @@ ANY = AnyType("*")
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """The loader's light handle: which weights and how, never the weights. `fingerprint` stands for their content."""
+    """The loader's light handle: which weights and how, never the weights. `fingerprint` stands for their content.
+
+    `parts` are files for what `path` lacks, by `clip`, `t5` and `vae`.
+    """
 
     name: str
     path: str
     fingerprint: str
     vram_budget: float  # GB
     mode: str
+    parts: tuple[tuple[str, Path], ...] = ()
 
     @property
     def key(self) -> tuple[str, str]:

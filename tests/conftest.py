@@ -5,19 +5,31 @@ pytest-socket refuses every connection (pyproject.toml, addopts).
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import comfy_host
 import pytest
 
 if TYPE_CHECKING:
+    from fake_host import FakeHost
+
     from vortex_core import Engine
 
 # Read once by huggingface_hub and transformers, when they are imported: set before any test module is.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
+
+with contextlib.suppress(ImportError):  # a GPU machine may lack it, and runs no test that needs it
+    from hypothesis import settings
+
+    settings.register_profile("quick", max_examples=100, deadline=None, database=None)
+    settings.register_profile("nightly", max_examples=10_000, deadline=None, database=None)
+    settings.load_profile("quick")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -54,3 +66,34 @@ def engine() -> Engine:
     import vortex_core
 
     return vortex_core.load_flux_schnell(model="tiny", device="cpu", quantization="nf4")
+
+
+@pytest.fixture(scope="module")
+def _host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHost]:
+    from fake_host import FakeHost, module
+
+    fake = FakeHost(tmp_path_factory.mktemp("host"))
+    engines, host = module("nodes.engines"), module("nodes.host")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, content in fake.modules().items():
+            patch.setitem(sys.modules, name, content)
+        host._patcher_class.cache_clear()
+        yield fake
+        engines._loaded.clear()
+        host._patcher_class.cache_clear()
+
+
+@pytest.fixture
+def comfy(_host: FakeHost) -> FakeHost:
+    """The stand-in for ComfyUI, as it starts."""
+    _host.reset()
+    return _host
+
+
+@pytest.fixture
+def model(comfy: FakeHost) -> Any:
+    """The loader's handle of the miniature."""
+    from fake_host import node
+
+    handle, _ = node("VortexFluxLoader").load("tiny-schnell", 6.5, "exact")
+    return handle

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
+
+import workflows
+
+PACK = workflows.load_pack()
+
+
+def module(name: str) -> Any:
+    """A module of the pack, as ComfyUI imported it."""
+    return importlib.import_module(f"{workflows.PACKAGE}.{name}")
+
+
+def node(key: str) -> Any:
+    return PACK.NODE_CLASS_MAPPINGS[key]()
 
 
 class Interrupted(BaseException):
@@ -47,9 +61,13 @@ class Flux:
 class FakeHost:
     """What a test sets, and what the pack did. `interrupt_after` counts the checks before the user interrupts."""
 
-    def __init__(self, models: Path) -> None:
-        self.models = models
-        self.folders: dict[str, list[str]] = {"diffusers": [str(models / "diffusers")]}
+    def __init__(self, base: Path) -> None:
+        models = base / "models"
+        self.models, self.comfy = models, base / "comfy"
+        kinds = ("diffusers", "diffusion_models", "checkpoints", "text_encoders", "vae")
+        self.folders = {kind: [str(models / kind)] for kind in kinds}
+        self.folders["diffusion_models"].insert(0, str(models / "unet"))
+        self.folders["text_encoders"].append(str(models / "clip"))
         self.previewer: Any = None
         self.reset()
 
@@ -88,6 +106,7 @@ class FakeHost:
                 "free_memory": lambda size, device: None,
                 "load_models_gpu": self.load_models_gpu,
                 "throw_exception_if_processing_interrupted": self.check,
+                "__file__": str(self.comfy / "model_management.py"),
             },
             "comfy.model_patcher": {"ModelPatcher": ModelPatcher},
             "comfy.utils": {"ProgressBar": lambda total: Bar(self, total)},

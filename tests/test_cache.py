@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,13 +15,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from vortex_core import Engine, VortexCheckpointError, load_flux_schnell, nf4
+from vortex_core import Engine, VortexCheckpointError, VortexInputError, load_flux_schnell, nf4
 from vortex_core.checkpoint import cache as cache_module
+from vortex_core.checkpoint.bundle import find_parts
 from vortex_core.checkpoint.cache import Cache, identity
 from vortex_core.cli import app
+from vortex_core.conditioning import Modulation
 from vortex_core.errors import VortexWarning
 from vortex_core.inspection import inspect
 from vortex_core.quantize import quantize_file
+from vortex_core.spec import FluxSpec
+from vortex_core.transformer import Transformer
 
 runner = CliRunner()
 DRAW = {"seed": 1, "height": 64, "width": 64, "steps": 1}
@@ -46,6 +52,24 @@ def test_the_second_load_quantizes_nothing(
     monkeypatch.setattr(nf4, "quantize", lambda *a: pytest.fail("quantized again"))
     second = load_flux_schnell(tiny_dir, device="cpu", cache_dir=cached)
     assert torch.equal(second.generate(PROMPT, **DRAW), expected)
+
+
+TWICE = """
+import sys
+from vortex_core import load_flux_schnell
+from vortex_core.checkpoint import cache
+cache.SMALLEST = 0
+load_flux_schnell("tiny", device="cpu", cache_dir=sys.argv[1])
+"""
+
+
+def test_two_processes_at_once(tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "error", "-c", TWICE, str(tmp_path)]
+    both = [subprocess.Popen(command, cwd=Path(__file__).parents[1]) for _ in range(2)]
+    assert [process.wait(timeout=300) for process in both] == [0, 0]
+    assert len(Cache(tmp_path).entries()) == 2
+    assert not any(differs for _, differs in Cache(tmp_path).damaged())
+    assert not list(tmp_path.glob(".*.part"))
 
 
 def test_small_models_are_not_kept(tmp_path: Path, tiny_dir: Path) -> None:
@@ -139,6 +163,34 @@ def test_quantize_writes_a_file_that_draws_the_same(tmp_path: Path, tiny_dir: Pa
         quantize_file(tiny_dir / "vae" / "diffusion_pytorch_model.safetensors", tmp_path / "y.safetensors")
 
 
+def test_quantize_writes_a_folder_for_diffusers(tmp_path: Path, tiny_dir: Path) -> None:
+    """Its names, its packed modules and no others, and back into Vortex bit for bit."""
+    from diffusers import BitsAndBytesConfig, FluxTransformer2DModel
+    from diffusers.quantizers.bitsandbytes.utils import replace_with_bnb_linear
+
+    folder = tmp_path / "FLUX.1-schnell-nf4"
+    said = runner.invoke(app, ["quantize", str(tiny_dir), str(folder), "--device", "cpu"])
+    assert said.exit_code == 0, said.output
+    written = load_file(folder / "diffusion_pytorch_model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    quantization = BitsAndBytesConfig.from_dict(config.pop("quantization_config"))
+    with torch.device("meta"):
+        model = FluxTransformer2DModel.from_config(config)
+        kept = quantization.llm_int8_skip_modules
+        model = replace_with_bnb_linear(model, modules_to_not_convert=kept, quantization_config=quantization)
+    named = dict(model.named_modules())
+    packed = {name for name in named if type(named[name]).__name__ == "Linear4bit"}
+    assert {key.partition(".weight.quant_state")[0] for key in written if "quant_state" in key} == packed
+    parts = (".absmax", ".quant_map", ".bitsandbytes__nf4")
+    assert {key for key in written if not key.endswith(parts)} == model.state_dict().keys()
+    single = quantize_file(tiny_dir, tmp_path / "single.safetensors", device="cpu")
+    ours, theirs = (find_parts(path, {})[0]["transformer"].tensors for path in (single, folder))
+    for name in (n for n in ours.names() if not n.startswith("final_layer.linear.weight")):
+        assert torch.equal(ours.read(name), theirs.read(name))
+    with pytest.raises(VortexInputError, match="holds other files"):
+        quantize_file(single, tiny_dir, device="cpu")
+
+
 def test_bitsandbytes_reads_what_we_write(tmp_path: Path, tiny_dir: Path) -> None:
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
@@ -150,7 +202,8 @@ def test_bitsandbytes_reads_what_we_write(tmp_path: Path, tiny_dir: Path) -> Non
     assert torch.equal(dequantize_4bit(tensors[name], state), nf4.dequantize(packed, torch.bfloat16))
 
 
-def test_inspect_says_what_it_is(tmp_path: Path, tiny_dir: Path) -> None:
+def test_inspect_says_what_it_is(tmp_path: Path, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vortex_core.checkpoint.tokenizer._cached", lambda homes: None)
     said = runner.invoke(app, ["inspect", str(tiny_dir)]).output
     for words in ("diffusers names, bf16", "step-time weights, on the GPU", "a budget of 6.5 GB leaves"):
         assert words in " ".join(said.split())
@@ -158,12 +211,79 @@ def test_inspect_says_what_it_is(tmp_path: Path, tiny_dir: Path) -> None:
     assert report["missing"] == []
     vae = inspect(tiny_dir / "vae" / "diffusion_pytorch_model.safetensors")
     assert [part.kind for part in vae.found] == ["vae"]
-    assert len(vae.missing) == 3
+    assert [what.partition(" (")[0] for what in vae.missing] == [
+        "the transformer", "CLIP's text encoder", "the T5 encoder", "CLIP's tokenizer", "T5's tokenizer"
+    ]  # fmt: skip
     assert vae.placement == {}
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(VortexCheckpointError, match="no part of FLUX"):
         inspect(tmp_path / "other.safetensors")
     assert runner.invoke(app, ["inspect", str(tmp_path / "missing")]).exit_code == 1
+
+
+@pytest.mark.parametrize("form", ["bf16", "fp8", "NF4", "GGUF"])
+def test_inspect_reads_headers_only(tmp_path: Path, form: str) -> None:
+    """A file of the real sizes that is all holes: its bytes are not there to be read."""
+    with torch.device("meta"):
+        halves = (Transformer(FluxSpec()), Modulation(FluxSpec()))
+    tensors = {name: tuple(p.shape) for half in halves for name, p in half.named_parameters()}
+    path = tmp_path / f"flux1-schnell.{'gguf' if form == 'GGUF' else 'safetensors'}"
+    (sparse_gguf if form == "GGUF" else sparse_safetensors)(path, tensors, form)
+    assert path.stat().st_size > 6e9
+    assert path.stat().st_blocks * 512 < 50e6
+    started = time.process_time()
+    seen = inspect(path)
+    assert time.process_time() - started < 1
+    (found,) = seen.found
+    assert form in found.words
+    assert found.nbytes == pytest.approx(path.stat().st_size, rel=0.01)
+    assert seen.placement["step-time weights, on the GPU"] == pytest.approx(4.87e9, rel=0.01)
+
+
+def sparse_safetensors(path: Path, tensors: dict[str, tuple[int, ...]], form: str) -> None:
+    entries: list[tuple[str, str, list[int], bytes | int]] = []
+    for name, shape in tensors.items():
+        values = torch.Size(shape).numel()
+        if form == "NF4" and len(shape) == 2:
+            state = json.dumps({"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": shape}).encode()
+            entries.append((name, "U8", [values // 2, 1], values // 2))
+            entries.append((f"{name}.absmax", "F32", [values // 64], values // 16))
+            entries.append((f"{name}.quant_map", "F32", [16], 64))
+            entries.append((f"{name}.quant_state.bitsandbytes__nf4", "U8", [len(state)], state))
+        elif form == "fp8" and len(shape) == 2:
+            entries.append((name, "F8_E4M3", [*shape], values))
+        else:
+            entries.append((name, "BF16", [*shape], values * 2))
+    header, offset, filled = {}, 0, {}
+    for name, dtype, shape, data in entries:
+        size = data if isinstance(data, int) else len(data)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
+        if isinstance(data, bytes):
+            filled[offset] = data
+        offset += size
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for at, data in filled.items():
+            file.seek(8 + len(text) + at)
+            file.write(data)
+        file.truncate(8 + len(text) + offset)
+
+
+def sparse_gguf(path: Path, tensors: dict[str, tuple[int, ...]], form: str) -> None:
+    gguf, np = pytest.importorskip("gguf"), pytest.importorskip("numpy")
+    writer = gguf.GGUFWriter(path, "flux")
+    for name, shape in tensors.items():
+        values, is_linear = torch.Size(shape).numel(), len(shape) == 2
+        kind = gguf.GGMLQuantizationType["Q8_0" if is_linear else "F32"]
+        bytes_a_row = shape[-1] // 32 * 34 if is_linear else shape[-1] * 4
+        writer.add_tensor_info(name, [*shape[:-1], bytes_a_row], np.dtype(np.uint8), values, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    size = sum(torch.Size(s).numel() * (34 / 32 if len(s) == 2 else 4) // 32 * 32 + 32 for s in tensors.values())
+    os.truncate(path, path.stat().st_size + int(size))
 
 
 def test_the_plan_is_what_loading_takes(tiny_dir: Path, engine: Engine) -> None:

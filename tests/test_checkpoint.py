@@ -93,7 +93,7 @@ def test_a_tensor_of_another_shape(copy: Path) -> None:
     tensors = load_file(path)
     tensors["decoder.conv_out.weight"] = torch.zeros(4, 32, 3, 3)
     save_file(tensors, path)
-    refused(copy, r"does not fit its config.json: conv_out.weight: expected .* found \(4, 32, 3, 3\)")
+    refused(copy, r"does not fit together: conv_out.weight: expected .* found \(4, 32, 3, 3\)")
 
 
 def test_a_damaged_file(copy: Path) -> None:

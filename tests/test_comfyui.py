@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 import comfy_host
 import numpy as np
 import pytest
+import stand_in
 from comfy_host import Host, NodeError
 from judge import matches
 from scenes import Scene, Thing
 
 import workflows
+from vortex_core import load_flux_schnell
 from workflows import TINY_SIDE
 
 if TYPE_CHECKING:
@@ -34,9 +36,9 @@ SCENES = {
     "schnell-512": CIRCLE,
     "schnell-1024": CIRCLE,
 }
-# stands for CLIP Text Encode, whose encoders are too large for a test: two long prompts at once
-CONDITIONING = """
-import torch
+# The first stands for CLIP Text Encode, whose encoders are too large for a test: two long prompts at once.
+TEST_NODES = """
+import json, sys, torch
 
 class TestConditioning:
     INPUT_TYPES = classmethod(lambda cls: {"required": {"width": ("INT", {"max": 8192})}})
@@ -46,19 +48,37 @@ class TestConditioning:
         g = torch.Generator().manual_seed(0)
         return ([[torch.randn(2, 300, width, generator=g), {"pooled_output": torch.randn(2, 128, generator=g)}]],)
 
-NODE_CLASS_MAPPINGS = {"TestConditioning": TestConditioning}
+class TestState:
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"nonce": ("INT", {})}})
+    RETURN_TYPES, FUNCTION, CATEGORY, OUTPUT_NODE = (), "read", "tests", True
+
+    def read(self, nonce):
+        state = {
+            "modules": sorted({name.partition(".")[0] for name in sys.modules}),
+            "torch": [str(torch.get_default_dtype()), str(torch.get_default_device()), torch.get_num_threads(),
+                      torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled(),
+                      torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark,
+                      torch.backends.cuda.flash_sdp_enabled(), torch.is_autocast_enabled("cpu"),
+                      torch.get_rng_state().sum().item()],
+        }
+        return {"ui": {"text": [json.dumps(state)]}}
+
+NODE_CLASS_MAPPINGS = {"TestConditioning": TestConditioning, "TestState": TestState}
 """
 LOADER, SAMPLER = "1", "2"  # their ids in every workflow
+FOLDER, FILE = "vortex/FLUX.1-schnell", "diffusion_models/flux1-schnell.safetensors"
+CHECKPOINT = f"checkpoints/{workflows.CHECKPOINT}"
 
 
 @pytest.fixture(scope="module", params=comfy_host.trees() or [Path("no tree")], ids=lambda tree: tree.name)
 def host(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Iterator[Host]:
     base = tmp_path_factory.mktemp(request.param.name) / "base"
-    # what stands for the checkpoint that the schnell workflows name
-    shutil.copytree(tiny_dir, base / "models" / "vortex" / workflows.CHECKPOINT)
+    shutil.copytree(tiny_dir, base / "models" / FOLDER)
+    stand_in.write_parts(tiny_dir, base / "models")
+    stand_in.write_checkpoint(tiny_dir, base / "models" / CHECKPOINT)
     test_nodes = base / "custom_nodes" / "nodes_for_tests.py"
     test_nodes.parent.mkdir(parents=True)
-    test_nodes.write_text(CONDITIONING)
+    test_nodes.write_text(TEST_NODES)
     started = Host(request.param, base)
     yield started
     started.stop()
@@ -75,14 +95,31 @@ def uncached(seed: int, **inputs: Any) -> dict[str, Any]:
     return workflow(seed=seed, **inputs)
 
 
+def state(host: Host, nonce: int) -> dict[str, Any]:
+    """What the host has imported, and torch's global state."""
+    entry = host.run({"1": {"class_type": "TestState", "inputs": {"nonce": nonce}}})
+    return json.loads(entry["outputs"]["1"]["text"][0])
+
+
 def test_the_host_lists_the_nodes_and_starts_as_fast(host: Host) -> None:
     info = host.get("/object_info")
     for key, name in workflows.load_pack().NODE_DISPLAY_NAME_MAPPINGS.items():
         assert info[key]["display_name"] == name
-    assert info["VortexFluxLoader"]["input"]["required"]["model"][0] == ["tiny-schnell", "vortex/FLUX.1-schnell"]
+    loader = info["VortexFluxLoader"]["input"]
+    assert loader["required"]["model"][0] == ["tiny-schnell", FOLDER, FILE, CHECKPOINT]
+    assert {name: spec[0][1:] for name, spec in loader["optional"].items()} == {
+        "clip_l": ["clip_l.safetensors"], "t5xxl": ["t5xxl_fp16.safetensors"], "vae": ["ae.safetensors"],
+    }  # fmt: skip
     (line,) = (line for line in host.log().splitlines() if comfy_host.PACK in line and "seconds" in line)
     assert float(line.split()[0]) <= 0.2
     assert "IMPORT FAILED" not in host.log()
+
+
+def test_nothing_heavy_is_imported_before_a_node_runs_and_torch_stays_as_it_is(host: Host) -> None:
+    before = state(host, 1)
+    assert not {"bitsandbytes", "diffusers", "gguf"} & set(before["modules"])  # transformers is the host's own
+    host.run(uncached(100))
+    assert state(host, 2)["torch"] == before["torch"]
 
 
 def test_templates_and_help_are_served(host: Host) -> None:
@@ -101,6 +138,8 @@ def test_each_workflow_runs_and_draws_what_it_says(host: Host, engine: Engine, n
         # the miniature stands for the checkpoint: at the size it draws at, a scene that it knows
         inputs = {"prompt": "a red circle on a white background", "width": TINY_SIDE, "height": TINY_SIDE, "seed": 7}
     graph = workflow(name, **inputs)
+    if name.startswith("schnell"):
+        graph[LOADER]["inputs"]["model"] = FOLDER
     pictures = [p for p in host.pictures(host.run(graph)) if p.shape[0] == p.shape[1]]  # plots are wide
     asked = graph[SAMPLER]["inputs"]
     assert len(pictures) == asked["batch_size"]
@@ -114,6 +153,42 @@ def test_each_workflow_runs_and_draws_what_it_says(host: Host, engine: Engine, n
         if not verdict.ok:
             # the host drew what the library draws; that this does not show the scene is for tests/test_pictures.py
             pytest.xfail(f"the bundled weights do not draw this yet: {', '.join(verdict.reasons)}")
+
+
+@pytest.mark.parametrize("name", ["schnell-512", "schnell-1024"])
+def test_the_real_checkpoints_workflows_run_as_shipped(host: Host, name: str) -> None:
+    graph = workflow(name, width=TINY_SIDE, height=TINY_SIDE)
+    (picture,) = host.pictures(host.run(graph))
+    own = load_flux_schnell(host.base / "models" / CHECKPOINT, tokenizers=own_tokenizers(host.tree), device="cpu")
+    asked = graph[SAMPLER]["inputs"]
+    wanted = own.generate(asked["prompt"], seed=asked["seed"], width=TINY_SIDE, height=TINY_SIDE)
+    assert np.abs(picture - wanted[0].numpy()).max() < 0.02
+
+
+def test_a_file_and_the_parts_it_lacks(host: Host) -> None:
+    models = host.base / "models"
+    graph = uncached(95)
+    graph[LOADER]["inputs"] |= {"model": FILE, "vae": "ae.safetensors"}
+    (picture,) = host.pictures(host.run(graph))
+    own = load_flux_schnell(
+        models / FILE, clip=models / "text_encoders/clip_l.safetensors", t5=models / "clip/t5xxl_fp16.safetensors",
+        vae=models / "vae/ae.safetensors", tokenizers=own_tokenizers(host.tree), device="cpu",
+    )  # fmt: skip
+    wanted = own.generate(graph[SAMPLER]["inputs"]["prompt"], seed=95, width=TINY_SIDE, height=TINY_SIDE)
+    assert np.abs(picture - wanted[0].numpy()).max() < 0.02
+
+
+def own_tokenizers(tree: Path) -> tuple[Path, Path]:
+    return tree / "comfy" / "sd1_tokenizer", tree / "comfy" / "text_encoders" / "t5_tokenizer"
+
+
+def test_the_monitor_and_the_probe_report(host: Host) -> None:
+    def report(name: str) -> str:
+        return host.run(workflow(name))["outputs"]["5"]["text"][0]
+
+    assert "No NVIDIA GPU" in report("batch-vram-monitor")
+    assert "10 runs: mean" in report("latency-probe")
+    assert "rests on" in report("latency-probe")
 
 
 def test_the_hosts_decoder_draws_our_latents(host: Host) -> None:
@@ -144,7 +219,7 @@ def test_two_models_alternate_without_loading(host: Host) -> None:
     loads = None
     for seed in range(110, 114):
         graph = uncached(seed)
-        graph[LOADER]["inputs"]["model"] = ("tiny-schnell", "vortex/FLUX.1-schnell")[seed % 2]
+        graph[LOADER]["inputs"]["model"] = ("tiny-schnell", FOLDER)[seed % 2]
         host.run(graph)
         loads = host.loads() if seed == 111 else loads
     assert host.loads() == loads
@@ -178,9 +253,10 @@ def test_bad_input_is_refused_in_words(host: Host, inputs: dict[str, Any], messa
 
 
 @pytest.mark.parametrize("name", ["../../etc", "/etc", "C:\\Windows", "vortex/../vortex/FLUX.1-schnell", "a\0b"])
-def test_a_name_that_is_not_listed_is_refused(host: Host, name: str) -> None:
+@pytest.mark.parametrize("where", ["model", "clip_l", "t5xxl", "vae"])
+def test_a_name_that_is_not_listed_is_refused(host: Host, name: str, where: str) -> None:
     graph = workflow()
-    graph[LOADER]["inputs"]["model"] = name
+    graph[LOADER]["inputs"][where] = name
     with pytest.raises(NodeError, match="not in list"):
         host.run(graph)
 

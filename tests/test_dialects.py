@@ -9,13 +9,14 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from specimens import write_gguf
 from torch import Tensor, nn
 
 from vortex_core import Engine, VortexCheckpointError, load_flux_schnell, nf4
 from vortex_core.checkpoint.bundle import Bundle, open_bundle
 from vortex_core.checkpoint.dialect import find_part
+from vortex_core.checkpoint.files import StateDict, open_file
 from vortex_core.checkpoint.materialize import is_quantized
-from vortex_core.checkpoint.tensors import StateDict, open_file
 from vortex_core.conditioning import Modulation
 from vortex_core.transformer import Transformer
 
@@ -180,20 +181,16 @@ def test_gguf(tmp_path: Path, tiny_dir: Path, canonical: dict[str, Tensor], line
     gguf = pytest.importorskip("gguf")
     path = tmp_path / "flux.gguf"
     quantization = gguf.GGMLQuantizationType[kind]
-    writer = gguf.GGUFWriter(path, "flux")
-    expected = {}
+    tensors, expected = {}, {}
     for name, tensor in canonical.items():
         values = tensor.float().numpy()
         if name in linears:
             data = gguf.quantize(values, quantization)
             expected[name] = torch.from_numpy(gguf.dequantize(data, quantization).copy())
-            writer.add_tensor(name, data, raw_dtype=quantization)
+            tensors[name] = data, quantization
         else:
-            writer.add_tensor(name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+            tensors[name] = values, None
+    write_gguf(path, "flux", tensors)
     assert words(path) == f"BFL names, GGUF {kind}"
     part = find_part(open_file(path), "transformer")
     assert part is not None
@@ -212,6 +209,32 @@ def test_text_encoders_and_vae_as_single_files(tmp_path: Path, tiny_dir: Path, e
         assert torch.equal(other.generate(PROMPT, **DRAW), engine.generate(PROMPT, **DRAW))
     with pytest.raises(VortexCheckpointError, match=r"clip_l\.safetensors does not hold the T5 encoder"):
         open_bundle(tiny_dir, t5=clip)
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_a_t5_as_gguf(tmp_path: Path, tiny_dir: Path, engine: Engine, kind: str) -> None:
+    """Under llama.cpp's names, which the `gguf` package itself gives."""
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path / "t5-v1_1-xxl-encoder.gguf"
+    tensors = load_file(tiny_dir / "text_encoder_2" / "model.safetensors")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5ENCODER, 3)
+    quantization = gguf.GGMLQuantizationType[kind]
+    renamed = {}
+    for name, tensor in tensors.items():
+        values = tensor.float().numpy()
+        theirs = names.get_name(name, try_suffixes=(".weight",)) or "token_embd.weight"
+        is_linear = tensor.ndim == 2 and "relative" not in name
+        renamed[theirs] = (gguf.quantize(values, quantization), quantization) if is_linear else (values, None)
+    write_gguf(path, "t5encoder", renamed)
+    part = find_part(open_file(path), "t5")
+    assert part is not None
+    assert part.words == f"llama.cpp names, GGUF {kind}"
+    for name, tensor in tensors.items():
+        error = (part.tensors.read(name) - tensor.float()).abs().max() / tensor.float().abs().max()
+        assert error <= (0 if kind == "F32" else 1 / 200)
+    with load_flux_schnell(tiny_dir, device="cpu", t5=path) as other:
+        drawn, expected = other.generate(PROMPT, **DRAW), engine.generate(PROMPT, **DRAW)
+    assert torch.equal(drawn, expected) if kind == "F32" else (drawn - expected).abs().mean() < 0.1
 
 
 def test_what_a_file_lacks_is_said(tmp_path: Path, tiny_dir: Path, canonical: dict[str, Tensor]) -> None:

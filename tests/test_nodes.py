@@ -2,66 +2,27 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from fake_host import FakeHost, Interrupted
+from fake_host import PACK, FakeHost, Interrupted, module, node
 
 import workflows
 
 ROOT = Path(__file__).parent.parent
-PACK = workflows.load_pack()
 KEYS = sorted(PACK.NODE_CLASS_MAPPINGS)
 PROMPT = "a red circle on a white background"
 SIDE = 64
 
-
-def module(name: str) -> Any:
-    """A module of the pack, as ComfyUI imported it."""
-    return importlib.import_module(f"{workflows.PACKAGE}.{name}")
-
-
 engines, host, types = module("nodes.engines"), module("nodes.host"), module("nodes.types")
 plot, recording, monitoring = module("nodes.plot"), module("nodes.recorder"), module("nodes.vram_monitor")
 errors, latency = module("vortex_core.errors"), module("vortex_core.latency")
-
-
-@pytest.fixture(scope="module")
-def _host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHost]:
-    fake = FakeHost(tmp_path_factory.mktemp("models"))
-    with pytest.MonkeyPatch.context() as patch:
-        for name, content in fake.modules().items():
-            patch.setitem(sys.modules, name, content)
-        host._patcher_class.cache_clear()
-        yield fake
-        engines._loaded.clear()
-        host._patcher_class.cache_clear()
-
-
-@pytest.fixture
-def comfy(_host: FakeHost) -> FakeHost:
-    _host.reset()
-    return _host
-
-
-@pytest.fixture
-def model(comfy: FakeHost) -> Any:
-    handle, _ = node("VortexFluxLoader").load(engines.BUNDLED, 6.5, "exact")
-    return handle
-
-
-def node(key: str) -> Any:
-    return PACK.NODE_CLASS_MAPPINGS[key]()
 
 
 def sample(model: Any, prompt: str = PROMPT, batch: int = 1, seed: int = 7, **more: Any) -> Any:
@@ -98,7 +59,7 @@ def test_input_order_is_what_saved_workflows_rely_on(comfy: FakeHost) -> None:
     # widgets_values is positional: append, never reorder
     order = {key: list(workflows.Schemas().inputs(key)) for key in KEYS}
     assert order == {
-        "VortexFluxLoader": ["model", "vram_budget", "mode"],
+        "VortexFluxLoader": ["model", "vram_budget", "mode", "clip_l", "t5xxl", "vae"],
         "VortexLatencyProbe": ["model", "prompt", "width", "height", "steps", "runs", "warmup", "value"],
         "VortexSchnellSampler": [
             *("model", "prompt", "width", "height", "batch_size", "seed", "steps", "negative_prompt", "conditioning"),
@@ -141,186 +102,6 @@ print(seconds)
 """
     run = [sys.executable, "-c", code, str(ROOT)]
     assert min(float(subprocess.check_output(run, text=True)) for _ in range(2)) < 0.2
-
-
-# ---------------------------------------------------------------- loader and engines
-
-
-def test_loading_again_does_not_load_again(comfy: FakeHost, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "_load", lambda model: pytest.fail("loaded again"))
-    again, _ = node("VortexFluxLoader").load(engines.BUNDLED, 8.0, "exact")
-    assert again.key == model.key
-    assert engines.acquire(model) is engines.acquire(again)
-
-
-def test_loading_reports_progress(comfy: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "_loaded", type(engines._loaded)())
-    engines.acquire(engines.find(engines.BUNDLED, 6.5, "exact"))
-    steps = [done for done, _, _ in comfy.progress[-1]]
-    assert steps == sorted(steps)
-    assert steps[-1] == 1000
-
-
-def test_two_models_alternate_and_a_third_replaces_the_oldest(
-    comfy: FakeHost, model: Any, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loads = []
-    load = engines._load
-    monkeypatch.setattr(engines, "_load", lambda model: (loads.append(model.name), load(model))[1])
-    for name in ("one", "two"):
-        shutil.copytree(tiny_dir, comfy.models / "vortex" / name)
-    one, two = (engines.find(f"vortex/{name}", 6.5, "exact") for name in ("one", "two"))
-    for handle in (one, model, one, model):
-        engines.acquire(handle)
-    assert loads == ["vortex/one"]
-    engines.acquire(two)
-    assert list(engines._loaded) == [model.key, two.key]
-    engines.acquire(one)
-    assert loads == ["vortex/one", "vortex/two", "vortex/one"]
-    shutil.rmtree(comfy.models / "vortex")
-    engines.acquire(model)
-
-
-def test_a_changed_file_is_another_model(comfy: FakeHost, tiny_dir: Path, tmp_path: Path) -> None:
-    copy = shutil.copytree(tiny_dir, tmp_path / "copy")
-    before = engines.fingerprint(copy)
-    assert engines.fingerprint(copy) == before
-    (copy / "vae" / "config.json").write_text("{}")
-    assert engines.fingerprint(copy) != before
-
-
-HOSTILE = (
-    "..", "../..", "/etc", "/etc/passwd", "vortex/../../..", "vortex/..", "diffusers//etc", "C:\\Windows", "C:/Windows",
-    "\\\\server\\share", "vortex\\..\\..", "vortex/NUL", "CON", "a\0b", "vortex/one\0", "~", "~root", "file:///etc/passwd",
-    "", " ", "tiny", "tiny-schnell/..", "$HOME", "%2e%2e%2f", "vortex/\N{FULLWIDTH FULL STOP}\N{FULLWIDTH FULL STOP}",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_no_name_leads_out_of_the_list(comfy: FakeHost, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "fingerprint", lambda folder: pytest.fail(f"read {folder}"))
-    with pytest.raises(errors.VortexInputError, match="There is no model"):
-        node("VortexFluxLoader").load(name, 6.5, "exact")
-    with pytest.raises(errors.VortexInputError, match="There is no model"):
-        PACK.NODE_CLASS_MAPPINGS["VortexFluxLoader"].IS_CHANGED(name, 6.5, "exact")
-
-
-def test_links_do_not_lead_out_of_the_model_folders(
-    comfy: FakeHost, tiny_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = comfy.models / "vortex"
-    folder.mkdir()
-    (folder / "outside").symlink_to(tiny_dir, target_is_directory=True)
-    real = shutil.copytree(tiny_dir, folder / "real")
-    (folder / "inside").symlink_to(real, target_is_directory=True)
-    (folder / "empty").mkdir()
-    assert engines.available() == [engines.BUNDLED, "vortex/inside", "vortex/real"]
-    assert "extra_model_paths.yaml" in caplog.text
-
-    secret = tmp_path / "secret.json"
-    secret.write_text("{}")
-    (real / "vae" / "config.json").unlink()
-    (real / "vae" / "config.json").symlink_to(secret)
-    with pytest.raises(errors.VortexCheckpointError, match="leads out of its model folder"):
-        engines.find("vortex/real", 6.5, "exact")
-    shutil.rmtree(folder)
-
-
-def test_a_budget_larger_than_the_card_is_refused_before_others_make_room(
-    comfy: FakeHost, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *device: (10**9, 8 * 10**9))
-    card = SimpleNamespace(type="cuda")
-    engines.check_budget(types.Model("big", "tiny", "", 6.5, "exact"), card)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *device: (10**9, 4 * 10**9))
-    with pytest.raises(errors.VortexInputError, match=r"6\.5 GB, but the card has 4\.00 GB"):
-        engines.check_budget(types.Model("big", "tiny", "", 6.5, "exact"), card)
-
-
-def test_another_budget_reaches_the_engine_without_loading_again(
-    comfy: FakeHost, model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = engines.acquire(model)
-    told: list[float] = []
-    monkeypatch.setattr(engine, "limit", told.append, raising=False)
-    assert engines.acquire(replace(model, vram_budget=5.0)) is engine
-    assert engines.acquire(replace(model, vram_budget=5.0)) is engine
-    assert told == [5.0]
-    engines.acquire(model)
-
-
-def test_the_least_recently_used_leaves_the_card_where_budgets_do_not_fit(
-    comfy: FakeHost, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gone: list[str] = []
-
-    def stub(name: str, budget: float) -> Any:
-        engine = SimpleNamespace(name=name, resident=True, offload=lambda: gone.append(name))
-        return engines.Loaded(engine, None, int(budget * 1e9))
-
-    table = {(name, "exact"): stub(name, budget) for name, budget in (("a", 6), ("b", 6), ("c", 6))}
-    monkeypatch.setattr(engines, "_loaded", type(engines._loaded)(table))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *device: (0, 16 * 10**9))
-    engines._offload_others(types.Model("c", "", "c", 6.0, "exact"), SimpleNamespace(type="cuda"))
-    assert gone == ["a"]
-
-
-def test_out_of_memory_reaches_the_host_as_torchs_own(comfy: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(*arguments: Any, **options: Any) -> None:
-        raise errors.VortexInitializationError(
-            "Loading ran out of memory", needed=1, free=0, total=1, allocated=0, remedy="Close something."
-        ) from torch.OutOfMemoryError()
-
-    monkeypatch.setattr(engines, "_loaded", type(engines._loaded)())
-    monkeypatch.setattr(module("vortex_core.engine").Engine, "load", load)
-    with pytest.raises(torch.OutOfMemoryError, match="Close something"):
-        engines.acquire(engines.find(engines.BUNDLED, 6.5, "exact"))
-    assert not engines._loaded
-
-
-# ---------------------------------------------------------------- residency
-
-
-class StubEngine:
-    """An engine that only counts."""
-
-    def __init__(self) -> None:
-        self.resident, self.size, self.moves = True, 1000, []
-        self.device = torch.device("cpu")
-
-    @property
-    def device_bytes(self) -> int:
-        return self.size if self.resident else 0
-
-    def offload(self) -> int:
-        freed, self.resident = self.device_bytes, False
-        self.moves.append("offload")
-        return freed
-
-    def resume(self) -> None:
-        self.resident = True
-        self.moves.append("resume")
-
-
-def test_the_host_moves_an_engine_whole_and_hears_its_true_size(comfy: FakeHost) -> None:
-    engine = StubEngine()
-    patcher = host.register(engine)
-    assert (patcher.model_size(), patcher.loaded_size()) == (1000, 1000)
-    assert patcher.partially_unload(torch.device("cpu"), 10) == 0  # so that the host asks for all of it
-    assert patcher.detach(False) is patcher.model
-    assert engine.moves == []  # each repeated load asks this
-    patcher.detach()
-    assert (patcher.model_size(), patcher.loaded_size()) == (1000, 0)
-    assert patcher.current_loaded_device() == patcher.offload_device
-    assert patcher.partially_load(torch.device("cpu"), 10, force_patch_weights=False) == 1000
-    assert engine.moves == ["offload", "resume"]
-    engine.size = 1200  # a new picture size
-    assert patcher.model_size() == 1200
-
-
-def test_every_use_asks_the_host_for_what_the_budget_leaves(comfy: FakeHost, model: Any) -> None:
-    sample(model)
-    assert [working for _, working in comfy.asked[-1:]] == [int(6.5e9)]  # nothing is on a device here
 
 
 # ---------------------------------------------------------------- sampler and VAE

@@ -1,19 +1,29 @@
 """Whether ComfyUI can really take Vortex's VRAM back: run on a GPU, with a ComfyUI tree's own model management.
 
-    python tools/comfyui_memory.py ~/comfy/ComfyUI                     # the bundled miniature
-    python tools/comfyui_memory.py ~/comfy/ComfyUI /dev/shm/random-schnell
+    python tools/comfyui_memory.py ~/comfy/ComfyUI                                    # the bundled miniature
+    python tools/comfyui_memory.py ~/comfy/ComfyUI /dev/shm/random-schnell --size 512 --json figures.json
 
 In one process, three times: draw, let the host take the memory (another model's demand, "Unload models", an OOM as
 its executor handles it), and draw again. Torch's allocated bytes must fall by what was reported to the host (within
 1 %: the allocator rounds each tensor up to 512 bytes), the loader must not run, and the picture must be the same bit
-for bit. Ends with one JSON line.
+for bit.
+
+That is done once in each way the host may be set up, each in a process of its own: with torch's own allocator, with
+cudaMallocAsync (the host's default), and with dynamic VRAM where the tree has it and comfy-aimdo is installed. What
+the allocator does not support is listed, and is no failure. Prints as it goes and ends with one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import os
+import subprocess
 import sys
+import threading
+import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,19 +31,82 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 PROMPT = "a red circle on a white background"
+RESULT = "RESULT "  # before the line that a setup's process ends with
+NATIVE, ASYNC, DYNAMIC = "native", "cudaMallocAsync", "cudaMallocAsync and dynamic VRAM"
+MB = 1 << 20
 
 
 def main() -> None:
-    """Parse arguments and run."""
+    """Parse arguments, and run each setup in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tree", type=Path, help="a ComfyUI tree")
-    parser.add_argument("model", type=Path, nargs="?", help="a model folder (default: the miniature)")
+    parser.add_argument("model", type=Path, nargs="?", help="a model folder or file (default: the miniature)")
     parser.add_argument("--size", type=int, default=128, help="pixels a side (default 128)")
-    parser.add_argument("--dynamic", action="store_true", help="with the host's dynamic VRAM switched on (2026 trees)")
+    parser.add_argument("--cache", type=Path, help="where quantized weights are kept (default: beside the model)")
+    parser.add_argument("--seconds", type=float, default=100, help="at most, for one setup (default 100)")
+    parser.add_argument("--json", type=Path, help="write all figures here")
+    parser.add_argument("--setup", choices=(NATIVE, ASYNC, DYNAMIC), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.setup:
+        sys.argv = [sys.argv[0]]  # the host parses it, too
+        print(RESULT + json.dumps(run(arguments)), flush=True)
+        return
+    figures: dict[str, Any] = {"tree": version(arguments.tree), "model": str(arguments.model or "tiny-schnell")}
+    for setup in setups(arguments.tree):
+        print(f"\n== ComfyUI {figures['tree']}, {setup}", flush=True)
+        figures[setup] = apart(setup, arguments.seconds)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(figures, indent=1))
+    print(json.dumps(figures))
+    if not all(found.get("passed") for found in figures.values() if isinstance(found, dict)):
+        raise SystemExit(1)
+
+
+def version(tree: Path) -> str:
+    """The tree's version."""
+    return (tree / "comfyui_version.py").read_text().partition('__version__ = "')[2].partition('"')[0]
+
+
+def setups(tree: Path) -> list[str]:
+    """The ways in which a host of this tree may run here."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return [NATIVE]
+    dynamic = (tree / "comfy" / "memory_management.py").exists() and importlib.util.find_spec("comfy_aimdo")
+    return [NATIVE, ASYNC, *([DYNAMIC] if dynamic else [])]
+
+
+def apart(setup: str, seconds: float) -> dict[str, Any]:
+    """What a process of one setup found; its error where it ended or hung."""
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("ALLOC_CONF")}
+    if setup != NATIVE:
+        environment["PYTORCH_CUDA_ALLOC_CONF"] = "backend:cudaMallocAsync"  # as the host's cuda_malloc.py does
+    command = [sys.executable, __file__, *sys.argv[1:], "--setup", setup]
+    started = time.monotonic()
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as process:
+        timer = threading.Timer(seconds, process.kill)
+        timer.start()
+        found = None
+        for line in process.stdout or ():
+            if line.startswith(RESULT):
+                found = json.loads(line.removeprefix(RESULT))
+            else:
+                print(line, end="", flush=True)
+        timer.cancel()
+    taken = round(time.monotonic() - started, 1)
+    return {**(found or {"error": f"no result after {taken} s, exit {process.wait()}"}), "seconds": taken}
+
+
+# ---------------------------------------------------------------- in the process of a setup
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Start as the host starts, then check evictions and the allocator."""
     sys.path.insert(0, str(arguments.tree.resolve()))
-    sys.argv = [sys.argv[0]]  # the host parses it, too
-    if arguments.dynamic:
+    if arguments.setup == DYNAMIC:
         import comfy_aimdo.control
 
         comfy_aimdo.control.init()  # before torch, as the host's main does
@@ -42,27 +115,28 @@ def main() -> None:
 
     from workflows import load_pack
 
-    sys.argv += [] if torch.cuda.is_available() else ["--cpu"]
+    cuda = torch.cuda.is_available()
+    sys.argv += [] if cuda else ["--cpu"]
     import comfy.cli_args
     import comfy.options
 
     comfy.options.enable_args_parsing()
-    comfy.cli_args.args.cpu = not torch.cuda.is_available()
-    if arguments.dynamic:
+    comfy.cli_args.args.cpu = not cuda
+    if arguments.setup == DYNAMIC:
         switch_on_dynamic()
     load_pack()
-    figures = {
-        "tree": version(arguments.tree),
-        "dynamic": arguments.dynamic,
-        "torch": torch.__version__,
-        **check(arguments.model, arguments.size),
-    }
-    if torch.cuda.is_available():
-        figures["gpu"] = torch.cuda.get_device_name()
-        figures["allocator"] = torch.cuda.get_allocator_backend()
-    print(json.dumps(figures))
-    if not figures["passed"]:
-        raise SystemExit(1)
+    figures: dict[str, Any] = {"torch": torch.__version__}
+    if cuda:
+        figures |= {"gpu": torch.cuda.get_device_name(), "allocator": torch.cuda.get_allocator_backend()}
+    try:
+        figures |= evictions(arguments.model, arguments.size, arguments.cache)
+    except Exception:  # one part failing is no reason to lose the other
+        figures |= {"passed": False, "error": traceback.format_exc()}
+        print(figures["error"], flush=True)
+    if cuda:
+        figures["unsupported"] = unsupported(torch.device("cuda", torch.cuda.current_device()))
+        print("not supported by this allocator:", json.dumps(figures["unsupported"]), flush=True)
+    return figures
 
 
 def switch_on_dynamic() -> None:
@@ -78,35 +152,43 @@ def switch_on_dynamic() -> None:
     comfy.memory_management.aimdo_enabled = True
 
 
-def version(tree: Path) -> str:
-    """The tree's version."""
-    return (tree / "comfyui_version.py").read_text().partition('__version__ = "')[2].partition('"')[0]
-
-
-def check(folder: Path | None, size: int) -> dict[str, Any]:
+def evictions(model: Path | None, size: int, cache: Path | None) -> dict[str, Any]:
     """Draw, evict, draw again, for each way in which the host takes memory back."""
     import comfy.model_management as management
     import torch
-    from vortex_pack.nodes import engines, types
+    from vortex_pack.nodes import engines, files, host, types
     from vortex_pack.nodes.sampler import SchnellSampler
     from vortex_pack.vortex_core.checkpoint.bundle import TINY
 
-    path = folder or TINY
-    model = types.Model(path.name, "tiny" if folder is None else str(path), engines.fingerprint(path), 6.5, "exact")
+    path = model or TINY
+    if model is not None:
+        kept = cache or model.parent / "vortex-cache"
+        host.cache_folder = lambda: kept
+    handle = types.Model(path.name, str(path), files.fingerprint(path), 6.5, "exact")
     device = management.get_torch_device()
     cuda = device.type == "cuda"
 
     def draw() -> torch.Tensor:
         with torch.inference_mode():
-            return SchnellSampler().sample(model, PROMPT, size, size, 1, 7, 4)[0]
+            return SchnellSampler().sample(handle, PROMPT, size, size, 1, 7, 4)[0]
 
-    def allocated() -> int:
-        return torch.cuda.memory_allocated(device) if cuda else 0
+    def counters() -> dict[str, int]:
+        if not cuda:
+            return {"allocated": 0, "reserved": 0, "free": 0}
+        torch.cuda.synchronize()
+        return {
+            "allocated": torch.cuda.memory_allocated(device),
+            "reserved": torch.cuda.memory_reserved(device),
+            "free": torch.cuda.mem_get_info(device)[0],
+        }
 
-    before = allocated()
+    before, started = counters(), time.monotonic()
     first = draw()
-    engine = engines.acquire(model)
-    patcher = engines._loaded[model.key].patcher
+    result: dict[str, Any] = {"device": str(device), "load_seconds": round(time.monotonic() - started, 1)}
+    result["loaded"] = {name: value - before[name] for name, value in counters().items()}
+    print("loaded", json.dumps(result), flush=True)
+    engine = engines.acquire(handle)
+    patcher = engines._loaded[handle.key].patcher
     loads = 0
 
     def count(*unused: Any) -> None:
@@ -114,46 +196,43 @@ def check(folder: Path | None, size: int) -> dict[str, Any]:
         loads += 1
 
     engines._load, load = count, engines._load
-    evictions: dict[str, Callable[[], object]] = {
+    ways: dict[str, Callable[[], object]] = {
         "another model's demand": lambda: demand(management, device),
         "unload_all_models": management.unload_all_models,
         "out of memory": lambda: out_of_memory(management, device),
     }
-    result: dict[str, Any] = {"model": model.name, "device": str(device), "loaded_bytes": allocated() - before}
-    for name, evict in evictions.items():
-        reported, held = patcher.loaded_size(), allocated()
+    for name, evict in ways.items():
+        reported, held = patcher.loaded_size(), counters()
         listed = any(loaded.model is patcher for loaded in management.current_loaded_models)
         evict()
-        freed = held - allocated()
+        gone = counters()
         away = not engine.resident or not cuda
         again = draw()
-        result[name] = {
-            "reported": reported, "freed": freed, "listed": listed, "away": away,
-            "same_picture": bool(torch.equal(first, again)), "back": allocated() - held, "loads": loads,
+        result[name] = case = {
+            "reported": reported, "freed": held["allocated"] - gone["allocated"],
+            "reserved_freed": held["reserved"] - gone["reserved"], "driver_free": gone["free"] - held["free"],
+            "listed": listed, "away": away, "same_picture": bool(torch.equal(first, again)),
+            "back": counters()["allocated"] - held["allocated"], "loads": loads,
         }  # fmt: skip
+        case["passed"] = bool(
+            listed and away and case["same_picture"] and not loads and case["back"] == 0
+            and abs(case["freed"] - reported) <= reported // 100
+        )  # fmt: skip
+        print(name, json.dumps(case), flush=True)
     engines._load = load
-    result["passed"] = all(
-        case["listed"] and case["away"] and case["same_picture"] and not case["loads"]
-        and abs(case["freed"] - case["reported"]) <= case["reported"] // 100 and case["back"] == 0
-        for case in (result[name] for name in evictions)
-    )  # fmt: skip
+    result["passed"] = all(result[name]["passed"] for name in ways)
     return result
 
 
 def demand(management: Any, device: Any) -> None:
     """A native model that needs all that is free and some of what Vortex holds."""
-    import comfy.model_patcher
     import torch
+    from comfy.model_patcher import ModelPatcher
 
-    free = management.get_free_memory(device)
-    if device.type != "cuda":
-        management.load_models_gpu(
-            [comfy.model_patcher.ModelPatcher(torch.nn.Linear(8, 8), device, torch.device("cpu"))]
-        )
-        return
     # its weights are small; what it says it needs to work in is what counts
-    other = comfy.model_patcher.ModelPatcher(torch.nn.Linear(8, 8), device, torch.device("cpu"))
-    management.load_models_gpu([other], memory_required=free + 1_000_000)
+    other = ModelPatcher(torch.nn.Linear(8, 8), device, torch.device("cpu"))
+    needed = management.get_free_memory(device) + 1_000_000 if device.type == "cuda" else 0
+    management.load_models_gpu([other], memory_required=needed)
     management.current_loaded_models[:] = [m for m in management.current_loaded_models if m.model is not other]
 
 
@@ -167,6 +246,74 @@ def out_of_memory(management: Any, device: Any) -> None:
         raise torch.OutOfMemoryError("as on a GPU")
     except management.OOM_EXCEPTION:
         management.unload_all_models()
+
+
+def unsupported(device: Any) -> dict[str, str]:
+    """What this allocator does not do, by name, with the reason."""
+    import torch
+
+    def block(megabytes: int) -> torch.Tensor:
+        return torch.empty(megabytes * MB, dtype=torch.uint8, device=device)
+
+    def peaks() -> None:
+        torch.cuda.reset_peak_memory_stats(device)
+        block(64)
+        if torch.cuda.max_memory_reserved(device) < 64 * MB or torch.cuda.max_memory_allocated(device) < 64 * MB:
+            raise RuntimeError("a peak of 64 MB was not seen")
+
+    def fraction() -> None:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(device) + 256 * MB) / total, device)
+        try:
+            block(1024)
+        except torch.OutOfMemoryError:
+            return
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
+        raise RuntimeError("1024 MB were allocated under a limit of 256")
+
+    def giving_back() -> None:
+        torch.cuda.empty_cache()
+        before = torch.cuda.mem_get_info(device)[0]
+        block(1024)
+        torch.cuda.empty_cache()
+        if before - torch.cuda.mem_get_info(device)[0] > 64 * MB:
+            raise RuntimeError("empty_cache left the driver short")
+
+    def snapshot() -> None:
+        torch.cuda.memory_snapshot()
+
+    def history() -> None:
+        torch.cuda.memory._record_memory_history()
+        torch.cuda.memory._record_memory_history(enabled=None)
+
+    def graphs() -> None:
+        source = torch.ones(1024, device=device)
+        graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            source * 2 + 1  # warm-up
+        torch.cuda.current_stream(device).wait_stream(stream)
+        with torch.cuda.graph(graph):
+            result = source * 2 + 1
+        source.fill_(3)
+        graph.replay()
+        torch.cuda.synchronize(device)
+        if result.ne(7).any():
+            raise RuntimeError("a replayed graph gave other numbers")
+
+    found = {}
+    for name, probe in {
+        "peak counters": peaks, "memory fraction": fraction, "giving back": giving_back,
+        "memory_snapshot": snapshot, "memory history": history, "CUDA graphs": graphs,
+    }.items():  # fmt: skip
+        try:
+            probe()
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return found
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python tools/full_size.py build /dev/shm/random-schnell      # 34 GB, needs a GPU to be quick
     python tools/full_size.py measure /dev/shm/random-schnell --peer --json figures.json
+    python tools/full_size.py files /dev/shm/random-schnell      # what reading and quantizing takes
 
 Memory and speed do not depend on what the weights are, so random ones measure the real thing. `--peer` draws with
 diffusers and bitsandbytes NF4 from the same folder in the same run.
@@ -22,6 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import file_speed
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -201,7 +203,8 @@ def machine() -> dict[str, str]:
     """What the figures were measured on."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {"gpu": torch.cuda.get_device_name(), "python": platform.python_version(), "torch": torch.__version__}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    found = {"gpu": gpu, "python": platform.python_version(), "torch": torch.__version__}
     for package in ("bitsandbytes", "diffusers", "transformers"):
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
@@ -242,11 +245,22 @@ def main() -> None:
     look.add_argument("--repeats", type=int, default=10, help="timed pictures a size (default 10)")
     look.add_argument("--peer", action="store_true", help="also diffusers with bitsandbytes NF4, in the same run")
     look.add_argument("--json", type=Path, help="write all figures here")
+    read = commands.add_parser("files", help="seconds and host memory of quantizing, caching and reading, with peers")
+    read.add_argument("folder", type=Path)
+    read.add_argument("--work", type=Path, help="a new folder to use and remove (default FOLDER-work; 16 GB)")
+    read.add_argument("--json", type=Path, help="write all figures here")
     arguments = parser.parse_args()
     if arguments.command == "build":
         build(arguments.folder)
         return
-    figures: dict[str, Any] = {"machine": machine(), "systems": {}}
+    figures: dict[str, Any] = {"machine": machine()}
+    if arguments.command == "files":
+        work = arguments.work or arguments.folder.with_name(f"{arguments.folder.name}-work")
+        figures |= file_speed.measure_files(arguments.folder, work)
+        file_speed.report(figures)
+        finish(figures, arguments.json)
+        return
+    figures["systems"] = {}
     figures["systems"]["vortex nf4, eager"] = measure_vortex(arguments.folder, arguments.repeats)
     if arguments.peer:
         gc.collect()
@@ -255,8 +269,13 @@ def main() -> None:
             arguments.folder, arguments.repeats
         )
     report(figures)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=1))
+    finish(figures, arguments.json)
+
+
+def finish(figures: dict[str, Any], path: Path | None) -> None:
+    """All figures as one line, and into `path`."""
+    if path:
+        path.write_text(json.dumps(figures, indent=1))
     print(json.dumps(figures))
 
 

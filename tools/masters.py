@@ -7,7 +7,6 @@ step as AdamW here; vectors, embeddings and the first and last layers stay with 
 
 from __future__ import annotations
 
-import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -162,10 +161,10 @@ def ticks(name: str, seconds: float, limit: int | None) -> Iterator[tuple[int, f
         now = time.monotonic()
         progress = (now - start) / seconds if limit is None else step / limit
         if now - shown > 10 or progress >= 1:
-            loss = torch.stack(losses).mean().item() if losses else math.nan
+            loss = " ".join(f"{v:.4f}" for v in torch.stack(losses).mean(0).flatten().tolist()) if losses else "none"
             rate = (step - shown_step) / max(now - shown, 1e-9)
             left = max(0.0, seconds - now + start)
-            print(f"{name:8s} step {step:6d}  loss {loss:.4f}  {rate:.1f} steps/s  ETA {left:.0f} s", flush=True)
+            print(f"{name:8s} step {step:6d}  loss {loss}  {rate:.1f} steps/s  ETA {left:.0f} s", flush=True)
             shown, shown_step = now, step
             losses.clear()
         if progress >= 1:

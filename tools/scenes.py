@@ -57,13 +57,16 @@ RELATIONS = {  # the places of the first and the second object
 }
 OPPOSITE = (*RELATIONS.values(), *(p for a, b in (("top left", "bottom right"), ("top right", "bottom left"))
                                    for p in ((a, b), (b, a))))  # fmt: skip
-SIZE_JITTER, PLACE_JITTER, LOOSE_JITTER = 0.05, 0.025, 0.08
+SIZE_JITTER, PLACE_JITTER, LOOSE_JITTER = 0.04, 0.02, 0.06
 MIN_CONTRAST = 0.30  # RGB distance between an object and any shade of its background
 
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """One object. `place` is None where the caption says none; `x, y, r` are what was drawn."""
+    """One object. `place` is None where the caption says none, and `cell` the place that is meant all the same.
+
+    `x, y, r` are what was drawn, and `jitter` how far each is from what is meant, -1..1 of what it may be.
+    """
 
     shape: str
     colour: str
@@ -72,6 +75,8 @@ class Thing:
     x: float = 0.5
     y: float = 0.5
     r: float = 0.14
+    cell: str = "centre"
+    jitter: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,11 +131,12 @@ def default_background(colours: Sequence[str]) -> str:
     return next(c for c in ("white", "black", "gray") if c not in colours)
 
 
-def _place(thing: tuple[str, str, str], place: str | None, at: tuple[float, float], rng: random.Random) -> Thing:
+def _place(thing: tuple[str, str, str], said: bool, cell: str, rng: random.Random) -> Thing:
     shape, colour, size = thing
-    jitter = PLACE_JITTER if place or at != PLACES["centre"] else LOOSE_JITTER
-    x, y = (v + rng.uniform(-jitter, jitter) for v in at)
-    return Thing(shape, colour, size, place, x, y, SIZES[size] * rng.uniform(1 - SIZE_JITTER, 1 + SIZE_JITTER))
+    (x, y), room = PLACES[cell], PLACE_JITTER if said or cell != "centre" else LOOSE_JITTER
+    dx, dy, dr = jitter = tuple(rng.uniform(-1, 1) for _ in range(3))
+    r = SIZES[size] * (1 + dr * SIZE_JITTER)
+    return Thing(shape, colour, size, cell if said else None, x + dx * room, y + dy * room, r, cell, jitter)
 
 
 def sample(rng: random.Random, things: int) -> Scene:
@@ -146,13 +152,13 @@ def sample(rng: random.Random, things: int) -> Scene:
         if len({look[:2] for look in looks}) == things and min(contrast(c, background) for c in colours) > MIN_CONTRAST:
             break
     if things == 1:
-        place = rng.choice(list(PLACES)) if rng.random() < 0.7 else None
-        return Scene((_place(looks[0], place, PLACES[place or "centre"], rng),), background)
+        said = rng.random() < 0.7
+        cell = rng.choice(list(PLACES)) if said else "centre"
+        return Scene((_place(looks[0], said, cell, rng),), background)
     kind = rng.random()
     relation = rng.choice(list(RELATIONS)) if kind < 0.45 else None
-    at = RELATIONS[relation or "left of"] if kind < 0.65 else rng.choice(OPPOSITE)
-    said = kind >= 0.65
-    placed = (_place(look, p if said else None, PLACES[p], rng) for look, p in zip(looks, at, strict=True))
+    cells = RELATIONS[relation or "left of"] if kind < 0.65 else rng.choice(OPPOSITE)
+    placed = (_place(look, kind >= 0.65, cell, rng) for look, cell in zip(looks, cells, strict=True))
     return Scene(tuple(placed), background, relation)
 
 
@@ -317,6 +323,7 @@ DISTANCE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "heart": _heart,
 }  # fmt: skip
 COLUMNS = 7  # shape, x, y, r, red, green, blue
+ABSENT = len(COLOURS)  # above every class that is there
 
 
 def pack(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
@@ -326,6 +333,26 @@ def pack(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
     things = torch.tensor([row[:2] for row in rows])
     background = torch.tensor([[COLOURS[s.background[0]], COLOURS[s.background[-1]]] for s in scenes])
     return things, background
+
+
+def meaning(scenes: Sequence[Scene]) -> Tensor:
+    """What a caption means, as class numbers [B, 10]: shape, colour, size and cell of both things, the background.
+
+    Where there is no second thing its four are `ABSENT`.
+    """
+    names = (SHAPES, tuple(COLOURS), tuple(SIZES), tuple(PLACES))
+    rows = []
+    for scene in scenes:
+        row = [table.index(name) for t in scene.things
+               for table, name in zip(names, (t.shape, t.colour, t.size, t.cell), strict=True)]  # fmt: skip
+        row += [ABSENT] * (8 - len(row))
+        rows.append(row + [names[1].index(scene.background[end]) for end in (0, -1)])
+    return torch.tensor(rows)
+
+
+def jitter(scenes: Sequence[Scene]) -> Tensor:
+    """What no caption says, [B, 6] in -1..1: x, y and r of both things; zero where there is no second."""
+    return torch.tensor([[j for t in s.things for j in t.jitter] + [0.0] * (3 * (2 - len(s.things))) for s in scenes])
 
 
 def render_packed(things: Tensor, background: Tensor, side: int) -> Tensor:

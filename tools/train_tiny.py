@@ -1,22 +1,24 @@
 """Trains the bundled miniature from nothing: generated scenes in, a FLUX-shaped 4-step model out.
 
-Three stages, each by the clock, each resumable from the directory it left:
+Three stages, each by the clock:
 
-1. vae      L1 on pixels and on their differences; the decoder sees noisy latents, so small errors of the flow
-            do not show. No GAN, no learned prior: per-channel moments are pulled to FLUX's constants, then folded.
-2. flow     rectified flow (x_t = (1 - t) x_0 + t noise, v = noise - x_0) on stored latents, T5 and CLIP trained
-            jointly, one caption in ten dropped. Short text padding first, the served padding of 256 at the end.
-3. distill  the student starts as the teacher and walks its own 4 steps; at each the teacher continues from the
-            student's state in finer steps, with guidance, and the student learns that jump. Its forward pass sees
-            weights rounded to NF4 (straight-through), so that it is trained as it is served.
+1. vae   L1 on pixels and on their differences; the decoder sees noisy latents, so small errors of the transformer
+         do not show. No GAN, no learned prior: per-channel moments are pulled to FLUX's constants, then folded.
+2. read  T5 and CLIP alone: what a caption means must be read off their outputs.
+3. walk  all of it but the VAE: the model walks its own four steps from noise, and from each state that it reaches
+         learns the way to the picture's latents x_0, (x_t - x_0) / t.
 
-All arithmetic is bf16 as served; float32 masters take the steps (masters.py). Every random choice is seeded, but
-a stage's length is in seconds, so two machines do not make the same bits.
+Four steps are enough without a teacher, because the noise decides what a caption leaves open: where exactly a thing
+stands is a function of the noise (`coupled`), so that caption and noise have one picture, its path is straight, and
+there is nothing to average over. That is what reflow learns from a trained model; here it is known beforehand.
+
+Weights that are served in NF4 are rounded to it in the forward pass (straight-through), so that the model is trained
+as it is served. All arithmetic is bf16; float32 masters take the steps (masters.py). Every random choice is seeded,
+but a stage's length is in seconds, so two machines do not make the same bits.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 import random
 import time
@@ -41,8 +43,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 CAPTIONS = 3  # ways of saying each stored scene
-SHORT = 40  # text padding of the first part of `flow`; the longest caption has 31 tokens
+SHORT = 32  # text padding of most of the training; the longest caption has 31 tokens
 SERVED = (1.0, 0.75, 0.5, 0.25)
+READING = 0.1  # weight of the reader's loss
 
 
 # ---------------------------------------------------------------- data
@@ -54,11 +57,13 @@ class Data:
 
     things: Tensor  # [N, 2, 7]
     background: Tensor  # [N, 2, 3]
+    meaning: Tensor  # [N, 10]
+    jitter: Tensor  # [N, 6]
     t5_ids: Tensor  # [N, CAPTIONS, SHORT]
     clip_ids: Tensor  # [N, CAPTIONS, SHORT]
 
     def to(self, device: str) -> Data:
-        return Data(*(getattr(self, f).to(device) for f in ("things", "background", "t5_ids", "clip_ids")))
+        return Data(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
 
 def _chunk(seed: int, count: int, never_seen: int) -> tuple[list[scenes.Scene], list[str]]:
@@ -69,19 +74,18 @@ def _chunk(seed: int, count: int, never_seen: int) -> tuple[list[scenes.Scene], 
     return drawn, [scenes.caption(s, rng) for s in drawn for _ in range(1 if never_seen else CAPTIONS)]
 
 
-def _packed_chunk(seed: int, count: int) -> tuple[Tensor, Tensor, list[str]]:
+def _packed_chunk(seed: int, count: int) -> tuple[list[Tensor], list[str]]:
     drawn, captions = _chunk(seed, count, 0)
-    return *scenes.pack(drawn), captions
+    return [*scenes.pack(drawn), scenes.meaning(drawn).byte(), scenes.jitter(drawn)], captions
 
 
 def make_data(tiny: tm.Tiny, count: int, seed: int, workers: ProcessPoolExecutor) -> Data:
     chunk = min(1024, count)
     chunks = count // chunk
     parts = list(workers.map(_packed_chunk, (seed * 1_000_003 + i for i in range(chunks)), [chunk] * chunks))
-    things, background = (torch.cat([p[i] for p in parts]) for i in (0, 1))
-    t5_ids, clip_ids = ids_of(tiny, [c for p in parts for c in p[2]], SHORT, SHORT)
-    ids = (rearrange(i.short(), "(n c) l -> n c l", c=CAPTIONS) for i in (t5_ids, clip_ids))
-    return Data(things, background, *ids)
+    numbers = (torch.cat(column) for column in zip(*(p[0] for p in parts), strict=True))
+    ids = ids_of(tiny, [c for p in parts for c in p[1]], SHORT, SHORT)
+    return Data(*numbers, *(rearrange(i.short(), "(n c) l -> n c l", c=CAPTIONS) for i in ids))
 
 
 def ids_of(tiny: tm.Tiny, captions: list[str], t5_length: int, clip_length: int) -> tuple[Tensor, Tensor]:
@@ -200,22 +204,42 @@ def encode(tiny: tm.Tiny, painted: Tensor, plan: Plan, path: Path) -> Tensor:
     return packed
 
 
-# ---------------------------------------------------------------- 2. flow
+# ---------------------------------------------------------------- 2. read, 3. walk
 
 
-def captions_at(tiny: tm.Tiny, data: Data, rows: Tensor, length: int) -> tuple[Tensor, Tensor]:
+def captions_at(data: Data, rows: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Token ids of one caption a row, T5's padded to `length`. CLIP is causal: its pads change nothing."""
     which = torch.randint(CAPTIONS, rows.shape, device=rows.device)
     t5_ids, clip_ids = data.t5_ids[rows, which].long(), data.clip_ids[rows, which].long()
     return F.pad(t5_ids, (0, length - t5_ids.shape[1]), value=0), clip_ids
 
 
-def unsaid(tiny: tm.Tiny, t5_ids: Tensor, clip_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids of the empty caption in the same shapes."""
-    t5, clip = torch.zeros_like(t5_ids), torch.full_like(clip_ids, tiny.text_encoder.config.pad_token_id)
-    t5[:, 0] = tiny.text_encoder_2.config.eos_token_id
-    clip[:, 0] = tiny.text_encoder.config.bos_token_id
-    return t5, clip
+def coupled(noise: Tensor, jitter: Tensor, things: Tensor) -> Tensor:
+    """Noise [B, S, 64] that means the jitter [B, 6] of things [B, 2, 7]: channel k's mean is the k-th, as a Gaussian.
+
+    The jitter is uniform, so the means are as those of plain noise, and so is the noise as a whole.
+    """
+    there = (things[:, :, 0] >= 0).repeat_interleave(3, 1)
+    wanted = torch.special.ndtri((jitter + 1) / 2).clamp(-3, 3) / noise.shape[1] ** 0.5
+    means = noise[:, :, : jitter.shape[1]].mean(1)
+    noise[:, :, : jitter.shape[1]] += torch.where(there, wanted - means, 0.0)[:, None]
+    return noise
+
+
+class Reader(nn.Module):
+    """Reads what a caption means off both encoders: trains them faster than pictures do, and is dropped."""
+
+    def __init__(self, width: int, questions: int = 10) -> None:
+        super().__init__()
+        self.questions = questions
+        self.from_t5, self.from_clip = (nn.Linear(width, questions * (scenes.ABSENT + 1)) for _ in range(2))
+
+    def forward(self, txt: Tensor, vec: Tensor, t5_ids: Tensor, meaning: Tensor) -> Tensor:
+        """The losses of T5 and of CLIP, [2]."""
+        said = (t5_ids != 0).to(txt.dtype)[..., None]
+        read = (self.from_t5((txt * said).sum(1) / said.sum(1)), self.from_clip(vec))
+        answers = (rearrange(r.float(), "b (q c) -> b c q", q=self.questions) for r in read)
+        return torch.stack([F.cross_entropy(answer, meaning) for answer in answers])
 
 
 def start_small(transformer: nn.Module) -> None:
@@ -228,8 +252,13 @@ def start_small(transformer: nn.Module) -> None:
 
 
 def vectors_of(tiny: tm.Tiny) -> list[nn.Parameter]:
-    """What AdamW trains: embeddings, and the first and last layers of each part."""
-    names = ("shared", "embed", "relative_attention_bias", "x_embedder", "context_embedder", "linear_1", "proj_out")
+    """What AdamW trains: embeddings, the first and last layers of each part, and T5's queries and keys.
+
+    T5 does not scale its attention's logits. Muon's steps make them so large that the softmax is stuck at one token,
+    its gradient zero, and T5 a bag of words.
+    """
+    names = ("shared", "embed", "relative_attention_bias", "SelfAttention.q", "SelfAttention.k", "x_embedder",
+             "context_embedder", "linear_1", "proj_out")  # fmt: skip
     chosen = []
     for module in (tiny.transformer, tiny.text_encoder, tiny.text_encoder_2):
         for name, parameter in module.named_parameters():
@@ -238,137 +267,108 @@ def vectors_of(tiny: tm.Tiny) -> list[nn.Parameter]:
     return chosen
 
 
-def train_flow(tiny: tm.Tiny, data: Data, latents: Tensor, plan: Plan, seconds: float, short: float) -> None:
-    """Train transformer and text encoders; `short` is the share of the time spent with short padding."""
-    modules = (tiny.transformer, tiny.text_encoder, tiny.text_encoder_2)
-    masters = Masters((p for m in modules for p in m.parameters()), 1e-3, 0.01, vectors=vectors_of(tiny),
-                      rounded=tm.nf4_parameters(tiny), rounding=tm.nf4_round)  # fmt: skip
+class Trainer:
+    """The model, its masters and the reader; both stages are steps of it."""
 
-    def work(length: int, count: int) -> Tensor:
-        masters.forget()
-        rows = torch.randint(len(latents), (count,), device=plan.device)
-        ids = captions_at(tiny, data, rows, length)
-        dropped = torch.rand(count, 1, device=plan.device) < 0.1
-        ids = tuple(torch.where(dropped, e, i) for e, i in zip(unsaid(tiny, *ids), ids, strict=True))
-        t = torch.randn(count, device=plan.device).sigmoid()
-        t = torch.where(torch.rand_like(t) < 0.25, torch.rand_like(t), t).to(torch.bfloat16)
-        clean = latents[rows]
-        noise = torch.randn_like(clean)
-        img = torch.lerp(clean.float(), noise.float(), t.float()[:, None, None]).to(torch.bfloat16)
-        v = tm.velocity(tiny, img, t, *tm.embed(tiny, *ids))
-        loss = F.mse_loss(v.float(), noise.float() - clean.float())
-        loss.backward()
-        masters.step()
-        return loss.detach()
+    def __init__(self, tiny: tm.Tiny, data: Data, latents: Tensor, plan: Plan, seed: int) -> None:
+        self.tiny, self.data, self.latents, self.plan = tiny, data, latents, plan
+        self.reader = Reader(tm.T5["d_model"]).to(plan.device, torch.bfloat16)
+        self.times = torch.tensor([*SERVED, 0.0], device=plan.device)  # of the next walk; a captured step reads it
+        self.rng = random.Random(seed)
+        modules = (tiny.transformer, tiny.text_encoder, tiny.text_encoder_2, self.reader)
+        self.masters = Masters(
+            (p for m in modules for p in m.parameters()), 1e-3, 0.01,
+            vectors=[*vectors_of(tiny), *self.reader.parameters()],
+            rounded=tm.nf4_parameters(tiny), rounding=tm.nf4_round,
+        )  # fmt: skip
 
-    first = Captured(lambda: work(SHORT, plan.batch), "flow, short text")
-    last = Captured(lambda: work(tm.T5_LENGTH, plan.batch // 2), "flow, served text")
-    for step, progress, report in ticks("flow", seconds, plan.limit):
-        masters.schedule(progress, step)
-        report(first() if progress < short else last())
-    masters.show(average=True, rounded=False)
+    def embed(self, rows: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings of one caption a row, and the reader's losses."""
+        t5_ids, clip_ids = captions_at(self.data, rows, length)
+        txt, vec = tm.embed(self.tiny, t5_ids, clip_ids)
+        return txt, vec, self.reader(txt, vec, t5_ids, self.data.meaning[rows].long())
 
+    def read(self, count: int, length: int) -> Tensor:
+        """One step of the encoders alone."""
+        self.masters.forget()
+        reading = self.embed(torch.randint(len(self.latents), (count,), device=self.plan.device), length)[2]
+        reading.sum().backward()
+        self.masters.step()
+        return reading.detach()
 
-# ---------------------------------------------------------------- 3. distill
-
-
-@torch.no_grad()
-def guided(tiny: tm.Tiny, img: Tensor, t: Tensor, said: tuple, empty: tuple, guidance: float) -> Tensor:
-    v = tm.velocity(tiny, img, t, *said)
-    return v if guidance == 1 else torch.lerp(tm.velocity(tiny, img, t, *empty), v, guidance)
-
-
-@torch.no_grad()
-def walk(step: Callable[[Tensor, Tensor], Tensor], img: Tensor, start: float, stop: float, count: int) -> Tensor:
-    """Euler steps from time `start` to `stop` along a velocity."""
-    for i in range(count):
-        t = torch.full((len(img),), start + (stop - start) * i / count, device=img.device)
-        img = (img.float() + (stop - start) / count * step(img, t).float()).to(img.dtype)
-    return img
-
-
-def distill(
-    student: tm.Tiny,
-    teacher: tm.Tiny,
-    data: Data,
-    plan: Plan,
-    seconds: float,
-    guidance: float,
-    substeps: int,
-    short: float,
-) -> Masters:
-    """Train the student on its own four steps; each step's target is where the teacher goes from there."""
-    modules = (student.transformer, student.text_encoder, student.text_encoder_2)
-    masters = Masters((p for m in modules for p in m.parameters()), 3e-4, 0.003, vectors=vectors_of(student),
-                      rounded=tm.nf4_parameters(student), rounding=tm.nf4_round)  # fmt: skip
-    tokens, batch = (plan.side // 16) ** 2, plan.batch // 2
-
-    def work(length: int) -> Tensor:
-        masters.forget()
-        rows = torch.randint(len(data.things), (batch,), device=plan.device)
-        ids = captions_at(student, data, rows, length)
-        with torch.no_grad():
-            said, empty = tm.embed(teacher, *ids), tm.embed(teacher, *unsaid(student, *ids))
-        img = torch.randn(batch, tokens, 64, device=plan.device).to(torch.bfloat16)
-        total = torch.zeros((), device=plan.device)
-        for start in SERVED:
-            target = walk(lambda x, t: guided(teacher, x, t, said, empty, guidance), img, start, start - 0.25, substeps)
-            t = torch.full((batch,), start, device=plan.device)
-            v = tm.velocity(student, img, t, *tm.embed(student, *ids))
-            loss = F.mse_loss(v.float(), (img.float() - target.float()) * 4)
+    def walk(self, count: int, length: int) -> Tensor:
+        """One step on the states that a walk from noise reaches. Every error counts as it does in the picture."""
+        self.masters.forget()
+        rows = torch.randint(len(self.latents), (count,), device=self.plan.device)
+        clean = self.latents[rows].float()
+        img = coupled(torch.randn_like(clean), self.data.jitter[rows], self.data.things[rows])
+        txt, vec, reading = self.embed(rows, length)
+        leaves = [txt.detach().requires_grad_(), vec.detach().requires_grad_()]
+        losses = []
+        for i in range(len(SERVED)):
+            state, t = img.to(torch.bfloat16), self.times[i].expand(count)
+            v = tm.velocity(self.tiny, state, t, *leaves).float()
+            loss = F.mse_loss(self.times[i] * v, state.float() - clean)
             loss.backward()
-            total = total + loss.detach() / len(SERVED)
-            img = (img.float() - 0.25 * v.detach().float()).to(torch.bfloat16)
-        masters.step()
-        return total
+            losses.append(loss.detach())
+            img = img + (self.times[i + 1] - self.times[i]) * v.detach()
+        torch.autograd.backward([txt, vec, READING * reading.sum()], [*(leaf.grad for leaf in leaves), None])
+        self.masters.step()
+        return torch.stack([losses[0], losses[-1], *reading.detach()])
 
-    first = Captured(lambda: work(SHORT), "distill, short text")
-    last = Captured(lambda: work(tm.T5_LENGTH), "distill, served text")
-    for step, progress, report in ticks("distill", seconds, plan.limit):
-        masters.schedule(progress, step)
-        report(first() if progress < short else last())
-    return masters
+    def choose_times(self) -> None:
+        """Four even steps for the most part; else four of any length, so that other step counts work too."""
+        if self.rng.random() < 0.75:
+            inner = list(SERVED[1:])
+        else:
+            inner = sorted((self.rng.random() for _ in SERVED[1:]), reverse=True)
+        self.times.copy_(torch.tensor([1.0, *inner, 0.0]))
+
+    def train(self, name: str, work: Callable[[int, int], Tensor], seconds: float, short: float) -> None:
+        """By the clock; `short` is the share of the time with short text padding, before that which is served."""
+        first = Captured(lambda: work(self.plan.batch, SHORT), f"{name}, short text")
+        last = Captured(lambda: work(self.plan.batch, tm.T5_LENGTH), f"{name}, served text")
+        for step, progress, report in ticks(name, seconds, self.plan.limit):
+            self.choose_times()
+            self.masters.schedule(progress, step)
+            report(first() if progress < short else last())
 
 
 # ---------------------------------------------------------------- scores on the way
 
 
 @torch.no_grad()
-def draw(tiny: tm.Tiny, captions: list[str], plan: Plan, steps: int, guidance: float = 1.0, seed: int = 0) -> Tensor:
-    """Pictures [B, H, W, 3] on the CPU, in batches of half the training batch."""
-    batch, tokens = plan.batch // 2, (plan.side // 16) ** 2
-    noise = torch.randn(-(-len(captions) // batch) * batch, tokens, 64, generator=torch.Generator().manual_seed(seed))
-    out = []
-    for at in range(0, len(captions), batch):
-        full = captions[at : at + batch] + [""] * (at + batch - len(captions))  # one shape, one compilation
-        ids = tuple(i.to(plan.device) for i in ids_of(tiny, full, tm.T5_LENGTH, tm.CLIP_LENGTH))
-        said, empty = tm.embed(tiny, *ids), tm.embed(tiny, *unsaid(tiny, *ids))
-        img = noise[at : at + batch].to(plan.device, torch.bfloat16)
-        img = walk(lambda x, t: guided(tiny, x, t, said, empty, guidance), img, 1.0, 0.0, steps)  # noqa: B023
-        out += [tm.decode(tiny, part).cpu() for part in img[: len(captions) - at].split(32)]
+def draw(tiny: tm.Tiny, captions: list[str], plan: Plan, seed: int = 0) -> Tensor:
+    """Pictures [B, H, W, 3] on the CPU, 4 steps as served."""
+    tokens, out = (plan.side // 16) ** 2, []
+    noise = torch.randn(len(captions), tokens, 64, generator=torch.Generator().manual_seed(seed)).to(plan.device)
+    ids = (i.to(plan.device) for i in ids_of(tiny, captions, tm.T5_LENGTH, tm.CLIP_LENGTH))
+    for img, *part in zip(noise.split(128), *(i.split(128) for i in ids), strict=True):
+        txt, vec = tm.embed(tiny, *part)
+        for time_ in SERVED:
+            t = torch.full((len(img),), time_, device=plan.device)
+            img = img - 0.25 * tm.velocity(tiny, img.to(torch.bfloat16), t, txt, vec).float()
+        out.append(tm.decode(tiny, img.to(torch.bfloat16)).cpu())
     return torch.cat(out)
 
 
-def score(
-    tiny: tm.Tiny, plan: Plan, workers: ProcessPoolExecutor, name: str, steps: int, guidance: float = 1.0
-) -> float:
+def score(tiny: tm.Tiny, plan: Plan, workers: ProcessPoolExecutor, name: str) -> None:
     """Judge pictures of captions never seen in training; prints both scores and why pictures fail."""
     count, shares, why = plan.batch // 2, [], Counter()
     for things in (1, 2):
         drawn, captions = _chunk(77 + things, count, things)
-        seen = draw(tiny, captions, plan, steps, guidance)
+        seen = draw(tiny, captions, plan)
         verdicts = list(workers.map(judge.matches, list(seen.numpy()), drawn, chunksize=max(1, count // 64)))
         shares.append(sum(v.ok for v in verdicts) / count)
         why.update(r.split(" is ")[0] for v in verdicts for r in v.reasons[:1])
     reasons = dict(why.most_common(6))
     print(f"score {name}: one {shares[0]:.3f}, two {shares[1]:.3f} of {count} each; {reasons}", flush=True)
-    return sum(shares) / 2
 
 
-def sheet(tiny: tm.Tiny, plan: Plan, path: Path, steps: int, guidance: float = 1.0) -> None:
+def sheet(tiny: tm.Tiny, plan: Plan, path: Path) -> None:
     """A quick look: 12 pictures of one thing and 12 of two, never seen in training."""
     captions = [c for things in (1, 2) for c in _chunk(77 + things, 12, things)[1]]
-    save_grid(draw(tiny, captions, plan, steps, guidance), path)
+    save_grid(draw(tiny, captions, plan), path)
 
 
 def save_grid(seen: Tensor, path: Path) -> None:
@@ -387,91 +387,81 @@ class Plan:
 
     device: str
     side: int = tm.SIDE
-    scenes: int = 65_536
-    batch: int = 512
+    scenes: int = 131_072
+    batch: int = 256
     vae_batch: int = 64
     limit: int | None = None
 
 
 def main(
-    out: Annotated[Path, typer.Argument(help="Directory for the results: OUT/teacher and OUT/student.")],
-    start: Annotated[
-        Path | None, typer.Option("--from", help="Directory of an earlier run, or a model directory, to continue.")
-    ] = None,
-    seconds: Annotated[float, typer.Option(help="Training time, shared out by the next three.")] = 240.0,
+    out: Annotated[Path, typer.Argument(help="Directory for the model.")],
+    start: Annotated[Path | None, typer.Option("--from", help="Model directory to continue.")] = None,
+    seconds: Annotated[float, typer.Option(help="Training time, shared out by the next three.")] = 600.0,
     until: Annotated[float, typer.Option(help="Or: be done at this time (seconds since 1970).")] = 0.0,
-    vae: Annotated[float, typer.Option(help="Share of the time for the VAE; 0 keeps the one in --from.")] = 0.27,
-    flow: Annotated[float, typer.Option(help="Share for the teacher; 0 keeps the one in --from.")] = 0.5,
-    distill_: Annotated[float, typer.Option("--distill", help="Share for the student; 0 skips it.")] = 0.23,
+    vae: Annotated[float, typer.Option(help="Share of the time for the VAE; 0 keeps the one in --from.")] = 0.25,
+    read: Annotated[float, typer.Option(help="Share for the encoders alone; the rest is the walk's.")] = 0.03,
+    fresh: Annotated[list[str] | None, typer.Option(help="Part to start anew, such as text_encoder_2.")] = None,
     stored: Annotated[Path | None, typer.Option("--data", help="File for the prepared scenes: read, or made.")] = None,
-    guidance: Annotated[float, typer.Option(help="Guidance of the teacher.")] = 2.0,
-    short: Annotated[float, typer.Option(help="Share of each stage's time with short text padding.")] = 0.75,
-    fresh_vae: Annotated[bool, typer.Option(help="Start the VAE anew, whatever is in --from.")] = False,
-    substeps: Annotated[int, typer.Option(help="Teacher's steps for each of the student's.")] = 2,
+    short: Annotated[float, typer.Option(help="Share of the walk's time with short text padding.")] = 0.7,
+    compiled: Annotated[bool, typer.Option("--compile/--eager", help="torch.compile the blocks.")] = True,
     workers: Annotated[int, typer.Option(help="Processes for scenes and judging.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of weights, scenes and noise.")] = 0,
     smoke: Annotated[bool, typer.Option(help="All stages at trivial size on the CPU: does it run?")] = False,
 ) -> None:
-    """Train the miniature: VAE, teacher, student. Needs one large GPU for about ten minutes.
+    """Train the miniature: VAE, text encoders, transformer. Needs one large GPU for a quarter of an hour.
 
     \b
-    python tools/train_tiny.py runs/a                                   the whole of it
-    python tools/train_tiny.py runs/b --from runs/a --vae 0 --flow 0 --distill 1    only the student again
-    python tools/train_tiny.py runs/smoke --smoke                       seconds, on the CPU
+    python tools/train_tiny.py runs/a                           the whole of it
+    python tools/train_tiny.py runs/b --from runs/a --vae 0     train runs/a's further
+    python tools/train_tiny.py runs/smoke --smoke               a minute, on the CPU
     """
     plan = Plan("cuda")
     if smoke:
-        plan, workers = Plan("cpu", side=64, scenes=12, batch=4, vae_batch=2, limit=1), 1
+        plan, workers, compiled = Plan("cpu", side=64, scenes=12, batch=4, vae_batch=2, limit=1), 1, False
     torch.backends.cuda.enable_cudnn_sdp(False)
     out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         warm = [pool.submit(judge.judge, np.zeros((32, 32, 3))) for _ in range(workers)]
-        tiny = tm.load(start / "teacher" if (start / "teacher").exists() else start) if start else tm.build(seed)
-        if not start:
-            start_small(tiny.transformer)
-        if fresh_vae:
-            tiny.vae = tm.build(seed).vae
-        if fresh_vae or not start:
-            start_vae(tiny.vae)
+        built = tm.build(seed)
+        start_small(built.transformer)
+        start_vae(built.vae)
+        tiny = tm.load(start) if start else built
+        for part in fresh or ():
+            setattr(tiny, part, getattr(built, part))
         torch.manual_seed(seed + (1 if start else 0))
         ready = stored is not None and stored.exists()
         data = Data(**load_file(stored)) if ready else make_data(tiny, plan.scenes, seed, pool)
         if stored and not ready:
             save_file({k: v.contiguous() for k, v in vars(data).items()}, stored)
         data, tiny = data.to(plan.device), tiny.to(plan.device, torch.bfloat16)
+        painted = paint(data, plan)
         total = until - time.time() if until else seconds
         print(
             f"{len(data.things)} scenes after {time.monotonic() - began:.0f} s; {total:.0f} s to train",
             flush=True,
         )
         deadline = time.monotonic() + total
-        if vae or flow:
-            painted = paint(data, plan)
         if vae:
             train_vae(tiny, painted, plan, vae * total)
-            tm.save(tiny, out / "teacher")
-        if flow:
-            latents = encode(tiny, painted, plan, out / "vae.png")
-            train_flow(tiny, data, latents, plan, flow * total, short)
-            del latents, painted
-            tm.save(tiny, out / "teacher")
-        if distill_:
-            student = copy.deepcopy(tiny)
-            if start and (start / "student").exists() and not flow:
-                student = tm.load(start / "student").to(plan.device, torch.bfloat16)
-            left = deadline - time.monotonic() if until else distill_ * total
-            masters = distill(student, tiny, data, plan, max(left, 10.0), guidance, substeps, short)
-            masters.show(average=True, rounded=False)
-            tm.save(student, out / "student")
-            sheet(student, plan, out / "student.png", 4)
+            tm.save(tiny, out)
+        latents = encode(tiny, painted, plan, out / "vae.png")
+        del painted
+        if compiled:
+            tiny.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
+        trainer = Trainer(tiny, data, latents, plan, seed)
+        if read:
+            trainer.train("read", trainer.read, read * total, 1.0)
+        trainer.train("walk", trainer.walk, max(deadline - time.monotonic(), 10.0), short)
+        trainer.masters.show(average=True, rounded=False)
+        tm.save(tiny, out)
+        print(f"saved after {time.monotonic() - began:.0f} s", flush=True)
         for started in warm:
             started.result()
-        if distill_:
-            score(student, plan, pool, "student bf16, 4 steps", 4)
-            score(tm.quantize(student), plan, pool, "student NF4, 4 steps", 4)
-        sheet(tiny, plan, out / "teacher.png", 16, guidance)
-        score(tiny, plan, pool, f"teacher, 16 steps, guidance {guidance}", 16, guidance)
+        tiny = tm.load(out).to(plan.device, torch.bfloat16)  # what was saved, without its compiled blocks
+        sheet(tiny, plan, out / "sheet.png")
+        score(tiny, plan, pool, "bf16, 4 steps")
+        score(tm.quantize(tiny), plan, pool, "NF4, 4 steps")
     print(f"done in {time.monotonic() - began:.0f} s")
 
 

@@ -20,15 +20,13 @@ ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "workflows"
 PACKAGE = "vortex_pack"
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN")
-CHECKPOINT = "FLUX.1-schnell"
 TINY_SIDE = 128  # pixels; what the miniature was trained at
-HUB = "https://huggingface.co/black-forest-labs/FLUX.1-schnell/resolve/main/"
-WEIGHTS = (
-    *(f"transformer/diffusion_pytorch_model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)),
-    *(f"text_encoder_2/model-0000{i}-of-00002.safetensors" for i in (1, 2)),
-    "text_encoder/model.safetensors",
-    "vae/diffusion_pytorch_model.safetensors",
-)
+CHECKPOINT = "flux1-schnell-fp8.safetensors"  # transformer, encoders and VAE in one file of 17 GB
+DOWNLOAD = {
+    "name": CHECKPOINT,
+    "url": f"https://huggingface.co/Comfy-Org/flux1-schnell/resolve/main/{CHECKPOINT}?download=true",
+    "directory": "checkpoints",
+}
 # The host's own nodes that the workflows use: inputs and outputs, as ComfyUI declares them.
 CORE: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "SaveImage": ({"images": ("IMAGE",), "filename_prefix": ("STRING", {"default": "ComfyUI"})}, {}),
@@ -86,11 +84,12 @@ def load_pack() -> ModuleType:
 
 Y = 80  # below a group's title
 MODEL_AT, PICTURE_AT, RESULT_AT = (0, Y), (400, Y), (880, Y)
+NOTE_AT = (0, Y + 270)
 
 
 def loader(**inputs: Any) -> Node:
     """NF4 Flux Loader in the first column."""
-    return Node("VortexFluxLoader", MODEL_AT, (340, 150), inputs)
+    return Node("VortexFluxLoader", MODEL_AT, (340, 230), inputs)
 
 
 def sampler(**inputs: Any) -> Node:
@@ -98,7 +97,7 @@ def sampler(**inputs: Any) -> Node:
     return Node("VortexSchnellSampler", PICTURE_AT, (420, 480), {"model": (1, "model"), **inputs})
 
 
-def columns(*titles: str, height: int = 600, last: int = 480) -> tuple[tuple[str, int, int, int, int], ...]:
+def columns(*titles: str, height: int = 680, last: int = 480) -> tuple[tuple[str, int, int, int, int], ...]:
     """Groups side by side, the last one `last` wide."""
     widths = [380, 460, last]
     return tuple(
@@ -109,18 +108,18 @@ def columns(*titles: str, height: int = 600, last: int = 480) -> tuple[tuple[str
 def schnell(side: int, prompt: str, seed: int, seconds: str) -> Workflow:
     """A real checkpoint at one size."""
     name = f"schnell-{side}"
-    files = tuple({"name": f"{CHECKPOINT}/{file}", "url": HUB + file, "directory": "vortex"} for file in WEIGHTS)
     return Workflow(
         {
-            1: Node("VortexFluxLoader", MODEL_AT, (340, 150), {"model": f"vortex/{CHECKPOINT}"}, models=files),
+            1: Node(
+                "VortexFluxLoader", MODEL_AT, (340, 230), {"model": f"checkpoints/{CHECKPOINT}"}, models=(DOWNLOAD,)
+            ),
             2: sampler(prompt=prompt, width=side, height=side, seed=seed),
             3: Node("SaveImage", RESULT_AT, (440, 480), {"images": (2, "image"), "filename_prefix": f"vortex/{name}"}),
         },
         columns("1. The model", "2. The picture", "3. The result"),
         f"## FLUX.1-schnell at {side} x {side}\n\n"
-        "Needs the model once, 34 GB, with its small files too, so take the whole folder:\n\n"
-        f"`hf download black-forest-labs/{CHECKPOINT} --local-dir models/vortex/{CHECKPOINT}`\n\n"
-        f"Then press **R** and pick it in the loader. {seconds}\n\n"
+        f"Needs one file of 17 GB in **models/checkpoints**: [{CHECKPOINT}]({DOWNLOAD['url']}). Press **R** once it "
+        f"is there. Any other FLUX.1-schnell does too: pick it in the loader.\n\n{seconds}\n\n"
         "Write what you want to see, and press **Run**. 4 steps are right; guidance is 0 by design, so a negative "
         "prompt has no effect.",
         (340, 300),
@@ -152,7 +151,7 @@ WORKFLOWS: dict[str, Workflow] = {
         512,
         "a lighthouse on a cliff at dusk, warm light in its windows, long exposure of the sea",
         7,
-        "It is quantized to NF4 while it loads.",
+        "The first time, it is quantized to NF4 and kept in models/vortex/cache.",
     ),
     "schnell-1024": schnell(
         1024,
@@ -338,7 +337,7 @@ def ui(schemas: Schemas, workflow: Workflow) -> dict[str, Any]:
     for link, source, slot, *_ in links:
         nodes[source - 1]["outputs"][slot]["links"].append(link)
     note = {
-        "id": len(nodes) + 1, "type": "MarkdownNote", "pos": [0, Y + 190], "size": list(workflow.note_size),
+        "id": len(nodes) + 1, "type": "MarkdownNote", "pos": list(NOTE_AT), "size": list(workflow.note_size),
         "flags": {}, "order": len(nodes), "mode": 0, "inputs": [], "outputs": [], "title": "What to do",
         "properties": {},
         "widgets_values": [workflow.note], "color": "#432", "bgcolor": "#653",
@@ -352,7 +351,7 @@ def ui(schemas: Schemas, workflow: Workflow) -> dict[str, Any]:
             {"id": i, "title": name, "bounding": list(box), "color": "#3f789e", "font_size": 24, "flags": {}}
             for i, (name, *box) in enumerate(workflow.groups, 1)
         ],
-        # of a node's own list the dialog shows only files that a widget names, which here names a folder
+        # of a node's own list the dialog shows only files that a widget names, and ours names the folder, too
         **({"models": wanted} if (wanted := [m for node in workflow.nodes.values() for m in node.models]) else {}),
         "config": {},
         "extra": {"ds": {"scale": 0.75, "offset": [80, 120]}},

@@ -256,20 +256,21 @@ def inspect(
 @app.command()
 def quantize(
     source: Annotated[Path, typer.Argument(help="A FLUX.1-schnell transformer: folder or file.", show_default=False)],
-    target: Annotated[Path, typer.Argument(help="The .safetensors file to write.", show_default=False)],
+    target: Annotated[
+        Path, typer.Argument(help="The .safetensors file to write, or a folder for diffusers.", show_default=False)
+    ],
     device: Annotated[str | None, typer.Option(help="'cuda' or 'cpu'. [default: the GPU if any]")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")] = False,
 ) -> None:
-    """Write a transformer as one NF4 file (BFL names, no nested scales) that Vortex and others read."""
+    """Write a transformer in NF4: one file under BFL's names, or a folder that diffusers loads."""
     with _plain_errors():
-        if target.suffix != ".safetensors":
-            raise VortexInputError(f"The target must end in .safetensors, not {target.name!r}.")
         _check_new([target], overwrite)
         from .quantize import quantize_file
 
         with _progress() as progress:
             quantize_file(source, target, device=device, on_progress=_bytes(progress, "writing"))
-        console.print(f"[green]{target}[/]  {target.stat().st_size / 1e9:.2f} GB")
+        files = [target] if target.is_file() else target.iterdir()
+        console.print(f"[green]{target}[/]  {sum(file.stat().st_size for file in files) / 1e9:.2f} GB")
 
 
 @cache.command("list")

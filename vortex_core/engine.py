@@ -84,7 +84,7 @@ class Engine:
         clip: str | Path | None = None,
         t5: str | Path | None = None,
         vae: str | Path | None = None,
-        tokenizers: str | Path | None = None,
+        tokenizers: str | Path | tuple[Path, Path] | None = None,
         device: str | torch.device | None = None,
         vram_budget: float | None = None,
         cap_process: bool = False,
@@ -97,14 +97,15 @@ class Engine:
         """Read a model and make it resident.
 
         `model`: `"tiny"` (bundled), a folder in the diffusers layout, or a .safetensors or .gguf file. `clip`, `t5`,
-        `vae`: files or folders for what the model lacks. `tokenizers`: a folder with `tokenizer/` and `tokenizer_2/`;
-        default the model's own, else the Hugging Face cache's. `device`: default the first CUDA device, else the CPU.
-        `vram_budget`: GB (10^9 bytes) that torch may reserve for this engine at its peak, everything included; default
-        6.5, or what a smaller card has but 1. `cap_process`: have torch refuse more to the whole process, so that the
-        budget holds whatever happens; only for a process that is yours. `quantization`: `"nf4"`, or `"none"` to keep
-        16-bit weights. `dtype`: of the products; default bf16 on CUDA, fp32 on the CPU. `backend`: `"bitsandbytes"`
-        or `"reference"`; default the fastest that works. `cache_dir`: where quantized weights are kept; default
-        `$VORTEX_CACHE` or the user's cache folder. `on_progress(done, total)` is told bytes.
+        `vae`: files or folders for what the model lacks. `tokenizers`: a folder with `tokenizer/` and `tokenizer_2/`,
+        or the pair of CLIP's and T5's folders; default the model's own, else the Hugging Face cache's. `device`:
+        default the first CUDA device, else the CPU. `vram_budget`: GB (10^9 bytes) that torch may reserve for this
+        engine at its peak, everything included; default 6.5, or what a smaller card has but 1. `cap_process`: have
+        torch refuse more to the whole process, so that the budget holds whatever happens; only for a process that is
+        yours. `quantization`: `"nf4"`, or `"none"` to keep 16-bit weights. `dtype`: of the products; default bf16 on
+        CUDA, fp32 on the CPU. `backend`: `"bitsandbytes"` or `"reference"`; default the fastest that works.
+        `cache_dir`: where quantized weights are kept; default `$VORTEX_CACHE` or the user's cache folder.
+        `on_progress(done, total)` is told bytes.
 
         Raises `VortexInputError`, `VortexDeviceError` and `VortexCheckpointError` before any device memory is
         taken, and `VortexInitializationError` (with figures) when memory runs out; then nothing stays behind.

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checkpoint.bundle import SUBFOLDERS, WORDS, find_parts
-from .checkpoint.config import infer_flux
+from .checkpoint.bundle import SUBFOLDERS, WORDS, describe, find_parts
 from .checkpoint.dialect import Part
-from .checkpoint.materialize import is_quantized
+from .checkpoint.materialize import check, is_quantized
+from .checkpoint.tokenizer import locate_tokenizers
 from .conditioning import Modulation
 from .errors import VortexCheckpointError
 from .nf4 import BLOCK
-from .spec import FluxSpec
 from .transformer import Transformer
 
 NF4_BYTES = 0.5 + 4 / BLOCK  # a value, with its share of the scale
@@ -51,11 +50,9 @@ class Inspection:
 def inspect(path: str | Path, others: Mapping[str, str | Path | None] | None = None) -> Inspection:
     """Look at a model without reading its weights.
 
-    Raises `VortexCheckpointError` where there is nothing of a FLUX.1-schnell model at `path`.
+    Raises `VortexCheckpointError` where there is nothing of a FLUX.1-schnell model at `path`, or an incomplete one.
     """
     where = Path(path).expanduser()
-    if not where.exists():
-        raise VortexCheckpointError(f"There is no file or folder at {where}.", path=str(where))
     parts, configs = find_parts(where, others or {})
     if not parts:
         raise VortexCheckpointError(
@@ -65,18 +62,24 @@ def inspect(path: str | Path, others: Mapping[str, str | Path | None] | None = N
     found = tuple(
         Found(kind, part.words, sum(1 for _ in part.stored.names()), part.nbytes) for kind, part in parts.items()
     )
-    missing = tuple(WORDS[kind] for kind in SUBFOLDERS if kind not in parts)
-    return Inspection(where, found, missing, dict(_placement(parts, configs)))
+    missing = [WORDS[kind] for kind in SUBFOLDERS if kind not in parts]
+    missing += [
+        f"{encoder}'s tokenizer (`vortex fetch tokenizers` downloads it)"
+        for encoder, place in locate_tokenizers(where if where.is_dir() else None).items()
+        if place is None
+    ]
+    return Inspection(where, found, tuple(missing), dict(_placement(parts, configs)))
 
 
 def _placement(parts: Mapping[str, Part], configs: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, int]]:
     if "transformer" not in parts:
         return
-    config = configs.get("transformer")
     tensors = parts["transformer"].tensors
-    spec = FluxSpec.from_diffusers(config) if config is not None else infer_flux(tensors)
+    spec = describe("transformer", parts["transformer"], configs.get("transformer"))
     with torch.device("meta"):
         step_time, modulation = Transformer(spec), Modulation(spec)
+    for half in (step_time, modulation):
+        check(half, tensors, scales=False)
     yield "step-time weights, on the GPU", nf4_size(step_time)
     yield (
         "decode workspace, on the GPU",
@@ -85,7 +88,8 @@ def _placement(parts: Mapping[str, Part], configs: Mapping[str, Mapping[str, Any
     yield "modulation, in host memory", nf4_size(modulation)
     if "t5" in parts:
         stored = parts["t5"].stored
-        values = sum(_numel(stored.shape(name)) for name in stored.names() if ".block." in name)
+        tables = ("shared.", "encoder.embed_tokens.", "token_embd.")
+        values = sum(_numel(stored.shape(name)) for name in stored.names() if not name.startswith(tables))
         yield "T5, in host memory", int(values * NF4_BYTES)
 
 

@@ -12,8 +12,9 @@ import torch
 
 from .checkpoint.bundle import Bundle
 from .checkpoint.cache import Cache
+from .checkpoint.files import SafetensorsFiles
 from .checkpoint.materialize import Target
-from .checkpoint.tensors import SafetensorsFiles, Stored
+from .checkpoint.tensors import Stored
 from .device import resolve_device
 from .errors import GB, VortexInitializationError, VortexInputError
 from .linear import Backend, choose_backend

@@ -118,7 +118,7 @@ def propose(
     made = plan(whole.pieces, demand, budget)
     if made is None:
         raise VortexInputError(
-            f"{budget / GB:g} GB are too little for {batch} of {request.width} x {request.height}, even with all weights "
-            f"in host memory; the smallest budget is {smallest_budget(whole.pieces, demand) / GB:.2f} GB."
+            f"{budget / GB:g} GB are too little for {batch} of {request.width} x {request.height}, even with "
+            f"all weights in host memory; the smallest budget is {smallest_budget(whole.pieces, demand) / GB:.2f} GB."
         )
     return Proposal(made, budget)

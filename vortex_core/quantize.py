@@ -1,23 +1,28 @@
-"""A transformer in any dialect to one NF4 file: what `vortex quantize` does."""
+"""A transformer in any dialect to NF4: what `vortex quantize` does."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from . import __version__
-from .checkpoint.bundle import WORDS, find_parts
-from .checkpoint.config import infer_flux
+from .checkpoint.bundle import WORDS, describe, find_parts
+from .checkpoint.files import PICKLES
 from .checkpoint.materialize import Target, check
-from .checkpoint.write import write_nf4
+from .checkpoint.write import DIFFUSERS, write_nf4
 from .conditioning import Modulation
 from .device import resolve_device
-from .errors import VortexCheckpointError
+from .errors import VortexCheckpointError, VortexInputError
 from .linear import ReferenceBackend
 from .spec import FluxSpec
 from .transformer import Transformer
+
+WEIGHTS, CONFIG = "diffusion_pytorch_model.safetensors", "config.json"  # what diffusers looks for
 
 
 def quantize_file(
@@ -27,18 +32,22 @@ def quantize_file(
     device: str | torch.device | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Write the transformer at `source` to `target` in NF4 under BFL's names, tensor by tensor; the target.
+    """Write the transformer at `source` in NF4, tensor by tensor; the target.
 
-    NF4 sources are copied bit for bit. Raises `VortexCheckpointError` where there is no whole transformer, before
-    anything is written; `OSError` where the disk is full, and then nothing is left behind.
+    A `target` that ends in .safetensors is one file under BFL's names. Any other is a folder that diffusers' own
+    `FluxTransformer2DModel.from_pretrained` reads, with the last projection in NF4 too, as diffusers has it.
+    NF4 sources are copied bit for bit. Raises `VortexCheckpointError` where there is no whole transformer and
+    `VortexInputError` for a target that cannot be, before anything is written; `OSError` where the disk is full, and
+    then nothing is left behind.
     """
     where = resolve_device(device)
+    path = Path(target).expanduser()
+    check_target(path)
     parts, configs = find_parts(Path(source).expanduser(), {})
     if "transformer" not in parts:
         raise VortexCheckpointError(f"{source} does not hold {WORDS['transformer']}.", path=str(source))
     tensors = parts["transformer"].tensors
-    config = configs.get("transformer")
-    spec = FluxSpec.from_diffusers(config) if config is not None else infer_flux(tensors)
+    spec = describe("transformer", parts["transformer"], configs.get("transformer"))
     with torch.device("meta"):
         modules = [(Transformer(spec), ""), (Modulation(spec), "")]
     total = sum(check(module, tensors, prefix) for module, prefix in modules)
@@ -50,8 +59,59 @@ def quantize_file(
         if on_progress is not None:
             on_progress(min(done, total), total)
 
-    path = Path(target).expanduser()
+    read = Target(where, torch.float32, ReferenceBackend(), progress)
+    made_by = {"vortex": __version__, "source": Path(source).name}
     with torch.inference_mode():
-        read = Target(where, torch.float32, ReferenceBackend(), progress)
-        write_nf4(path, tensors, modules, read, {"vortex": __version__, "source": Path(source).name})
+        if path.suffix == ".safetensors":
+            write_nf4(path, tensors, modules, read, made_by)
+            return path
+        new = not path.exists()
+        path.mkdir(exist_ok=True)
+        try:
+            write_nf4(path / WEIGHTS, tensors, modules, read, made_by, DIFFUSERS)
+            (path / CONFIG).write_text(json.dumps(diffusers_config(spec), indent=2))
+        except BaseException:
+            if new:
+                shutil.rmtree(path)
+            raise
     return path
+
+
+def check_target(path: Path) -> None:
+    """Raise `VortexInputError` unless `path` can be a .safetensors file, or a folder that holds nothing else."""
+    if not path.parent.is_dir():
+        raise VortexInputError(f"There is no folder {path.parent}; make it first.")
+    if path.suffix == ".safetensors":
+        if path.is_dir():
+            raise VortexInputError(f"{path} is a folder; choose another name.")
+    elif path.suffix in (*PICKLES, ".gguf") or path.is_file():
+        raise VortexInputError(f"The target must end in .safetensors, or be a folder, not {path.name!r}.")
+    elif path.is_dir() and {file.name for file in path.iterdir()} - {WEIGHTS, CONFIG}:
+        raise VortexInputError(f"{path} holds other files; choose another name.")
+
+
+def diffusers_config(spec: FluxSpec) -> dict[str, Any]:
+    """The config.json of a transformer that `write_nf4` wrote in `DIFFUSERS` naming."""
+    return {
+        "_class_name": "FluxTransformer2DModel",
+        "attention_head_dim": spec.head_dim,
+        "axes_dims_rope": list(spec.axes),
+        "guidance_embeds": False,
+        "in_channels": spec.in_channels,
+        "joint_attention_dim": spec.context,
+        "num_attention_heads": spec.heads,
+        "num_layers": spec.double_blocks,
+        "num_single_layers": spec.single_blocks,
+        "patch_size": 1,
+        "pooled_projection_dim": spec.vec,
+        "quantization_config": {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": False,
+            "bnb_4bit_compute_dtype": "bfloat16",
+            "bnb_4bit_quant_storage": "uint8",
+            "llm_int8_skip_modules": ["context_embedder", "time_text_embed", "x_embedder"],
+        },
+    }

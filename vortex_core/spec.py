@@ -117,6 +117,11 @@ class VaeSpec:
             raise VortexCheckpointError(
                 f"FLUX's VAE has four levels (8x downsampling); this one has {len(self.channels)}."
             )
+        if any(width % self.groups for width in self.channels):
+            raise VortexCheckpointError(
+                f"The VAE's widths {self.channels} do not divide into {self.groups} norm groups. A single file does "
+                "not say how many it has, so FLUX's 32 are taken: give vae= the VAE's folder, which does."
+            )
 
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> VaeSpec:
@@ -135,6 +140,6 @@ class VaeSpec:
 def dev_checkpoint_message() -> str:
     """The sentence a FLUX.1-dev checkpoint gets, wherever it is recognised."""
     return (
-        "This is a FLUX.1-dev checkpoint (it has guidance embeddings); Vortex draws with FLUX.1-schnell, "
-        "4 steps and no guidance. Point it at a FLUX.1-schnell model instead."
+        "This is a FLUX.1-dev checkpoint, or one made from it, such as Kontext (it has guidance embeddings); Vortex "
+        "draws with FLUX.1-schnell, 4 steps and no guidance. Point it at a FLUX.1-schnell model instead."
     )

@@ -14,8 +14,9 @@ from ..errors import VortexCheckpointError
 from ..spec import FluxSpec, VaeSpec
 from .config import infer_clip, infer_flux, infer_t5, infer_vae
 from .dialect import Part, find_part
-from .tensors import Raw, StateDict, Tensors, open_file, open_folder
-from .tokenizer import find_tokenizers, whole
+from .files import Raw, StateDict, open_file, open_folder, unreadable
+from .tensors import Tensors
+from .tokenizer import find_tokenizers, read_tokenizer, whole
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
@@ -28,6 +29,13 @@ WORDS = {
     "t5": "the T5 encoder (such as t5xxl_fp16.safetensors)",
     "vae": "the VAE (such as ae.safetensors)",
 }
+SIZES: dict[str, tuple[Callable[[Mapping[str, Any]], Any], Callable[[Tensors], Any]]] = {
+    "transformer": (FluxSpec.from_diffusers, infer_flux),
+    "clip": (dict, infer_clip),
+    "t5": (dict, infer_t5),
+    "vae": (VaeSpec.from_diffusers, infer_vae),
+}
+NEEDED = {"clip": ("hidden_size", "vocab_size"), "t5": ("d_model", "vocab_size")}  # of transformers' dictionaries
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,32 +62,31 @@ def open_bundle(
     clip: str | Path | None = None,
     t5: str | Path | None = None,
     vae: str | Path | None = None,
-    tokenizers: str | Path | None = None,
+    tokenizers: str | Path | tuple[Path, Path] | None = None,
 ) -> Bundle:
     """Open a model by name (`"tiny"`, bundled), diffusers folder or single file; reads configs and headers only.
 
     `clip`, `t5` and `vae` are files or folders for what the model lacks; they win over what it has. `tokenizers` is a
-    folder with `tokenizer/` and `tokenizer_2/`.
+    folder with `tokenizer/` and `tokenizer_2/`, or the pair of CLIP's and T5's folders.
 
     Raises `VortexCheckpointError` that says what is missing, unsafe, or another model's.
     """
     path = TINY if model == "tiny" else Path(model).expanduser()
-    if not path.exists():
-        raise VortexCheckpointError(
-            f"There is no model at {path}. Give 'tiny' (bundled), a FLUX.1-schnell folder in the diffusers layout or "
-            "a .safetensors or .gguf file; Vortex never downloads by itself.",
-            path=str(path),
-        )
     parts, configs = find_parts(path, {"clip": clip, "t5": t5, "vae": vae})
     missing = [WORDS[kind] for kind in SUBFOLDERS if kind not in parts]
     if missing:
         options = ", ".join(f"{kind}=" for kind in SUBFOLDERS if kind not in parts and kind != "transformer")
         raise VortexCheckpointError(
-            f"{path} lacks {'; '.join(missing)}." + (f" Give files for them with {options}." if options else ""),
+            f"{path} lacks {'; '.join(missing)}."
+            + (f" Give files for them with {options}." if options else "")
+            + _files_in(path),
             path=str(path),
         )
+    name = "tiny-schnell" if model == "tiny" else path.stem
+    if isinstance(tokenizers, tuple):
+        return _bundle(name, parts, configs, *map(read_tokenizer, tokenizers))
     folder = Path(tokenizers).expanduser() if tokenizers is not None else path if path.is_dir() else None
-    return _bundle("tiny-schnell" if model == "tiny" else path.stem, parts, configs, *find_tokenizers(folder))
+    return _bundle(name, parts, configs, *find_tokenizers(folder))
 
 
 def open_pipeline(pipe: FluxPipeline) -> Bundle:
@@ -111,7 +118,12 @@ def open_pipeline(pipe: FluxPipeline) -> Bundle:
 def find_parts(
     path: Path, others: Mapping[str, str | Path | None]
 ) -> tuple[dict[str, Part], dict[str, dict[str, Any]]]:
-    """The parts at `path` and in the `others`, and the configs beside them. Reads headers only."""
+    """The parts at `path` and in the `others`, and the configs beside them. Reads headers only.
+
+    Raises `VortexCheckpointError` where there is nothing, or nothing that can be read.
+    """
+    for place in (path, *(Path(other).expanduser() for other in others.values() if other is not None)):
+        _check_readable(place)
     parts: dict[str, Part] = {}
     configs: dict[str, dict[str, Any]] = {}
     whole_file = open_file(path) if path.is_file() else None
@@ -121,8 +133,8 @@ def find_parts(
             raw, folder = _open(Path(given).expanduser(), subfolder)
         elif whole_file is not None:
             raw, folder = whole_file, None
-        elif (path / subfolder).is_dir():
-            raw, folder = _open(path / subfolder, subfolder)
+        elif (path / subfolder).is_dir() or (kind == "transformer" and (path / "config.json").is_file()):
+            raw, folder = _open(path, subfolder)
         else:
             continue
         part = find_part(raw, kind)
@@ -133,6 +145,24 @@ def find_parts(
         elif given is not None:
             raise VortexCheckpointError(f"{given} does not hold {WORDS[kind]}.", path=str(given))
     return parts, configs
+
+
+def _check_readable(path: Path) -> None:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise VortexCheckpointError(
+            f"There is no model at {path}. Give 'tiny' (bundled), a FLUX.1-schnell folder in the diffusers layout "
+            "or a .safetensors or .gguf file; Vortex never downloads by itself.",
+            path=str(path),
+        ) from error
+    except OSError as error:
+        raise unreadable(path, "model", error) from error
+
+
+def _files_in(path: Path) -> str:
+    files = [*path.glob("*.safetensors"), *path.glob("*.gguf")] if path.is_dir() else []
+    return f" It is a folder; perhaps you mean the file {files[0].name} in it." if files else ""
 
 
 def _open(path: Path, subfolder: str) -> tuple[Raw, Path | None]:
@@ -149,29 +179,84 @@ def _bundle(
     tokenizer: Tokenizer,
     tokenizer_2: Tokenizer,
 ) -> Bundle:
-    def spec(kind: str, read: Callable[[Mapping[str, Any]], Any], infer: Callable[[Tensors], Any]) -> Any:
-        return read(configs[kind]) if kind in configs else infer(parts[kind].tensors)
-
-    clip = spec("clip", dict, infer_clip)
+    described = {kind: describe(kind, part, configs.get(kind)) for kind, part in parts.items()}
     if "clip" not in configs:
         # pooling looks for the end token; only the tokenizer knows which one it writes
-        clip["eos_token_id"] = tokenizer.encode("").ids[-1]
+        described["clip"]["eos_token_id"] = tokenizer.encode("").ids[-1]
+    _check_fit(described, parts, {"clip": tokenizer, "t5": tokenizer_2})
     return Bundle(
         name=name,
-        flux=spec("transformer", FluxSpec.from_diffusers, infer_flux),
-        vae=spec("vae", VaeSpec.from_diffusers, infer_vae),
-        clip=clip,
-        t5=spec("t5", dict, infer_t5),
+        flux=described["transformer"],
+        vae=described["vae"],
+        clip=described["clip"],
+        t5=described["t5"],
         parts=parts,
         tokenizer=tokenizer,
         tokenizer_2=tokenizer_2,
     )
 
 
+def _check_fit(described: Mapping[str, Any], parts: Mapping[str, Part], tokenizers: Mapping[str, Tokenizer]) -> None:
+    """Raise `VortexCheckpointError` where parts are of different models."""
+    for kind in ("clip", "t5", "vae"):
+        where, found = parts[kind].tensors.where, width(kind, described[kind])
+        wanted = wanted_width(kind, described["transformer"])
+        if found != wanted:
+            raise VortexCheckpointError(
+                f"{where} does not fit this transformer, which takes {wanted} channels and not {found}. "
+                f"Give {WORDS[kind]}.",
+                path=where,
+            )
+        if kind in tokenizers and (tokens := tokenizers[kind].get_vocab_size()) > described[kind]["vocab_size"]:
+            raise VortexCheckpointError(
+                f"{where} has embeddings for {described[kind]['vocab_size']} tokens and its tokenizer has {tokens}: "
+                "it is another model's. Give tokenizers=, a folder with both.",
+                path=where,
+            )
+
+
+def describe(kind: str, part: Part, config: Mapping[str, Any] | None = None) -> Any:
+    """A part's sizes, from the config beside it, else from the tensors: `FluxSpec`, `VaeSpec` or transformers' config.
+
+    Raises `VortexCheckpointError` where it is another model.
+    """
+    read, infer = SIZES[kind]
+    where = part.tensors.where
+    try:
+        sizes = read(config) if config is not None else infer(part.tensors)
+        for size in NEEDED.get(kind, ()):
+            int(sizes[size])
+    except VortexCheckpointError as error:
+        if error.path is not None:
+            raise
+        raise VortexCheckpointError(f"{where}: {error}", path=where) from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise VortexCheckpointError(
+            f"The config.json of {where} is another model's, or damaged ({error!r}). Download it again.", path=where
+        ) from error
+    return sizes
+
+
+def width(kind: str, described: Any) -> int:
+    """The width of a part's output: of CLIP's pooled vector, T5's embeddings, or the VAE's latents."""
+    if kind == "vae":
+        return int(described.latent_channels)
+    return int(described[{"clip": "hidden_size", "t5": "d_model"}[kind]])
+
+
+def wanted_width(kind: str, flux: FluxSpec) -> int:
+    """The width that a transformer takes from `clip`, `t5` or `vae`."""
+    return {"clip": flux.vec, "t5": flux.context, "vae": flux.latent_channels}[kind]
+
+
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
-        config: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise VortexCheckpointError(f"{path} is missing or not JSON ({error}).", path=str(path)) from error
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise VortexCheckpointError(
+            f"{path} is missing or not JSON ({error}). Download it again.", path=str(path)
+        ) from error
+    if not isinstance(config, dict):
+        raise VortexCheckpointError(f"{path} is not a model's config. Download it again.", path=str(path))
     return config

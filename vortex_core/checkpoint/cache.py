@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import __version__
-from ..errors import VortexWarning
+from ..errors import VortexCheckpointError, VortexWarning
 from .dialect import Part
+from .files import SafetensorsFiles
 from .materialize import UNQUANTIZED, Target
-from .tensors import SafetensorsFiles, Stored, Tensors
+from .tensors import Stored, Tensors
 from .write import Named, write_nf4
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ class Cache:
     def __init__(self, folder: Path | None = None, limit: int = LIMIT) -> None:
         self.folder = folder or default_folder()
         self.limit = limit
+        self._paths: dict[tuple[Part, str], Path] = {}
 
     def quantized(self, part: Part, kind: str, modules: Iterable[Named], target: Target) -> Tensors:
         """The part's tensors with linears in NF4, from the cache where it has them, else put there first.
@@ -83,8 +85,10 @@ class Cache:
             return part.tensors
         path = self.path_of(part, kind)
         try:
-            if not path.exists():
+            kept = self._open(path)
+            if kept is None:
                 self._write(path, part, kind, modules, target)
+                kept = Stored(SafetensorsFiles(path, [path]), trusted=True)
             os.utime(path)
         except OSError as error:
             warnings.warn(
@@ -94,16 +98,30 @@ class Cache:
                 stacklevel=2,
             )
             return part.tensors
-        return Stored(SafetensorsFiles(path, [path]))
+        return kept
+
+    def _open(self, path: Path) -> Stored | None:
+        """The entry at `path`, if there is one; a damaged one is removed."""
+        if not path.exists():
+            return None
+        try:
+            return Stored(SafetensorsFiles(path, [path]), trusted=True)
+        except VortexCheckpointError as error:
+            log.warning("Quantizing again: %s", error)
+            path.unlink()
+            return None
 
     def lacks(self, part: Part, kind: str) -> bool:
         """Whether `quantized` would have to quantize and write this part."""
         return kind in CACHED and worth_caching(part) and not self.path_of(part, kind).exists()
 
     def path_of(self, part: Part, kind: str) -> Path:
-        """Where the part's entry is, or would be."""
-        key = f"{FORMAT} {kind} {part.stored.prefix} {part.words} {UNQUANTIZED} {identity(part.stored.raw.files)}"
-        return self.folder / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
+        """Where the part's entry is, or would be. Reads the files' identity, once."""
+        if (part, kind) not in self._paths:
+            key = f"{FORMAT} {kind} {part.stored.prefix} {part.words} {UNQUANTIZED} {identity(part.stored.raw.files)}"
+            name = f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
+            self._paths[part, kind] = self.folder / name
+        return self._paths[part, kind]
 
     def _write(self, path: Path, part: Part, kind: str, modules: Iterable[Named], target: Target) -> None:
         from filelock import FileLock
@@ -112,6 +130,8 @@ class Cache:
         with FileLock(path.with_suffix(".lock")):
             if path.exists():  # another process was first
                 return
+            for leftover in self.folder.glob(f".{path.name}.*.part"):  # of a process that was killed
+                leftover.unlink(missing_ok=True)
             started = time.perf_counter()
             source = {"source": part.stored.raw.where, "kind": kind, "vortex": __version__}
             sha256 = write_nf4(path, part.tensors, modules, target, source)
@@ -126,14 +146,17 @@ class Cache:
 
     def _entries(self) -> Iterator[Entry]:
         for path in self.folder.glob("*.safetensors"):
-            manifest = path.with_suffix(".json")
-            if manifest.is_file():
-                said = json.loads(manifest.read_text())
+            try:
+                said = json.loads(path.with_suffix(".json").read_text())
                 status = path.stat()
-                yield Entry(path, said["source"], said["kind"], said["sha256"], status.st_size, status.st_mtime)
+            except (OSError, ValueError):  # no entry of ours, or another process is just removing it
+                continue
+            yield Entry(path, said["source"], said["kind"], said["sha256"], status.st_size, status.st_mtime)
 
     def clear(self) -> int:
-        """Remove every entry; the bytes freed."""
+        """Remove every entry, and what killed processes left half-written; the bytes of the entries."""
+        for leftover in self.folder.glob(".*.part"):
+            leftover.unlink(missing_ok=True)
         return sum(self._remove(entry) for entry in self.entries())
 
     def damaged(self) -> Iterator[tuple[Entry, bool]]:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from ..errors import VortexCheckpointError
 from ..spec import dev_checkpoint_message
-from .layout import SWAPPED, flux_sources, vae_sources
-from .tensors import GgufFile, Raw, Renamed, Stored, Tensors
+from .files import GgufFile, Raw
+from .layout import SWAPPED, flux_sources, t5_gguf_sources, vae_sources
+from .tensors import Renamed, Stored, Tensors
 
 Sources = Callable[[str], tuple[str, ...]]
 
@@ -55,13 +56,24 @@ LAYOUTS = {
         Layout("transformers", "text_model.encoder.layers.0.self_attn.q_proj.weight", _nested_clip),
         Layout("transformers", "encoder.layers.0.self_attn.q_proj.weight", _same),
     ),
-    "t5": (Layout("transformers", "encoder.block.0.layer.0.SelfAttention.q.weight", _same),),
+    "t5": (
+        Layout("transformers", "encoder.block.0.layer.0.SelfAttention.q.weight", _same),
+        Layout("llama.cpp", "enc.blk.0.attn_q.weight", t5_gguf_sources),
+    ),
     "vae": (
         Layout("BFL", "decoder.mid.block_1.norm1.weight", _bfl_vae),
         Layout("diffusers", "decoder.mid_block.resnets.0.norm1.weight", vae_sources),
     ),
 }
 GUIDANCE = ("guidance_in.", "time_text_embed.guidance_embedder.")
+STRANGERS = {
+    "input_blocks.0.0.weight": "a Stable Diffusion checkpoint (1, 2 or XL)",
+    "down_blocks.0.resnets.0.conv1.weight": "a Stable Diffusion U-Net",
+    "joint_blocks.0.x_block.attn.qkv.weight": "a Stable Diffusion 3 checkpoint",
+    "distilled_guidance_layer.in_proj.weight": "a Chroma checkpoint",
+    "double_stream_modulation_img.lin.weight": "a FLUX.2 checkpoint",
+}  # tensors that give away what people mistake for FLUX.1, under any of the transformer's prefixes
+LORA = (".lora_A.weight", ".lora_B.weight", ".lora_down.weight", ".lora_up.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,23 +98,38 @@ class Part:
 def find_part(raw: Raw, kind: str) -> Part | None:
     """The part `kind` (`transformer`, `clip`, `t5` or `vae`) of a source, or None where it has none.
 
-    Raises `VortexCheckpointError` for FLUX.1-dev and for 4-bit formats other than NF4.
+    Raises `VortexCheckpointError` for FLUX.1-dev, other models and 4-bit formats other than NF4.
     """
+    if kind == "transformer":
+        _refuse_strangers(raw)
     for prefix in PREFIXES[kind]:
         for layout in LAYOUTS[kind]:
             if prefix + layout.witness in raw:
-                if kind == "transformer" and any(name.startswith(_prefixed(prefix)) for name in raw.names()):
-                    raise VortexCheckpointError(dev_checkpoint_message(), path=raw.where)
                 stored = Stored(raw, prefix)
                 tensors = Renamed(stored, layout.sources, layout.swapped)
                 return Part(tensors, stored, f"{layout.words} names, {storage(stored, layout.witness)}")
     return None
 
 
+def _refuse_strangers(raw: Raw) -> None:
+    for prefix in PREFIXES["transformer"]:
+        if any(name.startswith(tuple(prefix + guidance for guidance in GUIDANCE)) for name in raw.names()):
+            raise VortexCheckpointError(f"{raw.where}: {dev_checkpoint_message()}", path=raw.where)
+        found = next((what for name, what in STRANGERS.items() if prefix + name in raw), None)
+        if found is not None:
+            raise VortexCheckpointError(
+                f"{raw.where} is {found}; Vortex draws with FLUX.1-schnell. Point it at such a model.", path=raw.where
+            )
+    if any(name.endswith(LORA) for name in raw.names()):
+        raise VortexCheckpointError(
+            f"{raw.where} is a LoRA, which Vortex does not apply. Point it at a FLUX.1-schnell model.", path=raw.where
+        )
+
+
 def storage(stored: Stored, witness: str) -> str:
     """How the weights are stored, in words, such as `bf16`, `fp8 e4m3 scaled` or `NF4 nested`."""
     name = stored.prefix + witness
-    if witness in stored.nf4 or stored.nf4:
+    if stored.nf4:
         packed = next(iter(stored.nf4))
         nested = f"{stored.prefix}{packed}.nested_absmax" in stored.raw
         return "NF4 with nested scales" if nested else "NF4"
@@ -112,7 +139,3 @@ def storage(stored: Stored, witness: str) -> str:
     dtype = stored.raw.dtype(name)
     words = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F8_E4M3": "fp8 e4m3", "F8_E5M2": "fp8 e5m2"}
     return words.get(dtype, dtype) + (" scaled" if stored.scaled else "")
-
-
-def _prefixed(prefix: str) -> tuple[str, ...]:
-    return tuple(prefix + name for name in GUIDANCE)

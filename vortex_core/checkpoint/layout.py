@@ -1,9 +1,11 @@
-"""Which diffusers tensors make a canonical one.
+"""Which tensors of other layouts make a canonical one: diffusers' transformer and VAE, llama.cpp's T5.
 
 BFL's layout is canonical: fused, so fewer and larger products.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
 
 _TOP = {
     "img_in": ("x_embedder",),
@@ -43,6 +45,18 @@ _BLOCKS = {
     "single_blocks": ("single_transformer_blocks", _SINGLE),
 }
 _VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+_T5 = {
+    ("0", "q"): "attn_q",
+    ("0", "k"): "attn_k",
+    ("0", "v"): "attn_v",
+    ("0", "o"): "attn_o",
+    ("0", "relative_attention_bias"): "attn_rel_b",
+    ("0", "layer_norm"): "attn_norm",
+    ("1", "wi_0"): "ffn_gate",
+    ("1", "wi_1"): "ffn_up",
+    ("1", "wo"): "ffn_down",
+    ("1", "layer_norm"): "ffn_norm",
+}  # by sublayer and module
 VAE_LEVELS = 4
 SWAPPED = ("final_layer.adaLN_modulation.1",)  # diffusers stores (scale, shift), BFL (shift, scale)
 
@@ -60,6 +74,28 @@ def flux_sources(name: str) -> tuple[str, ...]:
         index, _, inner = rest.partition(".")
         return tuple(f"{theirs}.{index}.{source}.{kind}" for source in table[inner])
     return tuple(f"{source}.{kind}" for source in _TOP[module])
+
+
+def source_rows(sources: Sequence[str], rows: int) -> Iterator[tuple[str, int]]:
+    """How many of a canonical tensor's `rows` each of its `sources` has, in order: `qkv` thirds, `linear1` 1:1:1:4."""
+    share = rows // (7 if len(sources) == 4 else len(sources))
+    for source in sources[:-1]:
+        yield source, share
+    yield sources[-1], rows - share * (len(sources) - 1)
+
+
+def t5_gguf_sources(name: str) -> tuple[str, ...]:
+    """llama.cpp's name of a T5 encoder tensor such as `encoder.block.0.layer.0.SelfAttention.q.weight`."""
+    part = name.split(".")
+    match part:
+        case ["encoder", "block", block, "layer", layer, *rest]:
+            inner = "layer_norm" if rest[0] == "layer_norm" else rest[1]
+            theirs = f"enc.blk.{block}.{_T5[layer, inner]}"
+        case ["encoder", "final_layer_norm", _]:
+            theirs = "enc.output_norm"
+        case _:
+            theirs = "token_embd"
+    return (f"{theirs}.{part[-1]}",)
 
 
 def vae_sources(name: str) -> tuple[str, ...]:

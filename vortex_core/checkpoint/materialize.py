@@ -31,11 +31,11 @@ class Target:
     progress: Callable[[int], None] = lambda nbytes: None
 
 
-def check(module: nn.Module, tensors: Tensors, prefix: str = "") -> int:
-    """Compare names and shapes with the headers; the bytes that will be read.
+def check(module: nn.Module, tensors: Tensors, prefix: str = "", *, scales: bool = True) -> int:
+    """Compare names, types and shapes with the headers; the bytes that will be read.
 
-    Costs no data and no memory. Raises `VortexCheckpointError` naming the first tensors that are missing or of
-    another shape.
+    Takes no memory, and reads nothing but, with `scales`, those of NF4 weights, for NaN and infinity. Raises
+    `VortexCheckpointError` naming the first tensors that are missing or of another type or shape.
     """
     total = 0
     missing, other = [], []
@@ -45,16 +45,18 @@ def check(module: nn.Module, tensors: Tensors, prefix: str = "") -> int:
         elif _squeezed(tensors.shape(name)) != _squeezed(tuple(parameter.shape)):
             other.append(f"{name}: expected {tuple(parameter.shape)}, found {tensors.shape(name)}")
         else:
+            tensors.check(name, scales=scales)
             total += tensors.nbytes(name)
     if missing:
         raise VortexCheckpointError(
             f"{tensors.where} lacks {len(missing)} tensors, such as {', '.join(missing[:3])}. "
-            "It is another model, or incomplete.",
+            "It is another model, or the download is incomplete: run it again.",
             path=tensors.where,
         )
     if other:
         raise VortexCheckpointError(
-            f"{tensors.where} does not fit its config.json: {'; '.join(other[:3])}.", path=tensors.where
+            f"{tensors.where} does not fit together: {'; '.join(other[:3])}. Download it again.",
+            path=tensors.where,
         )
     return total
 
@@ -64,43 +66,46 @@ def materialize(
 ) -> nn.Module:
     """Fill `module` (built on `meta`) from `tensors`, names prefixed with `prefix`, tensor by tensor; returns it.
 
-    Quantization runs on `target.device`; the results stay on `home` (default: there too). Host memory holds about
-    one tensor at a time.
+    Quantization runs on `target.device`; the results stay on `home` (default: there too). What is NF4 already goes
+    straight home; on the CPU it stays in the mapped file. Host memory holds about one tensor at a time.
     """
     home = home or target.device
     for path, child in list(module.named_modules()):
         name = prefix + path
         if target.backend is not None and is_quantized(child, name):
-            weight = read_nf4(tensors, f"{name}.weight", target).to(home)
-            bias = None
-            if child.bias is not None:
-                bias = _read(tensors, f"{name}.bias", target).to(home, target.dtype)
+            weight = read_nf4(tensors, f"{name}.weight", target, home)
+            bias = None if child.bias is None else _read(tensors, f"{name}.bias", target, home)
             module.set_submodule(path, NF4Linear(weight, bias, target.backend))
     for path, parameter in list(module.named_parameters()):
         if not parameter.is_meta:
             continue  # filled before, perhaps with another home
         owner = module.get_submodule(path.rpartition(".")[0])
-        tensor = _read(tensors, prefix + path, target).to(home, target.dtype, copy=True).view(parameter.shape)
+        tensor = _read(tensors, prefix + path, target, home).view(parameter.shape)
         setattr(owner, path.rpartition(".")[2], nn.Parameter(tensor, requires_grad=False))
     return module
 
 
-def is_quantized(module: nn.Module, name: str) -> bool:
+def is_quantized(module: nn.Module, name: str, unquantized: tuple[str, ...] = UNQUANTIZED) -> bool:
     """Whether the module of this canonical name is a linear whose weight becomes NF4."""
-    return isinstance(module, nn.Linear) and not name.startswith(UNQUANTIZED)
+    return isinstance(module, nn.Linear) and not name.startswith(unquantized)
 
 
-def read_nf4(tensors: Tensors, name: str, target: Target) -> NF4Weight:
-    """A weight in NF4 on the target's device: as it is where the source has it, else quantized there."""
-    weight = tensors.read_nf4(name, target.device)
-    if weight is None:
-        weight = nf4.quantize(tensors.read(name, target.device), name)
+def read_nf4(tensors: Tensors, name: str, target: Target, home: torch.device) -> NF4Weight:
+    """A weight in NF4 on `home`: as it is where the source has it, else quantized on the target's device."""
+    if tensors.is_nf4(name):
+        weight = tensors.read_nf4(name, home)
+    else:
+        try:
+            weight = nf4.quantize(tensors.read(name, target.device), name).to(home)
+        except VortexCheckpointError as error:
+            raise VortexCheckpointError(f"{tensors.where}: {error}", path=tensors.where) from error
     target.progress(tensors.nbytes(name))
     return weight
 
 
-def _read(tensors: Tensors, name: str, target: Target) -> Tensor:
-    tensor = tensors.read(name)
+def _read(tensors: Tensors, name: str, target: Target, home: torch.device) -> Tensor:
+    # on the CPU a copy, so that a plain tensor does not hold on to the mapped file
+    tensor = tensors.read(name, home).to(dtype=target.dtype, copy=home.type == "cpu")
     target.progress(tensors.nbytes(name))
     return tensor
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from ..errors import VortexCheckpointError
+from .files import unreadable
 
 # Where `vortex fetch tokenizers` downloads from, and where a cache is looked through: repository, file.
 CLIP_HOMES = (("openai/clip-vit-large-patch14", "tokenizer.json"),)
@@ -22,10 +23,8 @@ def find_tokenizers(folder: Path | None) -> tuple[Tokenizer, Tokenizer]:
 
     Raises `VortexCheckpointError` that says how to get what is missing; nothing is downloaded.
     """
-    if folder is not None and (folder / "tokenizer").is_dir() and (folder / "tokenizer_2").is_dir():
-        return read_tokenizer(folder / "tokenizer"), read_tokenizer(folder / "tokenizer_2")
-    found = [_cached(homes) for homes in (CLIP_HOMES, T5_HOMES)]
-    missing = [name for name, path in zip(("CLIP", "T5"), found, strict=True) if path is None]
+    found = locate_tokenizers(folder)
+    missing = [name for name, path in found.items() if path is None]
     if missing:
         where = f"{folder} has no tokenizer and tokenizer_2 folders, and " if folder is not None else ""
         raise VortexCheckpointError(
@@ -33,16 +32,30 @@ def find_tokenizers(folder: Path | None) -> tuple[Tokenizer, Tokenizer]:
             "tokenizers` once (it downloads about 4 MB), or give tokenizers=, a folder with both.",
             path=None if folder is None else str(folder),
         )
-    clip, t5 = (read_tokenizer(path) for path in found if path is not None)
+    clip, t5 = (read_tokenizer(path) for path in found.values() if path is not None)
     return clip, t5
+
+
+def locate_tokenizers(folder: Path | None) -> dict[str, Path | None]:
+    """Where CLIP's and T5's tokenizers are, or None where they are missing. Reads nothing."""
+    if folder is not None and has_tokenizers(folder):
+        return {"CLIP": folder / "tokenizer", "T5": folder / "tokenizer_2"}
+    return {"CLIP": _cached(CLIP_HOMES), "T5": _cached(T5_HOMES)}
+
+
+def has_tokenizers(folder: Path) -> bool:
+    """Whether a model's folder brings its own."""
+    return (folder / "tokenizer").is_dir() and (folder / "tokenizer_2").is_dir()
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
     """From a tokenizer.json, or a folder with one, or with CLIP's older pair of vocab.json and merges.txt."""
-    if path.is_file():
-        return whole(Tokenizer.from_file(str(path)))
-    if (path / "tokenizer.json").is_file():
-        return whole(Tokenizer.from_file(str(path / "tokenizer.json")))
+    file = path if path.is_file() else path / "tokenizer.json"
+    if file.is_file():
+        try:
+            return whole(Tokenizer.from_file(str(file)))
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise unreadable(file, "tokenizer", error) from error
     if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
         # the released folder has CLIP's tokenizer only in this older form; transformers knows how to join it
         from transformers import CLIPTokenizerFast
@@ -63,10 +76,19 @@ def whole(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def fetch_tokenizers() -> list[Path]:
-    """Download both tokenizers into the user's Hugging Face cache; the files. The only place that uses a network."""
+    """Download both tokenizers into the user's Hugging Face cache; the files. The only place that uses a network.
+
+    Raises `VortexCheckpointError` where that fails.
+    """
     from huggingface_hub import hf_hub_download
 
-    return [Path(hf_hub_download(*homes[-1])) for homes in (CLIP_HOMES, T5_HOMES)]
+    try:
+        return [Path(hf_hub_download(*homes[-1])) for homes in (CLIP_HOMES, T5_HOMES)]
+    except (OSError, ValueError) as error:
+        raise VortexCheckpointError(
+            f"The tokenizers could not be downloaded ({str(error).partition(chr(10))[0]}). Check the network, and that "
+            "HF_HUB_OFFLINE is not set."
+        ) from error
 
 
 def _cached(homes: tuple[tuple[str, str], ...]) -> Path | None:

@@ -1,0 +1,127 @@
+"""Headers changed at random: read as they are, or refused in words. Never another exception.
+
+100 examples a test here; `pytest tests/test_fuzz.py --hypothesis-profile=nightly` runs 10,000.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import specimens
+from specimens import look, read, save, write_gguf
+
+from vortex_core import VortexCheckpointError
+
+pytest.importorskip("hypothesis")
+from hypothesis import given
+from hypothesis import strategies as st
+
+GGUF_HEADER = 400  # bytes of the sound file's
+SHARES = st.floats(0, 1, exclude_max=True)
+JUNK = st.one_of(
+    st.none(), st.booleans(), st.integers(-(2**65), 2**65), st.floats(), st.text(max_size=8),
+    st.lists(st.integers(-1, 2**40), max_size=4), st.dictionaries(st.text(max_size=4), st.integers(), max_size=2),
+)  # fmt: skip
+DTYPES = st.sampled_from(["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I64", "U8", "BOOL", "F4", "F8_E8M0", "X"])
+EDITS = st.one_of(
+    st.tuples(st.just("byte"), SHARES, st.integers(0, 255)),
+    st.tuples(st.just("cut"), SHARES, st.none()),
+    st.tuples(st.just("length"), st.none(), st.integers(0, 2**64 - 1)),
+    st.tuples(st.just("drop"), st.integers(0), st.none()),
+    st.tuples(st.just("rename"), st.integers(0), st.text(max_size=12)),
+    st.tuples(st.just("swap"), st.integers(0), st.integers(0)),
+    st.tuples(st.just("dtype"), st.integers(0), st.one_of(DTYPES, JUNK)),
+    st.tuples(st.just("shape"), st.integers(0), st.one_of(st.lists(st.integers(0, 600), max_size=4), JUNK)),
+    st.tuples(st.just("data_offsets"), st.integers(0), st.one_of(st.lists(st.integers(0, 10**7), max_size=3), JUNK)),
+    st.tuples(st.just("entry"), st.integers(0), JUNK),
+    st.tuples(st.just("data"), st.integers(0), st.integers(0, 255)),
+)
+
+
+def mutated(source: bytes, edits: list[tuple[str, Any, Any]]) -> bytes:
+    """A safetensors file, changed in its header as `edits` say: by bytes, or in its meaning."""
+    for what, where, value in edits:
+        length = int.from_bytes(source[:8], "little")
+        if what in ("byte", "cut"):
+            at = int(where * min(len(source), 8 + length))
+            source = source[:at] + (bytes([value]) + source[at + 1 :] if what == "byte" else b"")
+            continue
+        if what == "length":
+            source = value.to_bytes(8, "little") + source[8:]
+            continue
+        try:
+            header = json.loads(source[8 : 8 + length])
+            names = sorted(header)
+            name = names[where % len(names)]
+            entry = header[name]
+            if what == "drop":
+                del header[name]
+            elif what == "rename":
+                header[value] = header.pop(name)
+            elif what == "swap":
+                other = names[value % len(names)]
+                header[name], header[other] = header[other], entry
+            elif what == "entry":
+                header[name] = value
+            elif what == "data":
+                at = 8 + length + entry["data_offsets"][0]
+                source = source[:at] + bytes([value]) + source[at + 1 :]
+                continue
+            else:
+                entry[what] = value
+            text = json.dumps(header).encode("utf-8", "surrogatepass")
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, ZeroDivisionError):
+            continue  # an edit before this one left no header to change
+        source = len(text).to_bytes(8, "little") + text + source[8 + length :]
+    return source
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of sound files: bf16, NF4 plain and nested, GGUF."""
+    np = pytest.importorskip("numpy")
+    folder = tmp_path_factory.mktemp("sound")
+    save(specimens.plain(), folder / "plain.safetensors")
+    save(specimens.packed(False), folder / "nf4.safetensors")
+    save(specimens.packed(True), folder / "nested.safetensors")
+    names = ("double_blocks.0.img_attn.qkv.weight", "img_in.weight", "txt_in.weight")
+    write_gguf(folder / "whole.gguf", "flux", {name: (np.ones((128, 64), dtype=np.float32), None) for name in names})
+    return folder
+
+
+@given(edits=st.lists(EDITS, min_size=1, max_size=3), form=st.sampled_from(["plain", "nf4", "nested"]))
+def test_mutated_safetensors(sound: Path, edits: list[tuple[str, Any, Any]], form: str) -> None:
+    original = (sound / f"{form}.safetensors").read_bytes()
+    read_or_refused(sound / "mutated.safetensors", mutated(original, edits))
+
+
+@given(share=SHARES)
+def test_truncated_at_any_byte(sound: Path, share: float) -> None:
+    original = (sound / "nf4.safetensors").read_bytes()
+    path = sound / "cut.safetensors"
+    path.write_bytes(original[: int(share * len(original))])
+    with pytest.raises(VortexCheckpointError, match=r"is not a readable safetensors file.*Download it again"):
+        look(path)
+
+
+@given(edits=st.lists(st.tuples(SHARES, st.integers(0, 255)), min_size=1, max_size=4), cut=st.one_of(st.none(), SHARES))
+def test_mutated_gguf(sound: Path, edits: list[tuple[float, int]], cut: float | None) -> None:
+    data = bytearray((sound / "whole.gguf").read_bytes())
+    for where, value in edits:
+        data[int(where * GGUF_HEADER)] = value
+    read_or_refused(sound / "mutated.gguf", bytes(data if cut is None else data[: int(cut * len(data))]))
+
+
+def read_or_refused(path: Path, data: bytes) -> None:
+    """`data` in a file is read to its end, or a `VortexCheckpointError` that names the file."""
+    path.write_bytes(data)
+    refusal = None
+    try:
+        if look(path):
+            read(path)
+    except VortexCheckpointError as error:
+        refusal = str(error)
+    assert refusal is None or str(path) in refusal
