@@ -156,7 +156,9 @@ def generate(
 )
 def plan(
     vram: Annotated[float, typer.Option("--vram", help="VRAM budget in GB (10^9 bytes).")] = 6.5,
-    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels.")] = "1024x1024",
+    size: Annotated[
+        str | None, typer.Option(help="WIDTHxHEIGHT in pixels. [default: the model's own]", show_default=False)
+    ] = None,
     batch: Annotated[int, typer.Option(help="How many pictures.")] = 1,
     model: Annotated[
         str | None, typer.Option(help="'tiny', a folder or a file. [default: FLUX.1-schnell's own sizes]")
