@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
@@ -33,6 +34,7 @@ from typing import Any
 
 GB = 1e9
 PROMPT = "a red circle on a white background"
+LONGEST = 150  # seconds a section may take
 MARK = "CONTRACT "  # before a row that a section's process prints
 
 
@@ -134,8 +136,6 @@ class HostPeak:
     """The most anonymous memory (what is no file, no shared mapping) this process had while it is entered, sampled."""
 
     def __enter__(self) -> HostPeak:
-        import threading
-
         self.anonymous = self.resident = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -590,6 +590,8 @@ def run(name: str, arguments: argparse.Namespace, cache: str) -> list[dict[str, 
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
+    watch = threading.Timer(LONGEST, process.kill)
+    watch.start()
     for line in process.stdout:
         if line.startswith(MARK):
             rows.append({"section": name, **json.loads(line.removeprefix(MARK))})
@@ -598,9 +600,9 @@ def run(name: str, arguments: argparse.Namespace, cache: str) -> list[dict[str, 
         else:
             print(line, end="", flush=True)
     if process.wait():
-        rows.append(
-            {"section": name, "promise": f"section {name}", "found": f"exit {process.returncode}", "holds": False}
-        )
+        found = f"exit {process.returncode} after {time.perf_counter() - started:.0f} s"
+        rows.append({"section": name, "promise": f"section {name}", "found": found, "holds": False})
+    watch.cancel()
     print(f"== {name}: {time.perf_counter() - started:.0f} s", flush=True)
     return rows
 
@@ -621,11 +623,13 @@ def main() -> None:
     cache = arguments.cache
     if cache is None:
         cache = tempfile.mkdtemp() if arguments.model == "tiny" else str(Path(arguments.model).with_suffix(".cache"))
-    rows = [row for name in arguments.only.split(",") for row in run(name, arguments, cache)]
+    rows: list[dict[str, Any]] = []
+    for name in arguments.only.split(","):
+        rows += run(name, arguments, cache)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(rows, indent=1))
     broken = [row for row in rows if row["holds"] is False]
     print(f"{sum(row['holds'] is True for row in rows)} hold, {len(broken)} broken, of {len(rows)}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1))
     print(json.dumps({"rows": rows}))
     if broken:
         raise SystemExit(1)
