@@ -162,16 +162,50 @@ def test_segments_are_torchs() -> None:
     assert [segment(size) for size in (1, MIB, MIB + 1, 10 * MIB - 1, 10 * MIB, 10 * MIB + 1)] == [
         2 * MIB, 2 * MIB, 20 * MIB, 20 * MIB, 10 * MIB, 12 * MIB,
     ]  # fmt: skip
-    assert reserved([MIB, MIB, 1]) == 4 * MIB
-    assert reserved([6 * MIB, 6 * MIB, 6 * MIB]) == 20 * MIB
-    assert reserved([15 * MIB, MIB + 512]) == 16 * MIB + 20 * MIB  # a rest of a MiB is no block
-    assert reserved([14 * MIB + 512, 1 * MIB + 512]) == 16 * MIB  # a larger one is
+    assert (
+        reserved(
+            (
+                MIB,
+                MIB,
+                1,
+            )
+        )
+        == 4 * MIB
+    )
+    assert (
+        reserved(
+            (
+                6 * MIB,
+                6 * MIB,
+                6 * MIB,
+            )
+        )
+        == 20 * MIB
+    )
+    assert (
+        reserved(
+            (
+                15 * MIB,
+                MIB + 512,
+            )
+        )
+        == 16 * MIB + 20 * MIB
+    )  # a rest of a MiB is no block
+    assert (
+        reserved(
+            (
+                14 * MIB + 512,
+                1 * MIB + 512,
+            )
+        )
+        == 16 * MIB
+    )  # a larger one is
 
 
 @given(st.lists(st.integers(1, 100 * MIB), max_size=12))
 def test_what_is_reserved_holds_what_is_allocated(sizes: list[int]) -> None:
-    assert sum(sizes) <= reserved(sizes)
-    assert reserved(sizes) >= reserved(sizes[:-1])
+    assert sum(sizes) <= reserved(tuple(sizes))
+    assert reserved(tuple(sizes)) >= reserved(tuple(sizes[:-1]))
 
 
 def test_a_hole_too_small_costs_room() -> None:

@@ -8,7 +8,9 @@ where that is large enough to be of use; neighbours that are free are one block 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from functools import lru_cache
 
 MIB = 2**20
 ROUND = 512
@@ -40,41 +42,55 @@ class Pool:
 
     def __init__(self, *, small: bool, block: int = 0) -> None:
         self._least = ROUND if small else SMALL + 1  # what a rest must have to stay a block
-        self._blocks: list[list[int]] = []  # by address: [address, bytes, taken]; segments leave a gap between them
+        self._free: list[tuple[int, int]] = []  # sorted: bytes and address
+        self._starts: dict[int, int] = {}  # of free blocks: bytes by address, and by the address after them
+        self._ends: dict[int, int] = {}
+        self._next = 0  # address of the next segment; a gap before it keeps segments apart
         self.reserved = 0
         if block:
-            self._grow(block)
+            self._add(*self._grow(block))
 
-    def _grow(self, size: int) -> list[int]:
-        end = self._blocks[-1][0] + self._blocks[-1][1] + 1 if self._blocks else 0
-        self._blocks.append([end, size, 0])
+    def _grow(self, size: int) -> tuple[int, int]:
+        address = self._next
+        self._next += size + 1
         self.reserved += size
-        return self._blocks[-1]
+        return size, address
 
-    def take(self, size: int) -> list[int]:
-        """The block that a request of `size` gets."""
-        free = [block for block in self._blocks if not block[2] and block[1] >= size]
-        found = min(free, key=lambda block: (block[1], block[0])) if free else self._grow(segment(size))
-        rest = found[1] - size
-        if rest >= self._least:
-            self._blocks.insert(self._blocks.index(found) + 1, [found[0] + size, rest, 0])
-            found[1] = size
-        found[2] = 1
-        return found
+    def _add(self, size: int, address: int) -> None:
+        insort(self._free, (size, address))
+        self._starts[address] = self._ends[address + size] = size
 
-    def give(self, block: list[int]) -> None:
-        """Free a block that `take` gave."""
-        block[2] = 0
-        at = self._blocks.index(block)
-        for left in (at, at - 1):
-            if 0 <= left < len(self._blocks) - 1:
-                one, two = self._blocks[left : left + 2]
-                if not one[2] and not two[2] and one[0] + one[1] == two[0]:
-                    one[1] += two[1]
-                    del self._blocks[left + 1]
+    def _remove(self, size: int, address: int) -> None:
+        del self._free[bisect_left(self._free, (size, address))], self._starts[address], self._ends[address + size]
+
+    def take(self, size: int) -> tuple[int, int]:
+        """The block that a request of `size` gets: its bytes, at least `size`, and its address."""
+        at = bisect_left(self._free, (size, 0))
+        if at < len(self._free):
+            have, address = self._free[at]
+            self._remove(have, address)
+        else:
+            have, address = self._grow(segment(size))
+        if have - size < self._least:
+            return have, address
+        self._add(have - size, address + size)
+        return size, address
+
+    def give(self, size: int, address: int) -> None:
+        """Free a block that `take` gave; it joins the free ones beside it."""
+        after = self._starts.get(address + size)
+        if after is not None:
+            self._remove(after, address + size)
+            size += after
+        before = self._ends.get(address)
+        if before is not None:
+            self._remove(before, address - before)
+            size, address = size + before, address - before
+        self._add(size, address)
 
 
-def reserved(sizes: Iterable[int]) -> int:
+@lru_cache(maxsize=1024)
+def reserved(sizes: tuple[int, ...]) -> int:
     """Bytes torch reserves for allocations of these `sizes`, made in this order and kept."""
     pools = {True: Pool(small=True), False: Pool(small=False)}
     for size in sizes:
@@ -106,7 +122,7 @@ def _peak(events: Sequence[Event], sizes: dict[int, int], *, small: bool) -> int
 
 def _serves(block: int, events: Sequence[Event], sizes: dict[int, int]) -> bool:
     pool = Pool(small=False, block=block)
-    taken: dict[int, list[int]] = {}
+    taken: dict[int, tuple[int, int]] = {}
     for number, size in events:
         if sizes[number] <= SMALL:
             continue
@@ -115,5 +131,5 @@ def _serves(block: int, events: Sequence[Event], sizes: dict[int, int]) -> bool:
             if pool.reserved > block:
                 return False
         else:
-            pool.give(taken.pop(number))
+            pool.give(*taken.pop(number))
     return True

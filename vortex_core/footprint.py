@@ -78,10 +78,8 @@ class _Attention(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         q: Tensor = args[0]
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        statistics = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
-        if q.shape[-1] > WIDE_HEAD:
-            statistics = torch.empty(q.shape, dtype=torch.float32, device=q.device)
-        del statistics
+        inside = q.shape if q.shape[-1] > WIDE_HEAD else q.shape[:-1]
+        torch.empty(inside, dtype=torch.float32, device=q.device)  # gone at once
         return out
 
 

@@ -29,7 +29,7 @@ Origin = tuple[str, str]  # the source of a module's tensors, and the prefix of 
 
 BLAS = 32 * MIB  # cuBLAS' workspace on Hopper; earlier cards take 8 MiB
 MOST_AT_ONCE = 8  # pictures; more fill the card no better
-STRIPS = (None, 64, 32)  # rows of a strip of the VAE, None: an eighth of the picture; the lower, the slower
+STRIPS = (None, 32)  # rows of a strip of the VAE, None: an eighth of the picture; the lower, the slower
 
 
 class Model:

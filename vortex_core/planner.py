@@ -89,7 +89,7 @@ class Plan:
     def peak(self) -> int:
         """The most that torch will have reserved, everything included."""
         weights = (piece.nbytes for piece in self.resident)
-        return reserved([*self.demand.fixed, *weights, self.demand.pictures]) + self.workspace + SLACK
+        return reserved((*self.demand.fixed, *weights, self.demand.pictures)) + self.workspace + SLACK
 
     @property
     def breakdown(self) -> dict[str, int]:
