@@ -19,7 +19,7 @@ from vortex_core import (
     room,
 )
 from vortex_core.loading import check_budget
-from vortex_core.planner import BLOCKS, Plan, placements, smallest_budget
+from vortex_core.planner import BLOCKS, SLACK, Plan, placements, smallest_budget
 from vortex_core.vram import Holder, Snapshot
 
 GB = 1e9
@@ -263,3 +263,57 @@ def test_latents_decode_as_they_were_drawn(roomy: Engine) -> None:
     seen = []
     picture = roomy.generate(PROMPT, seed=1, on_step=lambda i, n, clean: seen.append(clean), **SIZE)
     assert torch.equal(roomy.decode(seen[-1]), picture)
+
+
+def test_latents_of_other_sizes_decode_within_a_budget(roomy: Engine, engine: Engine) -> None:
+    latents = torch.randn(1, 16, 9, 11, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(roomy.decode(latents), engine.decode(latents))
+
+
+def test_a_new_limit_holds_from_the_next_call_on(roomy: Engine) -> None:
+    roomy.generate(PROMPT, seed=1, **SIZE)
+    roomy.limit(0.5)
+    assert roomy.budget == 0.5e9
+    with pytest.raises(VortexInputError, match="more than 0 GB"):
+        roomy.limit(-1)
+    roomy.limit(0.1)
+    with pytest.raises(MemoryPressureError, match="does not fit"):
+        roomy.generate(PROMPT, seed=1, **SIZE)
+
+
+def test_an_unloaded_engine_holds_nothing(tiny_dir: Path) -> None:
+    gone = load_flux_schnell(tiny_dir, device="cpu", vram_budget=AMPLE)
+    gone.unload()
+    assert (gone.resident, gone.device_bytes, gone.offload()) == (False, 0, 0)
+    for ask in ("budget", "plan", "ledger", "pinned_bytes"):
+        with pytest.raises(VortexInputError, match="was unloaded"):
+            getattr(gone, ask)
+
+
+@pytest.mark.parametrize(("leftover", "emptied"), [(0, 0), (40 * 10**6, 0), (80 * 10**6, 1)])
+def test_what_other_sizes_left_cached_goes_where_it_does_not_fit(
+    roomy: Engine, monkeypatch: pytest.MonkeyPatch, leftover: int, emptied: int
+) -> None:
+    roomy.generate(PROMPT, seed=1, **SIZE)
+    made, space, calls = roomy.plan, roomy._room.placement.workspace, []
+    monkeypatch.setattr(space, "nbytes", made.workspace)
+    mine = sum(roomy._room.components.values())
+    foreign = 10**9
+    reserved = made.peak - SLACK + leftover + foreign
+    monkeypatch.setattr(room, "snapshot", lambda *a, **k: Snapshot(mine + foreign, reserved, None, 0, 0))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append(1))
+    roomy._room._tidy(made)
+    assert len(calls) == emptied
+
+
+def test_the_cap_is_the_budget_beside_what_is_there(roomy: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int | None] = []
+    monkeypatch.setattr(room, "cap_process", lambda device, nbytes: told.append(nbytes))
+    monkeypatch.setattr(room, "snapshot", lambda device: Snapshot(0, 10**9, None, 0, 0))
+    roomy._room.cap()  # on the CPU there is nothing to cap
+    assert told == []
+    monkeypatch.setattr(roomy._room, "device", torch.device("cuda", 0))
+    roomy._room.cap()
+    roomy._room.uncap()
+    roomy._room.uncap()
+    assert told == [10**9 + AMPLE * GB, None]

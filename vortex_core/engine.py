@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from . import loading, sampling
+from .allocator import round_up
 from .checkpoint.bundle import Bundle, open_bundle, open_pipeline
 from .checkpoint.cache import Cache
 from .conditioning import Conditioner, Conditioning
@@ -31,7 +32,7 @@ from .planner import Demand, Plan
 from .request import Request, check_prompt, check_steps
 from .residency import nbytes
 from .room import Room
-from .spec import DEFAULT_STEPS, T5_TOKENS, FluxSpec
+from .spec import DEFAULT_STEPS, SIZE_MULTIPLE, T5_TOKENS, FluxSpec
 from .transformer import Rope
 from .vae import decode
 from .vram import Ledger, snapshot
@@ -271,7 +272,8 @@ class Engine:
             return decode(self._decoder, on_device, pictures, made.demand.rows if made else None)
 
         with self._lock:
-            demand = self._demand(height, width, batch)
+            # latents from elsewhere may have sizes that no picture of ours has
+            demand = self._demand(round_up(height, SIZE_MULTIPLE), round_up(width, SIZE_MULTIPLE), batch)
             return self._room.use(demand and replace(demand, prompt=0, steps=((1, 0),)), draw)
 
     def _denoise(
@@ -315,17 +317,19 @@ class Engine:
     @property
     def budget(self) -> int | None:
         """Bytes that torch may reserve for this engine; None on the CPU."""
+        self._check_loaded()
         return self._room.budget
 
     @property
     def plan(self) -> Plan | None:
-        """The latest plan: where weights are, slices and strips, the predicted peak."""
+        """The latest plan: where weights are, slices and strips, the predicted peak. None without a budget."""
+        self._check_loaded()
         return self._room.plan
 
     @property
     def resident(self) -> bool:
-        """False while everything is offloaded."""
-        return self._room.resident
+        """False while everything is offloaded, and once it is unloaded."""
+        return hasattr(self, "_room") and self._room.resident
 
     @property
     def ledger(self) -> Ledger:
@@ -341,6 +345,7 @@ class Engine:
     @property
     def pinned_bytes(self) -> int:
         """Bytes of pinned host memory."""
+        self._check_loaded()
         return self._room.placement.pinned_bytes
 
     def offload(self) -> int:
