@@ -2,31 +2,12 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
+from whole_vae import whole_decode
 
 from vortex_core import Engine
 from vortex_core.footprint import META, footprint
 from vortex_core.spec import VaeSpec
-from vortex_core.vae import Decoder, ResnetBlock, decode
-
-
-def whole_decode(decoder: Decoder, latents: torch.Tensor) -> torch.Tensor:
-    """The naive reference: whole maps and torch's own GroupNorm. Pictures `[B, H, W, 3]` in 0..1."""
-
-    def resnet(block: ResnetBlock, x: torch.Tensor) -> torch.Tensor:
-        h = block.conv1(F.silu(block.norm1(x)))
-        h = block.conv2(F.silu(block.norm2(h)))
-        return h + (block.nin_shortcut(x) if hasattr(block, "nin_shortcut") else x)
-
-    x = decoder.conv_in(latents.to(decoder.conv_in.weight.dtype) / decoder.scale + decoder.shift)
-    x = resnet(decoder.mid.block_2, torch.cat([decoder.mid.attn_1(h[None]) for h in resnet(decoder.mid.block_1, x)]))
-    for level in reversed(decoder.up):
-        for block in level.block:
-            x = resnet(block, x)
-        if hasattr(level, "upsample"):
-            x = level.upsample.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-    x = decoder.conv_out(F.silu(decoder.norm_out(x)))
-    return (x.float() * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+from vortex_core.vae import Decoder, decode
 
 
 def random_decoder() -> Decoder:
