@@ -317,3 +317,10 @@ def test_the_cap_is_the_budget_beside_what_is_there(roomy: Engine, monkeypatch: 
     roomy._room.uncap()
     roomy._room.uncap()
     assert told == [10**9 + AMPLE * GB, None]
+
+
+def test_what_was_not_planned_is_said(roomy: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    reserved = iter((10**9, 2 * 10**9, 2 * 10**9))
+    monkeypatch.setattr(room, "snapshot", lambda *a, **k: Snapshot(10**9, next(reserved), None, 0, 0))
+    with pytest.warns(MemoryPressureWarning, match=r"reserve 1.00 GB more, which was not planned; now.*cached 1.00"):
+        roomy.generate(PROMPT, seed=1, **SIZE)

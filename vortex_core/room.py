@@ -10,11 +10,12 @@ from typing import TypeVar
 
 import torch
 
+from .allocator import segment
 from .errors import GB, MemoryPressureError, MemoryPressureWarning
 from .loading import Setup
 from .model import Model
 from .placement import Placement
-from .planner import Demand, Plan, plan, smallest_budget
+from .planner import SLACK, Demand, Plan, plan, smallest_budget
 from .vram import Ledger, available, cap_process, snapshot
 
 log = logging.getLogger(__name__)
@@ -66,9 +67,12 @@ class Room:
         limit = float(self.budget)
         for final in (False, True):
             made = self._make(demand, limit)
+            before = snapshot(self.device, process=False).reserved
             try:
                 with self.placement.workspace.use():
-                    return work(made)
+                    result = work(made)
+                self._audit(made, before)
+                return result
             except torch.OutOfMemoryError as error:
                 cause = error.with_traceback(None)  # its frames would keep what they allocated
             self.placement.workspace.release()
@@ -126,6 +130,17 @@ class Room:
         growth = max(0, made.workspace - workspace.nbytes)
         if memory.reserved - others + growth > made.peak + max(0, workspace.nbytes - made.workspace):
             torch.cuda.empty_cache()
+
+    def _audit(self, made: Plan, before: int) -> None:
+        """Warn where a call had torch reserve more than its plan says."""
+        grown = snapshot(self.device, process=False).reserved - before
+        if grown > segment(made.demand.pictures) + SLACK:
+            rows = ", ".join(f"{name} {size / GB:.2f}" for name, size in self.ledger.rows.items())
+            warnings.warn(
+                f"This call had torch reserve {grown / GB:.2f} GB more, which was not planned; now, in GB: {rows}.",
+                MemoryPressureWarning,
+                stacklevel=4,
+            )
 
     def _pressure(self, message: str, made: Plan | None, limit: float) -> MemoryPressureError:
         assert made is not None

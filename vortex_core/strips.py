@@ -11,6 +11,7 @@ that about one map is in memory at a time.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -52,9 +53,11 @@ class Norm:
     def __init__(self, norm: nn.GroupNorm, strips: Map) -> None:
         # each strip's own mean and variance, joined as Chan et al. (1979) do: no difference of large sums
         moments = [torch.var_mean(strip.float().reshape(norm.num_groups, -1), dim=1, correction=0) for strip in strips]
-        rows = torch.tensor([strip.shape[2] for strip in strips], device=strips[0].device)
-        weights = (rows / rows.sum())[:, None]
-        variances, means = (torch.stack(part) for part in zip(*moments, strict=True))
+        variances, means = (torch.stack(part) for part in zip(*moments, strict=True))  # [strips, groups]
+        heights = [strip.shape[2] for strip in strips]
+        runs = [(height, len(list(same))) for height, same in groupby(heights)]
+        # filled on the device: sending them would wait for it
+        weights = torch.cat([means.new_full((count, 1), height / sum(heights)) for height, count in runs])
         mean = (weights * means).sum(0)
         variance = (weights * (variances + (means - mean).square())).sum(0)
         channels = norm.num_channels // norm.num_groups
