@@ -6,9 +6,11 @@ folders is left out.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
 from functools import cache, lru_cache
 from importlib.util import find_spec
@@ -23,6 +25,8 @@ log = logging.getLogger(__name__)
 MODELS = ("vortex", "diffusers", "diffusion_models", "checkpoints")
 PARTS = {"clip": "text_encoders", "t5": "text_encoders", "vae": "vae"}
 WEIGHTS = (".safetensors", ".gguf")
+ARCHITECTURE = re.compile(rb"general\.architecture.{12}([a-z0-9_]+)", re.DOTALL)  # its type and length lie between
+READ = ("flux", "t5", "t5encoder", None)
 
 
 def models() -> dict[str, Path]:
@@ -90,7 +94,8 @@ def held(path: Path) -> Mapping[str, Any]:
     if path.is_dir():
         return {}
     try:
-        return contents(path, fingerprint(path))
+        # the vocabulary of a language model in GGUF takes seconds to read
+        return contents(path, fingerprint(path)) if _architecture(path) in READ else {}
     except OSError as error:  # it went away
         log.debug("%s is not listed: %s", path, error)
         return {}
@@ -102,7 +107,20 @@ def _is_model_folder(path: Path) -> bool:
 
 def _needs_gguf(path: Path) -> bool:
     """Listed without being read, so that loading it can say what to install."""
-    return path.suffix.lower() == ".gguf" and find_spec("gguf") is None
+    if path.suffix.lower() != ".gguf" or find_spec("gguf") is not None:
+        return False
+    with contextlib.suppress(OSError):  # it went away
+        return _architecture(path) in ("flux", None)
+    return False
+
+
+def _architecture(path: Path) -> str | None:
+    """What a GGUF file says first; None where it does not, and of other files. Raises `OSError`."""
+    if path.suffix.lower() != ".gguf":
+        return None
+    with path.open("rb") as file:
+        said = ARCHITECTURE.search(file.read(4096))
+    return said[1].decode() if said else None
 
 
 def _found(kind: str) -> dict[str, Path]:

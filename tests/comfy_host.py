@@ -21,7 +21,7 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 API = ROOT / "workflows" / "api"
 PACK = "ComfyUI-Vortex"  # a hyphen, as in the wild: no Python name
-START_SECONDS, RUN_SECONDS = 180, 180
+START_SECONDS, RUN_SECONDS = 300, 300
 
 
 def trees() -> list[Path]:
@@ -55,7 +55,9 @@ class Host:
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_path = base / "host.log"
         command = [python(tree), "main.py", "--cpu", "--port", str(self.port), "--base-directory", str(base)]
-        command += ["--database-url", "sqlite:///:memory:", "--disable-api-nodes", *options]
+        command += ["--disable-api-nodes", *options]
+        if "--database-url" in (tree / "comfy" / "cli_args.py").read_text():
+            command += ["--database-url", "sqlite:///:memory:"]
         # one thread: on a busy machine the many small products of the miniature spend their time waiting for a second
         environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
         with self.log_path.open("w") as log:

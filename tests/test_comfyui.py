@@ -149,10 +149,7 @@ def test_each_workflow_runs_and_draws_what_it_says(host: Host, engine: Engine, n
         )
         assert np.abs(np.stack(pictures) - own.numpy()).max() < 0.02  # 8 bits, and another number of threads
     for picture in pictures:
-        verdict = matches(picture, SCENES[name])
-        if not verdict.ok:
-            # the host drew what the library draws; that this does not show the scene is for tests/test_pictures.py
-            pytest.xfail(f"the bundled weights do not draw this yet: {', '.join(verdict.reasons)}")
+        assert matches(picture, SCENES[name]).reasons == ()
 
 
 @pytest.mark.parametrize("name", ["schnell-512", "schnell-1024"])

@@ -9,7 +9,7 @@ import io
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,31 +91,43 @@ class Page:
         wanted = len(workflows.WORKFLOWS[name].nodes) + 1
         self.until(lambda: self.js("return app.graph.nodes.length") == wanted)
 
+    def resize_picture(self, side: int) -> None:
+        self.js(
+            "app.graph.nodes.find(n => n.type === 'VortexSchnellSampler').widgets"
+            ".filter(w => ['width', 'height'].includes(w.name)).forEach(w => { w.value = arguments[0] })",
+            side,
+        )
+
     def unknown_nodes(self) -> list[str]:
         return self.js(
             "return app.graph.nodes.filter(n => !(n.type in LiteGraph.registered_node_types)).map(n => n.type)"
         )
 
-    def frame(self) -> None:
-        """Show the whole graph, below the bars."""
+    def frame(self, box: Sequence[float] | None = None) -> None:
+        """Show `[x, y, width, height]` of the graph as large as it fits below the bars; all of it by default."""
         self.js(
             """
-            const boxes = app.graph.groups.map(g => g.bounding ?? g._bounding)
-            const right = Math.max(...boxes.map(b => b[0] + b[2])), bottom = Math.max(...boxes.map(b => b[1] + b[3]))
-            const ds = app.canvas.ds, scale = Math.min(1, 1620 / (right + 20), 830 / bottom)
+            const groups = app.graph.groups.map(g => g.bounding ?? g._bounding)
+            const [x, y, width, height] = arguments[0] ?? [
+                -20, 0, Math.max(...groups.map(b => b[0] + b[2])) + 40, Math.max(...groups.map(b => b[1] + b[3]))]
+            const ds = app.canvas.ds, scale = Math.min(arguments[0] ? 3 : 1, 1620 / width, 790 / height)
             ds.scale = scale
-            ds.offset[0] = 110 / scale + 20
-            ds.offset[1] = 110 / scale
-            app.canvas.setDirty(true, true)"""
+            ds.offset[0] = 110 / scale - x
+            ds.offset[1] = 110 / scale - y
+            app.canvas.setDirty(true, true)""",
+            box,
         )
         time.sleep(1.5)
 
-    def shot(self, box: list[float] | None = None) -> Image.Image:
+    def shot(self, box: Sequence[float] | None = None) -> Image.Image:
         """The window, or `[x, y, width, height]` of the graph."""
         image = Image.open(io.BytesIO(self.driver.get_screenshot_as_png())).convert("RGB")
         if box is None:
             return image
-        scale, dx, dy = self.js("const d = app.canvas.ds; return [d.scale, d.offset[0], d.offset[1]]")
+        code = """
+            const d = app.canvas.ds, r = app.canvas.canvas.getBoundingClientRect()
+            return [d.scale, d.offset[0] + r.left / d.scale, d.offset[1] + r.top / d.scale]"""
+        scale, dx, dy = self.js(code)
         ratio = image.width / self.js("return window.innerWidth")
         x, y, width, height = box
         corners = ((x + dx) * scale, (y + dy) * scale, (x + width + dx) * scale, (y + height + dy) * scale)
@@ -162,14 +174,13 @@ def put_the_checkpoint(page: Page, name: str) -> None:
     target.unlink(missing_ok=True)
     page.js("return app.refreshComboInNodes()")
     page.open_template(name)
-    page.until(lambda: workflows.CHECKPOINT in page.dialog(), 20)
+    page.until(lambda: workflows.CHECKPOINT in page.dialog())
     page.js("document.querySelectorAll('.p-dialog-close-button').forEach(e => e.click())")
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(page.host.base.parent / workflows.CHECKPOINT, target)
     page.js("return app.refreshComboInNodes()")
     # a CPU draws 512 or 1024 slowly; what is asked here is that Run works
-    page.js("app.graph.nodes.find(n => n.type === 'VortexSchnellSampler').widgets"
-            ".filter(w => ['width', 'height'].includes(w.name)).forEach(w => { w.value = 128 })")  # fmt: skip
+    page.resize_picture(workflows.TINY_SIDE)
 
 
 @pytest.mark.parametrize("name", workflows.WORKFLOWS)
@@ -185,10 +196,9 @@ def test_template_opens_and_draws(page: Page, name: str) -> None:
     entry = page.host.wait(prompt)
     assert entry["status"]["status_str"] == "success", entry["status"]["messages"]
     assert page.host.pictures(entry)
-    page.until(lambda: page.js("return app.graph.nodes.some(n => n.imgs && n.imgs.length > 0)"), 20)
+    page.until(lambda: page.js("return app.graph.nodes.some(n => n.imgs && n.imgs.length > 0)"))
     assert page.complaints() == []
     if SHOTS:
-        page.frame()
         take(page, name)
 
 
@@ -204,29 +214,42 @@ def test_help_opens(page: Page, key: str) -> None:
     page.click(
         '[data-testid="info-button"], [data-testid="selection-toolbox-info"], .selection-toolbox .pi-question-circle'
     )
-    page.until(lambda: first_line[:40] in page.text(), 20)
+    page.until(lambda: first_line[:40] in page.text())
     code = """
         const found = [...document.querySelectorAll('img')].filter(e => e.src.includes(arguments[0]))
         return found.length > 0 && found.every(e => e.complete && e.naturalWidth > 100)"""
-    page.until(lambda: page.js(code, f"{key}.jpg"), 20)
+    page.until(lambda: page.js(code, f"{key}.jpg"))
     assert page.complaints() == []
 
 
 def take(page: Page, name: str) -> None:
-    """Keep the window, the template's thumbnail (the right end of the graph, square) and pictures of the nodes."""
+    """Keep the window, the template's thumbnail and pictures of the nodes."""
     folder = Path(str(SHOTS)) / page.host.tree.name
     (folder / "nodes").mkdir(parents=True, exist_ok=True)
+    if name.startswith("schnell"):
+        page.resize_picture(int(name.removeprefix("schnell-")))
+    page.frame()
     page.shot().save(folder / f"{name}.png")
-    x, y, width, height = workflows.WORKFLOWS[name].groups[-1][1:]
-    page.shot([x + width - height, y, height, height]).resize((512, 512), Image.Resampling.LANCZOS).save(
-        folder / f"{name}.jpg", quality=88
-    )
     for node in workflows.WORKFLOWS[name].nodes.values():
         if node.type.startswith("Vortex"):
-            box = page.js(
-                "const n = app.graph.nodes.find(n => n.type === arguments[0]); return [...n.pos, ...n.size]",
-                node.type,
-            )
-            page.shot([box[0] - 20, box[1] - 50, box[2] + 40, box[3] + 70]).save(
-                folder / "nodes" / f"{node.type}.jpg", quality=90
-            )
+            code = "const n = app.graph.nodes.find(n => n.type === arguments[0]); return [...n.pos, ...n.size]"
+            x, y, width, height = page.js(code, node.type)
+            page.shot([x - 20, y - 50, width + 40, height + 70]).save(folder / "nodes" / f"{node.type}.jpg", quality=90)
+    box = thumbnail_box(name)
+    page.frame(box)
+    page.shot(box).resize((512, 512), Image.Resampling.LANCZOS).save(folder / f"{name}.jpg", quality=88)
+
+
+def thumbnail_box(name: str) -> tuple[float, float, float, float]:
+    """The square of the graph that says most: the prompt of a real checkpoint, the pictures, or the measurements."""
+    workflow = workflows.WORKFLOWS[name]
+    if name.startswith("schnell"):
+        (x, y), (width, _) = workflow.nodes[2].at, workflow.nodes[2].size
+        return x - 20, y - 50, width + 40, width + 40
+    if name == "latency-probe":
+        _, x, y, width, height = workflow.groups[-1]
+        return x + width - height, y, height, height
+    node = next(node for node in workflow.nodes.values() if node.type == "SaveImage")
+    (x, y), (width, height) = node.at, node.size
+    side = 220 if name == "first-picture" else 340
+    return x + (width - side) / 2, y + (height + 50 - side) / 2, side, side  # in the middle of what its widget leaves

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gguf
 import pytest
 import stand_in
 import torch
@@ -191,14 +192,29 @@ def test_parts_of_another_size_are_no_candidates_and_are_refused_in_words(comfy:
         engines.acquire(handle)
 
 
-def test_gguf_is_listed_and_says_what_it_needs(comfy: FakeHost, shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def write_gguf(path: Path, architecture: str, tensors: dict[str, torch.Tensor]) -> None:
+    writer = gguf.GGUFWriter(path, architecture)
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_gguf_is_listed_by_its_header_and_says_what_it_needs(
+    comfy: FakeHost, shelf: Path, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (shelf / "unet").mkdir()
-    (shelf / "unet/flux1-schnell-Q4_K_S.gguf").write_bytes(b"GGUF")
-    assert models.available() == [models.BUNDLED, FILE]  # gguf is installed here, and reads nothing in it
+    write_gguf(shelf / "unet/schnell.gguf", "flux", stand_in.transformer(tiny_dir))
+    write_gguf(shelf / "unet/qwen.gguf", "qwen2", stand_in.transformer(tiny_dir))  # as if it were a language model
+    name = "diffusion_models/schnell.gguf"
+    assert models.available() == [models.BUNDLED, name, FILE]
+    models.find(name, 6.5, "exact")
     monkeypatch.setitem(sys.modules, "gguf", None)
     monkeypatch.setattr(files, "find_spec", lambda name: None)
-    name = "diffusion_models/flux1-schnell-Q4_K_S.gguf"
-    assert name in models.available()
+    files.contents.cache_clear()
+    assert models.available() == [models.BUNDLED, name, FILE]
     with pytest.raises(errors.VortexCheckpointError, match="pip install gguf"):
         models.find(name, 6.5, "exact")
 

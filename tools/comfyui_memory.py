@@ -230,7 +230,7 @@ def demand(management: Any, device: Any) -> None:
     from comfy.model_patcher import ModelPatcher
 
     # its weights are small; what it says it needs to work in is what counts
-    other = ModelPatcher(torch.nn.Linear(8, 8), device, torch.device("cpu"))
+    other = ModelPatcher(torch.nn.PReLU(), device, torch.device("cpu"))
     needed = management.get_free_memory(device) + 1_000_000 if device.type == "cuda" else 0
     management.load_models_gpu([other], memory_required=needed)
     management.current_loaded_models[:] = [m for m in management.current_loaded_models if m.model is not other]

@@ -15,18 +15,20 @@ import torch
 from torch import Tensor, nn
 
 Round = Callable[[Tensor], Tensor]
+QUICK = 20
 
 
 class Masters:
     """bf16 `parameters` and what trains them. Call `step` after a backward pass; captured or not.
 
-    `rate` 0..1 scales both learning rates and is a tensor, so that a captured step sees it change. `rounded` (NF4
-    weights) go through `rounding` on their way into the model: straight-through quantization-aware training.
+    `rate` 0..1 scales all learning rates and is a tensor, so that a captured step sees it change. `vectors` take
+    AdamW's steps, `quick` ones of them `QUICK` times as far. `rounded` (NF4 weights) go through `rounding` on their
+    way into the model: straight-through quantization-aware training.
     """
 
     def __init__(
         self, parameters: Iterable[nn.Parameter], lr: float, muon_lr: float, vectors: Iterable[nn.Parameter] = (),
-        rounded: Iterable[nn.Parameter] = (), rounding: Round | None = None,
+        quick: Iterable[nn.Parameter] = (), rounded: Iterable[nn.Parameter] = (), rounding: Round | None = None,
     ) -> None:  # fmt: skip
         self.parameters = [p for p in parameters if p.requires_grad]
         self.masters = [p.detach().float().clone() for p in self.parameters]
@@ -43,13 +45,16 @@ class Masters:
         self.momenta = [torch.zeros_like(self._stack(g, self.masters)) for g in self.groups]
         chosen = {i for g in self.groups for i in g}
         self.rest = [i for i in range(len(self.masters)) if i not in chosen]
-        self.adam_lr = torch.zeros((), device=device)
+        self.adam_lrs = [torch.zeros((), device=device) for _ in range(2)]
         for i in self.rest:
             self.masters[i].grad = torch.zeros_like(self.masters[i])
         on_gpu = device.type == "cuda"
+        swift = {id(p) for p in quick}
+        kinds = [
+            [self.masters[i] for i in self.rest if (id(self.parameters[i]) in swift) == kind] for kind in (False, True)
+        ]
         self.adamw = torch.optim.AdamW(
-            [self.masters[i] for i in self.rest],
-            lr=self.adam_lr,
+            [{"params": some, "lr": lr} for some, lr in zip(kinds, self.adam_lrs, strict=True) if some],
             betas=(0.9, 0.99),
             weight_decay=0.0,
             capturable=on_gpu,
@@ -82,7 +87,8 @@ class Masters:
             for i, u in zip(indices, update, strict=True):
                 self.masters[i].sub_(u.view_as(self.masters[i]))
         torch._foreach_copy_([self.masters[i].grad for i in self.rest], [gradients[i] for i in self.rest])
-        self.adam_lr.copy_(self.rate * self.lr)
+        for adam_lr, times in zip(self.adam_lrs, (1, QUICK), strict=True):
+            adam_lr.copy_(self.rate * self.lr * times)
         self.adamw.step()
         torch._foreach_lerp_(self.average, self.masters, 0.005)
         self.show()

@@ -63,7 +63,6 @@ class Workflow:
     nodes: dict[int, Node]
     groups: tuple[tuple[str, int, int, int, int], ...]
     note: str
-    note_size: tuple[int, int] = (340, 250)
 
 
 def load_pack() -> ModuleType:
@@ -84,17 +83,18 @@ def load_pack() -> ModuleType:
 
 Y = 80  # below a group's title
 MODEL_AT, PICTURE_AT, RESULT_AT = (0, Y), (400, Y), (880, Y)
-NOTE_AT = (0, Y + 270)
+MODEL_SIZE, PICTURE_SIZE, RESULT_SIZE = (340, 230), (420, 580), (440, 580)
+NOTE_AT = (0, Y + 270)  # below the loader, down to the group's end
 
 
 def loader(**inputs: Any) -> Node:
     """NF4 Flux Loader in the first column."""
-    return Node("VortexFluxLoader", MODEL_AT, (340, 230), inputs)
+    return Node("VortexFluxLoader", MODEL_AT, MODEL_SIZE, inputs)
 
 
 def sampler(**inputs: Any) -> Node:
     """Schnell Sampler in the second column."""
-    return Node("VortexSchnellSampler", PICTURE_AT, (420, 480), {"model": (1, "model"), **inputs})
+    return Node("VortexSchnellSampler", PICTURE_AT, PICTURE_SIZE, {"model": (1, "model"), **inputs})
 
 
 def columns(*titles: str, height: int = 680, last: int = 480) -> tuple[tuple[str, int, int, int, int], ...]:
@@ -111,10 +111,10 @@ def schnell(side: int, prompt: str, seed: int, seconds: str) -> Workflow:
     return Workflow(
         {
             1: Node(
-                "VortexFluxLoader", MODEL_AT, (340, 230), {"model": f"checkpoints/{CHECKPOINT}"}, models=(DOWNLOAD,)
+                "VortexFluxLoader", MODEL_AT, MODEL_SIZE, {"model": f"checkpoints/{CHECKPOINT}"}, models=(DOWNLOAD,)
             ),
             2: sampler(prompt=prompt, width=side, height=side, seed=seed),
-            3: Node("SaveImage", RESULT_AT, (440, 480), {"images": (2, "image"), "filename_prefix": f"vortex/{name}"}),
+            3: Node("SaveImage", RESULT_AT, RESULT_SIZE, {"images": (2, "image"), "filename_prefix": f"vortex/{name}"}),
         },
         columns("1. The model", "2. The picture", "3. The result"),
         f"## FLUX.1-schnell at {side} x {side}\n\n"
@@ -122,7 +122,6 @@ def schnell(side: int, prompt: str, seed: int, seconds: str) -> Workflow:
         f"is there. Any other FLUX.1-schnell does too: pick it in the loader.\n\n{seconds}\n\n"
         "Write what you want to see, and press **Run**. 4 steps are right; guidance is 0 by design, so a negative "
         "prompt has no effect.",
-        (340, 300),
     )
 
 
@@ -136,7 +135,7 @@ WORKFLOWS: dict[str, Workflow] = {
             3: Node(
                 "SaveImage",
                 RESULT_AT,
-                (440, 480),
+                RESULT_SIZE,
                 {"images": (2, "image"), "filename_prefix": "vortex/first-picture"},
             ),
         },
@@ -145,7 +144,6 @@ WORKFLOWS: dict[str, Workflow] = {
         "trained miniature of FLUX.1-schnell that knows coloured shapes.\n\n"
         "Then try\n- *a blue star above a yellow ring*\n- *a large green heart on a black background*\n\n"
         "Keep it at 128 x 128, the size it was trained at.",
-        (340, 290),
     ),
     "schnell-512": schnell(
         512,
@@ -171,15 +169,14 @@ WORKFLOWS: dict[str, Workflow] = {
                 (340, 170),
                 {"value": (2, "image"), "soft_limit": 6.5, "hard_limit": 8.0},
             ),
-            4: Node("SaveImage", (880, 310), (340, 390), {"images": (3, "value"), "filename_prefix": "vortex/batch"}),
+            4: Node("SaveImage", (880, 310), (340, 350), {"images": (3, "value"), "filename_prefix": "vortex/batch"}),
             5: Node("PreviewAny", (1240, Y), (440, 200), {"source": (3, "report")}, "Report"),
-            6: Node("PreviewImage", (1240, 340), (440, 360), {"images": (3, "timeline")}, "Timeline"),
+            6: Node("PreviewImage", (1240, 340), (440, 320), {"images": (3, "timeline")}, "Timeline"),
         },
-        columns("1. The model", "2. Four pictures", "3. What they took", height=720, last=840),
+        columns("1. The model", "2. Four pictures", "3. What they took", last=840),
         "## A batch, and what it takes\n\nPress **Run**: four pictures, from seed to seed + 3.\n\n"
         "The VRAM Monitor passes them on and reports the peak of the whole run. Above the soft limit it warns, "
         "above the hard limit it stops the run. Without an NVIDIA GPU it says so.",
-        (340, 290),
     ),
     "latency-probe": Workflow(
         {
@@ -199,7 +196,6 @@ WORKFLOWS: dict[str, Workflow] = {
         "## How long does a picture take?\n\nPress **Run**. The probe warms up, draws the same picture 10 times with "
         "the device synchronized, and reports percentiles.\n\nEach percentile says how many samples it rests on: "
         "for a P99 that means something, set **runs** to 500 or more.",
-        (340, 290),
     ),
     "native-interop": Workflow(
         {
@@ -212,13 +208,12 @@ WORKFLOWS: dict[str, Workflow] = {
                 (300, 100),
                 {"image": (3, "IMAGE"), "upscale_method": "lanczos", "scale_by": 2.0},
             ),
-            5: Node("SaveImage", (1200, Y), (440, 480), {"images": (4, "IMAGE"), "filename_prefix": "vortex/interop"}),
+            5: Node("SaveImage", (1200, Y), RESULT_SIZE, {"images": (4, "IMAGE"), "filename_prefix": "vortex/interop"}),
         },
         columns("1. The model", "2. The latent", "3. ComfyUI's own nodes", last=800),
         "## With ComfyUI's own nodes\n\nPress **Run**. The latent has the scale of ComfyUI's own Flux latents, so its "
         "VAE Decode, upscalers and Save Latent work with it.\n\nThe decoder comes with the model; **Load VAE** with "
         "FLUX's ae.safetensors does as well for a real checkpoint.",
-        (340, 290),
     ),
 }
 
@@ -337,7 +332,8 @@ def ui(schemas: Schemas, workflow: Workflow) -> dict[str, Any]:
     for link, source, slot, *_ in links:
         nodes[source - 1]["outputs"][slot]["links"].append(link)
     note = {
-        "id": len(nodes) + 1, "type": "MarkdownNote", "pos": list(NOTE_AT), "size": list(workflow.note_size),
+        "id": len(nodes) + 1, "type": "MarkdownNote", "pos": list(NOTE_AT),
+        "size": [MODEL_SIZE[0], workflow.groups[0][4] - NOTE_AT[1] - 20],
         "flags": {}, "order": len(nodes), "mode": 0, "inputs": [], "outputs": [], "title": "What to do",
         "properties": {},
         "widgets_values": [workflow.note], "color": "#432", "bgcolor": "#653",
