@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import files, host
+from . import host
 from .types import Model
 
 if TYPE_CHECKING:
@@ -45,7 +45,9 @@ def acquire(model: Model) -> Engine:
         loaded = _loaded.pop(model.key, None)
         if loaded is None:
             loaded = _load(model)
-        loaded.budget = model.budget
+        if loaded.budget != model.budget:
+            loaded.engine.limit(model.vram_budget)
+            loaded.budget = model.budget
         _loaded[model.key] = loaded
         _offload_others(model, loaded.engine.device)
         host.bring_back(loaded.patcher, max(0, loaded.budget - loaded.engine.device_bytes))
@@ -73,6 +75,7 @@ def _load(model: Model) -> Loaded:
             **dict(model.parts),
             tokenizers=None if has_tokenizers(Path(model.path)) else host.tokenizers(),
             device=device,
+            vram_budget=None if device.type == "cpu" else model.vram_budget,
             cache_dir=host.cache_folder(),
             on_progress=lambda done, all: report(1000 * done // all),
         )
@@ -83,31 +86,13 @@ def _load(model: Model) -> Loaded:
 
 
 def check_budget(model: Model, device: torch.device) -> None:
-    """Raise `VortexInputError`, before anything is read, where the weights alone exceed the budget or the card."""
+    """Raise `VortexInputError`, before other models make room, for a budget that the card cannot keep."""
     import torch
 
-    if device.type == "cpu":
-        return
-    from ..vortex_core.errors import VortexInputError
+    from ..vortex_core import loading
 
-    needed, total = step_time_bytes(model.path), torch.cuda.mem_get_info(device)[1]
-    for limit, what in ((model.budget, f"vram_budget is {model.vram_budget:g} GB"), (total, "the card's memory")):
-        if needed > limit:
-            raise VortexInputError(
-                f"{model.name} keeps {needed / 1e9:.1f} GB of weights in VRAM, which is more than {what} "
-                f"({limit / 1e9:.1f} GB)."
-            )
-
-
-def step_time_bytes(path: str) -> int:
-    """NF4 size of the weights that stay resident, from headers and config files."""
-    import torch
-
-    from ..vortex_core.inspection import nf4_size
-    from ..vortex_core.transformer import Transformer
-
-    with torch.device("meta"):
-        return nf4_size(Transformer(files.look(Path(path))["transformer"]))
+    if device.type != "cpu":
+        loading.check_budget(model.vram_budget, torch.cuda.mem_get_info(device)[1])
 
 
 def _offload_others(model: Model, device: torch.device) -> None:

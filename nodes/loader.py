@@ -42,9 +42,9 @@ class NF4FluxLoader:
                         "min": 0.5,
                         "max": 200.0,
                         "step": 0.5,
-                        "tooltip": "GB of VRAM to keep for this model: other models leave the card until so much is "
-                        "free, and a model whose weights alone need more is refused. It makes room and does not cap "
-                        "what a large picture takes. Without a GPU it means nothing.",
+                        "tooltip": "GB of VRAM this model may take at its peak: other models leave the card until so "
+                        "much is free, and weights that do not fit stream from host memory. Less is slower; what "
+                        "cannot fit is refused. Without a GPU it means nothing.",
                     },
                 ),
                 "mode": (

@@ -121,3 +121,22 @@ def test_module_runs_as_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit) as stop:
         runpy.run_module("vortex_core", run_name="__main__")
     assert stop.value.code == 0
+
+
+def test_plan_needs_no_gpu_and_no_model() -> None:
+    figures = json.loads(run("plan", "--vram", "6.5", "--size", "1024x1024", "--json"))
+    assert sum(figures["breakdown"].values()) == figures["peak"] <= 6.5e9
+    parts = {part["name"]: part for part in figures["parts"]}
+    assert parts["step-time blocks"]["streamed"] == 0
+    assert parts["T5"]["resident"] == parts["modulation"]["resident"] == 0
+    assert 4.8e9 < parts["step-time blocks"]["nbytes"] < 4.9e9
+    assert figures["pinned"] <= 5.0e9
+    assert figures["picture_ms"] == 0
+    assert 300 < figures["prompt_ms"] < 500  # 4.6 GB at 12 GB/s
+
+
+def test_plan_says_what_streams_and_what_it_costs() -> None:
+    said = run("plan", "--vram", "0.5", "--model", "tiny", "--batch", "3")
+    for words in ("step-time blocks", "working memory", "3 pictures, 3 at once of 128 x 128", "predicted peak"):
+        assert words in said
+    assert "the smallest budget is 0.1" in run("plan", "--vram", "0.1", "--model", "tiny", code=2)

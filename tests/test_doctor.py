@@ -27,7 +27,7 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], to
     [
         ((8, 6), 12.9e9, 12e9, "ok", ""),
         ((7, 5), 8e9, 8e9, "fault", "native bf16"),
-        ((8, 6), 6e9, 6e9, "note", "about 7 GB"),
+        ((8, 6), 6e9, 6e9, "note", "fits with weights that stream"),
         ((8, 9), 12e9, 3e9, "note", "Close other programs"),
     ],
 )

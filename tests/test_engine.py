@@ -1,7 +1,9 @@
 """The engine's promises apart from the picture itself: checks before work, buffers, cancelling, caching, release."""
 
+import gc
 import logging
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,8 @@ from vortex_core import (
 )
 from vortex_core import engine as engine_module
 from vortex_core.conditioning import CACHED
+from vortex_core.model import Model
+from vortex_core.residency import Unit
 
 PROMPT = "a blue square"
 SMALL = {"height": 64, "width": 64}
@@ -84,25 +88,26 @@ def test_old_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         load_flux_schnell("tiny", device="cuda")
 
 
-def test_running_out_of_memory_while_loading_says_so_and_leaves_nothing(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def full(*arguments: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+def test_running_out_of_memory_while_loading_says_so_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, held = Model.read, []
 
-    released = []
-    monkeypatch.setattr(engine_module.Decoder, "_apply", full, raising=False)
-    monkeypatch.setattr(engine_module, "choose_backend", lambda *a: None)
-    monkeypatch.setattr(engine_module.Conditioner, "load", full)
-    monkeypatch.setattr(Engine, "unload", lambda self: released.append(self))
+    def full(model: Model, unit: Unit, *arguments: object) -> None:
+        if unit.name == "single_blocks.1":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        read(model, unit, *arguments)
+        held.extend(weakref.ref(tensor) for module in unit.modules for tensor in module.parameters())
+
+    monkeypatch.setattr(Model, "read", full)
     with pytest.raises(
-        VortexInitializationError, match=r"ran out of memory on cpu .*needed 0\.0.*nvidia-smi"
-    ) as failure:
-        load_flux_schnell("tiny", device="cpu")
-    assert isinstance(failure.value.__cause__, torch.OutOfMemoryError)
-    assert failure.value.needed > 0
-    assert (failure.value.free, failure.value.total, failure.value.allocated) == (0, 0, 0)
-    assert released
+        VortexInitializationError, match=r"ran out of memory on cpu .*needed 0\.\d+ GB.*smallest vram"
+    ) as e:
+        load_flux_schnell("tiny", device="cpu", vram_budget=0.25)
+    assert isinstance(e.value.__cause__, torch.OutOfMemoryError)
+    assert 0 < e.value.needed < 0.25e9
+    assert (e.value.free, e.value.total, e.value.allocated) == (0, 0, 0)
+    gc.collect()
+    assert held
+    assert not any(ref() is not None for ref in held)
 
 
 def test_pictures_of_a_batch_are_the_singles(engine: Engine) -> None:
@@ -149,7 +154,7 @@ def test_cancelling_leaves_the_engine_usable(engine: Engine) -> None:
 
 def test_a_repeated_prompt_is_not_encoded_again(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     first = engine.encode("a repeated prompt")
-    monkeypatch.setattr(type(engine._conditioner), "from_embeddings", lambda *a: pytest.fail("encoded again"))
+    monkeypatch.setattr(type(engine._conditioner), "_table", lambda *a: pytest.fail("encoded again"))
     assert engine.encode("a repeated prompt") is first
     engine.generate("a repeated prompt", seed=1, **SMALL)
 
@@ -157,7 +162,7 @@ def test_a_repeated_prompt_is_not_encoded_again(engine: Engine, monkeypatch: pyt
 def test_the_cache_keeps_the_latest(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     conditioner = engine._conditioner
     monkeypatch.setattr(conditioner, "_cache", type(conditioner._cache)())
-    monkeypatch.setattr(type(conditioner), "from_embeddings", lambda self, txt, pooled, steps: object())
+    monkeypatch.setattr(type(conditioner), "_table", lambda self, txt, pooled, steps: object())
     monkeypatch.setattr(conditioner, "t5", lambda ids: None)
     monkeypatch.setattr(conditioner, "clip", lambda ids: None)
     oldest = conditioner("0", 4)

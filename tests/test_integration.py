@@ -69,8 +69,8 @@ def test_standard_actor_generation(actor: Actor) -> None:
     if actor.full:
         added = torch.cuda.max_memory_allocated() - before
         print(f", adds {added / GB:.3f} GB, reserved peak {torch.cuda.max_memory_reserved() / GB:.2f} GB")
-        assert added < 0.7 * GB
-        assert torch.cuda.max_memory_reserved() < 7.0 * GB
+        assert added < 0.5 * GB
+        assert torch.cuda.max_memory_reserved() < 6.5 * GB
 
 
 def test_negative_prompt_application(actor: Actor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -256,25 +257,27 @@ def test_links_do_not_lead_out_of_the_model_folders(
     shutil.rmtree(folder)
 
 
-def test_a_model_larger_than_its_budget_is_refused_before_it_is_read(
+def test_a_budget_larger_than_the_card_is_refused_before_others_make_room(
     comfy: FakeHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *device: (10**9, 8 * 10**9))
-    monkeypatch.setattr(engines, "step_time_bytes", lambda path: 5 * 10**9)
     card = SimpleNamespace(type="cuda")
     engines.check_budget(types.Model("big", "tiny", "", 6.5, "exact"), card)
-    with pytest.raises(errors.VortexInputError, match=r"5\.0 GB .* vram_budget is 4 GB"):
-        engines.check_budget(types.Model("big", "tiny", "", 4, "exact"), card)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *device: (10**9, 4 * 10**9))
-    with pytest.raises(errors.VortexInputError, match="the card's memory"):
+    with pytest.raises(errors.VortexInputError, match=r"6\.5 GB, but the card has 4\.00 GB"):
         engines.check_budget(types.Model("big", "tiny", "", 6.5, "exact"), card)
 
 
-def test_step_time_bytes_is_the_size_of_the_loaded_weights(comfy: FakeHost, model: Any) -> None:
-    loaded = engines.acquire(model).step_time_bytes
-    assert engines.step_time_bytes(model.path) == pytest.approx(
-        loaded, rel=0.35
-    )  # embedders stay 16-bit, or fp32 on a CPU
+def test_another_budget_reaches_the_engine_without_loading_again(
+    comfy: FakeHost, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engines.acquire(model)
+    told: list[float] = []
+    monkeypatch.setattr(engine, "limit", told.append, raising=False)
+    assert engines.acquire(replace(model, vram_budget=5.0)) is engine
+    assert engines.acquire(replace(model, vram_budget=5.0)) is engine
+    assert told == [5.0]
+    engines.acquire(model)
 
 
 def test_the_least_recently_used_leaves_the_card_where_budgets_do_not_fit(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -72,6 +73,11 @@ def test_workflows_are_in_step_with_the_nodes() -> None:
     assert workflows.stale() == []
     for name in workflows.WORKFLOWS:
         assert (workflows.FOLDER / f"{name}.jpg").is_file()
+
+
+def test_the_registry_finds_the_icon() -> None:
+    comfy = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["comfy"]
+    assert (ROOT / comfy["Icon"]).read_text().startswith("<svg")
 
 
 def test_loading_the_pack_is_light_and_changes_no_torch_state() -> None:

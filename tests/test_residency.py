@@ -1,59 +1,167 @@
-"""Streaming: a unit that visits the staging buffer computes what it computed at home."""
+"""Where weights live changes nothing of what they compute: no copy is used before it is there, or after it is gone."""
+
+import gc
+import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vortex_core import residency
 from vortex_core.errors import VortexWarning
-from vortex_core.residency import Staging, nbytes
+from vortex_core.residency import HostMemory, Stager, Unit, nbytes
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def units() -> list[nn.Module]:
+def modules(count: int) -> list[nn.Module]:
     torch.manual_seed(0)
-    mixed = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 5)).requires_grad_(False)
-    mixed.register_buffer("bytes", torch.arange(3, dtype=torch.uint8))
-    return [mixed, nn.Linear(5, 5, bias=False, dtype=torch.float32).requires_grad_(False)]
+    made: list[nn.Module] = []
+    for i in range(count):
+        mixed = nn.Sequential(nn.Linear(5, 5 + i), nn.LayerNorm(5 + i), nn.Linear(5 + i, 5)).requires_grad_(False)
+        mixed.register_buffer("bytes", torch.arange(3 + i, dtype=torch.uint8))
+        made.append(mixed)
+    return made
 
 
-def devices() -> list[object]:
-    return ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+def hosted(made: list[nn.Module], *, pin: bool = False) -> list[Unit]:
+    units = [Unit(f"unit.{i}", "blocks", module) for i, module in enumerate(made)]
+    memory = HostMemory(sum(unit.measure() for unit in units), pin=pin)
+    for unit in units:
+        unit.settle(host=memory.take(unit.nbytes))
+    return units
 
 
-@pytest.mark.parametrize("device", devices())
-@pytest.mark.filterwarnings("ignore:No pinned host memory")
-def test_streamed_units_compute_what_they_computed_at_home(device: str) -> None:
-    home, moved = units(), units()
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+def test_streamed_units_compute_what_they_computed_at_home(device: str, count: int) -> None:
+    where, home, moved = torch.device(device), modules(count), modules(count)
+    units = hosted(moved, pin=device == "cuda")
+    stager = Stager(units, where)
     x = torch.randn(3, 5)
     expected = [unit(x) for unit in home]
-    staging = Staging(moved, torch.device(device))
-    for again in (False, True):
-        if again:
-            staging.release()
-            assert all(tensor.device.type == "cpu" for unit in moved for tensor in unit.parameters())
-            staging.allocate()
-        buffer = staging.units[0].buffer.untyped_storage()
-        assert buffer.nbytes() == staging.nbytes == max(unit.nbytes for unit in staging.units)
-        for unit, result in zip(moved, expected, strict=True):
-            buffer.fill_(255)  # each visit overwrites the other's
-            torch.testing.assert_close(unit(x.to(device)).cpu(), result)
-        for unit in moved:
-            assert all(tensor.untyped_storage().data_ptr() == buffer.data_ptr() for tensor in unit.parameters())
-    moved[0](x.to(device))
-    assert torch.equal(moved[0].bytes.cpu(), torch.arange(3, dtype=torch.uint8))
+    for rounds in (1, 3):
+        with stager.open(rounds):
+            for _ in range(rounds):
+                for module, result in zip(moved, expected, strict=True):
+                    torch.testing.assert_close(module(x.to(where)).cpu(), result)
+            assert torch.equal(moved[-1].bytes.cpu(), torch.arange(2 + count, dtype=torch.uint8))
+        assert all(tensor.device.type == "cpu" for module in moved for tensor in module.parameters())
+    with stager.open():  # another order works, too
+        for module, result in reversed(list(zip(moved, expected, strict=True))):
+            torch.testing.assert_close(module(x.to(where)).cpu(), result)
+    stager.close()
+
+
+class Script:
+    """A lane that tells where it was asked to copy, and copies as late as it may: when it is waited for."""
+
+    def __init__(self) -> None:
+        self.told: list[int] = []
+        self.pending: dict[int, tuple[Tensor, Tensor]] = {}
+        self.tokens = itertools.count()
+
+    def copy(self, target: Tensor, source: Tensor) -> int:
+        token = next(self.tokens)
+        self.pending[token] = (target, source)
+        self.told.append(target.data_ptr())
+        return token
+
+    def wait(self, token: int) -> None:
+        target, source = self.pending.pop(token, (None, None))
+        if target is not None:
+            target.copy_(source)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_copies_run_one_unit_ahead_and_no_more_often_than_needed(count: int, rounds: int) -> None:
+    made = modules(count)
+    units, lane = hosted(made), Script()
+    stager = Stager(units, torch.device("cpu"), lane)
+    x = torch.randn(3, 5)
+    expected = [module(x) for module in modules(count)]
+    asked: list[int] = []
+    for module in made:
+        module.register_forward_pre_hook(lambda *_: asked.append(len(lane.told)))
+    with stager.open(rounds):
+        for _ in range(rounds):
+            for module, result in zip(made, expected, strict=True):
+                before = len(lane.told)
+                assert torch.equal(module(x), result)
+                assert asked[-1] == before  # it was asked for already
+                # a copy is asked for once its buffer's last unit has run: it goes where that one just was
+                assert lane.told[before:] in ([], [next(module.parameters()).data_ptr()])
+    copies = count if count <= 2 else rounds * count - (rounds - 1) * (count == 3)
+    assert len(lane.told) == copies
+    assert not lane.pending  # the buffers are free when they are given back
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_unit_comes_and_goes_bit_for_bit(device: str) -> None:
+    (module,) = modules(1)
+    unit = Unit("unit", "blocks", module)
+    expected = [tensor.clone() for tensor in module.state_dict().values()]
+    where = torch.device(device)
+    unit.measure()
+    unit.settle(device=torch.empty(unit.nbytes, dtype=torch.uint8, device=where))
+    memory = HostMemory(unit.nbytes, pin=False)
+    for keeps in (False, True, True):
+        unit.to_host(memory if keeps else None)
+        assert unit.device is None
+        unit.to_device(where)
+        assert (unit.host is not None) is keeps  # what streams once stays in host memory, what is only offloaded not
+        found = [tensor.cpu() for tensor in module.state_dict().values()]
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+        assert all(tensor.device.type == device for tensor in module.parameters())
+
+
+class Runtime:
+    """The CUDA runtime, as far as pinning goes."""
+
+    def __init__(self, error: int) -> None:
+        self.error = error
+        self.registered: dict[int, int] = {}
+
+    def cudaHostRegister(self, pointer: int, size: int, flags: int) -> int:
+        if not self.error:
+            self.registered[pointer] = size
+        return self.error
+
+    def cudaHostUnregister(self, pointer: int) -> None:
+        del self.registered[pointer]
+
+    def cudaGetErrorString(self, error: int) -> str:
+        return f"error {error}"
+
+
+def test_pinned_memory_is_exact_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = Runtime(error=0)
+    monkeypatch.setattr(residency.torch.cuda, "cudart", lambda: runtime)
+    memory = HostMemory(1000, pin=True)
+    assert list(runtime.registered.values()) == [1000]
+    assert memory.pinned == 1000
+    first, second = memory.take(400), memory.take(600)
+    assert first.data_ptr() + 400 == second.data_ptr()
+    del memory
+    gc.collect()
+    assert not runtime.registered
 
 
 def test_no_pinned_memory_warns_and_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = torch.empty
+    monkeypatch.setattr(residency.torch.cuda, "cudart", lambda: Runtime(error=2))
+    with pytest.warns(VortexWarning, match=r"No pinned host memory for 0.00 GB \(error 2\)"):
+        memory = HostMemory(1000, pin=True)
+    assert memory.pinned == 0
+    assert memory.take(1000).fill_(7).sum() == 7000
 
-    def refuse(*size: object, **options: object) -> torch.Tensor:
-        if options.get("pin_memory"):
-            raise RuntimeError("no accelerator\nlong story")
-        return real(*size, **options)
+    def broken() -> SimpleNamespace:
+        raise RuntimeError("no accelerator\nlong story")
 
-    monkeypatch.setattr(residency.torch, "empty", refuse)
-    with pytest.warns(VortexWarning, match=r"No pinned host memory.*\(no accelerator\)"):
-        Staging(units(), torch.device("cpu"))
+    monkeypatch.setattr(residency.torch.cuda, "cudart", broken)
+    with pytest.warns(VortexWarning, match=r"\(no accelerator\)"):
+        HostMemory(1000, pin=True)
 
 
 def test_nbytes_counts_parameters_and_buffers() -> None:

@@ -1,18 +1,163 @@
-"""The VRAM counters."""
+"""The VRAM instruments."""
 
 import logging
+import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from vortex_core import clear_cuda_cache
-from vortex_core.vram import snapshot
+from vortex_core import clear_cuda_cache, vram
+from vortex_core.vram import Holder, Ledger, Sampler, Snapshot, available, cap_process, peak, snapshot
 
-GB = 1e9
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+class Counters:
+    """torch's counters of a device."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.values = dict.fromkeys(
+            (f"{kind}_bytes.all.{what}" for kind in ("allocated", "reserved") for what in ("current", "peak", "freed")),
+            0,
+        )
+        monkeypatch.setattr(vram.torch.cuda, "memory_stats", lambda device: dict(self.values))
+        monkeypatch.setattr(vram.torch.cuda, "mem_get_info", lambda device: (60, 100))
+
+    def change(self, by: int, kind: str = "reserved") -> None:
+        self.values[f"{kind}_bytes.all.current"] += by
+        now = self.values[f"{kind}_bytes.all.current"]
+        self.values[f"{kind}_bytes.all.peak"] = max(now, self.values[f"{kind}_bytes.all.peak"])
+        self.values[f"{kind}_bytes.all.freed"] += max(0, -by)
 
 
 def test_the_cpu_has_no_vram() -> None:
-    assert snapshot(torch.device("cpu")).allocated == 0
+    assert snapshot(CPU) == Snapshot(allocated=0, reserved=0, process=None, free=0, total=0)
+    assert available(CPU) is None
+    with peak(CPU) as found:
+        pass
+    assert (found.reserved, found.exact) == (0, False)
+
+
+def test_scoped_peaks_nest_and_reset_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    counters = Counters(monkeypatch)
+    monkeypatch.setattr(vram.torch.cuda, "reset_peak_memory_stats", lambda *a: pytest.fail("reset somebody's peak"))
+    counters.change(50)
+    with peak(CUDA) as outer:
+        counters.change(20)
+        with peak(CUDA) as inner:
+            counters.change(5)
+            counters.change(-25)
+        counters.change(10)
+    assert (inner.reserved, inner.exact) == (75, True)
+    assert (outer.reserved, outer.exact) == (75, True)
+    with peak(CUDA) as later:  # below the old peak, and nothing is freed: the end is the peak
+        counters.change(3)
+    assert (later.reserved, later.exact) == (63, True)
+    with peak(CUDA) as hidden:  # below the old peak, and freed again: it cannot be told exactly
+        counters.change(3)
+        counters.change(-3)
+    assert (hidden.reserved, hidden.exact) == (63, False)
+
+
+def test_a_scope_that_fails_still_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    counters, found = Counters(monkeypatch), []
+
+    def fail() -> None:
+        with peak(CUDA) as scope:
+            found.append(scope)
+            counters.change(9)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert found[0].reserved == 9
+
+
+def test_available_counts_what_could_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    counters = Counters(monkeypatch)
+    counters.change(30)
+    counters.change(25, "allocated")
+    monkeypatch.setattr(vram.torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0, raising=False)
+    assert available(CUDA) == 60 + 30 - 25
+    assert available(CUDA, own=10) == 60 + 30 - 15
+    monkeypatch.setattr(vram.torch.cuda, "get_per_process_memory_fraction", lambda device: 0.5, raising=False)
+    assert available(CUDA, own=10) == 50 - 15
+
+
+def test_capping_sets_torchs_fraction(monkeypatch: pytest.MonkeyPatch) -> None:
+    Counters(monkeypatch)
+    told: list[float] = []
+    monkeypatch.setattr(vram.torch.cuda, "set_per_process_memory_fraction", lambda share, device: told.append(share))
+    for limit in (25, 300, None):
+        cap_process(CUDA, limit)
+    assert told == [0.25, 1.0, 1.0]
+
+
+SIZES = st.integers(0, 10**11)
+
+
+@given(st.dictionaries(st.text(min_size=1), SIZES, max_size=6), SIZES, SIZES)
+def test_a_ledger_adds_up(components: dict[str, int], others: int, cached: int) -> None:
+    allocated = sum(components.values()) + others
+    ledger = Ledger(components, allocated, allocated + cached)
+    assert (ledger.others, ledger.cached) == (others, cached)
+    assert sum({f"our {k}": v for k, v in components.items()}.values()) + others + cached == ledger.reserved
+    if not {"others", "cached"} & set(components):
+        assert sum(ledger.rows.values()) == ledger.reserved
+
+
+def test_the_sampler_sees_what_comes_and_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    counters = Counters(monkeypatch)
+    monkeypatch.setattr(vram, "process_memory", lambda device: None)
+    seen = threading.Event()
+
+    def look(device: torch.device) -> Snapshot:
+        found = snapshot(device)
+        if found.reserved == 7:
+            seen.set()
+        return found
+
+    monkeypatch.setattr(vram, "snapshot", look)
+    with Sampler(CUDA, interval=0.001) as sampler:
+        counters.change(7)
+        assert seen.wait(10)
+        counters.change(-7)
+    assert sampler.most("reserved") == 7
+    assert sampler.most("process") is None
+    assert sampler.least_free == 60
+    assert sampler.samples[-1].reserved == 0
+    assert not any(thread.name == "vortex-vram-sampler" for thread in threading.enumerate())
+
+
+def test_nvml_tells_who_is_on_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    import pynvml
+
+    class Missing(Exception):
+        pass
+
+    running = [SimpleNamespace(pid=1, usedGpuMemory=None), SimpleNamespace(pid=os.getpid(), usedGpuMemory=5)]
+    monkeypatch.setattr(pynvml, "NVMLError", Missing)
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlShutdown", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda uuid: uuid)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses", lambda handle: running)
+    monkeypatch.setattr(vram.torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="x"))
+    assert vram.holders(CUDA) == [Holder(1, None), Holder(os.getpid(), 5)]
+    assert vram.process_memory(CUDA) == 5
+
+    def missing(*arguments: object) -> None:
+        raise Missing
+
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses", missing)
+    assert vram.holders(CUDA) == []
+    assert vram.process_memory(CUDA) is None
+    monkeypatch.setattr(pynvml, "nvmlInit", missing)
+    assert vram.holders(CUDA) == []
 
 
 def test_clear_cuda_cache_logs_what_it_did(caplog: pytest.LogCaptureFixture) -> None:
@@ -24,15 +169,16 @@ def test_clear_cuda_cache_logs_what_it_did(caplog: pytest.LogCaptureFixture) -> 
 
 @pytest.mark.gpu
 def test_the_counters_see_an_allocation() -> None:
-    device = torch.device("cuda", 0)
-    before = snapshot(device)
-    held = torch.empty(2**30, dtype=torch.uint8, device=device)
-    after = snapshot(device)
+    before = snapshot(CUDA)
+    with peak(CUDA) as found:
+        held = torch.empty(2**30, dtype=torch.uint8, device=CUDA)
+    after = snapshot(CUDA)
     assert after.allocated - before.allocated == 2**30
     assert after.reserved - before.reserved >= 2**30
     assert before.free - after.free >= 2**30
+    assert found.reserved >= after.reserved
     if before.process is not None and after.process is not None:
         assert after.process - before.process >= 2**30
     del held
     assert clear_cuda_cache() >= 2**30
-    assert snapshot(device).reserved <= before.reserved
+    assert snapshot(CUDA).reserved <= before.reserved

@@ -17,7 +17,19 @@ from . import __version__
 from .bench.command import app as bench
 from .errors import VortexInputError
 from .spec import DEFAULT_STEPS, MAX_SIZE, MAX_STEPS, MIN_SIZE, SIZE_MULTIPLE
-from .terminal import T5, CacheDir, Clip, Vae, byte_count, console, load_engine, parse_size, plain_errors, progress_bars
+from .terminal import (
+    T5,
+    CacheDir,
+    Clip,
+    Vae,
+    Vram,
+    byte_count,
+    console,
+    load_engine,
+    parse_size,
+    plain_errors,
+    progress_bars,
+)
 
 app = typer.Typer(
     help="FLUX.1-schnell pictures with resident NF4 weights, in 4 steps.",
@@ -92,6 +104,7 @@ def generate(
         str | None, typer.Option(help="Accepted, but without effect: schnell draws at guidance 0.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="'cuda', 'cuda:1' or 'cpu'. [default: the GPU if any]")] = None,
+    vram: Vram = None,
     quantization: Annotated[
         str, typer.Option(help="'nf4', or 'none' for 16-bit weights (24 GB at full size).")
     ] = "nf4",
@@ -106,7 +119,8 @@ def generate(
         paths = _output_paths(output or Path(f"vortex-{seed}.png"), batch, overwrite)
         with progress_bars() as progress:
             parts = {"clip": clip, "t5": t5, "vae": vae, "cache_dir": cache_dir}
-            engine = load_engine(progress, model, device=device, quantization=quantization, **parts)
+            limits = {"vram_budget": vram, "cap_process": True}  # the process is ours
+            engine = load_engine(progress, model, device=device, quantization=quantization, **limits, **parts)
             task = progress.add_task("drawing", total=steps, count=f"0/{steps} steps")
             pictures = engine.generate(
                 prompt,
@@ -124,6 +138,55 @@ def generate(
             made = {"prompt": prompt, "seed": str(seed + i), "steps": str(steps), "model": engine.name}
             save_png(picture, path, {**made, "software": f"vortex {__version__}"})
             console.print(f"[green]{path}[/]  {picture.shape[1]} x {picture.shape[0]}, seed {seed + i}")
+
+
+@app.command(
+    epilog="Examples:\n\n  vortex plan --vram 8 --size 1024x1024\n\n"
+    "  vortex plan --vram 4.5 --size 512x512 --step-ms 180"
+)
+def plan(
+    vram: Annotated[float, typer.Option("--vram", help="VRAM budget in GB (10^9 bytes).")] = 6.5,
+    size: Annotated[
+        str | None, typer.Option(help="WIDTHxHEIGHT in pixels. [default: the model's own]", show_default=False)
+    ] = None,
+    batch: Annotated[int, typer.Option(help="How many pictures.")] = 1,
+    model: Annotated[
+        str | None, typer.Option(help="'tiny', a folder or a file. [default: FLUX.1-schnell's own sizes]")
+    ] = None,
+    clip: Clip = None,
+    t5: T5 = None,
+    vae: Vae = None,
+    pcie: Annotated[float, typer.Option(help="GB/s from pinned host memory to the card.")] = 12.0,
+    step_ms: Annotated[
+        float, typer.Option(help="What a step takes with everything on the card; copies hide behind it.")
+    ] = 0.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say where weights would live on any card, the peak of VRAM, and what streaming costs. Needs no GPU."""
+    with plain_errors():
+        width, height = parse_size(size)
+        from .proposal import propose
+
+        made = propose(vram, height, width, batch, model, {"clip": clip, "t5": t5, "vae": vae})
+        costs = made.costs(pcie * 1e9, step_ms)
+        if as_json:
+            typer.echo(json.dumps(made.figures | costs))
+            return
+        table = Table("part", "size", "on the card", "streams", box=None, pad_edge=False)
+        for row in made.rows:
+            sizes = (row.nbytes, row.resident, row.streamed)
+            table.add_row(row.name, *(f"{size / 1e9:6.2f} GB" if size else "" for size in sizes))
+        out = Console()
+        out.print(table)
+        for sentence in made.sentences:
+            out.print(sentence, highlight=False, soft_wrap=True)
+        bound = "" if step_ms else "at most "
+        out.print(
+            f"streaming at {pcie:g} GB/s adds {bound}{costs['prompt_ms']:.0f} ms to a new prompt, "
+            f"{bound}{costs['picture_ms']:.0f} ms to a picture of {DEFAULT_STEPS} steps",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 @app.command()

@@ -9,23 +9,20 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from .checkpoint.bundle import Bundle
-from .checkpoint.materialize import Target, check, materialize
-from .checkpoint.tensors import Tensors
 from .errors import VortexInputError
-from .residency import Staging
 from .sampling import timesteps
 from .spec import FluxSpec
 from .text import HOST, T5, Clip, tokenize_prompt
 
-Sources = Mapping[str, Tensors]  # the canonical tensors of `transformer`, `clip`, `t5` and `vae`
 CACHED = 32  # prompts; about 10 MB of host memory each at full size
 
 
@@ -141,45 +138,22 @@ def timestep_embedding(t: Tensor, dim: int = 256, max_period: float = 10_000) ->
 
 
 class Conditioner:
-    """Encoders, modulation and the cache of what they made."""
+    """Encoders, modulation and the cache of what they made. Inside `staged()`, their units run on `device`."""
 
-    def __init__(self, bundle: Bundle) -> None:
-        self.tokenizers = (bundle.tokenizer, bundle.tokenizer_2)
-        self.clip = Clip(bundle.clip)
-        self.t5 = T5(bundle.t5)
-        with torch.device("meta"):
-            self.modulation = Modulation(bundle.flux)
-        self.staging: Staging | None = None
+    def __init__(
+        self,
+        tokenizers: tuple[Tokenizer, Tokenizer],
+        clip: Clip,
+        t5: T5,
+        modulation: Modulation,
+        device: torch.device,
+        staged: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self.tokenizers = tokenizers
+        self.clip, self.t5, self.modulation = clip, t5, modulation
+        self.device = device
+        self.staged = staged
         self._cache: OrderedDict[tuple[object, ...], Conditioning] = OrderedDict()
-
-    def check(self, sources: Sources) -> int:
-        """See `materialize.check`."""
-        return (
-            self.clip.check(sources["clip"])
-            + self.t5.check(sources["t5"])
-            + check(self.modulation, sources["transformer"])
-        )
-
-    def load(self, sources: Sources, target: Target) -> None:
-        """Read all weights: streamed from pinned host memory on CUDA, in place on the CPU."""
-        self.device = target.device
-        streams = target.device.type == "cuda"
-        home = HOST if streams else target.device
-        self.clip.load(sources["clip"], target, home)
-        self.t5.load(sources["t5"], target, home)
-        for embedder, name in (
-            (self.modulation.time_in, "time_in."),
-            (self.modulation.vector_in, "vector_in."),
-        ):
-            materialize(embedder, sources["transformer"], target, prefix=name)
-        materialize(self.modulation, sources["transformer"], target, home=home)
-        if streams:
-            self.staging = Staging([*self.clip.units, *self.t5.units, *self.modulation.units], target.device)
-
-    @property
-    def resident(self) -> list[nn.Module]:
-        """The small parts that do not stream."""
-        return [self.modulation.time_in, self.modulation.vector_in, self.t5.norm, self.clip.norm]
 
     def __call__(self, prompt: str, steps: int) -> Conditioning:
         """The conditioning of a prompt; from the cache if its tokens were seen before. Warns when text is cut."""
@@ -188,13 +162,18 @@ class Conditioner:
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        conditioning = self.from_embeddings(self.t5(t5.ids), self.clip(clip.ids), steps)
+        with self.staged():
+            conditioning = self._table(self.t5(t5.ids), self.clip(clip.ids), steps)
         self._cache[key] = conditioning
         if len(self._cache) > CACHED:
             self._cache.popitem(last=False)
         return conditioning
 
     def from_embeddings(self, txt: Tensor, pooled: Tensor, steps: int) -> Conditioning:
-        """From T5 embeddings `[1, N, context]` and CLIP's pooled vector `[1, vec]`."""
+        """From T5 embeddings `[1, N, context]` and CLIP's pooled vector `[1, vec]`, both on the device."""
+        with self.staged():
+            return self._table(txt, pooled, steps)
+
+    def _table(self, txt: Tensor, pooled: Tensor, steps: int) -> Conditioning:
         t = torch.tensor(timesteps(steps)[:-1], device=self.device)
         return Conditioning(txt.to(HOST), self.modulation(t, pooled).to(HOST))

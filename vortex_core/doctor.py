@@ -70,7 +70,9 @@ def _gpu(index: int) -> Finding:
     if (properties.major, properties.minor) < (8, 0):
         return Finding(name, "fault", detail, "FLUX needs native bf16: RTX 30 series or later.")
     if total < SMALLEST_CARD:
-        return Finding(name, "note", detail, "FLUX.1-schnell needs about 7 GB; the bundled model runs anywhere.")
+        return Finding(
+            name, "note", detail, "FLUX.1-schnell fits with weights that stream; `vortex plan --vram` tells the cost."
+        )
     if free < SMALLEST_CARD * 0.875:
         return Finding(name, "note", detail, "Close other programs that use the card: `nvidia-smi` lists them.")
     return Finding(name, "ok", detail)

@@ -1,7 +1,7 @@
 """The engine: load a model once, draw many pictures.
 
 `generate` reads as the data flow: prompt to conditioning (prompt time), seed to noise, noise to clean latents
-(step time), latents to a picture.
+(step time), latents to a picture. How a model is loaded is told in loading.py, where its weights are in placement.py.
 """
 
 from __future__ import annotations
@@ -11,30 +11,32 @@ import logging
 import secrets
 import threading
 import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import sampling
+from . import loading, sampling
+from .allocator import round_up
 from .checkpoint.bundle import Bundle, open_bundle, open_pipeline
 from .checkpoint.cache import Cache
-from .checkpoint.materialize import Target, check, materialize
-from .checkpoint.tensors import Tensors
 from .conditioning import Conditioner, Conditioning
-from .device import resolve_device
-from .errors import NoEffectWarning, VortexInitializationError, VortexInputError
+from .errors import NoEffectWarning, VortexInputError
 from .latency import mark
-from .linear import Backend, NF4Linear, choose_backend
+from .loading import OnLoad, Setup
+from .model import Model
+from .planner import Demand, Plan
 from .request import Request, check_prompt, check_steps
 from .residency import nbytes
-from .spec import DEFAULT_STEPS, T5_TOKENS
-from .transformer import Rope, Transformer
-from .vae import Decoder, decode
-from .vram import snapshot
+from .room import Room
+from .spec import DEFAULT_STEPS, SIZE_MULTIPLE, T5_TOKENS, FluxSpec
+from .transformer import Rope
+from .vae import decode
+from .vram import Ledger, snapshot
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
@@ -42,36 +44,38 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 OnStep = Callable[[int, int, Tensor], None]
-OnLoad = Callable[[int, int], None]
-QUANTIZATIONS = ("nf4", "none")
-ROPES = 8  # sizes whose rotary tables stay on the device, at most 2.2 MB each
 
 
 class Engine:
     """FLUX.1-schnell, resident: `Engine.load(...)` once, `generate(...)` many times.
 
-    Step-time weights stay on the device until `unload`. Prompt-time weights stay in pinned host memory on a CUDA
-    device and stream through one staging buffer when a prompt is new. Calls from several threads take turns.
+    On a CUDA device torch never reserves more for it than `budget`: what does not fit stays in pinned host memory and
+    streams, large pictures are decoded in strips, batches drawn in slices. Calls from several threads take turns.
 
     Attributes: `name`, `device`, `dtype`, `quantization`, `native_size` (side in pixels the model was trained at),
-    `last_seed`, `resident` (False while offloaded).
+    `last_seed`.
     """
 
-    def __init__(self, bundle: Bundle, *, quantization: str, dtype: torch.dtype, backend: Backend | None) -> None:
+    def __init__(self, bundle: Bundle, setup: Setup) -> None:
         """Not for callers: builds the modules on `meta`. Use `Engine.load` or `Engine.from_pipeline`."""
         self.name = bundle.name
-        self.dtype = dtype
-        self.quantization = quantization
+        self.device, self.dtype, self.quantization = setup.device, setup.dtype, setup.quantization
         self.native_size = bundle.vae.sample_size
         self.last_seed: int | None = None
         self._spec = bundle.flux
-        self._backend = backend
-        self._conditioner = Conditioner(bundle)
-        with torch.device("meta"):
-            self._transformer = Transformer(bundle.flux)
-            self._decoder = Decoder(bundle.vae)
-        self.resident = False
-        self._ropes: OrderedDict[tuple[int, int, int], Rope] = OrderedDict()
+        self._backend = setup.backend
+        quantized = setup.backend is not None
+        self._model = Model(bundle.flux, bundle.vae, bundle.clip, bundle.t5, setup.dtype, quantized=quantized)
+        self._transformer, self._decoder = self._model.transformer, self._model.decoder
+        self._room = Room(self._model, setup)
+        self._conditioner = Conditioner(
+            (bundle.tokenizer, bundle.tokenizer_2),
+            self._model.clip,
+            self._model.t5,
+            self._model.modulation,
+            setup.device,
+            staged=lambda: self._room.placement.prompt.open(),
+        )
         self._lock = threading.RLock()
 
     @classmethod
@@ -84,6 +88,8 @@ class Engine:
         vae: str | Path | None = None,
         tokenizers: str | Path | tuple[Path, Path] | None = None,
         device: str | torch.device | None = None,
+        vram_budget: float | None = None,
+        cap_process: bool = False,
         quantization: str = "nf4",
         dtype: torch.dtype | None = None,
         backend: str | None = None,
@@ -95,20 +101,21 @@ class Engine:
         `model`: `"tiny"` (bundled), a folder in the diffusers layout, or a .safetensors or .gguf file. `clip`, `t5`,
         `vae`: files or folders for what the model lacks. `tokenizers`: a folder with `tokenizer/` and `tokenizer_2/`,
         or the pair of CLIP's and T5's folders; default the model's own, else the Hugging Face cache's. `device`:
-        default the first CUDA device, else the CPU. `quantization`: `"nf4"`, or `"none"` to keep 16-bit weights.
-        `dtype`: of the products; default bf16 on CUDA, fp32 on the CPU. `backend`: `"bitsandbytes"` or
-        `"reference"`; default the fastest that works. `cache_dir`: where quantized weights are kept; default
-        `$VORTEX_CACHE` or the user's cache folder. `on_progress(done, total)` is told bytes.
+        default the first CUDA device, else the CPU. `vram_budget`: GB (10^9 bytes) that torch may reserve for this
+        engine at its peak, everything included; default 6.5, or what a smaller card has but 1. `cap_process`: have
+        torch refuse more to the whole process, so that the budget holds whatever happens; only for a process that is
+        yours. `quantization`: `"nf4"`, or `"none"` to keep 16-bit weights. `dtype`: of the products; default bf16 on
+        CUDA, fp32 on the CPU. `backend`: `"bitsandbytes"` or `"reference"`; default the fastest that works.
+        `cache_dir`: where quantized weights are kept; default `$VORTEX_CACHE` or the user's cache folder.
+        `on_progress(done, total)` is told bytes.
 
         Raises `VortexInputError`, `VortexDeviceError` and `VortexCheckpointError` before any device memory is
         taken, and `VortexInitializationError` (with figures) when memory runs out; then nothing stays behind.
         """
-        where = resolve_device(device)
-        _check_choice("quantization", quantization, QUANTIZATIONS)
-        chosen = choose_backend(where, backend) if quantization == "nf4" else None
+        setup = Setup.check(device, quantization, dtype, backend, vram_budget)
         bundle = open_bundle(model, clip=clip, t5=t5, vae=vae, tokenizers=tokenizers)
         cache = Cache(None if cache_dir is None else Path(cache_dir).expanduser())
-        return cls._load(bundle, where, quantization, dtype, chosen, on_progress, cache)
+        return cls._load(bundle, setup, cap_process, on_progress, cache)
 
     @classmethod
     def from_pipeline(
@@ -116,92 +123,41 @@ class Engine:
         pipe: FluxPipeline,
         *,
         device: str | torch.device | None = None,
+        vram_budget: float | None = None,
+        cap_process: bool = False,
         quantization: str = "nf4",
         dtype: torch.dtype | None = None,
         backend: str | None = None,
         on_progress: OnLoad | None = None,
     ) -> Engine:
         """The door from diffusers: take the weights of a `FluxPipeline`, which stays as it is. Else as `load`."""
-        where = resolve_device(device)
-        _check_choice("quantization", quantization, QUANTIZATIONS)
-        chosen = choose_backend(where, backend) if quantization == "nf4" else None
-        return cls._load(open_pipeline(pipe), where, quantization, dtype, chosen, on_progress, None)
+        setup = Setup.check(device, quantization, dtype, backend, vram_budget)
+        return cls._load(open_pipeline(pipe), setup, cap_process, on_progress, None)
 
     @classmethod
     def _load(
-        cls,
-        bundle: Bundle,
-        device: torch.device,
-        quantization: str,
-        dtype: torch.dtype | None,
-        backend: Backend | None,
-        on_progress: OnLoad | None,
-        cache: Cache | None,
+        cls, bundle: Bundle, setup: Setup, capped: bool, on_progress: OnLoad | None, cache: Cache | None
     ) -> Engine:
-        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        engine = cls(bundle, quantization=quantization, dtype=dtype, backend=backend)
+        engine = cls(bundle, setup)
+        made = engine._room.plan = loading.first_plan(bundle.name, engine._model, setup)
         for kind, part in bundle.parts.items():
             log.info("%s: %s, %s", kind, part.words, part.tensors.where)
         try:
+            if capped:
+                engine._room.cap()
             with torch.inference_mode():
-                engine._fill(bundle, device, on_progress, cache if backend is not None else None)
+                loading.fill(engine._model, bundle, setup, made, engine._room.placement, on_progress, cache)
+                engine._room.arrived()
             return engine
         except torch.OutOfMemoryError as error:
-            needed = nbytes(engine._transformer, engine._decoder)
             engine.unload()
-            failure = _out_of_memory(device, needed)
             # the traceback's frames would keep half-loaded tensors alive
-            raise failure from error.with_traceback(None)
-
-    def _fill(self, bundle: Bundle, device: torch.device, on_progress: OnLoad | None, cache: Cache | None) -> None:
-        self.device = device
-        sources = {kind: part.tensors for kind, part in bundle.parts.items()}
-        done, total = 0, self._check(sources)
-
-        def progress(count: int) -> None:
-            nonlocal done
-            done += count
-            if on_progress is not None:
-                on_progress(min(done, total), total)
-
-        target = Target(device, self.dtype, self._backend, progress)
-        if cache is not None:
-            # a part that must be quantized first is read once for that, and its result once more
-            total += sum(part.nbytes for kind, part in bundle.parts.items() if cache.lacks(part, kind))
-            for kind, modules in (("transformer", self._modules()), ("t5", self._conditioner.t5.modules)):
-                sources[kind] = cache.quantized(bundle.parts[kind], kind, modules, target)
-            total = done + self._check(sources)
-        materialize(self._transformer, sources["transformer"], target)
-        materialize(self._decoder, sources["vae"], Target(device, self.dtype, None, progress))
-        self._conditioner.load(sources, target)
-        self.resident = True
-        self._reserve()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # what quantizing left cached is nobody's, and counts against the card
-        memory = snapshot(device)
-        log.info(
-            "Loaded %s: %.2f GB of step-time weights on %s, torch reserved %.2f GB",
-            self.name,
-            self.step_time_bytes / 1e9,
-            device,
-            memory.reserved / 1e9,
-        )
-
-    def _check(self, sources: Mapping[str, Tensors]) -> int:
-        """Compare every part with its source's headers; the bytes to read."""
-        return (
-            self._conditioner.check(sources)
-            + check(self._transformer, sources["transformer"])
-            + check(self._decoder, sources["vae"])
-        )
-
-    def _modules(self) -> list[tuple[nn.Module, str]]:
-        """What the transformer's file holds: its step-time and its prompt-time half."""
-        return [(self._transformer, ""), (self._conditioner.modulation, "")]
+            cause = error.with_traceback(None)
+            raise loading.out_of_memory("Loading ran out of memory", setup.device, made) from cause
 
     @property
     def step_time_bytes(self) -> int:
-        """Bytes of the weights that stay on the device for every step: the transformer without modulation."""
+        """Bytes of the weights that every step needs: the transformer without modulation."""
         return nbytes(self._transformer)
 
     @torch.inference_mode()
@@ -214,8 +170,8 @@ class Engine:
         check_prompt(prompt)
         check_steps(steps)
         with self._lock:
-            self.resume()
-            return self._conditioner(prompt, steps)
+            demand = self._model.prompt_demand(self._backend)
+            return self._room.use(demand, lambda made: self._conditioner(prompt, steps))
 
     @torch.inference_mode()
     def condition(self, txt: Tensor, pooled: Tensor, steps: int = DEFAULT_STEPS) -> Conditioning:
@@ -231,11 +187,14 @@ class Engine:
             )
         if tuple(pooled.shape) != (1, self._spec.vec):
             raise VortexInputError(f"pooled must be [1, {self._spec.vec}] (from CLIP), not {list(pooled.shape)}.")
-        with self._lock:
-            self.resume()
+
+        def condition(made: Plan | None) -> Conditioning:
             return self._conditioner.from_embeddings(
                 txt.to(self.device, self.dtype), pooled.to(self.device, self.dtype), steps
             )
+
+        with self._lock:
+            return self._room.use(self._model.prompt_demand(self._backend), condition)
 
     @torch.inference_mode()
     def generate(
@@ -259,7 +218,8 @@ class Engine:
         written in place and returned. `on_step(i, n, latents)` is called after step i of n with the clean latents
         predicted so far, `[B, 16, H/8, W/8]`; it may raise to cancel, and the next call works.
 
-        Raises `VortexInputError` before any work.
+        Raises `VortexInputError` before any work, and `MemoryPressureError` where the pictures do not fit the budget,
+        or the card's memory ran out twice; the engine stays usable.
         """
         self._check_loaded()
         if seed is None:
@@ -268,13 +228,13 @@ class Engine:
         height = self.native_size if height is None else height
         width = self.native_size if width is None else width
         request = Request(seed, height, width, steps, batch_size)
+        tokens = T5_TOKENS
         if isinstance(prompt, Conditioning):
             prompt.check(steps)
+            tokens = prompt.txt.shape[1]
         else:
             check_prompt(prompt)
-        if out is None:
-            out = torch.empty(request.shape, device=self.device)
-        else:
+        if out is not None:
             request.check_out(out, self.device)
         if negative_prompt:
             warnings.warn(
@@ -282,14 +242,18 @@ class Engine:
                 NoEffectWarning,
                 stacklevel=3,
             )
-        with self._lock:
-            self.resume()
-            self.last_seed = seed
+
+        def draw(made: Plan | None) -> Tensor:
+            pictures = self._buffer(*request.shape) if out is None else out
             conditioning = self._conditioner(prompt, steps) if isinstance(prompt, str) else prompt
             mark("prompt")
-            noise = sampling.noise(seed, batch_size, request.height, request.width, self._spec.latent_channels)
-            latents = self._denoise(conditioning, noise, on_step)
-            return decode(self._decoder, latents, out)
+            noise = sampling.noise(seed, batch_size, height, width, self._spec.latent_channels)
+            latents = self._denoise(conditioning, noise, on_step, made.slice if made else None)
+            return decode(self._decoder, latents, pictures, made.demand.rows if made else None)
+
+        with self._lock:
+            self.last_seed = seed
+            return self._room.use(self._demand(height, width, batch_size, tokens), draw)
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
@@ -302,38 +266,90 @@ class Engine:
             raise VortexInputError(
                 f"latents must be [B, {self._spec.latent_channels}, H/8, W/8], not {list(latents.shape)}."
             )
-        batch, _, rows, columns = latents.shape
-        with self._lock:
-            self.resume()
-            out = torch.empty(batch, rows * 8, columns * 8, 3, device=self.device)
-            return decode(self._decoder, latents.to(self.device, torch.float32), out)
+        batch, height, width = latents.shape[0], latents.shape[2] * 8, latents.shape[3] * 8
 
-    def _denoise(self, conditioning: Conditioning, noise: Tensor, on_step: OnStep | None) -> Tensor:
+        def draw(made: Plan | None) -> Tensor:
+            pictures = self._buffer(batch, height, width, 3)
+            on_device = latents.to(self.device, torch.float32)
+            return decode(self._decoder, on_device, pictures, made.demand.rows if made else None)
+
+        with self._lock:
+            # latents from elsewhere may have sizes that no picture of ours has
+            demand = self._demand(round_up(height, SIZE_MULTIPLE), round_up(width, SIZE_MULTIPLE), batch)
+            return self._room.use(demand and replace(demand, prompt=0, steps=((1, 0),)), draw)
+
+    def _denoise(
+        self, conditioning: Conditioning, noise: Tensor, on_step: OnStep | None, at_once: int | None
+    ) -> Tensor:
         """Noise `[B, 16, H/8, W/8]` to clean latents of that shape, fp32 on the device."""
         batch, _, rows, columns = noise.shape
         height, width = rows * 8, columns * 8
-        txt = conditioning.txt.to(self.device, self.dtype)
+        txt = self._transformer.txt_in(conditioning.txt.to(self.device, self.dtype))
         modulation = conditioning.modulation.to(self.device, self.dtype)
-        txt = self._transformer.txt_in(txt).expand(batch, -1, -1)
-        pe = self._rope(height, width, txt.shape[1])
+        cos, sin = rope(height, width, txt.shape[1], self._spec)
 
         def report(i: int, n: int, clean: Tensor) -> None:
             if on_step is not None:
-                on_step(i, n, sampling.unpack(clean, height, width))
+                with self._room.placement.workspace.outside():
+                    on_step(i, n, sampling.unpack(clean, height, width))
 
         img = sampling.pack(noise).to(self.device)
+        pe = cos.to(self.device), sin.to(self.device)
         mark("prepare")
-        sampling.denoise(self._transformer, img, txt, modulation, pe, report if on_step else None)
+        rounds = conditioning.steps * -(-batch // (at_once or batch))
+        with self._room.placement.steps.open(rounds):
+            sampling.denoise(self._transformer, img, txt, modulation, pe, report if on_step else None, at_once)
         return sampling.unpack(img, height, width)
+
+    def _buffer(self, *shape: int) -> Tensor:
+        """A buffer that is handed out, so not in the workspace."""
+        with self._room.placement.workspace.outside():
+            return torch.empty(shape, device=self.device)
+
+    def _demand(self, height: int, width: int, batch: int, tokens: int = T5_TOKENS) -> Demand | None:
+        if self._room.budget is None:
+            return None
+        return self._model.demand(height, width, batch, tokens, self._backend)
+
+    def limit(self, vram_budget: float) -> None:
+        """Keep within another budget, in GB, from the next call on. Raises `VortexInputError` as `load` does."""
+        self._check_loaded()
+        if self._room.budget is not None:
+            self._room.budget = loading.check_budget(vram_budget, snapshot(self.device, process=False).total or None)
+
+    @property
+    def budget(self) -> int | None:
+        """Bytes that torch may reserve for this engine; None on the CPU."""
+        self._check_loaded()
+        return self._room.budget
+
+    @property
+    def plan(self) -> Plan | None:
+        """The latest plan: where weights are, slices and strips, the predicted peak. None without a budget."""
+        self._check_loaded()
+        return self._room.plan
+
+    @property
+    def resident(self) -> bool:
+        """False while everything is offloaded, and once it is unloaded."""
+        return hasattr(self, "_room") and self._room.resident
+
+    @property
+    def ledger(self) -> Ledger:
+        """Who holds what torch has reserved on the device."""
+        self._check_loaded()
+        return self._room.ledger
 
     @property
     def device_bytes(self) -> int:
-        """Bytes on a CUDA device between calls, and so what `offload` frees: weights, staging buffer, workspace."""
-        if self.device.type != "cuda" or not self.resident:
-            return 0
-        staging = self._conditioner.staging.nbytes if self._conditioner.staging else 0
-        ropes = sum(table.numel() * table.element_size() for rope in self._ropes.values() for table in rope)
-        return nbytes(*self._on_device()) + staging + (self._backend.nbytes if self._backend else 0) + ropes
+        """Bytes on a CUDA device between calls, and so what `offload` frees: weights and working memory."""
+        return sum(self._room.components.values()) if self.device.type == "cuda" and self.resident else 0
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Bytes of pinned host memory."""
+        self._check_loaded()
+        return self._room.placement.pinned_bytes
 
     def offload(self) -> int:
         """Move everything to host memory and hand the VRAM back to the driver; the bytes freed.
@@ -344,54 +360,25 @@ class Engine:
         with self._lock:
             freed = self.device_bytes
             if freed:
-                self._move(torch.device("cpu"))
-                if self._conditioner.staging:
-                    self._conditioner.staging.release()
-                if self._backend is not None:
-                    self._backend.release()
-                self._ropes.clear()
-                self.resident = False
-                torch.cuda.empty_cache()
+                self._room.offload()
             return freed
 
     def resume(self) -> None:
         """Bring an offloaded engine back to its device. Raises torch's `OutOfMemoryError`, still offloaded."""
         with self._lock:
             self._check_loaded()
-            if self.resident:
-                return
-            self.resident = True
-            try:
-                with torch.inference_mode():
-                    self._move(self.device)
-                    if self._conditioner.staging:
-                        self._conditioner.staging.allocate()
-                    self._reserve()
-            except torch.OutOfMemoryError:
-                self.offload()
-                raise
-
-    def _on_device(self) -> list[nn.Module]:
-        return [self._transformer, self._decoder, *self._conditioner.resident]
-
-    def _move(self, device: torch.device) -> None:
-        for module in self._on_device():
-            module.to(device)
-
-    def _reserve(self) -> None:
-        """Make the buffers that every picture needs: the decode workspace and the native size's positions."""
-        if self._backend is not None:
-            self._backend.reserve(self._largest_linear(), self.dtype)
-        self._rope(self.native_size, self.native_size, T5_TOKENS)
+            if not self.resident:
+                self._room.resume()
 
     def unload(self) -> None:
         """Release every weight and buffer; the engine cannot draw any more. Loading again makes a new one."""
         with self._lock:
-            cuda = hasattr(self, "device") and self.device.type == "cuda"
-            for name in ("_transformer", "_decoder", "_conditioner", "_backend", "_ropes"):
+            if hasattr(self, "_room"):
+                self._room.uncap()
+            for name in ("_transformer", "_decoder", "_conditioner", "_backend", "_model", "_room"):
                 self.__dict__.pop(name, None)
             gc.collect()
-            if cuda:
+            if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
     def __enter__(self) -> Engine:
@@ -400,43 +387,17 @@ class Engine:
     def __exit__(self, *exception: object) -> None:
         self.unload()
 
-    def _rope(self, height: int, width: int, tokens: int) -> Rope:
-        key = (height, width, tokens)
-        if key not in self._ropes:
-            ids = sampling.positions(height, width, tokens)
-            self._ropes[key] = sampling.rope(ids, self._spec, self.device)
-            if len(self._ropes) > ROPES:
-                self._ropes.popitem(last=False)
-        self._ropes.move_to_end(key)
-        return self._ropes[key]
-
-    def _largest_linear(self) -> int:
-        modules = (self._transformer, self._conditioner.modulation, *self._conditioner.t5.units)
-        linears = (part for module in modules for part in module.modules() if isinstance(part, NF4Linear))
-        return max(2 * linear.packed.numel() for linear in linears)
-
     def _check_loaded(self) -> None:
         if not hasattr(self, "_transformer"):
             raise VortexInputError("This engine was unloaded. Load the model again with Engine.load(...).")
 
 
+@lru_cache(maxsize=8)
+def rope(height: int, width: int, tokens: int, spec: FluxSpec) -> Rope:
+    """The rotary tables of a size, in host memory: at most 4 MB each, and 10 ms to compute."""
+    return sampling.rope(sampling.positions(height, width, tokens), spec, torch.device("cpu"))
+
+
 def load_flux_schnell(model: str | Path = "tiny", **options: Any) -> Engine:
     """Short form of `Engine.load`, where every option is explained."""
     return Engine.load(model, **options)
-
-
-def _out_of_memory(device: torch.device, needed: int) -> VortexInitializationError:
-    memory = snapshot(device)
-    return VortexInitializationError(
-        f"Loading ran out of memory on {device}",
-        needed=needed,
-        free=memory.free,
-        total=memory.total,
-        allocated=memory.allocated,
-        remedy="Close other programs that use the card (`nvidia-smi` lists them) or unload other models, and retry.",
-    )
-
-
-def _check_choice(what: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise VortexInputError(f"Unknown {what} {value!r}; choose from {', '.join(choices)}.")

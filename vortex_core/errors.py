@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 GB = 1e9  # bytes; GB is 10^9 everywhere in Vortex
 
 
@@ -51,6 +53,25 @@ class VortexInitializationError(VortexError):
         self.remedy = remedy
 
 
+class MemoryPressureError(VortexError):
+    """A picture needs more VRAM than the budget, or than the card has left. The engine stays usable.
+
+    `needed` and `available` are bytes; `breakdown` says what the need is made of, by component.
+    """
+
+    def __init__(
+        self, message: str, *, needed: int, available: int, breakdown: Mapping[str, int], remedy: str = ""
+    ) -> None:
+        table = ", ".join(f"{name} {n / GB:.2f}" for name, n in breakdown.items() if n >= GB / 200)
+        super().__init__(
+            f"{message}: needed {needed / GB:.2f} GB ({table}), available {available / GB:.2f} GB. {remedy}".rstrip()
+        )
+        self.needed = needed
+        self.available = available
+        self.breakdown = dict(breakdown)
+        self.remedy = remedy
+
+
 class VortexWarning(UserWarning):
     """Root of every warning Vortex gives."""
 
@@ -61,3 +82,7 @@ class PromptTruncatedWarning(VortexWarning):
 
 class NoEffectWarning(VortexWarning):
     """An argument was accepted but cannot change the picture."""
+
+
+class MemoryPressureWarning(VortexWarning):
+    """VRAM is nearly used up, or more of it than was planned; the message says by what."""

@@ -1,15 +1,20 @@
-"""Where weights live: on the device for good, or in pinned host memory and streamed through a staging buffer.
+"""Where weights live: on the device, or in pinned host memory and streamed through a pair of staging buffers.
 
-A unit (one T5 block, one modulation linear) is a module whose tensors are laid out in one flat host buffer.
-Its tensors are views into a staging buffer on the device that all units share; a hook copies the unit in just
-before it runs. One copy a unit, no allocation, and the device holds one unit at a time.
+A unit is a module (or a few) whose tensors are views of one flat buffer, so that moving it is one copy. A resident
+unit's buffer is on the device. A streamed one's is in host memory; a `Stager` brings it to one of two device buffers
+just before it runs, on a stream of its own, while the unit before it computes. Both compute the
+same, bit for bit: only the place of the bytes differs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,63 +26,9 @@ log = logging.getLogger(__name__)
 ALIGN = 256  # bytes; what the CUDA allocator itself guarantees, so no kernel sees a stranger alignment
 
 
-class Streamed:
-    """A module that lives in host memory and visits the staging buffer to run. `nbytes` is its size there."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.slots: list[tuple[Tensor, int]] = []  # each tensor of the module, and its offset in the flat buffer
-        self.nbytes = 0
-        for tensor in _tensors(module):
-            self.slots.append((tensor, self.nbytes))
-            self.nbytes += -(-tensor.numel() * tensor.element_size() // ALIGN) * ALIGN
-        self.host = _host_buffer(self.nbytes)
-        for tensor, offset in self.slots:
-            source = tensor.data.contiguous().view(-1).view(torch.uint8)
-            self.host[offset : offset + source.numel()].copy_(source)
-        self.bind(self.host)
-        module.register_forward_pre_hook(self._load)
-
-    def bind(self, buffer: Tensor) -> None:
-        """Turn the module's tensors into views of `buffer` (uint8, at least `nbytes`)."""
-        for tensor, offset in self.slots:
-            span = buffer[offset : offset + tensor.numel() * tensor.element_size()]
-            tensor.data = span.view(tensor.dtype).view(tensor.shape)
-        self.buffer = buffer[: self.nbytes]
-
-    def _load(self, module: nn.Module, inputs: object) -> None:
-        self.buffer.copy_(self.host, non_blocking=True)
-
-
-class Staging:
-    """One buffer on `device`, as large as the largest of `units`, through which all of them run.
-
-    Units must not be nested, and must run one after another on one CUDA stream. `nbytes` is the buffer's size.
-    """
-
-    def __init__(self, units: Iterable[nn.Module], device: torch.device) -> None:
-        self.units = [Streamed(unit) for unit in units]
-        self.device = device
-        self.nbytes = max(unit.nbytes for unit in self.units)
-        self.allocate()
-        total = sum(unit.nbytes for unit in self.units)
-        log.info(
-            "%d units, %.2f GB, stream from host memory through %.2f GB on %s",
-            len(self.units),
-            total / 1e9,
-            self.nbytes / 1e9,
-            device,
-        )
-
-    def allocate(self) -> None:
-        """Take the buffer; units can run."""
-        buffer = torch.empty(self.nbytes, dtype=torch.uint8, device=self.device)
-        for unit in self.units:
-            unit.bind(buffer)
-
-    def release(self) -> None:
-        """Give the buffer back; the units rest in host memory."""
-        for unit in self.units:
-            unit.bind(unit.host)
+def aligned(size: int) -> int:
+    """`size` with the room to the next tensor."""
+    return -(-size // ALIGN) * ALIGN
 
 
 def nbytes(*modules: nn.Module) -> int:
@@ -85,19 +36,237 @@ def nbytes(*modules: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for module in modules for t in _tensors(module))
 
 
+class HostMemory:
+    """A stretch of host memory that units take their buffers from; pinned where `pin`, pageable with a warning if not.
+
+    Ordinary memory, registered with the driver: torch's own pinned allocator rounds each block to a power of two,
+    which would cost a GB and a half here.
+    """
+
+    def __init__(self, size: int, *, pin: bool) -> None:
+        self._memory = torch.empty(size, dtype=torch.uint8)
+        self._used = 0
+        self.pinned = size if pin and size and self._register() else 0
+
+    def take(self, size: int) -> Tensor:
+        """The next `size` bytes."""
+        span = self._memory[self._used : self._used + size]
+        self._used += size
+        return span
+
+    def _register(self) -> bool:
+        try:
+            reason = _register(self._memory)
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+        if reason is None:
+            weakref.finalize(self, _unregister, self._memory)
+            return True
+        warnings.warn(
+            f"No pinned host memory for {self._memory.numel() / 1e9:.2f} GB ({reason}); streamed weights arrive more "
+            "slowly.",
+            VortexWarning,
+            stacklevel=3,
+        )
+        return False
+
+
+def _register(memory: Tensor) -> str | None:
+    """Pin; why not, where it fails."""
+    runtime: Any = torch.cuda.cudart()
+    error = runtime.cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
+    if int(error) == 0:
+        return None
+    with contextlib.suppress(RuntimeError, AssertionError):  # the next launch would report this error as its own
+        torch.zeros(1, device="cuda").add_(1)
+    return str(runtime.cudaGetErrorString(error))
+
+
+def _unregister(memory: Tensor) -> None:
+    runtime: Any = torch.cuda.cudart()
+    runtime.cudaHostUnregister(memory.data_ptr())
+
+
+class Unit:
+    """Modules that move together, and the flat buffer their tensors are views of.
+
+    `device` is its buffer there while it is resident. `host` is its copy in host memory, which it keeps once it
+    `streams`: weights do not change, so that leaving the device again costs nothing.
+    """
+
+    def __init__(self, name: str, group: str, *modules: nn.Module) -> None:
+        self.name, self.group, self.modules = name, group, modules
+        self.device: Tensor | None = None
+        self.host: Tensor | None = None
+        self.streams = False
+        self.nbytes = 0
+        self._slots: list[tuple[Tensor, int]] = []  # each tensor, and its offset in the buffer
+
+    def measure(self) -> int:
+        """Lay the tensors out; the bytes of the buffer they need."""
+        self._slots, self.nbytes = [], 0
+        for module in self.modules:
+            for tensor in _tensors(module):
+                self._slots.append((tensor, self.nbytes))
+                self.nbytes += aligned(tensor.numel() * tensor.element_size())
+        return self.nbytes
+
+    def settle(self, *, device: Tensor | None = None, host: Tensor | None = None) -> None:
+        """Move the modules' tensors into one of these buffers, after `measure`."""
+        self.device, self.host, self.streams = device, host, host is not None
+        buffer = host if device is None else device
+        assert buffer is not None
+        for tensor, offset in self._slots:
+            source = tensor.data.contiguous().view(-1).view(torch.uint8)
+            buffer[offset : offset + source.numel()].copy_(source)
+        self.bind(buffer)
+
+    def bind(self, buffer: Tensor) -> None:
+        """Turn the tensors into views of `buffer` (uint8, at least `nbytes`)."""
+        for tensor, offset in self._slots:
+            span = buffer[offset : offset + tensor.numel() * tensor.element_size()]
+            tensor.data = span.view(tensor.dtype).view(tensor.shape)
+
+    def to_device(self, device: torch.device) -> None:
+        """Make it resident. Raises torch's `OutOfMemoryError`, unchanged."""
+        assert self.host is not None
+        buffer = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
+        buffer.copy_(self.host)
+        self.bind(buffer)
+        self.device = buffer
+        if not self.streams:
+            self.host = None
+
+    def to_host(self, memory: HostMemory | None = None) -> None:
+        """Give the device's memory back. In `memory` from now on, if it is to stream; without, until it returns."""
+        assert self.device is not None
+        if self.host is None:
+            self.streams = memory is not None
+            self.host = torch.empty(self.nbytes, dtype=torch.uint8) if memory is None else memory.take(self.nbytes)
+            self.host.copy_(self.device)
+        self.bind(self.host)
+        self.device = None
+
+
+class Lane(Protocol):
+    """Where copies to the device run."""
+
+    def copy(self, target: Tensor, source: Tensor) -> Any:
+        """Copy, once all that was launched so far is done; a token for `wait`."""
+        ...
+
+    def wait(self, token: Any) -> None:
+        """What is launched from now on runs after the copy."""
+        ...
+
+
+class HostLane:
+    """Copies at once; on the CPU nothing runs beside anything."""
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """See `Lane.copy`."""
+        target.copy_(source)
+
+    def wait(self, token: None) -> None:
+        """See `Lane.wait`."""
+
+
+class CudaLane:
+    """Copies on a stream of its own, beside the products."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+
+    def copy(self, target: Tensor, source: Tensor) -> torch.cuda.Event:
+        """See `Lane.copy`."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+            return self._stream.record_event()
+
+    def wait(self, token: torch.cuda.Event) -> None:
+        """See `Lane.wait`."""
+        torch.cuda.current_stream(self._device).wait_event(token)
+
+
+class Stager:
+    """Brings streamed units to the device, each just before it runs, one ahead.
+
+    Every other unit shares one of two buffers as large as the largest. Units run in the order given, any number of
+    rounds; another order works too, only without overlap.
+    """
+
+    def __init__(self, units: Sequence[Unit], device: torch.device, lane: Lane | None = None) -> None:
+        self.units = list(units)
+        self.device = device
+        self._lane = lane or (CudaLane(device) if device.type == "cuda" else HostLane())
+        self._buffers: list[Tensor] = []
+        self._inside: list[int | None] = [None, None]  # the unit in each buffer
+        self._copied: list[Any] = [None, None]
+        self._left = 0  # rounds to come
+        self._hooks = [
+            hook
+            for k, unit in enumerate(self.units)
+            for hook in (
+                unit.modules[0].register_forward_pre_hook(lambda *_, k=k: self._arrive(k)),
+                unit.modules[0].register_forward_hook(lambda *_, k=k: self._leave(k)),
+            )
+        ]
+
+    @contextmanager
+    def open(self, rounds: int = 1) -> Iterator[None]:
+        """Take the buffers, and have units run in `rounds` rounds."""
+        if not self.units:
+            yield
+            return
+        size = max(unit.nbytes for unit in self.units)
+        count = min(2, len(self.units))
+        self._buffers = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(count)]
+        for k, unit in enumerate(self.units):
+            unit.bind(self._buffers[k % 2])
+        self._left = rounds
+        try:
+            for k in range(count):
+                self._fetch(k)
+            yield
+        finally:
+            for inside, token in zip(self._inside, self._copied, strict=True):
+                if inside is not None:
+                    self._lane.wait(token)  # before the buffer is anybody's
+            for unit in self.units:
+                assert unit.host is not None
+                unit.bind(unit.host)
+            self._buffers, self._inside, self._copied = [], [None, None], [None, None]
+
+    def close(self) -> None:
+        """Let go of the units."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _arrive(self, k: int) -> None:
+        self._fetch(k)
+        self._lane.wait(self._copied[k % 2])
+
+    def _leave(self, k: int) -> None:
+        following = k + 2
+        if following >= len(self.units):
+            following = k % 2
+            if k == len(self.units) - 1:
+                self._left -= 1
+            if self._left <= int(k < len(self.units) - 1):
+                return
+        self._fetch(following)
+
+    def _fetch(self, k: int) -> None:
+        if self._inside[k % 2] == k:
+            return
+        unit = self.units[k]
+        assert unit.host is not None
+        self._copied[k % 2] = self._lane.copy(self._buffers[k % 2][: unit.nbytes], unit.host)
+        self._inside[k % 2] = k
+
+
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.parameters()
     yield from module.buffers()
-
-
-def _host_buffer(size: int) -> Tensor:
-    try:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        warnings.warn(
-            f"No pinned host memory for {size / 1e9:.2f} GB ({reason}); new prompts will encode more slowly.",
-            VortexWarning,
-            stacklevel=2,
-        )
-        return torch.empty(size, dtype=torch.uint8)

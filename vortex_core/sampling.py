@@ -68,17 +68,23 @@ def denoise(
     modulation: Tensor,
     pe: Rope,
     on_step: Callable[[int, int, Tensor], None] | None = None,
+    at_once: int | None = None,
 ) -> Tensor:
     """The Euler steps from noise to clean latents, in place on `img` (fp32 `[B, S, 64]`), which is returned.
 
-    `txt [B, N, D]` is `txt_in` of the embeddings; `modulation [steps, rows, D]`. `on_step(i, n, clean)` is called
-    after step i of n (from 1) with the packed clean latents that step predicts, and may raise to cancel.
+    `txt [1, N, D]` is `txt_in` of the embeddings; `modulation [steps, rows, D]`. `on_step(i, n, clean)` is called
+    after step i of n (from 1) with the packed clean latents that step predicts, and may raise to cancel. The
+    transformer sees `at_once` pictures at a time; None: all.
     """
     steps = modulation.shape[0]
     for i, (t, t_next) in enumerate(pairwise(timesteps(steps))):
-        velocity = transformer(img.to(txt.dtype), txt, modulation[i], pe).float()
+        clean = []
+        for part in img.split(at_once or len(img)):
+            velocity = transformer(part.to(txt.dtype), txt.expand(len(part), -1, -1), modulation[i], pe).float()
+            if on_step is not None:
+                clean.append(part - t * velocity)
+            part.add_(velocity, alpha=t_next - t)
         if on_step is not None:
-            on_step(i + 1, steps, img - t * velocity)
-        img.add_(velocity, alpha=t_next - t)
+            on_step(i + 1, steps, torch.cat(clean))
         mark(f"step {i + 1}")
     return img

@@ -18,6 +18,22 @@ DEFAULT_STEPS = 4
 MAX_STEPS = 8
 SIZE_MULTIPLE = 16  # 8x VAE downsampling times 2x2 packing
 MIN_SIZE, MAX_SIZE = 64, 2048  # pixels a side
+CLIP_L = {
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+}  # the sizes in CLIP-L's config.json, and in T5-XXL's
+T5_XXL = {
+    "vocab_size": 32128,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+}
 
 
 @dataclass(frozen=True, slots=True)

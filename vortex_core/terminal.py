@@ -26,6 +26,15 @@ CacheDir = Annotated[
     Path | None,
     typer.Option(help="Where quantized weights are kept. [default: $VORTEX_CACHE or the user's cache folder]"),
 ]
+Vram = Annotated[
+    float | None,
+    typer.Option(
+        "--vram",
+        help="GB (10^9 bytes) of VRAM that torch may take at its peak, everything included; what does not fit streams "
+        "from host memory. [default: 6.5, or what a smaller card has but 1]",
+        show_default=False,
+    ),
+]
 
 
 class plain_errors:

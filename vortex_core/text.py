@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -90,13 +90,16 @@ class T5:
         """See `materialize.check`."""
         return sum(check(module, tensors, prefix) for module, prefix in self.modules)
 
-    def load(self, tensors: Tensors, target: Target, home: torch.device) -> None:
-        """Fill the blocks on `home`; the table stays in host memory in `target.dtype`."""
-        plain = Target(target.device, target.dtype, None, target.progress)
+    @property
+    def working_bytes(self) -> int:
+        """About what a prompt takes on the device besides weights: score matrices in fp32, and the wide layer's."""
+        config = self._model.config
+        return 4 * T5_TOKENS * (config.num_heads * T5_TOKENS * 4 + config.d_ff * 4)
+
+    def load_table(self, tensors: Tensors, target: Target) -> None:
+        """Fill the embedding table, in host memory; the rest runs on `target.device`."""
         self._device = target.device
-        materialize(self._table, tensors, plain, prefix="shared.", home=HOST)
-        materialize(self._model.block, tensors, target, prefix="encoder.block.", home=home)
-        materialize(self.norm, tensors, plain, prefix="encoder.final_layer_norm.")
+        materialize(self._table, tensors, replace(target, backend=None), prefix="shared.", home=HOST)
 
     def __call__(self, ids: tuple[int, ...]) -> Tensor:
         """Embeddings `[1, 256, context]` on the device. No mask: FLUX has none, so padding tokens count."""
@@ -129,17 +132,14 @@ class Clip:
         """See `materialize.check`."""
         return check(self._model, tensors)
 
-    def load(self, tensors: Tensors, target: Target, home: torch.device) -> None:
-        """Fill the layers on `home`; embedding tables stay in host memory. Nothing is quantized: it is 0.12 B."""
-        plain = Target(target.device, target.dtype, None, target.progress)
+    def load_table(self, tensors: Tensors, target: Target) -> None:
+        """Fill the embedding tables, in host memory; the rest runs on `target.device`."""
         self._device = target.device
         embeddings = self._model.embeddings
-        materialize(embeddings, tensors, plain, prefix="embeddings.", home=HOST)
+        materialize(embeddings, tensors, replace(target, backend=None), prefix="embeddings.", home=HOST)
         positions = embeddings.position_embedding.num_embeddings
         embeddings.position_ids = torch.arange(positions)[None]  # a buffer no checkpoint carries
         embeddings.register_forward_hook(lambda module, inputs, output: output.to(self._device))
-        materialize(self._model.encoder, tensors, plain, prefix="encoder.", home=home)
-        materialize(self.norm, tensors, plain, prefix="final_layer_norm.")
 
     def __call__(self, ids: tuple[int, ...]) -> Tensor:
         """The pooled vector `[1, vec]` on the device."""

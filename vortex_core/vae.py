@@ -1,10 +1,12 @@
 """The VAE decoder: latents in the model's scale to pictures. Layout and names are BFL's.
 
-Legend: B pictures, H and W in pixels; latents are [B, 16, H/8, W/8].
+Legend: B pictures, H and W in pixels; latents are [B, 16, H/8, W/8]; a `Map` is a feature map in strips (strips.py).
 Written out rather than taken from diffusers because decoding inside a VRAM budget needs to cut it open.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch.nn.functional as F
 from einops import rearrange
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from .latency import mark
 from .spec import VaeSpec
+from .strips import Map, Norm, convolve, windows
 
 
 class ResnetBlock(nn.Module):
@@ -26,13 +29,22 @@ class ResnetBlock(nn.Module):
         if inside != outside:
             self.nin_shortcut = nn.Conv2d(inside, outside, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, inside, h, w]` to `[B, outside, h, w]`."""
-        # inplace: at full size each extra copy of these maps costs 64 to 256 MB
-        h = self.conv1(F.silu(self.norm1(x), inplace=True))
-        h = self.conv2(F.silu(self.norm2(h), inplace=True))
-        skip = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
-        return h.add_(skip)
+    def forward(self, x: Map) -> Map:
+        """`inside` channels to `outside`. `x` is written in place, or emptied where the width changes."""
+        changes = hasattr(self, "nin_shortcut")
+        norm = Norm(self.norm1, x)
+        h: Map = []
+        out: Map = [] if changes else x
+        for window in windows(x, keep=not changes):
+            h.append(convolve(self.conv1, norm(window.x), above=window.above, below=window.below))
+            if changes:
+                out.append(self.nin_shortcut(window.strip))
+            del window
+        norm = Norm(self.norm2, h)
+        for skip, window in zip(out, windows(h), strict=True):
+            skip.add_(convolve(self.conv2, norm(window.x), above=window.above, below=window.below))
+            del window
+        return out
 
 
 class AttnBlock(nn.Module):
@@ -47,7 +59,7 @@ class AttnBlock(nn.Module):
         self.proj_out = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[B, C, h, w]`, same out."""
+        """`[1, C, h, w]`, same out."""
         tokens = rearrange(self.norm(x), "b c h w -> b 1 (h w) c")
         out = self.proj_out(F.scaled_dot_product_attention(self.q(tokens), self.k(tokens), self.v(tokens)))
         return x + rearrange(out, "b 1 (h w) c -> b c h w", h=x.shape[2])
@@ -60,13 +72,22 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, C, h, w]` to `[B, C, 2h, 2w]`."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    def forward(self, x: Map) -> Map:
+        """Twice the height and width; a strip becomes two of as many rows. `x` is emptied."""
+        out: Map = []
+        for window in windows(x):
+            doubled = F.interpolate(window.x, scale_factor=2.0, mode="nearest")
+            # of the doubled rows beside the strip, the convolution sees the nearer ones
+            first, last = int(window.above), doubled.shape[2] - int(window.below)
+            middle = 2 * first + window.strip.shape[2]
+            out.append(convolve(self.conv, doubled[:, :, first : middle + 1], above=window.above, below=True))
+            out.append(convolve(self.conv, doubled[:, :, middle - 1 : last], above=True, below=window.below))
+            del window, doubled
+        return out
 
 
 class Mid(nn.Module):
-    """The lowest level, with attention over the whole picture."""
+    """The lowest level, with attention over the whole picture. It is small, and stays in one strip."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
@@ -75,8 +96,10 @@ class Mid(nn.Module):
         self.block_2 = ResnetBlock(channels, channels, groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[B, C, h, w]`, same out."""
-        return self.block_2(self.attn_1(self.block_1(x)))
+        """`[1, C, h, w]`, same out."""
+        (x,) = self.block_1([x])
+        (x,) = self.block_2([self.attn_1(x)])
+        return x
 
 
 class UpLevel(nn.Module):
@@ -89,8 +112,8 @@ class UpLevel(nn.Module):
         if not last:
             self.upsample = Upsample(outside)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, inside, h, w]` to `[B, outside, 2h, 2w]` (or `h, w` at the last level)."""
+    def forward(self, x: Map) -> Map:
+        """`inside` channels to `outside`, and to twice the height and width but at the last level."""
         for block in self.block:
             x = block(x)
         return self.upsample(x) if hasattr(self, "upsample") else x
@@ -113,22 +136,31 @@ class Decoder(nn.Module):
         self.norm_out = nn.GroupNorm(spec.groups, spec.channels[0], eps=1e-6)
         self.conv_out = nn.Conv2d(spec.channels[0], 3, 3, padding=1)
 
-    def forward(self, latents: Tensor) -> Tensor:
-        """Latents in the model's scale, `[B, 16, H/8, W/8]`, to pictures about -1..1, `[B, 3, H, W]`."""
-        x = self.mid(self.conv_in(latents / self.scale + self.shift))
+    def forward(self, latents: Tensor, rows: int | None = None) -> Iterator[Tensor]:
+        """One picture's latents in the model's scale, `[1, 16, H/8, W/8]`, to strips `[1, 3, rows, W]`, about -1..1.
+
+        Top to bottom, in strips of `rows` rows of every map; None: whole, as one strip.
+        """
+        x: Map = list(self.mid(self.conv_in(latents / self.scale + self.shift)).split(rows or latents.shape[2], dim=2))
         for level in reversed(self.up):
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x), inplace=True))
+        norm = Norm(self.norm_out, x)
+        for window in windows(x):
+            yield convolve(self.conv_out, norm(window.x), above=window.above, below=window.below)
+            del window
 
 
-def decode(decoder: Decoder, latents: Tensor, out: Tensor) -> Tensor:
-    """Write pictures into `out`, float32 `[B, H, W, 3]` in 0..1, and return it.
+def decode(decoder: Decoder, latents: Tensor, out: Tensor, rows: int | None = None) -> Tensor:
+    """Write pictures into `out`, float32 `[B, H, W, 3]` in 0..1, and return it; in strips of `rows`, or whole.
 
     One picture at a time: activations of a batch would cost B times the memory and gain little.
     """
     dtype = decoder.conv_in.weight.dtype
     for picture, latent in zip(out, latents.to(dtype), strict=True):
-        decoded = decoder(latent[None])[0]
-        picture.copy_(rearrange(decoded, "c h w -> h w c").float().mul_(0.5).add_(0.5).clamp_(0, 1))
+        top = 0
+        for strip in decoder(latent[None], rows):
+            colours = rearrange(strip[0], "c h w -> h w c").float().mul_(0.5).add_(0.5).clamp_(0, 1)
+            picture[top : top + len(colours)].copy_(colours)
+            top += len(colours)
     mark("decode")
     return out

@@ -9,9 +9,14 @@ from __future__ import annotations
 import gc
 import logging
 import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+
+from .timeline import INTERVAL, Timeline
 
 log = logging.getLogger(__name__)
 
@@ -27,15 +32,16 @@ class Snapshot:
     total: int
 
 
-def snapshot(device: torch.device) -> Snapshot:
-    """The counters of a CUDA device; zeros on the CPU, which has no VRAM."""
+def snapshot(device: torch.device, *, process: bool = True) -> Snapshot:
+    """The counters of a CUDA device; zeros on the CPU, which has no VRAM. NVML takes a millisecond: if `process`."""
     if device.type != "cuda":
         return Snapshot(allocated=0, reserved=0, process=None, free=0, total=0)
     free, total = torch.cuda.mem_get_info(device)
+    stats = torch.cuda.memory_stats(device)
     return Snapshot(
-        allocated=torch.cuda.memory_allocated(device),
-        reserved=torch.cuda.memory_reserved(device),
-        process=process_memory(device),
+        allocated=stats.get("allocated_bytes.all.current", 0),
+        reserved=stats.get("reserved_bytes.all.current", 0),
+        process=process_memory(device) if process else None,
         free=free,
         total=total,
     )
@@ -43,24 +49,154 @@ def snapshot(device: torch.device) -> Snapshot:
 
 def process_memory(device: torch.device) -> int | None:
     """Bytes NVML accounts to this process on a CUDA device, or None where it cannot tell."""
+    return next((holder.nbytes for holder in holders(device) if holder.pid == os.getpid()), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A process with memory on a device. `nbytes` is None where the driver does not tell."""
+
+    pid: int
+    nbytes: int | None
+
+
+def holders(device: torch.device) -> list[Holder]:
+    """The processes that NVML sees on a CUDA device; none where it cannot tell."""
     import pynvml
 
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
-        return None
+        return []
     try:
         # by UUID: NVML counts all cards, torch only those CUDA_VISIBLE_DEVICES leaves
         uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
         handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
-        for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
-            if process.pid == os.getpid() and process.usedGpuMemory is not None:
-                return int(process.usedGpuMemory)
+        return [
+            Holder(process.pid, None if process.usedGpuMemory is None else int(process.usedGpuMemory))
+            for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+        ]
     except pynvml.NVMLError as error:
-        log.debug("NVML does not tell this process's memory: %s", error)
+        log.debug("NVML does not tell who is on %s: %s", device, error)
+        return []
     finally:
         pynvml.nvmlShutdown()
-    return None
+
+
+def available(device: torch.device, own: int = 0) -> int | None:
+    """Bytes that torch could reserve for whoever holds `own` of what is allocated; None on the CPU.
+
+    What the driver has free, what torch keeps for nobody, and `own`; less where the process is capped.
+    """
+    if device.type != "cuda":
+        return None
+    now = snapshot(device, process=False)
+    fraction: Callable[[torch.device], float] = getattr(
+        torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0
+    )
+    cap = int(fraction(device) * now.total)
+    return min(now.free + now.reserved, cap) - (now.allocated - own)
+
+
+def cap_process(device: torch.device, nbytes: int | None) -> None:
+    """Have torch refuse to reserve more than `nbytes` in this whole process, whoever asks; None: no cap.
+
+    The cap is the process', not Vortex': set it only in a process that is yours.
+    """
+    total = torch.cuda.mem_get_info(device)[1]
+    torch.cuda.set_per_process_memory_fraction(1.0 if nbytes is None else min(1.0, nbytes / total), device)
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """Who holds what torch has reserved on a device, in bytes; `rows` add up to `reserved`.
+
+    `components` are Vortex'. `others` is what is allocated besides: pictures and tensors of callers, other models.
+    `cached` is what torch has reserved and nobody holds, the rounding of segments among it.
+    """
+
+    components: Mapping[str, int]
+    allocated: int
+    reserved: int
+
+    @property
+    def others(self) -> int:
+        """Allocated by anybody else."""
+        return self.allocated - sum(self.components.values())
+
+    @property
+    def cached(self) -> int:
+        """Reserved and free."""
+        return self.reserved - self.allocated
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """Every component, then `others` and `cached`."""
+        return {**self.components, "others": self.others, "cached": self.cached}
+
+
+@dataclass(slots=True)
+class Peak:
+    """The most that torch had within a scope, in bytes. Where `exact` is False it may have been more in between."""
+
+    allocated: int = 0
+    reserved: int = 0
+    exact: bool = False
+
+
+@contextmanager
+def peak(device: torch.device) -> Iterator[Peak]:
+    """The peak of what is inside; filled in at the end. Scopes nest, and nobody's statistics are reset.
+
+    torch keeps one peak for the whole process, which others read and reset. It tells this scope's whenever it rises in
+    here. Where it does not, an earlier peak was higher; then the counters of what went to and came from the driver
+    tell the peak of reserved, if nothing was handed back in here, and only that of allocated may be missed.
+    """
+    found = Peak()
+    if device.type != "cuda":
+        yield found
+        return
+    before = torch.cuda.memory_stats(device)
+    try:
+        yield found
+    finally:
+        after = torch.cuda.memory_stats(device)
+        found.reserved, sure = _peak(before, after, "reserved_bytes")
+        found.allocated, exact = _peak(before, after, "allocated_bytes")
+        found.exact = sure and exact
+
+
+def _peak(before: Mapping[str, int], after: Mapping[str, int], counter: str) -> tuple[int, bool]:
+    first, last, most = (f"{counter}.all.{what}" for what in ("current", "freed", "peak"))
+    if after[most] > before[most]:
+        return after[most], True
+    if after[last] == before[last]:  # nothing was given back, so it only grew
+        return after[first], True
+    return max(before[first], after[first]), False
+
+
+class Sampler(Timeline[Snapshot]):
+    """Snapshots of a device in the background; see `Timeline`.
+
+    Shorter spikes than the interval are missed; torch's own peaks (`peak`) are not, but NVML keeps none.
+    """
+
+    def __init__(self, device: torch.device, interval: float = INTERVAL) -> None:
+        super().__init__(partial(snapshot, device), interval=interval)
+
+    @property
+    def samples(self) -> list[Snapshot]:
+        """The oldest first."""
+        return [moment.reading for moment in self.moments]
+
+    def most(self, counter: str) -> int | None:
+        """The largest value of a `Snapshot` field; None where it was never known."""
+        return max((value for s in self.samples if (value := getattr(s, counter)) is not None), default=None)
+
+    @property
+    def least_free(self) -> int:
+        """The least the whole device had free."""
+        return min(s.free for s in self.samples)
 
 
 def clear_cuda_cache() -> int:

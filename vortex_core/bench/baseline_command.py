@@ -119,7 +119,7 @@ def _compare_revision(
     from . import plots
     from .against import alternate, workers
 
-    load = {name: str(value) for name, value in asdict(source).items() if value is not None}
+    load = {k: str(v) if isinstance(v, Path) else v for k, v in source.options.items() if v is not None}
     pairs: list[tuple[float, float]] = []
     interrupted = False
     with progress_bars() as progress, workers(revision, load) as (before, after):

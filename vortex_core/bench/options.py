@@ -17,7 +17,7 @@ from rich.table import Table
 
 from ..errors import VortexInputError
 from ..spec import DEFAULT_STEPS
-from ..terminal import EXIT_CANCELLED, T5, CacheDir, Clip, Vae, console, load_engine, parse_size
+from ..terminal import EXIT_CANCELLED, T5, CacheDir, Clip, Vae, Vram, console, load_engine, parse_size
 from .verdict import EXIT_FAIL, EXIT_UNDECIDED, FAIL, PASS, UNDECIDED, Verdict, exit_code
 from .workload import ITERATIONS, MAX_PROMPTS, PROMPTS, WARMUP, Workload
 
@@ -57,11 +57,18 @@ class Source:
     device: Annotated[
         str | None, typer.Option(help="'cuda', 'cuda:1' or 'cpu'; the GPU, if any, where none is given.")
     ] = None
+    vram: Vram = None
     quantization: Annotated[str, typer.Option(help="'nf4', or 'none' for 16-bit weights.")] = "nf4"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Those of `Engine.load`, `model` among them."""
+        options = asdict(self)
+        return options | {"vram_budget": options.pop("vram")}
 
     def load(self, progress: Progress) -> Engine:
         """The engine, behind a bar."""
-        return load_engine(progress, **asdict(self))
+        return load_engine(progress, **self.options)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..errors import GB
 from ..latency import Stopwatch, mark
 from .machine import Reading, gauge
 from .workload import Workload
@@ -49,6 +50,7 @@ def describe(engine: Engine) -> dict[str, str]:
         "quantization": engine.quantization,
         "dtype": str(engine.dtype).removeprefix("torch."),
         "device": engine.device.type,
+        "vram_budget": "none" if engine.budget is None else f"{engine.budget / GB:g} GB",
     }
 
 

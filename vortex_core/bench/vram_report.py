@@ -13,6 +13,7 @@ import torch
 
 from ..errors import GB
 from ..timeline import Moment, Timeline
+from ..vram import peak as peak_of
 from .machine import Machine, machine, now
 from .memory import ALLOCATED, RESERVED, Counters, at_rest, counters
 from .pictures import describe, draw
@@ -40,7 +41,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class VramReport:
-    """All that a profile measured. `ledger`: bytes on the device by component, when loaded."""
+    """All that a profile measured. `ledger`: who holds what is reserved, when loaded."""
 
     model: dict[str, str]
     machine: Machine
@@ -115,20 +116,18 @@ def run(
         baseline = stage(BASELINE)
         engine = load()
         loaded = stage(LOADED)
-        ledger, model = ledger_of(engine), describe(engine)
+        ledger, model = engine.ledger.rows, describe(engine)
         width, height = size or (engine.native_size, engine.native_size)
         began = time.perf_counter()
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(device)
-        for i, prompt in enumerate(PROMPTS[:PICTURES]):
-            draw(engine, prompt, i, width=width, height=height, **options)
-            if on_picture is not None:
-                on_picture(i + 1, PICTURES)
+        with peak_of(device) as most:
+            for i, prompt in enumerate(PROMPTS[:PICTURES]):
+                draw(engine, prompt, i, width=width, height=height, **options)
+                if on_picture is not None:
+                    on_picture(i + 1, PICTURES)
         peak = Stage(PEAK, began, at_rest(device))
         if cuda:
             # torch keeps its own peaks, which no interval can miss
-            peak.counters[ALLOCATED] = torch.cuda.max_memory_allocated(device)
-            peak.counters[RESERVED] = torch.cuda.max_memory_reserved(device)
+            peak.counters.update({ALLOCATED: most.allocated, RESERVED: most.reserved})
         engine.unload()
         del engine
         gc.collect()
@@ -141,11 +140,6 @@ def run(
                 peak.counters[name] = max(peak.counters.get(name) or 0, value or 0) or None
     stages = (baseline, loaded, peak, after)
     return VramReport(model, machine(device), when, (width, height), stages, ledger, tuple(timeline.moments))
-
-
-def ledger_of(engine: Engine) -> dict[str, int]:
-    """Bytes on the device by component."""
-    return {"step-time weights": engine.step_time_bytes, "everything of Vortex": engine.device_bytes}
 
 
 def _judge(what: str, taken: int, limit: float, *, measured: bool) -> Verdict:

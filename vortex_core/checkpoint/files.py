@@ -59,15 +59,20 @@ class SafetensorsFiles:
     def __init__(self, where: Path, paths: Iterable[Path]) -> None:
         self.where = str(where)
         self.files = tuple(paths)
-        self._files: dict[str, Any] = {}
         self._upload: Upload | None = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Map the files anew, so that what was read of them no longer counts as this process' memory."""
+        files: dict[str, Any] = {}
         for path in self.files:
             try:
                 path.open("rb").close()  # safe_open says of a forbidden file that there is none
                 file = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise unreadable(path, "safetensors", error) from error
-            self._files.update(dict.fromkeys(file.keys(), file))
+            files.update(dict.fromkeys(file.keys(), file))
+        self._files = files
 
     def __contains__(self, name: str) -> bool:
         return name in self._files

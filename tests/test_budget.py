@@ -1,0 +1,326 @@
+"""The budget on the CPU, which stands for a card here: placements, slices, refusals. GPU: tools/vram_contract.py."""
+
+import math
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from vortex_core import (
+    Engine,
+    MemoryPressureError,
+    MemoryPressureWarning,
+    VortexInitializationError,
+    VortexInputError,
+    load_flux_schnell,
+    loading,
+    room,
+)
+from vortex_core.loading import check_budget
+from vortex_core.planner import BLOCKS, SLACK, Plan, placements, smallest_budget
+from vortex_core.vram import Holder, Snapshot
+
+GB = 1e9
+PROMPT = "a green ring"
+SIZE = {"height": 64, "width": 96}
+AMPLE = 2.0  # GB, with room for the miniature and everything
+
+
+@pytest.fixture(scope="module")
+def planned(tiny_dir: Path) -> Iterator[Engine]:
+    with load_flux_schnell(tiny_dir, device="cpu", vram_budget=AMPLE) as engine:
+        yield engine
+
+
+@pytest.fixture
+def roomy(planned: Engine) -> Iterator[Engine]:
+    """An engine with an ample budget, to be narrowed by a test."""
+    yield planned
+    planned._conditioner._cache.clear()
+    planned._room.budget = int(AMPLE * GB)
+
+
+def narrow(engine: Engine, batch: int = 1, spare: int = 0) -> None:
+    """Give the engine the smallest budget that draws `SIZE`, and `spare` bytes."""
+    demand = engine._demand(*SIZE.values(), batch)
+    engine._room.budget = smallest_budget(engine._model.pieces, demand) + spare
+
+
+def test_with_an_ample_budget_everything_is_resident(roomy: Engine, engine: Engine) -> None:
+    assert torch.equal(roomy.generate(PROMPT, seed=1, **SIZE), engine.generate(PROMPT, seed=1, **SIZE))
+    assert roomy.plan is not None
+    assert not roomy.plan.streamed
+    assert roomy.plan.peak <= AMPLE * GB
+
+
+def test_pieces_are_sized_as_they_turn_out(roomy: Engine) -> None:
+    assert {piece.name: piece.nbytes for piece in roomy._model.pieces} == {
+        unit.name: unit.nbytes for unit in roomy._model.units
+    }
+
+
+def test_every_placement_draws_the_same_bit_for_bit(roomy: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    latents: list[torch.Tensor] = []
+    draw = dict(seed=3, on_step=lambda i, n, clean: latents.append(clean) if i == n else None, **SIZE)
+    pictures = [roomy.generate(PROMPT, **draw)]
+    tried = placements(roomy._model.pieces)
+    for streamed in (*tried, *reversed(tried)):
+        with monkeypatch.context() as context:
+            context.setattr(room, "plan", lambda p, demand, limit, keep, s=streamed: Plan(tuple(p), demand, s, 1))
+            roomy._conditioner._cache.clear()
+            pictures.append(roomy.generate(PROMPT, **draw))
+        assert {unit.name for unit in roomy._model.units if unit.device is None} == streamed
+    assert len(set(tried)) == len(tried) > 4
+    assert all(torch.equal(pictures[0], picture) for picture in pictures)
+    assert all(torch.equal(latents[0], last) for last in latents)
+
+
+def test_a_model_loaded_small_draws_the_same(tiny_dir: Path, roomy: Engine) -> None:
+    demand = roomy._demand(roomy.native_size, roomy.native_size, 1)
+    least = smallest_budget(roomy._model.pieces, demand)
+    with load_flux_schnell(tiny_dir, device="cpu", vram_budget=least / GB) as small:
+        assert small.plan is not None
+        assert {"modulation", "clip", "t5"}.isdisjoint(piece.group for piece in small.plan.resident)
+        assert any(piece.group == BLOCKS for piece in small.plan.pieces if piece.name in small.plan.streamed)
+        assert torch.equal(small.generate(PROMPT, seed=1, **SIZE), roomy.generate(PROMPT, seed=1, **SIZE))
+
+
+def test_batches_are_drawn_in_slices(roomy: Engine, engine: Engine) -> None:
+    seen = []
+    narrow(roomy, 3)
+    pictures = roomy.generate(PROMPT, seed=5, batch_size=3, on_step=lambda *step: seen.append(step), **SIZE)
+    assert roomy.plan.slice == 1
+    singles = torch.cat([engine.generate(PROMPT, seed=seed, **SIZE) for seed in (5, 6, 7)])
+    assert torch.equal(pictures, singles)  # one at a time is what a single picture is
+    assert [(i, n, len(clean)) for i, n, clean in seen] == [(i, 4, 3) for i in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize("budget", [0, -1, math.nan, math.inf, -math.inf])
+def test_impossible_budgets_are_refused(budget: float) -> None:
+    with pytest.raises(VortexInputError, match=r"vram_budget must be more than 0 GB, and finite, not "):
+        load_flux_schnell("tiny", device="cpu", vram_budget=budget)
+
+
+@pytest.mark.parametrize("budget", ["6.5", True, [6.5]])
+def test_budgets_are_numbers(budget: object) -> None:
+    with pytest.raises(VortexInputError, match=r"number of GB \(10\^9 bytes\), such as 6.5, not "):
+        load_flux_schnell("tiny", device="cpu", vram_budget=budget)
+
+
+def test_a_budget_larger_than_the_card_is_refused() -> None:
+    with pytest.raises(VortexInputError, match=r"is 13 GB, but the card has 12.00 GB. Name at most 11.0"):
+        check_budget(13, 12 * 10**9)
+    assert check_budget(12, 12 * 10**9) == 12 * 10**9
+
+
+def test_the_default_budget_suits_the_card() -> None:
+    assert check_budget(None, None) is None
+    assert check_budget(None, 24 * 10**9) == 6.5e9
+    assert check_budget(None, 6 * 10**9) == 5e9
+
+
+def test_a_budget_too_small_says_what_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "fill", lambda *a: pytest.fail("read before refusing"))
+    with pytest.raises(
+        VortexInputError, match=r"0.01 GB is too small for tiny-schnell.* 128 x 128 takes 0\.\d+ GB, 64"
+    ):
+        load_flux_schnell("tiny", device="cpu", vram_budget=0.01)
+
+
+def test_a_picture_too_large_is_refused_before_any_work(roomy: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow(roomy)
+    with monkeypatch.context() as context:
+        context.setattr(type(roomy._conditioner), "__call__", lambda *a: pytest.fail("worked before refusing"))
+        with pytest.raises(
+            MemoryPressureError, match=r"not fit: 1 of 2048 x 1024.*\(.*workspace.*smallest budget"
+        ) as error:
+            roomy.generate(PROMPT, seed=1, height=1024, width=2048)
+    assert error.value.needed > error.value.available == roomy.budget
+    assert sum(error.value.breakdown.values()) == error.value.needed
+    assert roomy.generate(PROMPT, seed=1, **SIZE).isfinite().all()
+
+
+class Card:
+    """The free memory of a card, for an engine that believes to be on one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, free: float) -> None:
+        self.free = free
+        monkeypatch.setattr(room, "available", lambda device, own=0: self.free)
+        monkeypatch.setattr(loading, "available", lambda device, own=0: self.free)
+
+
+def test_what_others_took_tightens_the_plan(roomy: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = roomy.generate(PROMPT, seed=1, **SIZE)
+    least = smallest_budget(roomy._model.pieces, roomy._demand(*SIZE.values(), 1))
+    card = Card(monkeypatch, least)
+    with pytest.warns(MemoryPressureWarning, match=r"0.00 GB left at the peak of 0\.\d+ GB"):
+        assert torch.equal(roomy.generate(PROMPT, seed=1, **SIZE), expected)
+    assert roomy.plan.peak <= least
+    card.free = least - 1
+    with pytest.raises(MemoryPressureError, match="does not fit"):
+        roomy.generate(PROMPT, seed=1, **SIZE)
+    card.free = AMPLE * GB
+    assert torch.equal(roomy.generate(PROMPT, seed=1, **SIZE), expected)
+
+
+def test_a_card_without_room_is_said_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    Card(monkeypatch, free=10**7)
+    monkeypatch.setattr(loading, "fill", lambda *a: pytest.fail("read before refusing"))
+    monkeypatch.setattr(loading, "snapshot", lambda device: Snapshot(0, 0, None, free=10**7, total=8 * 10**9))
+    monkeypatch.setattr(loading, "holders", lambda device: [Holder(4711, 7 * 10**9), Holder(1, None)])
+    with pytest.raises(
+        VortexInitializationError,
+        match=r"not enough VRAM to load on cpu: process 4711 holds 7.00 GB \(needed 0\.\d+ GB, free 0.01 GB, total",
+    ):
+        load_flux_schnell("tiny", device="cpu", vram_budget=AMPLE)
+
+
+def out_of_memory_at(engine: Engine, monkeypatch: pytest.MonkeyPatch, times: int) -> list[Plan]:
+    """Have the decoder run out of memory so often; the plans that were tried."""
+    plans: list[Plan] = []
+    forward = engine._decoder.forward
+
+    def decode(*arguments: object) -> Iterator[torch.Tensor]:
+        plans.append(engine.plan)
+        if len(plans) <= times:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(*arguments)
+
+    monkeypatch.setattr(engine._decoder, "forward", decode)
+    return plans
+
+
+def test_running_out_of_memory_once_is_survived_with_a_tighter_plan(
+    roomy: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = roomy.generate(PROMPT, seed=1, **SIZE)
+    plans = out_of_memory_at(roomy, monkeypatch, times=1)
+    assert torch.equal(roomy.generate(PROMPT, seed=1, **SIZE), expected)
+    assert plans[1].peak < plans[0].peak
+
+
+def test_running_out_of_memory_twice_is_an_error_and_the_engine_goes_on(
+    roomy: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = roomy.generate(PROMPT, seed=1, **SIZE)
+    with monkeypatch.context() as context:
+        plans = out_of_memory_at(roomy, context, times=2)
+        with pytest.raises(MemoryPressureError, match=r"ran out, twice: 1 of 96 x 64: needed") as error:
+            roomy.generate(PROMPT, seed=1, **SIZE)
+    assert isinstance(error.value.__cause__, torch.OutOfMemoryError)
+    assert len(plans) == 2
+    assert torch.equal(roomy.generate(PROMPT, seed=1, **SIZE), expected)
+
+
+def test_running_out_of_memory_while_moving_offloads(roomy: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = roomy.generate(PROMPT, seed=1, **SIZE)
+    narrow(roomy)
+    roomy.generate(PROMPT, seed=1, **SIZE)
+    roomy._room.budget = int(AMPLE * GB)
+
+    def full(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as context:
+        context.setattr(type(roomy._model.units[-1]), "to_device", full)
+        with pytest.raises(MemoryPressureError, match="Memory ran out: 1 of 96 x 64"):
+            roomy.generate(PROMPT, seed=1, **SIZE)
+    assert not roomy.resident
+    assert torch.equal(roomy.generate(PROMPT, seed=1, **SIZE), expected)
+    assert roomy.resident
+
+
+def test_offloading_and_resuming_draws_the_same(roomy: Engine) -> None:
+    expected = roomy.generate(PROMPT, seed=1, **SIZE)
+    before = roomy._room.components
+    assert sum(before.values()) > 10**6
+    roomy._room.offload()
+    assert not any(roomy._room.components.values())
+    roomy.resume()
+    assert roomy._room.components == before
+    roomy._conditioner._cache.clear()
+    assert torch.equal(roomy.generate(PROMPT, seed=1, **SIZE), expected)
+
+
+def test_threads_take_turns_within_a_budget(roomy: Engine) -> None:
+    narrow(roomy)
+    expected = {seed: roomy.generate(PROMPT, seed=seed, **SIZE) for seed in (1, 2)}
+    drawn: dict[int, torch.Tensor] = {}
+    threads = [
+        threading.Thread(target=lambda s=seed: drawn.update({s: roomy.generate(PROMPT, seed=s, **SIZE)}))
+        for seed in expected
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(drawn[seed], picture) for seed, picture in expected.items())
+
+
+def test_latents_decode_as_they_were_drawn(roomy: Engine) -> None:
+    seen = []
+    picture = roomy.generate(PROMPT, seed=1, on_step=lambda i, n, clean: seen.append(clean), **SIZE)
+    assert torch.equal(roomy.decode(seen[-1]), picture)
+
+
+def test_latents_of_other_sizes_decode_within_a_budget(roomy: Engine, engine: Engine) -> None:
+    latents = torch.randn(1, 16, 9, 11, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(roomy.decode(latents), engine.decode(latents))
+
+
+def test_a_new_limit_holds_from_the_next_call_on(roomy: Engine) -> None:
+    roomy.generate(PROMPT, seed=1, **SIZE)
+    roomy.limit(0.5)
+    assert roomy.budget == 0.5e9
+    with pytest.raises(VortexInputError, match="more than 0 GB"):
+        roomy.limit(-1)
+    roomy.limit(0.1)
+    with pytest.raises(MemoryPressureError, match="does not fit"):
+        roomy.generate(PROMPT, seed=1, **SIZE)
+
+
+def test_an_unloaded_engine_holds_nothing(tiny_dir: Path) -> None:
+    gone = load_flux_schnell(tiny_dir, device="cpu", vram_budget=AMPLE)
+    gone.unload()
+    assert (gone.resident, gone.device_bytes, gone.offload()) == (False, 0, 0)
+    for ask in ("budget", "plan", "ledger", "pinned_bytes"):
+        with pytest.raises(VortexInputError, match="was unloaded"):
+            getattr(gone, ask)
+
+
+@pytest.mark.parametrize(("leftover", "emptied"), [(0, 0), (40 * 10**6, 0), (80 * 10**6, 1)])
+def test_what_other_sizes_left_cached_goes_where_it_does_not_fit(
+    roomy: Engine, monkeypatch: pytest.MonkeyPatch, leftover: int, emptied: int
+) -> None:
+    roomy.generate(PROMPT, seed=1, **SIZE)
+    made, space, calls = roomy.plan, roomy._room.placement.workspace, []
+    monkeypatch.setattr(space, "nbytes", made.workspace)
+    mine = sum(roomy._room.components.values())
+    foreign = 10**9
+    reserved = made.peak - SLACK + leftover + foreign
+    monkeypatch.setattr(room, "snapshot", lambda *a, **k: Snapshot(mine + foreign, reserved, None, 0, 0))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append(1))
+    roomy._room._tidy(made)
+    assert len(calls) == emptied
+
+
+def test_the_cap_is_the_budget_beside_what_is_there(roomy: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int | None] = []
+    monkeypatch.setattr(room, "cap_process", lambda device, nbytes: told.append(nbytes))
+    monkeypatch.setattr(room, "snapshot", lambda device: Snapshot(0, 10**9, None, 0, 0))
+    roomy._room.cap()  # on the CPU there is nothing to cap
+    assert told == []
+    monkeypatch.setattr(roomy._room, "device", torch.device("cuda", 0))
+    roomy._room.cap()
+    roomy._room.uncap()
+    roomy._room.uncap()
+    assert told == [10**9 + AMPLE * GB, None]
+
+
+def test_what_was_not_planned_is_said(roomy: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    reserved = iter((10**9, 2 * 10**9, 2 * 10**9))
+    monkeypatch.setattr(room, "snapshot", lambda *a, **k: Snapshot(10**9, next(reserved), None, 0, 0))
+    with pytest.warns(MemoryPressureWarning, match=r"reserve 1.00 GB more, which was not planned; now.*cached 1.00"):
+        roomy.generate(PROMPT, seed=1, **SIZE)

@@ -1,0 +1,71 @@
+"""What a call allocates, told by `meta` tensors: the same as real ones take."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import T5Config, T5EncoderModel
+
+from vortex_core import Engine, sampling
+from vortex_core.allocator import MIB
+from vortex_core.footprint import META, footprint
+from vortex_core.spec import T5_TOKENS, T5_XXL, FluxSpec
+from vortex_core.text import T5
+from vortex_core.transformer import Transformer
+
+
+def ones(mib: int, device: torch.device = META) -> Tensor:
+    return torch.ones(mib * MIB // 4, device=device)
+
+
+def test_what_lives_together_adds_up_and_what_is_gone_makes_room() -> None:
+    def chain() -> Tensor:
+        x = ones(10) + 1  # 20: the sum and its source
+        x = x * 2  # the source is gone, so 20 again
+        return x.view(-1, 2).sum(1)  # a view takes nothing; 15
+
+    assert footprint(chain) == 20 * MIB
+    given = ones(100)
+    assert footprint(lambda: given.mul_(2)) == 0  # in place, on what was there before
+    assert footprint(lambda: given + 1) == 100 * MIB
+
+
+def test_kernels_own_memory_is_counted_where_it_matters() -> None:
+    with META:
+        conv = nn.Conv2d(4, 4, 3, padding=1, dtype=torch.bfloat16).requires_grad_(False)
+        x = torch.empty(1, 4, 1024, 1024, dtype=torch.bfloat16)  # 8 MiB
+        q = torch.empty(1, 24, 4096, 128, dtype=torch.bfloat16)  # 24 MiB
+        wide = torch.empty(1, 1, 4096, 512, dtype=torch.bfloat16)  # 4 MiB, 8 in fp32
+    assert footprint(lambda: conv(x)) // MIB == 8 + 16 + 2  # the output, and both sides in another layout
+    assert footprint(lambda: F.scaled_dot_product_attention(q, q, q)) // MIB == 24 + 4  # small statistics beside it
+    assert footprint(lambda: F.scaled_dot_product_attention(wide, wide, wide)) // MIB == 4 + 8
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_meta_tensors_take_what_real_ones_take(engine: Engine, batch: int) -> None:
+    spec: FluxSpec = engine._spec
+
+    def steps(device: torch.device) -> int:
+        with device:
+            transformer = Transformer(spec).requires_grad_(False)
+
+        def draw() -> None:
+            with device:
+                img, txt = torch.zeros(batch, 1024, spec.in_channels), torch.zeros(1, 256, spec.hidden)
+                table = torch.zeros(2, spec.modulation_rows, spec.hidden)
+                cos, sin = torch.zeros(2, 1280, spec.head_dim // 2)
+            sampling.denoise(transformer, img, txt, table, (cos, sin))
+
+        return footprint(draw)
+
+    assert steps(META) == steps(torch.device("cpu")) > 20 * MIB
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_t5_takes_no_more_than_is_told(attention: str) -> None:
+    config = T5Config.from_dict({**T5_XXL, "num_layers": 2}, attn_implementation=attention)
+    with META:
+        model = T5EncoderModel(config).bfloat16().eval().requires_grad_(False).encoder
+        embedded = torch.empty(1, T5_TOKENS, T5_XXL["d_model"], dtype=torch.bfloat16)
+    measured = footprint(lambda: model(inputs_embeds=embedded).last_hidden_state)
+    assert 0.3 < measured / T5({**T5_XXL, "num_layers": 1}).working_bytes < 0.9

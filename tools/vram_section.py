@@ -1,0 +1,154 @@
+"""What the sections of vram_contract.py measure with, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vortex_core import Engine
+from vortex_core.planner import cost
+
+GB = 1e9
+PROMPT = "a red circle on a white background"
+MARK = "CONTRACT "  # before a row that a section's process prints
+
+
+class Section:
+    """What a section's process has: a device, sizes, and where rows go."""
+
+    def __init__(self, model: str, device: str, cache: str | None) -> None:
+        self.model, self.device, self.cache = model, torch.device(device), cache
+        self.cuda = self.device.type == "cuda"
+        self.context = 0
+        if self.cuda:
+            self.device = torch.device("cuda", self.device.index or 0)
+            self.total = torch.cuda.mem_get_info(self.device)[1]
+            self.context = self.total - torch.cuda.mem_get_info(self.device)[0]
+
+    def size(self, side: int) -> int:
+        """On the CPU an eighth of it, so that a rehearsal is short."""
+        return side if self.cuda else max(64, side // 8)
+
+    def gb(self, budget: float) -> float:
+        """On the CPU the miniature's share of it."""
+        return budget if self.cuda else budget / 20
+
+    def cap(self, size: float) -> None:
+        """Have the process see a card of `size` bytes, as far as torch's allocator goes."""
+        if self.cuda:
+            torch.cuda.set_per_process_memory_fraction(min(1.0, size / self.total), self.device)
+
+    def load(self, budget: float | None, **options: Any) -> Any:
+        return Engine.load(self.model, device=self.device, vram_budget=budget, cache_dir=self.cache, **options)
+
+    def reserved(self) -> int:
+        return torch.cuda.memory_reserved(self.device) if self.cuda else 0
+
+    def allocated(self) -> int:
+        return torch.cuda.memory_allocated(self.device) if self.cuda else 0
+
+    def peak(self, counter: str = "reserved") -> int:
+        return getattr(torch.cuda, f"max_memory_{counter}")(self.device) if self.cuda else 0
+
+    def reset(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def draw(self, engine: Any, side: int, batch: int = 1, prompt: Any = PROMPT, **options: Any) -> Any:
+        side = self.size(side)
+        return engine.generate(prompt, seed=1, height=side, width=side, batch_size=batch, **options)
+
+    def ms(self, work: Callable[[], object], repeats: int = 5) -> float:
+        """Median milliseconds after one to warm up."""
+        times = []
+        for _ in range(repeats + 1):
+            if self.cuda:
+                torch.cuda.synchronize(self.device)
+            started = time.perf_counter()
+            work()
+            if self.cuda:
+                torch.cuda.synchronize(self.device)
+            times.append((time.perf_counter() - started) * 1e3)
+        return statistics.median(times[1:])
+
+    def row(self, promise: str, found: Any, holds: bool | None, **figures: Any) -> None:
+        """Tell whether a promise holds; None where this device cannot tell."""
+        holds = None if holds is None or not self.cuda else bool(holds)
+        row = {"promise": promise, "found": str(found), "holds": holds, **figures}
+        print(MARK + json.dumps(row), flush=True)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Part of a section; an error in it is a broken promise, and the next part runs."""
+        started = time.perf_counter()
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            print(
+                MARK + json.dumps({"promise": name, "found": f"{type(error).__name__}: {error}"[:400], "holds": False})
+            )
+        print(f"  {name}: {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
+
+
+def host_memory() -> dict[str, float]:
+    """This process' resident memory in GB: now, its most, and what of it is file mappings and shared memory."""
+    status = Path("/proc/self/status").read_text()
+    found = {
+        key: re.search(rf"{key}:\s+(\d+) kB", status)
+        for key in ("VmRSS", "VmHWM", "RssFile", "RssShmem", "VmPin", "VmLck")
+    }
+    return {key: int(match[1]) * 1024 / GB for key, match in found.items() if match}
+
+
+class HostPeak:
+    """The most anonymous memory (what is no file, no shared mapping) this process had while it is entered, sampled."""
+
+    def __enter__(self) -> HostPeak:
+        self.anonymous = self.resident = 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        return self
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.02):
+            now = host_memory()
+            self.resident = max(self.resident, now["VmRSS"])
+            self.anonymous = max(self.anonymous, now["VmRSS"] - now.get("RssFile", 0) - now.get("RssShmem", 0))
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def compared(plan: Any, measured: int) -> str:
+    """A predicted and a measured peak."""
+    return f"{plan.peak / GB:.3f} against {measured / GB:.3f} GB, {plan.peak / max(1, measured) - 1:+.2%}"
+
+
+def plan_cost(s: Section, engine: Any, step_ms: float = 0.0) -> dict[str, float]:
+    """What the plan says streaming costs here, at this machine's own rate of copies."""
+    found = cost(engine.plan, rate=copy_rate(s), steps=4, step_ms=step_ms)
+    return {"rate_gb_s": copy_rate(s) / GB, "prompt_ms": found.prompt, "picture_ms": found.picture}
+
+
+def copy_rate(s: Section) -> float:
+    """Bytes a second from pinned host memory to the device."""
+    if not hasattr(s, "rate"):
+        source = torch.empty(2**27, dtype=torch.uint8, pin_memory=s.cuda)
+        target = torch.empty(2**27, dtype=torch.uint8, device=s.device)
+        s.rate = 2**27 / s.ms(lambda: target.copy_(source, non_blocking=True)) * 1e3
+    return s.rate

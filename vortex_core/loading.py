@@ -1,0 +1,194 @@
+"""From files to a placed model: what is checked before anything is read, and how weights arrive unit by unit."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .checkpoint.bundle import Bundle
+from .checkpoint.cache import Cache
+from .checkpoint.files import SafetensorsFiles
+from .checkpoint.materialize import Target
+from .checkpoint.tensors import Stored
+from .device import resolve_device
+from .errors import GB, VortexInitializationError, VortexInputError
+from .linear import Backend, choose_backend
+from .model import Model, Sources
+from .placement import Placement
+from .planner import Plan, plan, smallest_budget
+from .text import HOST
+from .vram import available, holders, snapshot
+
+log = logging.getLogger(__name__)
+
+OnLoad = Callable[[int, int], None]
+QUANTIZATIONS = ("nf4", "none")
+DEFAULT_BUDGET = 6.5 * GB
+MAPPED = 0.5 * GB  # read from mapped files before they are mapped anew
+CONTEXT = 1 * GB  # what a card needs besides: the CUDA context, the desktop
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """How a model is to be loaded, checked. `backend` None: 16-bit weights. `budget` None: no VRAM to budget."""
+
+    device: torch.device
+    quantization: str
+    dtype: torch.dtype
+    backend: Backend | None
+    budget: int | None
+
+    @classmethod
+    def check(
+        cls,
+        device: str | torch.device | None,
+        quantization: str,
+        dtype: torch.dtype | None,
+        backend: str | None,
+        vram_budget: float | None,
+    ) -> Setup:
+        """Check `Engine.load`'s options; takes no memory. Raises `VortexInputError` and `VortexDeviceError`."""
+        where = resolve_device(device)
+        if quantization not in QUANTIZATIONS:
+            raise VortexInputError(f"Unknown quantization {quantization!r}; choose from {', '.join(QUANTIZATIONS)}.")
+        total = snapshot(where).total if where.type == "cuda" else None
+        return cls(
+            device=where,
+            quantization=quantization,
+            dtype=dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32),
+            budget=check_budget(vram_budget, total),
+            backend=choose_backend(where, backend) if quantization == "nf4" else None,
+        )
+
+
+def check_budget(vram_budget: object, total: int | None) -> int | None:
+    """The budget in bytes of one in GB (None: 6.5, or what a smaller card leaves), for a card of `total` bytes.
+
+    `total` None is a device without VRAM, where a budget is taken only if it is asked for. Raises `VortexInputError`.
+    """
+    if vram_budget is None:
+        return None if total is None else int(min(DEFAULT_BUDGET, max(total - CONTEXT, total / 2)))
+    if isinstance(vram_budget, bool) or not isinstance(vram_budget, (int, float)):
+        raise VortexInputError(f"vram_budget is a number of GB (10^9 bytes), such as 6.5, not {vram_budget!r}.")
+    if not math.isfinite(vram_budget) or vram_budget <= 0:
+        raise VortexInputError(f"vram_budget must be more than 0 GB, and finite, not {vram_budget}.")
+    if total is not None and vram_budget * GB > total:
+        raise VortexInputError(
+            f"vram_budget is {vram_budget:g} GB, but the card has {total / GB:.2f} GB. Name at most "
+            f"{(total - CONTEXT) / GB:.1f}, which leaves 1 GB for the CUDA context and the desktop."
+        )
+    return int(vram_budget * GB)
+
+
+def first_plan(name: str, model: Model, setup: Setup) -> Plan | None:
+    """The plan for one picture at the model's native size, or at the largest that fits; None without a budget.
+
+    Raises `VortexInputError` where the budget is too small for any, and `VortexInitializationError` where the card
+    has not got that much left.
+    """
+    if setup.budget is None:
+        return None
+    side = model.vae.sample_size
+    sides = [side, *(smaller for smaller in (512, 256, 64) if smaller < side)]
+    demands = [model.demand(side, side, 1, backend=setup.backend) for side in sides]
+    made = next((found for demand in demands if (found := plan(model.pieces, demand, setup.budget))), None)
+    if made is None:
+        needs = [f"{d.width} x {d.height} takes {smallest_budget(model.pieces, d) / GB:.2f} GB" for d in demands]
+        raise VortexInputError(
+            f"A VRAM budget of {setup.budget / GB:g} GB is too small for {name}, even with all weights in host memory: "
+            f"{', '.join(needs)}."
+        )
+    room = available(setup.device)
+    if room is not None and made.peak > room:
+        raise out_of_memory("There is not enough VRAM to load", setup.device, made)
+    return made
+
+
+def fill(
+    model: Model,
+    bundle: Bundle,
+    setup: Setup,
+    made: Plan | None,
+    placement: Placement,
+    on_progress: OnLoad | None,
+    cache: Cache | None,
+) -> None:
+    """Read every weight to where the plan wants it, unit by unit: host memory holds about one unit besides.
+
+    Raises `VortexCheckpointError` before any device memory is taken, and torch's `OutOfMemoryError`.
+    """
+    sources = {kind: part.tensors for kind, part in bundle.parts.items()}
+    files = [part.stored.raw for part in bundle.parts.values()]
+    done, total, mapped = 0, model.check(sources), 0
+
+    def progress(count: int) -> None:
+        nonlocal done, mapped
+        done, mapped = done + count, mapped + count
+        if mapped > MAPPED:
+            mapped = 0
+            for file in files:
+                if isinstance(file, SafetensorsFiles):
+                    file.forget()
+        if on_progress is not None:
+            on_progress(min(done, total), total)
+
+    target = Target(setup.device, setup.dtype, setup.backend, progress)
+    if made is not None:
+        # what quantizing takes on the way fits into what drawing will take
+        placement.workspace.reserve(made.workspace)
+    with placement.workspace.use():
+        if cache is not None and setup.backend is not None:
+            # a part that must be quantized first is read once for that, and its result once more
+            total += sum(part.nbytes for kind, part in bundle.parts.items() if cache.lacks(part, kind))
+            named = {"transformer": [(model.transformer, ""), (model.modulation, "")], "t5": model.t5.modules}
+            sources |= {kind: cache.quantized(bundle.parts[kind], kind, parts, target) for kind, parts in named.items()}
+            files += [kept.raw for kept in sources.values() if isinstance(kept, Stored)]
+            total = done + model.check(sources)
+        model.t5.load_table(sources["t5"], target)
+        model.clip.load_table(sources["clip"], target)
+        if made is None:
+            for unit in model.units:
+                model.read(unit, sources, target, setup.device)
+        else:
+            _place(model, sources, target, made, placement)
+    placement.workspace.release()
+
+
+def _place(model: Model, sources: Sources, target: Target, made: Plan, placement: Placement) -> None:
+    memory = placement.host_memory(made.hosted)
+    for unit in model.units:
+        streams = unit.name in made.streamed
+        model.read(unit, sources, target, HOST if streams else target.device)
+        size = unit.measure()
+        if streams:
+            unit.settle(host=memory.take(size))
+        else:
+            with placement.workspace.outside():
+                buffer = torch.empty(size, dtype=torch.uint8, device=target.device)
+            unit.settle(device=buffer)
+    placement.start(made.streamed)
+
+
+def out_of_memory(message: str, device: torch.device, made: Plan | None) -> VortexInitializationError:
+    """The error of a load that does not fit: what it takes, who holds the rest, and what would fit."""
+    memory = snapshot(device)
+    others = [h for h in holders(device) if h.pid != os.getpid() and h.nbytes]
+    held = "; ".join(f"process {h.pid} holds {(h.nbytes or 0) / GB:.2f} GB" for h in others)
+    remedy = "Close other programs that use the card (`nvidia-smi` lists them) or unload other models, and retry."
+    if made is not None:
+        least = smallest_budget(made.pieces, made.demand)
+        size = f"{made.demand.width} x {made.demand.height}"
+        remedy += f" The smallest vram_budget that draws {size} is {least / GB:.2f} GB."
+    return VortexInitializationError(
+        f"{message} on {device}" + (f": {held}" if held else ""),
+        needed=None if made is None else made.peak,
+        free=memory.free,
+        total=memory.total,
+        allocated=memory.allocated,
+        remedy=remedy,
+    )

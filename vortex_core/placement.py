@@ -1,0 +1,95 @@
+"""Where an engine's weights and working memory are at the moment, and how they move."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from .planner import ALWAYS, BLOCKS, PROMPT
+from .residency import HostMemory, Stager, Unit
+from .workspace import Workspace
+
+log = logging.getLogger(__name__)
+
+
+class Placement:
+    """Units on a device, with the memory that calls work in.
+
+    `prompt` and `steps` bring the units that stream, at prompt time and at step time. `streamed` names them; None
+    while all is offloaded.
+    """
+
+    def __init__(self, units: Sequence[Unit], device: torch.device) -> None:
+        self.units = list(units)
+        self.device = device
+        self.workspace = Workspace(device)
+        self.streamed: frozenset[str] | None = None
+        self.prompt = self.steps = Stager([], device)
+        self._host: list[HostMemory] = []
+
+    @property
+    def resident_bytes(self) -> dict[str, int]:
+        """Bytes on the device by group, and of the workspace."""
+        groups = dict.fromkeys((BLOCKS, *ALWAYS, *PROMPT), 0)
+        for unit in self.units:
+            groups[unit.group] += unit.nbytes if unit.device is not None else 0
+        return groups | {"workspace": self.workspace.nbytes}
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Host memory that is pinned."""
+        return sum(memory.pinned for memory in self._host)
+
+    def host_memory(self, size: int) -> HostMemory:
+        """Memory for units that stream, pinned if they stream to a GPU."""
+        memory = HostMemory(size, pin=self.device.type == "cuda")
+        self._host.append(memory)
+        return memory
+
+    def place(self, streamed: frozenset[str]) -> None:
+        """Have exactly `streamed` stream. Raises torch's `OutOfMemoryError`, with some units still to arrive."""
+        if streamed == self.streamed:
+            return
+        leaving = [unit for unit in self.units if unit.name in streamed and unit.device is not None]
+        arriving = [unit for unit in self.units if unit.name not in streamed and unit.device is None]
+        self._stop()
+        if leaving or arriving:
+            log.info("Moving weights: %s to host memory, %s to %s", _sum(leaving), _sum(arriving), self.device)
+            self.workspace.release()
+        strangers = [unit for unit in self.units if unit.name in streamed and unit.host is None]
+        memory = self.host_memory(sum(unit.nbytes for unit in strangers)) if strangers else None
+        for unit in leaving:
+            unit.to_host(memory)
+        if leaving and self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        for unit in arriving:
+            unit.to_device(self.device)
+        self.start(streamed)
+
+    def start(self, streamed: frozenset[str]) -> None:
+        """Units are where `streamed` says: have those of them stream."""
+        units = [unit for unit in self.units if unit.name in streamed]
+        self.prompt = Stager([unit for unit in units if unit.group in PROMPT], self.device)
+        self.steps = Stager([unit for unit in units if unit.group == BLOCKS], self.device)
+        self.streamed = streamed
+
+    def offload(self) -> None:
+        """Move everything to host memory, for `place` to bring back."""
+        self._stop()
+        self.workspace.release()
+        for unit in self.units:
+            if unit.device is not None:
+                unit.to_host()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _stop(self) -> None:
+        self.prompt.close()
+        self.steps.close()
+        self.streamed = None
+
+
+def _sum(units: Sequence[Unit]) -> str:
+    return f"{sum(unit.nbytes for unit in units) / 1e9:.2f} GB"

@@ -1,0 +1,124 @@
+"""A plan for a card that need not be here: the figures behind `vortex plan`, from a model's sizes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint.bundle import open_bundle
+from .errors import GB, VortexInputError
+from .loading import check_budget
+from .model import Model
+from .planner import ALWAYS, BLOCKS, PROMPT, Plan, cost, plan, smallest_budget
+from .request import Request
+from .spec import CLIP_L, DEFAULT_STEPS, T5_XXL, FluxSpec, VaeSpec
+
+WORDS = {
+    BLOCKS: "step-time blocks",
+    "embedders": "embedders, final layer",
+    "vae": "VAE decoder",
+    "modulation": "modulation",
+    "clip": "CLIP",
+    "t5": "T5",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A part of the model, in bytes: all of it, what stays on the card, what streams."""
+
+    name: str
+    nbytes: int
+    resident: int
+    streamed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A plan in words and figures."""
+
+    plan: Plan
+    budget: int
+
+    @property
+    def rows(self) -> list[Row]:
+        """The model by part, in order of claim."""
+        rows = []
+        for group in (BLOCKS, *ALWAYS, *PROMPT):
+            sizes = {piece.name: piece.nbytes for piece in self.plan.pieces if piece.group == group}
+            streamed = sum(size for name, size in sizes.items() if name in self.plan.streamed)
+            rows.append(Row(WORDS[group], sum(sizes.values()), sum(sizes.values()) - streamed, streamed))
+        return rows
+
+    @property
+    def sentences(self) -> list[str]:
+        """The rest, a line each."""
+        made, demand = self.plan, self.plan.demand
+        stages = ", ".join(f"{name} {size / GB:.2f}" for name, size in made.stages.items())
+        decoded = "an eighth of the picture" if demand.rows is None else f"{demand.rows} rows"
+        batch = f"{demand.batch} pictures, {made.slice} at once" if demand.batch > 1 else "1 picture"
+        return [
+            f"{made.workspace / GB:6.2f} GB  working memory, the largest of: {stages}",
+            f"{sum(demand.fixed) / GB:6.2f} GB  a decoded weight, cuBLAS",
+            f"{demand.pictures / GB:6.2f} GB  {batch} of {demand.width} x {demand.height}, decoded in strips of "
+            f"{decoded}",
+            f"{made.peak / GB:6.2f} GB  predicted peak of torch reserved, of {self.budget / GB:g} GB; "
+            "the CUDA context comes on top",
+            f"{made.hosted / GB:6.2f} GB  pinned host memory",
+        ]
+
+    def costs(self, rate: float, step_ms: float) -> dict[str, float]:
+        """What streaming adds at `rate` bytes a second."""
+        found = cost(self.plan, rate, DEFAULT_STEPS, step_ms)
+        return {"prompt_ms": found.prompt, "picture_ms": found.picture}
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """Everything as numbers, for JSON."""
+        made = self.plan
+        return {
+            "budget": self.budget,
+            "peak": made.peak,
+            "breakdown": made.breakdown,
+            "stages": made.stages,
+            "slice": made.slice,
+            "strip_rows": made.demand.rows,
+            "pinned": made.hosted,
+            "streamed": sorted(made.streamed),
+            "parts": [asdict(row) for row in self.rows],
+        }
+
+
+def propose(
+    vram: float,
+    height: int | None,
+    width: int | None,
+    batch: int,
+    model: str | Path | None,
+    others: Mapping[str, Path | None],
+) -> Proposal:
+    """The plan for `batch` pictures within `vram` GB; `model` None: FLUX.1-schnell as it was released.
+
+    Raises `VortexInputError` where there is none, with the smallest budget that has one.
+    """
+    budget = check_budget(vram, None)
+    assert budget is not None
+    if model is None:
+        whole = Model(FluxSpec(), VaeSpec(), CLIP_L, T5_XXL, torch.bfloat16, quantized=True)
+    else:
+        bundle = open_bundle(model, **others)
+        whole = Model(bundle.flux, bundle.vae, bundle.clip, bundle.t5, torch.bfloat16, quantized=True)
+    side = whole.vae.sample_size
+    request = Request(0, side if height is None else height, side if width is None else width, DEFAULT_STEPS, batch)
+    demand = whole.demand(request.height, request.width, batch)
+    made = plan(whole.pieces, demand, budget)
+    if made is None:
+        raise VortexInputError(
+            f"{budget / GB:g} GB are too little for {batch} of {request.width} x {request.height}, even with "
+            f"all weights in host memory; the smallest budget is {smallest_budget(whole.pieces, demand) / GB:.2f} GB."
+        )
+    return Proposal(made, budget)
