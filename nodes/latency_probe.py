@@ -14,11 +14,12 @@ from .types import ANY, MODEL, Model
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..vortex_core.bench.latency_report import Series
     from ..vortex_core.latency import Latency
 
 
 class LatencyProbe:
-    """Draws the same picture many times and reports the distribution of its duration."""
+    """Draws a prompt many times, each with another seed, and reports the distribution of how long it takes."""
 
     CATEGORY = "Vortex"
     DESCRIPTION = "Measures how long pictures take: warm-up, device synchronization, percentiles, outliers."
@@ -78,23 +79,25 @@ class LatencyProbe:
         warmup: int,
         value: Any = None,
     ) -> tuple[str, str, Tensor, Any]:
-        from ..vortex_core.latency import measure, summarize
+        from ..vortex_core.bench.latency_report import summarize_series
+        from ..vortex_core.bench.pictures import measure
+        from ..vortex_core.bench.workload import Workload
 
         engine = engines.acquire(model)
-        conditioning = engine.encode(prompt, steps)
-
-        def draw() -> None:
-            engine.generate(
-                conditioning, seed=0, width=width, height=height, steps=steps,
-                on_step=lambda *step: host.check_interrupt(),
-            )  # fmt: skip
-
-        report = host.progress(warmup + runs)
-        samples = measure(draw, runs=runs, warmup=warmup, device=engine.device, on_run=lambda done, _: report(done))
-        latency = summarize(samples)
+        workload = Workload(width, height, steps, iterations=runs, warmup=warmup, cold=0, prompts=(prompt,))
+        report = host.progress(workload.total)
+        samples = list(
+            measure(engine, workload, lambda done, total: report(done), on_step=lambda *step: host.check_interrupt())
+        )
+        series = summarize_series(samples)
         what = f"{model.name}, {width} x {height}, {steps} steps, on {device_name(engine.device)}"
-        figures = {"what": what, "seconds": samples, **latency.as_dict()}
-        return describe(what, latency), json.dumps(figures), picture(what, samples, latency), value
+        figures = {
+            "what": what,
+            "seconds": [sample.seconds for sample in samples],
+            **series.whole.as_dict(),
+            "phases": {name: phase.as_dict() for name, phase in series.phases.items()},
+        }
+        return describe(what, series), json.dumps(figures), picture(what, figures["seconds"], series.whole), value
 
 
 def device_name(device: Any) -> str:
@@ -104,14 +107,16 @@ def device_name(device: Any) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
 
 
-def describe(what: str, latency: Latency) -> str:
+def describe(what: str, series: Series) -> str:
     """The figures as text."""
+    latency = series.whole
     lines = [what, f"{latency.count} runs: mean {ms(latency.mean)}, deviation {ms(latency.deviation)}"]
-    lines += [
-        f"P{p.q:<5g}{ms(p.seconds):>12}   rests on {p.support} of {latency.count} samples" for p in latency.percentiles
-    ]
+    for p in latency.percentiles:
+        remark = "" if p.supported else ", too few to tell"
+        lines.append(f"P{p.q:<5g}{ms(p.seconds):>12}   rests on {p.support} of {latency.count} samples{remark}")
     outliers = ", ".join(f"run {i + 1} ({ms(seconds)})" for i, seconds in latency.outliers)
     lines.append(f"Beyond 3 sigma: {outliers or 'none'}")
+    lines.append("Medians: " + ", ".join(f"{name} {ms(p.percentile(50).seconds)}" for name, p in series.phases.items()))
     return "\n".join(lines)
 
 
@@ -122,5 +127,6 @@ def ms(seconds: float) -> str:
 
 def picture(what: str, samples: list[float], latency: Latency) -> Tensor:
     """The histogram as IMAGE."""
-    marks = [(p.seconds * 1e3, f"P{p.q:g} {ms(p.seconds)}") for p in latency.percentiles if p.q in (50, 95, 99)]
-    return plot.histogram(what, [sample * 1e3 for sample in samples], marks, "milliseconds")
+    from ..vortex_core.bench.plots import percentile_marks
+
+    return plot.histogram(what, [sample * 1e3 for sample in samples], percentile_marks(latency), "milliseconds")

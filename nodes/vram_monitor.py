@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import time
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from . import host, plot
-from .recorder import Sample, reader, recorder
+from .recorder import recorder
 from .types import ANY
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from ..vortex_core.vram import Snapshot
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ COUNTERS = {
     "allocated": "torch allocated",
     "reserved": "torch reserved",
     "process": "this process (NVML)",
-    "device": "whole card (NVML)",
+    "device": "whole card",
 }
 LIMIT = {"default": 0.0, "min": 0.0, "max": 1000.0, "step": 0.1}
 
@@ -70,14 +71,16 @@ class VRAMMonitor:
     def monitor(
         self, value: Any, soft_limit: float, hard_limit: float, reset_peak: bool
     ) -> dict[str, Any] | tuple[Any, str, str, Tensor]:
+        from ..vortex_core.vram import snapshot
+
         device = host.device()
         if device.type != "cuda":
             text = "No NVIDIA GPU: ComfyUI runs on the CPU here, so there is no VRAM to measure."
             figures = {"device": str(device), "status": "no gpu", "report": text}
             return value, text, json.dumps(figures), plot.timeline("VRAM: no NVIDIA GPU here", {})
         recorder.begin(device, reset=False)  # where the host does not ask IS_CHANGED, from here on
-        now = reader(device)()
-        figures = measure(device, now, soft_limit, hard_limit)
+        samples = [*recorder.samples, (time.perf_counter(), snapshot(device))]
+        figures = measure(device, [counters(sample) for _, sample in samples], soft_limit, hard_limit)
         text = report(figures)
         if figures["status"] == "over the hard limit":
             from ..vortex_core.errors import VortexError
@@ -85,22 +88,33 @@ class VRAMMonitor:
             raise VortexError(f"VRAM Monitor stops the run.\n{text}")
         if figures["status"] != "ok":
             log.warning(text)
-        return value, text, json.dumps(figures), picture(figures, [*recorder.samples, now], soft_limit, hard_limit)
+        return value, text, json.dumps(figures), picture(figures, samples, soft_limit, hard_limit)
 
 
-def measure(device: torch.device, now: Sample, soft_limit: float, hard_limit: float) -> dict[str, Any]:
-    """All figures in bytes, and how they stand to the limits in GB."""
+def counters(sample: Snapshot) -> dict[str, int | None]:
+    """Bytes by the names of `COUNTERS`."""
+    return {
+        "allocated": sample.allocated,
+        "reserved": sample.reserved,
+        "process": sample.process,
+        "device": sample.total - sample.free,
+    }
+
+
+def measure(
+    device: torch.device, samples: list[dict[str, int | None]], soft_limit: float, hard_limit: float
+) -> dict[str, Any]:
+    """All figures in bytes, and how they stand to the limits in GB. The last of `samples` is now."""
     import torch
 
-    samples = [*recorder.samples, now]
-    peak = {name: max((getattr(s, name) or 0 for s in samples), default=0) or None for name in COUNTERS}
+    peak = {name: max(sample[name] or 0 for sample in samples) or None for name in COUNTERS}
     # torch keeps its own peaks, which no sampling interval can miss
     peak["allocated"] = torch.cuda.max_memory_allocated(device)
     peak["reserved"] = torch.cuda.max_memory_reserved(device)
     return {
         "device": torch.cuda.get_device_name(device),
         "total": torch.cuda.mem_get_info(device)[1],
-        "now": {name: asdict(now)[name] for name in COUNTERS},
+        "now": samples[-1],
         "peak": peak,
         "samples": len(samples),
         "soft_limit": soft_limit * GB,
@@ -131,11 +145,14 @@ def report(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def picture(figures: dict[str, Any], samples: list[Sample], soft_limit: float, hard_limit: float) -> Tensor:
+def picture(
+    figures: dict[str, Any], samples: list[tuple[float, Snapshot]], soft_limit: float, hard_limit: float
+) -> Tensor:
     """The timeline as IMAGE."""
-    start = samples[0].seconds
+    start = samples[0][0]
+    read = [(seconds - start, counters(sample)) for seconds, sample in samples]
     series = {
-        name: [(s.seconds - start, getattr(s, key) / GB) for s in samples if getattr(s, key) is not None]
+        name: [(seconds, value / GB) for seconds, taken in read if (value := taken[key]) is not None]
         for key, name in COUNTERS.items()
     }
     limits = ((soft_limit, "soft limit", plot.WARN), (hard_limit, "hard limit", plot.STOP))

@@ -6,22 +6,30 @@ import json
 import logging
 import secrets
 import sys
-import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from . import __version__
-from .errors import VortexError, VortexInputError, VortexWarning
+from .bench.command import app as bench
+from .errors import VortexInputError
 from .spec import DEFAULT_STEPS, MAX_SIZE, MAX_STEPS, MIN_SIZE, SIZE_MULTIPLE
-
-if TYPE_CHECKING:
-    from .engine import Engine
+from .terminal import (
+    T5,
+    CacheDir,
+    Clip,
+    Vae,
+    Vram,
+    byte_count,
+    console,
+    load_engine,
+    parse_size,
+    plain_errors,
+    progress_bars,
+)
 
 app = typer.Typer(
     help="FLUX.1-schnell pictures with resident NF4 weights, in 4 steps.",
@@ -29,27 +37,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-console = Console(stderr=True)
-EXIT_USAGE, EXIT_CANCELLED = 2, 130
-
-Clip = Annotated[Path | None, typer.Option(help="CLIP's text encoder, for a model without: clip_l.safetensors.")]
-T5 = Annotated[Path | None, typer.Option(help="T5's encoder, for a model without: t5xxl_fp16.safetensors.")]
-Vae = Annotated[Path | None, typer.Option(help="VAE, for a model without: ae.safetensors.")]
-CacheDir = Annotated[
-    Path | None,
-    typer.Option(help="Where quantized weights are kept. [default: $VORTEX_CACHE or the user's cache folder]"),
-]
 cache = typer.Typer(help="The quantized weights that Vortex keeps on disk.", no_args_is_help=True)
-Vram = Annotated[
-    float | None,
-    typer.Option(
-        "--vram",
-        help="GB (10^9 bytes) of VRAM that torch may take at its peak, everything included; what does not fit streams "
-        "from host memory. [default: 6.5, or what a smaller card has but 1]",
-        show_default=False,
-    ),
-]
 fetch = typer.Typer(help="Download what Vortex needs; nothing else ever uses the network.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
 app.add_typer(cache, name="cache")
 app.add_typer(fetch, name="fetch")
 
@@ -121,16 +111,16 @@ def generate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
 ) -> None:
     """Draw a prompt and write it as PNG. The file carries prompt, seed, model and version as text."""
-    with _plain_errors():
-        width, height = _parse_size(size)
+    with plain_errors():
+        width, height = parse_size(size)
         if batch < 1:
             raise VortexInputError(f"--batch must be at least 1, not {batch}.")
         seed = secrets.randbits(32) if seed is None else seed
         paths = _output_paths(output or Path(f"vortex-{seed}.png"), batch, overwrite)
-        with _progress() as progress:
+        with progress_bars() as progress:
             parts = {"clip": clip, "t5": t5, "vae": vae, "cache_dir": cache_dir}
             limits = {"vram_budget": vram, "cap_process": True}  # the process is ours
-            engine = _load(progress, model, device=device, quantization=quantization, **limits, **parts)
+            engine = load_engine(progress, model, device=device, quantization=quantization, **limits, **parts)
             task = progress.add_task("drawing", total=steps, count=f"0/{steps} steps")
             pictures = engine.generate(
                 prompt,
@@ -173,8 +163,8 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say where weights would live on any card, the peak of VRAM, and what streaming costs. Needs no GPU."""
-    with _plain_errors():
-        width, height = _parse_size(size)
+    with plain_errors():
+        width, height = parse_size(size)
         from .proposal import propose
 
         made = propose(vram, height, width, batch, model, {"clip": clip, "t5": t5, "vae": vae})
@@ -235,7 +225,7 @@ def inspect(
 
     from .inspection import inspect as look
 
-    with _plain_errors():
+    with plain_errors():
         seen = look(path, {"clip": clip, "t5": t5, "vae": vae})
         if as_json:
             typer.echo(json.dumps(asdict(seen) | {"path": str(path), "resident": seen.resident}))
@@ -265,12 +255,12 @@ def quantize(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")] = False,
 ) -> None:
     """Write a transformer in NF4: one file under BFL's names, or a folder that diffusers loads."""
-    with _plain_errors():
+    with plain_errors():
         _check_new([target], overwrite)
         from .quantize import quantize_file
 
-        with _progress() as progress:
-            quantize_file(source, target, device=device, on_progress=_bytes(progress, "writing"))
+        with progress_bars() as progress:
+            quantize_file(source, target, device=device, on_progress=byte_count(progress, "writing"))
         files = [target] if target.is_file() else target.iterdir()
         console.print(f"[green]{target}[/]  {sum(file.stat().st_size for file in files) / 1e9:.2f} GB")
 
@@ -313,72 +303,9 @@ def fetch_tokenizers() -> None:
     """Download CLIP's and T5's tokenizers (4 MB) into the Hugging Face cache, for single-file models."""
     from .checkpoint.tokenizer import fetch_tokenizers as download
 
-    with _plain_errors():
+    with plain_errors():
         for path in download():
             typer.echo(str(path))
-
-
-class _plain_errors:
-    """Errors and warnings as sentences; a traceback is for bugs."""
-
-    def __enter__(self) -> None:
-        self._show = warnings.showwarning
-        warnings.simplefilter("always", VortexWarning)
-        warnings.showwarning = self._warn
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        warnings.showwarning = self._show
-        if isinstance(error, VortexError):
-            console.print("[red]error:[/]", str(error), highlight=False, markup=True)
-            raise typer.Exit(EXIT_USAGE if isinstance(error, VortexInputError) else 1) from error
-        if isinstance(error, OSError):
-            console.print("[red]error:[/]", str(error), highlight=False)
-            raise typer.Exit(1) from error
-        if isinstance(error, KeyboardInterrupt):
-            console.print("cancelled; nothing was written")
-            raise typer.Exit(EXIT_CANCELLED) from error
-
-    def _warn(self, message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
-        if issubclass(category, VortexWarning):
-            console.print("[yellow]note:[/]", str(message), highlight=False)
-        else:
-            self._show(message, category, *rest, **more)
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description:>8}"),
-        BarColumn(),
-        TextColumn("{task.fields[count]}"),
-        TimeElapsedColumn(),
-        console=console,
-    )
-
-
-def _bytes(progress: Progress, what: str) -> Callable[[int, int], None]:
-    task = progress.add_task(what, total=None, count="")
-
-    def report(done: int, total: int) -> None:
-        count = f"{done / 1e9:.2f}/{total / 1e9:.2f} GB"
-        progress.update(task, completed=done, total=total, count=count)
-
-    return report
-
-
-def _load(progress: Progress, model: str, **options: Any) -> Engine:
-    report = _bytes(progress, "loading")
-    from .engine import Engine  # seconds of imports: after the bar shows
-
-    return Engine.load(model, on_progress=report, **options)
-
-
-def _parse_size(size: str | None) -> tuple[int | None, int | None]:
-    if size is None:
-        return None, None
-    width, cross, height = size.lower().partition("x")
-    if not (cross and width.isdecimal() and height.isdecimal()):
-        raise VortexInputError(f"--size must look like 512x512 (width x height), not {size!r}.")
-    return int(width), int(height)
 
 
 def _output_paths(output: Path, batch: int, overwrite: bool) -> list[Path]:

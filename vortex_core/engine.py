@@ -26,6 +26,7 @@ from .checkpoint.bundle import Bundle, open_bundle, open_pipeline
 from .checkpoint.cache import Cache
 from .conditioning import Conditioner, Conditioning
 from .errors import NoEffectWarning, VortexInputError
+from .latency import mark
 from .loading import OnLoad, Setup
 from .model import Model
 from .planner import Demand, Plan
@@ -245,6 +246,7 @@ class Engine:
         def draw(made: Plan | None) -> Tensor:
             pictures = self._buffer(*request.shape) if out is None else out
             conditioning = self._conditioner(prompt, steps) if isinstance(prompt, str) else prompt
+            mark("prompt")
             noise = sampling.noise(seed, batch_size, height, width, self._spec.latent_channels)
             latents = self._denoise(conditioning, noise, on_step, made.slice if made else None)
             return decode(self._decoder, latents, pictures, made.demand.rows if made else None)
@@ -293,6 +295,7 @@ class Engine:
 
         img = sampling.pack(noise).to(self.device)
         pe = cos.to(self.device), sin.to(self.device)
+        mark("prepare")
         rounds = conditioning.steps * -(-batch // (at_once or batch))
         with self._room.placement.steps.open(rounds):
             sampling.denoise(self._transformer, img, txt, modulation, pe, report if on_step else None, at_once)

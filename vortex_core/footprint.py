@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .allocator import Event, block_for
+from .latency import unmeasured
 
 META = torch.device("meta")
 WIDE_HEAD = 256  # channels; wider heads are served by the memory-efficient kernel, which accumulates in fp32
@@ -31,7 +32,7 @@ def footprint(call: Callable[[], object]) -> int:
     Not for inference mode: composed operations come as one there, and what they take inside is not seen.
     """
     recorder = _Recorder()
-    with torch.no_grad(), _Attention(), recorder:
+    with torch.no_grad(), _Attention(), recorder, unmeasured():
         result = call()
     del result
     return block_for(recorder.events)

@@ -1,7 +1,8 @@
-"""How long something takes: synchronized timing, and percentiles that say how many samples they rest on.
+"""How long something takes: synchronized timing by phase, and percentiles that say what they rest on.
 
-A percentile is by nearest rank, so it is always a time that was measured. Beyond P90 a small run says little:
-`support` counts the samples at or above it, and a P99.9 of 20 runs is simply the slowest of them.
+Code that draws calls `mark` where a phase ends; outside a `Stopwatch` that does nothing. A percentile is by nearest
+rank, so it is always a time that was measured. Beyond P90 a small run says little: `support` counts the samples at or
+above it, and a P99.9 of 20 runs is simply the slowest of them.
 """
 
 from __future__ import annotations
@@ -9,23 +10,111 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
+from types import TracebackType
 from typing import Any
 
 import torch
 
 PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9)
 OUTLIER_SIGMAS = 3
+CONFIDENCE = 0.95
+
+_running: ContextVar[Stopwatch | None] = ContextVar("vortex_stopwatch", default=None)
+
+
+def mark(phase: str) -> None:
+    """What ran since the last mark, or since the stopwatch started, was `phase`. Nothing happens where none runs."""
+    watch = _running.get()
+    if watch is not None:
+        watch.mark(phase)
+
+
+@contextmanager
+def unmeasured() -> Iterator[None]:
+    """Marks inside are nobody's: for code that is run to see what it would do."""
+    token = _running.set(None)
+    try:
+        yield
+    finally:
+        _running.reset(token)
+
+
+class Stopwatch:
+    """Times what runs inside `with`, on the host's clock, with the device synchronized at both ends; phases apart.
+
+    On CUDA phases are timed by events in the current stream, so that work that was only launched counts where it was
+    launched. Once it has run: `seconds`; `phases`, seconds by name, in order; `unmarked`, the seconds by which the
+    host's clock exceeds their sum: work after the last mark, or on another stream.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._now, self._between = _clock(device)
+        self._marks: list[tuple[str, Any]] = []
+        self.phases: dict[str, float] = {}
+        self.seconds = self.unmarked = 0.0
+
+    def mark(self, phase: str) -> None:
+        """See `latency.mark`."""
+        self._marks.append((phase, self._now()))
+
+    def __enter__(self) -> Stopwatch:
+        synchronize(self._device)
+        self._token = _running.set(self)
+        self._started = time.perf_counter()
+        self._first = self._now()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        _running.reset(self._token)
+        if kind is not None:
+            return
+        synchronize(self._device)
+        self.seconds = time.perf_counter() - self._started
+        before = self._first
+        for phase, at in self._marks:
+            self.phases[phase] = self.phases.get(phase, 0.0) + self._between(before, at)
+            before = at
+        self.unmarked = self.seconds - sum(self.phases.values())
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a CUDA device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _clock(device: torch.device) -> tuple[Callable[[], Any], Callable[[Any, Any], float]]:
+    """What takes a moment, and what gives the seconds between two."""
+    if device.type != "cuda":
+        return time.perf_counter, lambda before, after: after - before
+
+    def now() -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(device))
+        return event
+
+    return now, lambda before, after: before.elapsed_time(after) / 1e3
 
 
 @dataclass(frozen=True, slots=True)
 class Percentile:
-    """`q` percent of the samples took at most `seconds`; `support` samples took that long or longer."""
+    """`q` percent of the samples took at most `seconds`; `support` samples took that long or longer.
+
+    `low` to `high` is its 95 % bootstrap interval. `supported`: with the same confidence, at least one sample lies
+    beyond the true percentile (`samples_needed`); without, it is little more than the slowest sample.
+    """
 
     q: float
     seconds: float
     support: int
+    low: float
+    high: float
+    supported: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +128,10 @@ class Latency:
     maximum: float
     percentiles: tuple[Percentile, ...]
     outliers: tuple[tuple[int, float], ...]
+
+    def percentile(self, q: float) -> Percentile:
+        """One of `PERCENTILES`."""
+        return next(p for p in self.percentiles if p.q == q)
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
@@ -66,40 +159,29 @@ def summarize(samples: Sequence[float]) -> Latency:
 
 
 def percentile(samples: Sequence[float], q: float) -> Percentile:
-    """The nearest-rank percentile, `q` above 0 and up to 100."""
-    ordered = sorted(samples)
+    """The nearest-rank percentile, `q` above 0 and below 100."""
+    import numpy as np
+    from scipy.special import bdtrc
+
+    ordered = np.sort(np.asarray(samples, dtype=float))
+    count = len(ordered)
     # rounded, or the 99.9 % of 1000 samples would be rank 1000: 0.999 is not exact in binary
-    rank = max(1, math.ceil(round(q * len(ordered) / 100, 6)))
-    return Percentile(q, ordered[rank - 1], len(ordered) - rank + 1)
+    rank = max(1, math.ceil(round(q * count / 100, 6)))
+    # A resample's percentile is at most the j-th sample if `rank` of its draws or more are. The binomial tail is what
+    # the shares of infinitely many resamples tend to, so none has to be drawn.
+    shares = bdtrc(rank - 1, count, np.arange(1, count + 1) / count)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = ordered[np.searchsorted(shares, (tail, 1 - tail))]
+    return Percentile(
+        q=q,
+        seconds=float(ordered[rank - 1]),
+        support=count - rank + 1,
+        low=float(low),
+        high=float(high),
+        supported=count >= samples_needed(q),
+    )
 
 
-def measure(
-    work: Callable[[], object],
-    *,
-    runs: int,
-    warmup: int,
-    device: torch.device,
-    on_run: Callable[[int, int], None] | None = None,
-) -> list[float]:
-    """Seconds of each of `runs` calls of `work`, after `warmup` calls that do not count.
-
-    The device is synchronized before and after each call. `on_run(done, total)` is told of every call outside the
-    timed span, warm-up included; it may raise to cancel.
-    """
-    samples: list[float] = []
-    for i in range(warmup + runs):
-        _synchronize(device)
-        started = time.perf_counter()
-        work()
-        _synchronize(device)
-        elapsed = time.perf_counter() - started
-        if i >= warmup:
-            samples.append(elapsed)
-        if on_run is not None:
-            on_run(i + 1, warmup + runs)
-    return samples
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def samples_needed(q: float) -> int:
+    """Samples of which, with 95 % confidence, one lies beyond the true percentile: 59 for P95, 299 for P99."""
+    return math.ceil(math.log(1 - CONFIDENCE) / math.log(q / 100))

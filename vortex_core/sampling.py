@@ -12,6 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from .latency import mark
 from .spec import FluxSpec
 from .transformer import Rope, Transformer
 
@@ -85,4 +86,5 @@ def denoise(
             part.add_(velocity, alpha=t_next - t)
         if on_step is not None:
             on_step(i + 1, steps, torch.cat(clean))
+        mark(f"step {i + 1}")
     return img

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .latency import mark
 from .spec import VaeSpec
 from .strips import Map, Norm, convolve, windows
 
@@ -161,4 +162,5 @@ def decode(decoder: Decoder, latents: Tensor, out: Tensor, rows: int | None = No
             colours = rearrange(strip[0], "c h w -> h w c").float().mul_(0.5).add_(0.5).clamp_(0, 1)
             picture[top : top + len(colours)].copy_(colours)
             top += len(colours)
+    mark("decode")
     return out

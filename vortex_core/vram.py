@@ -9,12 +9,14 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 
 import torch
+
+from .timeline import INTERVAL, Timeline
 
 log = logging.getLogger(__name__)
 
@@ -173,36 +175,19 @@ def _peak(before: Mapping[str, int], after: Mapping[str, int], counter: str) -> 
     return max(before[first], after[first]), False
 
 
-@dataclass(slots=True)
-class Sampler:
-    """Snapshots of a device, taken by a thread every `interval` seconds while this is entered.
+class Sampler(Timeline[Snapshot]):
+    """Snapshots of a device in the background; see `Timeline`.
 
     Shorter spikes than the interval are missed; torch's own peaks (`peak`) are not, but NVML keeps none.
     """
 
-    device: torch.device
-    interval: float = 0.02
-    samples: list[Snapshot] = field(default_factory=list)
-    _stop: threading.Event = field(default_factory=threading.Event)
-    _thread: threading.Thread | None = None
+    def __init__(self, device: torch.device, interval: float = INTERVAL) -> None:
+        super().__init__(partial(snapshot, device), interval=interval)
 
-    def __enter__(self) -> Sampler:
-        self._stop.clear()
-        self._thread = threading.Thread(target=self._run, name="vortex-vram-sampler", daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-
-    def _run(self) -> None:
-        while True:
-            self.samples.append(snapshot(self.device))
-            if self._stop.wait(self.interval):
-                self.samples.append(snapshot(self.device))
-                return
+    @property
+    def samples(self) -> list[Snapshot]:
+        """The oldest first."""
+        return [moment.reading for moment in self.moments]
 
     def most(self, counter: str) -> int | None:
         """The largest value of a `Snapshot` field; None where it was never known."""

@@ -1,0 +1,93 @@
+"""The example reports in docs/reports: latency at some sizes and the VRAM profile of the last, the model loaded twice.
+
+    python tools/example_reports.py tiny docs/reports/tiny-cpu --device cpu --size 128
+    python tools/example_reports.py /dev/shm/random-schnell docs/reports/full-size --mode exact --mode fast
+
+What each folder holds, `vortex bench latency -o` and `vortex bench vram -o` write too, one at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import traceback
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from vortex_core import load_flux_schnell
+from vortex_core.bench import exports, latency_report, leak, plots, vram_report
+from vortex_core.bench.options import write_folder
+from vortex_core.bench.workload import Workload
+from vortex_core.device import resolve_device
+
+console = Console()
+
+
+def measure(model: str, folder: Path, sizes: list[int], iterations: int, cold: int, options: dict[str, Any]) -> None:
+    """Write one folder a size, `vram` and `leak`. A part that fails says so, and the others go on."""
+    load = partial(load_flux_schnell, model, **options)
+    with load() as engine:
+        for size in sizes:
+            attempt(partial(latency, engine, Workload(size, size, iterations=iterations, cold=cold), folder))
+        attempt(partial(leaks, engine, sizes[0], iterations, folder))
+    attempt(partial(vram, load, resolve_device(options.get("device")), sizes[-1], folder))
+
+
+def latency(engine: Any, workload: Workload, folder: Path) -> dict[str, Any]:
+    report = latency_report.run(engine, workload)
+    figures = report.figures()
+    target = folder / f"latency-{workload.width}"
+    samples = [sample.as_dict() for sample in report.samples]
+    write_folder(target, figures | {"samples": samples}, plots.latency_plots(report))
+    exports.write_csv(report.samples, target / "samples.csv")
+    whole = report.series["cached"].whole
+    return {"size": workload.width, "overhead": report.overhead_share} | {
+        f"P{q:g}": whole.percentile(q).seconds for q in (50, 90)
+    }
+
+
+def leaks(engine: Any, size: int, iterations: int, folder: Path) -> dict[str, Any]:
+    report = leak.run(engine, leak.mixed(size), iterations)
+    write_folder(folder / "leak", report.figures(), {"leak": plots.leak_plot(report)})
+    return {verdict.what: verdict.detail for verdict in report.verdicts}
+
+
+def vram(load: Any, device: Any, size: int, folder: Path) -> dict[str, Any]:
+    report = vram_report.run(load, device, size=(size, size))
+    write_folder(folder / "vram", report.figures(), {"vram": plots.vram_plot(report)})
+    return {verdict.what: f"{verdict.state}, {verdict.detail}" for verdict in report.verdicts}
+
+
+def attempt(part: partial[dict[str, Any]]) -> None:
+    started = time.perf_counter()
+    try:
+        figures = part()
+    except Exception:
+        console.print(f"[red]{part.func.__name__} failed[/]\n{traceback.format_exc()}", markup=True)
+        return
+    print(json.dumps({"part": part.func.__name__, "seconds": round(time.perf_counter() - started, 1), **figures}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--size", type=int, action="append", help="side in pixels (default 512 and 1024)")
+    parser.add_argument("--mode", action="append", help="of the engine; one folder each (default: its own)")
+    parser.add_argument("--device")
+    parser.add_argument("--iterations", type=int, default=50)
+    parser.add_argument("--cold", type=int, default=5)
+    arguments = parser.parse_args()
+    for mode in arguments.mode or [None]:
+        options = {"mode": mode, "device": arguments.device}
+        folder = arguments.folder / mode if mode else arguments.folder
+        known = {name: value for name, value in options.items() if value is not None}
+        measure(arguments.model, folder, arguments.size or [512, 1024], arguments.iterations, arguments.cold, known)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Whether memory grows from picture to picture: a robust slope with its confidence, not two readings."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import VortexInputError
+from .machine import Machine, machine, now
+from .memory import Counters, at_rest
+from .pictures import describe, draw
+from .verdict import FAIL, PASS, UNDECIDED, Verdict
+from .workload import PROMPTS
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..engine import Engine
+
+SCHEMA = "vortex.bench.leak/1"
+CONFIDENCE = 0.999  # of a slope: several counters are judged, again and again
+FLOOR = 100_000  # bytes a picture; allocators settle by less, a leak of a picture's tensor is more
+BOUND = 50_000_000, 10  # bytes that any so many pictures may add
+FEWEST = 20  # pictures
+MB = 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class Trend:
+    """Bytes a picture of one counter, with their 99.9 % interval, and what its readings after each picture were."""
+
+    counter: str
+    slope: float
+    low: float
+    high: float
+    readings: tuple[int, ...]
+
+    @property
+    def growth(self) -> int:
+        """The most that `BOUND[1]` pictures in a row added, in bytes."""
+        span = min(BOUND[1], len(self.readings) - 1)
+        return max(after - before for before, after in zip(self.readings, self.readings[span:], strict=False))
+
+    @property
+    def verdict(self) -> Verdict:
+        """Fails for growth over the bound, or a slope that is above the floor with confidence."""
+        bound, pictures = BOUND
+        what = f"{self.counter} does not grow"
+        slope = f"{self.slope / MB:+.3f} MB a picture, 99.9 % interval {self.low / MB:+.3f} to {self.high / MB:+.3f}"
+        if self.low > FLOOR:
+            return Verdict(what, FAIL, slope)
+        if self.growth > bound:
+            return Verdict(what, FAIL, f"{self.growth / MB:.1f} MB in {pictures} pictures; {slope}")
+        if len(self.readings) < FEWEST:
+            return Verdict(what, UNDECIDED, f"not enough pictures: {len(self.readings)} of {FEWEST}; {slope}")
+        return Verdict(what, PASS, slope)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return asdict(self) | {"growth": self.growth}
+
+
+def trend(counter: str, readings: Sequence[int]) -> Trend:
+    """Theil and Sen's slope: the median over all pairs, which a few jumps do not move. At least two readings."""
+    from scipy.stats import theilslopes
+
+    if len(readings) < 2:
+        raise VortexInputError(f"A slope needs at least two pictures, not {len(readings)}.")
+    slope, _, low, high = theilslopes(readings, alpha=CONFIDENCE)
+    return Trend(counter, float(slope), float(low), float(high), tuple(readings))
+
+
+@dataclass(frozen=True, slots=True)
+class LeakReport:
+    """All that a check measured: a trend for each counter."""
+
+    model: dict[str, str]
+    machine: Machine
+    when: str
+    sizes: tuple[tuple[int, int], ...]
+    trends: tuple[Trend, ...]
+    interrupted: bool
+
+    @property
+    def title(self) -> str:
+        """What was drawn, where."""
+        mixed = ", ".join(f"{width} x {height}" for width, height in self.sizes)
+        return f"{self.model['name']}, {len(self.trends[0].readings)} pictures of {mixed}, on {self.machine.device}"
+
+    @property
+    def verdicts(self) -> list[Verdict]:
+        """One a counter."""
+        return [trend.verdict for trend in self.trends]
+
+    def figures(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return {
+            "schema": SCHEMA,
+            "when": self.when,
+            "model": self.model,
+            "machine": self.machine.as_dict(),
+            "sizes": self.sizes,
+            "trends": [trend.as_dict() for trend in self.trends],
+            "verdicts": [asdict(verdict) for verdict in self.verdicts],
+            "interrupted": self.interrupted,
+        }
+
+
+def mixed(side: int) -> list[tuple[int, int]]:
+    """Sizes to draw in turn for a model whose native side is `side`: native, half of it, and wide."""
+    return [(side, side), (side // 2, side // 2), (side, side // 2)]
+
+
+def run(
+    engine: Engine,
+    sizes: Sequence[tuple[int, int]],
+    pictures: int,
+    *,
+    read: Callable[[torch.device], Counters] = at_rest,
+    on_picture: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> LeakReport:
+    """Draw `pictures` pictures of `sizes` (width, height) in turn and `read` the counters after each.
+
+    Two rounds of all sizes and prompts come first and do not count: caches fill, allocators settle. Ctrl-C ends the
+    check early and keeps what was measured. `options` go to `Engine.generate`.
+    """
+    when = now()
+    settle = 2 * max(len(sizes), len(PROMPTS))
+    readings: dict[str, list[int]] = {}
+    interrupted = False
+    gc.collect()
+    gc.freeze()  # or every collection below would look at all that was there before
+    try:
+        for i in range(settle + pictures):
+            width, height = sizes[i % len(sizes)]
+            draw(engine, PROMPTS[i % len(PROMPTS)], i, width=width, height=height, **options)
+            gc.collect()  # cycles that would be collected later are no leak
+            if i >= settle:
+                for name, value in read(engine.device).items():
+                    if value is not None:
+                        readings.setdefault(name, []).append(value)
+            if on_picture is not None:
+                on_picture(i + 1, settle + pictures)
+    except KeyboardInterrupt:
+        if not readings:
+            raise
+        interrupted = True
+    finally:
+        gc.unfreeze()
+    trends = tuple(trend(name, values) for name, values in readings.items())
+    return LeakReport(describe(engine), machine(engine.device), when, tuple(sizes), trends, interrupted)

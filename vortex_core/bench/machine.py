@@ -1,0 +1,155 @@
+"""The machine a figure was measured on: what it is, and how it was at a moment."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from .. import __version__
+
+log = logging.getLogger(__name__)
+
+PACKAGES = ("bitsandbytes", "transformers", "triton")
+REASON = "nvmlClocksEventReason"
+NO_REASON = ("All", "None", "GpuIdle")  # a card that has just finished is idle
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What does not change during a run. `fingerprint` stands for all of it but Vortex's own version."""
+
+    device: str
+    driver: str | None
+    torch: str
+    cuda: str | None
+    python: str
+    packages: dict[str, str]
+    threads: int
+    vortex: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal where figures can be compared."""
+        facts = asdict(self)
+        del facts["vortex"]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return asdict(self) | {"fingerprint": self.fingerprint}
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Clocks in MHz, temperature in °C, power in W, why clocks are held down; None where the device does not tell.
+
+    `load` is the host's: processes that run or wait, the mean of the last minute.
+    """
+
+    clock: int | None
+    memory_clock: int | None
+    temperature: int | None
+    power: float | None
+    throttled: tuple[str, ...] | None
+    load: float
+
+    @property
+    def words(self) -> tuple[str, str, str, str]:
+        """Clock, temperature, what holds clocks down, and load, to be read."""
+        return (
+            "unknown" if self.clock is None else f"{self.clock} MHz",
+            "unknown" if self.temperature is None else f"{self.temperature} °C",
+            "unknown" if self.throttled is None else ", ".join(self.throttled) or "nothing",
+            f"{self.load:.1f}",
+        )
+
+
+def machine(device: torch.device) -> Machine:
+    """This machine, as it runs pictures on `device`."""
+    packages = {}
+    for package in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            packages[package] = metadata.version(package)
+    cuda = device.type == "cuda"
+    return Machine(
+        device=torch.cuda.get_device_name(device) if cuda else f"CPU {_processor()}",
+        driver=_driver() if cuda else None,
+        torch=torch.__version__,
+        cuda=torch.version.cuda if cuda else None,
+        python=platform.python_version(),
+        packages=packages,
+        threads=torch.get_num_threads(),
+        vortex=__version__,
+    )
+
+
+def gauge(device: torch.device) -> Callable[[], Reading]:
+    """What takes a reading of the device and the host."""
+    if device.type != "cuda":
+        return lambda: Reading(None, None, None, None, None, os.getloadavg()[0])
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        # by UUID: NVML counts all cards, torch only those CUDA_VISIBLE_DEVICES leaves
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+    except pynvml.NVMLError as error:
+        log.info("NVML does not tell clocks and temperature: %s", error)
+        return lambda: Reading(None, None, None, None, None, os.getloadavg()[0])
+    reasons = {
+        name.removeprefix(REASON): getattr(pynvml, name)
+        for name in dir(pynvml)
+        if name.startswith(REASON) and name.removeprefix(REASON) not in NO_REASON
+    }
+
+    def ask(question: Callable[..., Any], *arguments: Any) -> Any:
+        with suppress(pynvml.NVMLError):  # what a card does not support
+            return question(handle, *arguments)
+        return None
+
+    def read() -> Reading:
+        power = ask(pynvml.nvmlDeviceGetPowerUsage)
+        mask = ask(pynvml.nvmlDeviceGetCurrentClocksEventReasons)
+        return Reading(
+            clock=ask(pynvml.nvmlDeviceGetClockInfo, pynvml.NVML_CLOCK_SM),
+            memory_clock=ask(pynvml.nvmlDeviceGetClockInfo, pynvml.NVML_CLOCK_MEM),
+            temperature=ask(pynvml.nvmlDeviceGetTemperature, pynvml.NVML_TEMPERATURE_GPU),
+            power=None if power is None else power / 1e3,
+            throttled=None if mask is None else tuple(name for name, bit in reasons.items() if mask & bit),
+            load=os.getloadavg()[0],
+        )
+
+    return read
+
+
+def now() -> str:
+    """The time, ISO 8601 in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _driver() -> str | None:
+    import pynvml
+
+    with suppress(pynvml.NVMLError):
+        pynvml.nvmlInit()
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    return None
+
+
+def _processor() -> str:
+    with suppress(OSError), open("/proc/cpuinfo") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()

@@ -1,0 +1,198 @@
+"""Options that several benchmark commands take, and how every one of them ends."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from functools import wraps
+from inspect import Parameter, Signature, signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from ..errors import VortexInputError
+from ..spec import DEFAULT_STEPS
+from ..terminal import EXIT_CANCELLED, T5, CacheDir, Clip, Vae, Vram, console, load_engine, parse_size
+from .verdict import EXIT_FAIL, EXIT_UNDECIDED, FAIL, PASS, UNDECIDED, Verdict, exit_code
+from .workload import ITERATIONS, MAX_PROMPTS, PROMPTS, WARMUP, Workload
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from ..engine import Engine
+
+Size = Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels; the model's own where none is given.")]
+Steps = Annotated[int, typer.Option(help="Steps of a picture; schnell is made for 4.")]
+Iterations = Annotated[int, typer.Option(min=1, help="Pictures that count.")]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Folder for report.json, samples.csv and plots as PNG and SVG.")
+]
+Prometheus = Annotated[Path | None, typer.Option(help="File to write in Prometheus' text format.")]
+Log = Annotated[Path | None, typer.Option(help="File to which JSON lines are added, one a picture.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print nothing but the JSON line.")]
+
+EXIT_CODES = (
+    f"Exit codes: 0 pass, {EXIT_FAIL} fail, 2 bad usage, {EXIT_UNDECIDED} the samples cannot tell, "
+    f"{EXIT_CANCELLED} interrupted (what was measured is reported)."
+)
+MARKS = {PASS: "[green]PASS[/]", FAIL: "[red]FAIL[/]", UNDECIDED: "[yellow]UNDECIDED[/]"}
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Options: which model, where it runs and how."""
+
+    model: Annotated[
+        str, typer.Option(help="'tiny' (bundled), a FLUX.1-schnell diffusers folder, or a .safetensors or .gguf file.")
+    ] = "tiny"
+    clip: Clip = None
+    t5: T5 = None
+    vae: Vae = None
+    cache_dir: CacheDir = None
+    device: Annotated[
+        str | None, typer.Option(help="'cuda', 'cuda:1' or 'cpu'; the GPU, if any, where none is given.")
+    ] = None
+    vram: Vram = None
+    quantization: Annotated[str, typer.Option(help="'nf4', or 'none' for 16-bit weights.")] = "nf4"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Those of `Engine.load`, `model` among them."""
+        options = asdict(self)
+        return options | {"vram_budget": options.pop("vram")}
+
+    def load(self, progress: Progress) -> Engine:
+        """The engine, behind a bar."""
+        return load_engine(progress, **self.options)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Options: which pictures, and how many."""
+
+    size: Size = None
+    steps: Steps = DEFAULT_STEPS
+    iterations: Iterations = ITERATIONS
+    warmup: Annotated[int, typer.Option(min=0, help="Pictures before that, which do not.")] = WARMUP
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--prompt", help=f"Prompts to rotate over, up to {MAX_PROMPTS}; five simple ones where none is given."
+        ),
+    ] = None
+
+    def check(self) -> None:
+        """Raise `VortexInputError` for a size or steps out of range, before a model is loaded."""
+        check_size(self.size, self.steps)
+
+    def workload(self, native: int, cold: int = 0) -> Workload:
+        """The pictures of a model whose native side is `native`."""
+        width, height = check_size(self.size, self.steps) or (native, native)
+        prompts = tuple(self.prompt or PROMPTS)
+        return Workload(width, height, self.steps, self.iterations, self.warmup, cold, prompts)
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """A command for Typer, which knows no groups of options: a parameter that is a dataclass becomes its fields."""
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
+    parameters: list[Parameter] = []
+    for parameter in signature(command).parameters.values():
+        kind = groups.get(parameter.name)
+        if kind is None:
+            parameters.append(parameter.replace(annotation=hints[parameter.name], kind=Parameter.KEYWORD_ONLY))
+            continue
+        own = get_type_hints(kind, include_extras=True)
+        parameters += [
+            Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=own[field.name])
+            for field in fields(kind)
+        ]
+
+    @wraps(command)
+    def flat(**options: Any) -> None:
+        made = {
+            name: kind(**{field.name: options.pop(field.name) for field in fields(kind)})
+            for name, kind in groups.items()
+        }
+        command(**made, **options)
+
+    flat.__dict__["__signature__"] = Signature(parameters)
+    flat.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return flat
+
+
+def check_size(size: str | None, steps: int) -> tuple[int, int] | None:
+    """Width and height of `--size`, checked before a model is loaded. Raises `VortexInputError`."""
+    from ..request import Request
+
+    width, height = parse_size(size)
+    Request(seed=0, height=height or 64, width=width or 64, steps=steps, batch_size=1)
+    return None if width is None or height is None else (width, height)
+
+
+def check_files(*paths: Path | None) -> None:
+    """Raise `VortexInputError` for a file whose folder does not exist, before anything is measured."""
+    for path in paths:
+        if path is not None and not path.parent.is_dir():
+            raise VortexInputError(f"There is no folder {path.parent}; make it first.")
+
+
+def check_output(folder: Path | None) -> None:
+    """Raise `VortexInputError` for a folder that is a file, before anything is measured."""
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise VortexInputError(f"--output must be a folder, and {folder} is a file.")
+
+
+def picture_count(progress: Progress, what: str) -> Callable[[int, int], None]:
+    """A new bar that counts pictures: `report(done, total)`."""
+    task = progress.add_task(what, total=None, count="")
+
+    def report(done: int, total: int) -> None:
+        progress.update(task, completed=done, total=total, count=f"{done}/{total} pictures")
+
+    return report
+
+
+def finish(
+    figures: Mapping[str, Any],
+    tables: Sequence[Table],
+    verdicts: Sequence[Verdict],
+    as_json: bool,
+    interrupted: bool = False,
+) -> NoReturn:
+    """Print tables and verdicts, then the JSON line; raise `typer.Exit` with the code that says how it went."""
+    if not as_json:
+        out = Console()
+        for table in tables:
+            out.print(table)
+        for verdict in verdicts:
+            out.print(f"{MARKS[verdict.state]}  {verdict.what}: {verdict.detail}", highlight=False)
+    code = EXIT_CANCELLED if interrupted else exit_code(verdicts)
+    typer.echo(json.dumps({**figures, "exit_code": code}))
+    raise typer.Exit(code)
+
+
+def write_folder(folder: Path, figures: Mapping[str, Any], plots: Mapping[str, Figure]) -> None:
+    """Write report.json and the plots, `NAME.png` and `NAME.svg`."""
+    from .figures import save
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").write_text(json.dumps(figures, indent=1) + "\n")
+    for name, figure in plots.items():
+        save(figure, folder / name)
+    console.print(f"[green]{folder}[/]  report.json, {', '.join(f'{name}.png, .svg' for name in plots)}")
+
+
+def milliseconds(seconds: float) -> str:
+    """Seconds, as they are read."""
+    return f"{seconds * 1e3:.1f} ms"
+
+
+def grid(*columns: str, title: str = "") -> Table:
+    """An empty table in the style of all commands."""
+    return Table(*columns, title=title or None, title_justify="left", box=None, pad_edge=False)

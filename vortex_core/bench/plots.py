@@ -1,0 +1,91 @@
+"""The plots of each report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ..errors import GB
+from ..latency import Latency, percentile
+from .baseline import Run
+from .figures import STOP, WARN, Median, histogram, stacks, timeline, trend
+from .latency_report import LatencyReport
+from .leak import MB, LeakReport
+from .memory import RESERVED
+from .vram_report import MODEL, PEAK, TOTAL, VramReport
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MS = "milliseconds"
+
+
+def latency_plots(report: LatencyReport) -> dict[str, Figure]:
+    """How the pictures are spread, what their phases take, and how they followed each other."""
+    phases = {
+        kind: {name: phase.percentile(50).seconds * 1e3 for name, phase in series.phases.items()}
+        for kind, series in report.series.items()
+    }
+    run = {
+        kind: [(s.started, s.seconds * 1e3) for s in report.samples if s.cold is cold]
+        for kind, cold in (("cached prompt", False), ("new prompt", True))
+    }
+    return {
+        "latency": spread(report),
+        "phases": stacks(report.title, phases, f"{MS}, medians"),
+        "run": timeline(report.title, run, labels=("seconds since the start", MS)),
+    }
+
+
+def spread(report: LatencyReport) -> Figure:
+    """The histogram of pictures with cached prompts."""
+    cached = [sample.seconds * 1e3 for sample in report.samples if not sample.cold]
+    return histogram(report.title, cached, percentile_marks(report.series["cached"].whole), MS)
+
+
+def percentile_marks(latency: Latency) -> list[tuple[float, str]]:
+    """P50, P95 and P99 in milliseconds, for a histogram."""
+    chosen = [latency.percentile(q) for q in (50, 95, 99)]
+    return [(p.seconds * 1e3, f"P{p.q:g} {p.seconds * 1e3:.1f} ms") for p in chosen]
+
+
+def vram_plot(report: VramReport) -> Figure:
+    """Every counter over an engine's life, its stages and the limits of the budget."""
+    names = report.timeline[0].reading
+    start = report.timeline[0].seconds
+    series = {
+        name: [(m.seconds - start, value / GB) for m in report.timeline if (value := m.reading[name]) is not None]
+        for name in names
+    }
+    levels = [(MODEL / GB, "model, at most", WARN), (TOTAL / GB, "in all, at most", STOP)]
+    moments = [(stage.began - start, stage.name) for stage in report.stages if stage.name != PEAK]
+    moments.append((report.peak_at - start, PEAK))
+    return timeline(report.title, series, levels if RESERVED in names else (), moments=moments)
+
+
+def leak_plot(report: LeakReport) -> Figure:
+    """Each counter's readings against its first one, by picture."""
+    series = {
+        f"{t.counter}: {t.slope / MB:+.3f} MB a picture": [
+            (i + 1.0, (reading - t.readings[0]) / MB) for i, reading in enumerate(t.readings)
+        ]
+        for t in report.trends
+    }
+    return timeline(report.title, series, labels=("pictures", "MB since the first"), from_zero=False)
+
+
+def trend_plot(title: str, runs: Sequence[Run]) -> Figure:
+    """The median of every run that was kept."""
+    medians = []
+    for run in runs:
+        p = percentile(run.seconds, 50)
+        name = f"{run.when[:16].replace('T', ' ')}\n{run.vortex}"
+        medians.append(Median(name, p.seconds * 1e3, p.low * 1e3, p.high * 1e3, run.baseline))
+    return trend(title, medians, f"{MS}, medians", "baseline")
+
+
+def pairs_plot(title: str, revision: str, before: Sequence[float], after: Sequence[float]) -> Figure:
+    """Two revisions that took turns."""
+    sides = ((revision, before), ("now", after))
+    series = {name: [(float(i), s * 1e3) for i, s in enumerate(side)] for name, side in sides}
+    return timeline(title, series, labels=("pair", MS))
