@@ -43,7 +43,8 @@ def run(name: str, arguments: argparse.Namespace, cache: str) -> list[dict[str, 
         "--cache",
         cache,
     ]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "PYTHONWARNINGS": "default"}
+    search = os.pathsep.join(filter(None, (str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": search, "PYTHONWARNINGS": "default"}
     rows: list[dict[str, Any]] = []
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
