@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,12 +56,22 @@ def acquire(model: Model) -> Engine:
         return loaded.engine
 
 
-def _load(model: Model) -> Loaded:
+@contextmanager
+def torchs_own_memory_errors() -> Iterator[None]:
+    """Vortex's errors of too little memory as torch's own: the host then unloads its models and says so."""
     import torch
 
+    from ..vortex_core.errors import MemoryPressureError, VortexInitializationError
+
+    try:
+        yield
+    except (MemoryPressureError, VortexInitializationError) as error:
+        raise torch.OutOfMemoryError(str(error)) from error
+
+
+def _load(model: Model) -> Loaded:
     from ..vortex_core import Engine
     from ..vortex_core.checkpoint.tokenizer import has_tokenizers
-    from ..vortex_core.errors import VortexInitializationError
 
     device = host.device()
     check_budget(model, device)
@@ -69,7 +81,7 @@ def _load(model: Model) -> Loaded:
     host.make_room(model.budget, device)
     report = host.progress(1000)  # bytes overflow the 32 bits that some of the host's clients count in
     log.info("Loading %s", model.name)
-    try:
+    with torchs_own_memory_errors():
         engine = Engine.load(
             model.path,
             **dict(model.parts),
@@ -79,9 +91,6 @@ def _load(model: Model) -> Loaded:
             cache_dir=host.cache_folder(),
             on_progress=lambda done, all: report(1000 * done // all),
         )
-    except VortexInitializationError as error:
-        # as torch's own error, so that the host unloads its models and says so
-        raise torch.OutOfMemoryError(str(error)) from error
     return Loaded(engine, host.register(engine), model.budget)
 
 

@@ -127,10 +127,11 @@ class SchnellSampler:
                 latents.append(host.to_native(clean))
 
         for what, first, count in calls:
-            done = engine.generate(
-                what, negative_prompt, seed=first, height=height, width=width, steps=steps, batch_size=count,
-                on_step=on_step,
-            )  # fmt: skip
+            with engines.torchs_own_memory_errors():
+                done = engine.generate(
+                    what, negative_prompt, seed=first, height=height, width=width, steps=steps, batch_size=count,
+                    on_step=on_step,
+                )  # fmt: skip
             images.append(done.cpu())
         return torch.cat(images), {"samples": torch.cat(latents)}
 

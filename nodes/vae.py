@@ -19,7 +19,8 @@ class Decoder:
 
     def decode(self, samples: Tensor, vae_options: object = None) -> Tensor:
         """LATENT samples `[B, 16, H/8, W/8]` to IMAGE `[B, H, W, 3]`."""
-        return engines.acquire(self.model).decode(host.from_native(samples)).cpu()
+        with engines.torchs_own_memory_errors():
+            return engines.acquire(self.model).decode(host.from_native(samples)).cpu()
 
     def decode_tiled(self, samples: Tensor, **tiling: object) -> Tensor:
         """Whole all the same: tiles would change the picture."""

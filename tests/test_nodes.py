@@ -155,6 +155,17 @@ def test_an_interrupt_lands_in_the_step_and_the_next_run_is_clean(comfy: FakeHos
     assert torch.equal(sample(model)[0], wanted)
 
 
+def test_a_picture_that_does_not_fit_makes_the_host_unload(
+    comfy: FakeHost, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def generate(*arguments: Any, **options: Any) -> None:
+        raise errors.MemoryPressureError("Too large", needed=2, available=1, breakdown={})
+
+    monkeypatch.setattr(engines.acquire(model), "generate", generate)
+    with pytest.raises(torch.OutOfMemoryError, match="Too large"):
+        sample(model)
+
+
 def test_native_conditioning_draws_what_its_embeddings_say(comfy: FakeHost, model: Any) -> None:
     engine = engines.acquire(model)
     torch.manual_seed(0)

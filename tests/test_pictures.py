@@ -12,8 +12,8 @@ import torch
 from vortex_core import Engine
 
 # Far above chance (a shape, a colour, a place and a background must all be right: below 1 in 500), and below what the
-# bundled weights score over many captions (README). To be raised with the weights, towards 0.95.
-FLOOR = 0.2
+# bundled weights score over many captions (README): 93 %, of which 20 captions are a small sample.
+FLOOR = 0.75
 
 
 @pytest.mark.slow
