@@ -28,7 +28,7 @@ def _write(y, out, out_b, out_t, scale, scale_b, scale_t, T, column, mask, QUANT
     if QUANTIZE:
         unit = tl.maximum(tl.max(tl.abs(y), 0), _SMALLEST) / _FP8_MAX
         tl.store(_row(scale, scale_b, scale_t, T), unit)
-        y = y / unit
+        y *= 1 / unit
     tl.store(_row(out, out_b, out_t, T) + column, y.to(out.dtype.element_ty), mask=mask)
 
 
