@@ -262,7 +262,7 @@ def rows() -> None:
                 cases["rotate"] = (lambda: rotary.rotate(qkv, *norm, cos, sin), tokens * d * 8, "_rotate")
             for name, (call, moved, kernel) in cases.items():
                 home = rotary if kernel == "_rotate" else module
-                for warps in (2, 4, 8, 16):
+                for warps in (4, 8, 16):
                     setattr(home, kernel, with_warps(real[kernel], warps))
                     ms = bench(call, repeat=10)
                     note(
@@ -477,7 +477,7 @@ def fused_decoder(decoder: Decoder, latents: Tensor) -> Tensor:
     return decoder.conv_out(norm(decoder.norm_out, x))
 
 
-SECTIONS = {f.__name__: f for f in (ceilings, steps, decode, rows, attention, products, vae)}
+SECTIONS = {f.__name__: f for f in (ceilings, steps, attention, decode, vae, rows, products)}
 
 if __name__ == "__main__":
     torch.manual_seed(0)
