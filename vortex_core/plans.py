@@ -1,8 +1,8 @@
 """Static plans: the step of one size, captured once as a CUDA graph and replayed.
 
 At 512 x 512 Python and its launches take longer than the GPU's work. A replay is one launch. A graph holds one
-step, not four, so that a picture can still be cancelled and previewed between them, and any number of steps works. Sizes share
-their memory: buffers and inputs are laid out in one arena, and only one size draws at a time.
+step, not four: pictures can be cancelled and previewed between steps, and any number of steps works. Sizes share
+their memory: inputs and buffers of each are laid out in the same one, and only one size draws at a time.
 """
 
 from __future__ import annotations
@@ -22,32 +22,21 @@ KEPT = 8  # graphs; a megabyte or so each
 Size = tuple[int, int, int]  # pictures, text tokens, image tokens
 
 
-class Arena:
-    """One buffer on `device`, given out piece by piece."""
-
-    def __init__(self, device: torch.device, nbytes: int) -> None:
-        self.buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        self.used = 0
-
-    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """The next piece, uninitialized. Raises `IndexError` when the buffer is too small."""
-        start, self.used = self.used, self.used + aligned(prod(shape) * dtype.itemsize)
-        if self.used > self.buffer.numel():
-            raise IndexError(f"{name} {shape} does not fit: {self.used} of {self.buffer.numel()} bytes")
-        return self.buffer[start : start + prod(shape) * dtype.itemsize].view(dtype).view(shape)
-
-
 class Plan:
-    """The step of one size over fixed buffers. On CUDA it is captured when first called, and replayed from then on."""
+    """The step of one size, laid out in `buffer`. On CUDA it is captured when first called, and replayed from then on."""
 
-    def __init__(self, transformer: Transformer, size: Size, pe: Rope, arena: Arena, pool: object) -> None:
+    def __init__(self, transformer: Transformer, size: Size, pe: Rope, buffer: Tensor, pool: object = None) -> None:
         spec, dtype = transformer.spec, transformer.img_in.weight.dtype
-        arena.used = 0
+        used = 0
+
+        def take(name: str, shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
+            nonlocal used
+            start, used = used, used + aligned(prod(shape) * kind.itemsize)
+            return buffer[start : start + prod(shape) * kind.itemsize].view(kind).view(shape)
+
         self.transformer, self.pe, self.pool = transformer, pe, pool
-        self.img, self.txt, self.modulation = (
-            arena.take(name, shape, dtype) for name, shape in inputs(spec, size).items()
-        )
-        self.step = transformer.step(size, arena.take)
+        self.img, self.txt, self.modulation = (take(name, shape, dtype) for name, shape in inputs(spec, size).items())
+        self.step = transformer.step(size, take)
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, img: Tensor, txt: Tensor, modulation: Tensor) -> Tensor:
@@ -60,47 +49,52 @@ class Plan:
         else:
             self._run()  # also what compiles the kernels and picks the library's, before they are captured
             if self.img.device.type == "cuda":
-                self._capture()
+                self.graph = self._capture()
         return self.step.velocity
 
     def _run(self) -> None:
         self.transformer(self.img, self.txt, self.modulation, self.pe, self.step)
 
-    def _capture(self) -> None:
+    def _capture(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         # thread_local: what other threads of the process do with CUDA must not break the capture
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             self._run()
-        self.graph = graph
+        return graph
 
 
 class Plans:
-    """The plans of the sizes drawn last, in one arena that grows to the largest."""
+    """The plans of the sizes drawn last, over one buffer that grows to the largest."""
 
     def __init__(self, transformer: Transformer) -> None:
         self.transformer = transformer
-        self.arena: Arena | None = None
+        self.buffer: Tensor | None = None
         self._plans: OrderedDict[Size, Plan] = OrderedDict()
+
+    def reserve(self, size: Size) -> Tensor:
+        """The buffer, with room for `size`; growing it forgets every plan."""
+        weight = self.transformer.img_in.weight
+        needed = plan_bytes(self.transformer.spec, size, weight.dtype, fast=self.transformer.fast)
+        if self.buffer is None or self.buffer.numel() < needed:
+            self.clear()
+            self.buffer = torch.empty(needed, dtype=torch.uint8, device=weight.device)
+            self._pool = torch.cuda.graph_pool_handle() if weight.device.type == "cuda" else None
+        return self.buffer
 
     def plan(self, size: Size, pe: Rope) -> Plan:
         """The plan of `size`; `pe` are its positions, which it keeps."""
-        weight = self.transformer.img_in.weight
-        needed = plan_bytes(self.transformer.spec, size, weight.dtype, fast=self.transformer.fast)
-        if self.arena is None or self.arena.buffer.numel() < needed:
-            self.clear()
-            self.arena = Arena(weight.device, needed)
-            self.pool = torch.cuda.graph_pool_handle() if weight.device.type == "cuda" else None
+        buffer = self.reserve(size)
         if size not in self._plans:
-            self._plans[size] = Plan(self.transformer, size, pe, self.arena, self.pool)
+            self._plans[size] = Plan(self.transformer, size, pe, buffer, self._pool)
             if len(self._plans) > KEPT:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(size)
         return self._plans[size]
 
     def clear(self) -> None:
-        """Forget every plan and give the arena back."""
+        """Forget every plan and give the buffer back. To be called when weights or workspaces move."""
         self._plans.clear()
-        self.arena = None
+        self.buffer = None
 
 
 def inputs(spec: FluxSpec, size: Size) -> dict[str, tuple[int, ...]]:
@@ -114,7 +108,7 @@ def inputs(spec: FluxSpec, size: Size) -> dict[str, tuple[int, ...]]:
 
 
 def plan_bytes(spec: FluxSpec, size: Size, dtype: torch.dtype, *, fast: bool) -> int:
-    """Bytes of the arena that a plan of `size` takes, exactly. Attention's output is the library's, and comes on top."""
+    """Bytes of buffer that a plan of `size` takes, exactly. Attention's output is the library's, and comes on top."""
     given = sum(aligned(prod(shape) * dtype.itemsize) for shape in inputs(spec, size).values())
     return given + sum(aligned(n * kind.itemsize) for n, kind in buffers(spec, size, dtype, fast=fast).values())
 
