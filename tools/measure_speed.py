@@ -456,9 +456,11 @@ def fused_decoder(decoder: Decoder, latents: Tensor) -> Tensor:
     """The decoder with the fused group norm and SiLU."""
 
     def norm(module: nn.GroupNorm, x: Tensor) -> Tensor:
-        sums = KERNELS.group_sums(x, module.num_groups)
-        pixels = x.shape[2] * x.shape[3]
-        return KERNELS.norm_silu(x, sums, pixels, module.weight, module.bias, torch.empty_like(x))
+        mean, variance = reference.join_moments(KERNELS.group_moments(x, module.num_groups))
+        size = module.num_channels // module.num_groups
+        scale = module.weight.float() * (variance + module.eps).rsqrt().repeat_interleave(size)
+        shift = module.bias.float() - mean.repeat_interleave(size) * scale
+        return KERNELS.norm_silu(x, scale, shift, torch.empty_like(x))
 
     def resnet(block, x: Tensor) -> Tensor:
         h = block.conv1(norm(block.norm1, x))

@@ -48,14 +48,12 @@ class Kernels(Protocol):
         """RMS norm and rotary embedding of q and k, in place."""
         ...
 
-    def group_sums(self, x: Tensor, groups: int) -> Tensor:
+    def group_moments(self, x: Tensor, groups: int) -> Tensor:
         """What group norm needs to know of a strip."""
         ...
 
-    def norm_silu(
-        self, x: Tensor, sums: Tensor, pixels: int, weight: Tensor, bias: Tensor, out: Tensor
-    ) -> Tensor:
-        """Group norm by given sums, and SiLU."""
+    def norm_silu(self, x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> Tensor:
+        """SiLU of a scaled and shifted picture."""
         ...
 
 

@@ -57,19 +57,28 @@ def rotate(qkv: Tensor, query_norm: Tensor, key_norm: Tensor, cos: Tensor, sin: 
     qkv[:, :, :2] = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
 
 
-def group_sums(x: Tensor, groups: int) -> Tensor:
-    """fp32 `[groups, 2]`: sum and sum of squares of each group of `x` `[1, C, h, w]`. Those of strips add up."""
+def group_moments(x: Tensor, groups: int) -> Tensor:
+    """fp32 `[parts, groups, 3]` of `x` `[1, C, h, w]`: count, mean and sum of squares about it, of each group and part.
+
+    However many parts there are, and of however many strips: `join_moments` makes one of them.
+    """
     values = x.float().reshape(groups, -1)
-    return torch.stack((values.sum(1), values.square().sum(1)), dim=1)
+    variance, mean = torch.var_mean(values, dim=1, correction=0)
+    count = torch.full_like(mean, values.shape[1])
+    return torch.stack((count, mean, variance * count), dim=1)[None]
 
 
-def norm_silu(x: Tensor, sums: Tensor, pixels: int, weight: Tensor, bias: Tensor, out: Tensor) -> Tensor:
-    """Group norm and SiLU of `x` `[1, C, h, w]` by the `sums` over `pixels` positions, into `out`, perhaps `x`."""
-    groups, channels = sums.shape[0], x.shape[1]
-    mean, square = (sums / (pixels * (channels // groups))).repeat_interleave(channels // groups, 0).unbind(1)
-    scale = (square - mean * mean + EPSILON).rsqrt() * weight.float()
-    y = x.float() * scale[:, None, None] + (bias.float() - mean * scale)[:, None, None]
-    return out.copy_(F.silu(y))
+def join_moments(parts: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance `[groups]` of all that `group_moments` saw (Chan et al., 1979)."""
+    count, mean, square = parts.unbind(2)
+    total = count.sum(0)
+    joint = (count * mean).sum(0) / total
+    return joint, (square + count * (mean - joint).square()).sum(0) / total
+
+
+def norm_silu(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> Tensor:
+    """`silu(x * scale + shift)` of `x` `[1, C, h, w]` into `out`, which may be `x`; `scale`, `shift` fp32 `[C]`."""
+    return out.copy_(F.silu(x.float() * scale[:, None, None] + shift[:, None, None]))
 
 
 def row_scales(absmax: Tensor) -> Tensor:
