@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from vortex_core import nf4, sampling
 from vortex_core.checkpoint.materialize import is_quantized
-from vortex_core.kernels import Operand, choose_kernels, reference
-from vortex_core.kernels.operand import FP8
+from vortex_core.kernels import Heads, Operand, choose_kernels, reference
+from vortex_core.kernels.operand import FP8, head_shapes
 from vortex_core.linear import NF4Linear, TritonBackend, product
 from vortex_core.plans import Plans, plan_bytes
 from vortex_core.spec import FluxSpec, VaeSpec
@@ -305,26 +305,32 @@ def attention() -> None:
         qkv = layouts["double"]
         norm = torch.rand(2, c, device=DEVICE).to(BF16) + 0.5
         angle = torch.randn(tokens, c // 2, device=DEVICE)
-        heads = ours.allocate(1, h, tokens, c, DEVICE)
+        shapes = head_shapes(1, h, tokens, c)
+        heads = Heads(*(
+            torch.empty(shape, device=DEVICE, dtype=FP8 if i < 3 else torch.float32) for i, shape in enumerate(shapes)
+        ))  # fmt: skip
         out = torch.full((1, tokens, d), torch.nan, device=DEVICE, dtype=BF16)
-        ms = bench(lambda: ours.quantize_heads(qkv, *norm, angle.cos(), angle.sin(), heads), repeat=5)
-        note(f"quantize_heads {tokens}", ms, f"{1e3 * ms:7.1f} us")
+        norms = (*norm, *norm)
+        cos, sin = angle.cos(), angle.sin()
+        ms = bench(lambda: ours.quantize_heads(qkv, norms, 256, cos, sin, heads), repeat=5)
+        note(f"quantize_heads {tokens}", ms, f"{1e3 * ms:7.1f} us  {tokens * d * 9 / max(ms, 1e-9) / 1e9:5.2f} TB/s")
         exact = qkv.clone()
-        reference.rotate(exact, *norm, angle.cos(), angle.sin())
+        reference.rotate(exact, *norm, cos, sin)
         q, k, v = exact.double().transpose(1, 3).unbind(2)
         if tokens > 2000:
             q, k, v = q[:, :2], k[:, :2], v[:, :2]
         expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         for block, warps, stages in ((128, 8, 3), (128, 8, 2), (64, 4, 2), (64, 4, 3), (128, 4, 2)):
             name = f"attention {tokens} fp8 block {block} warps {warps} stages {stages}"
+            ours.BLOCK, ours.WARPS, ours.STAGES = block, warps, stages
             try:
                 out.fill_(torch.nan)
-                call = lambda: ours.attention(heads, out, block=block, warps=warps, stages=stages)  # noqa: E731
-                ms = bench(call, repeat=5)
+                ms = bench(lambda: ours.attention(heads, out), repeat=5)
                 error = relative(out[..., : expected.shape[-1]].double(), expected)
                 note(name, [ms, error], f"{1e3 * ms:7.1f} us  {flops / max(ms, 1e-9) / 1e9:5.0f} T  error {error:.4f}")
             except Exception as error:
                 note(name, str(error)[:200])
+        ours.BLOCK, ours.WARPS, ours.STAGES = 64, 4, 2
 
 
 def transformer() -> Transformer:
@@ -356,8 +362,9 @@ def steps() -> None:
         table = torch.randn(SPEC.modulation_rows, SPEC.hidden, device=DEVICE).to(BF16) / 4
         pe = sampling.rope(sampling.positions(height, width, 256), SPEC, DEVICE)
         velocities = {}
-        for mode in ("reference", "exact", "fast"):
-            model.use(reference if mode == "reference" else KERNELS, fast=mode == "fast")
+        for mode in ("reference", "exact", "fast", "fast, 16-bit attention"):
+            fast = mode.startswith("fast")
+            model.use(reference if mode == "reference" else KERNELS, fast=fast)
             if GPU:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
@@ -367,6 +374,8 @@ def steps() -> None:
                 continue
             started = time.perf_counter()
             plan = Plans(model).plan((1, 256, s), pe)
+            if mode.endswith("attention"):
+                plan.step.heads = None
             eager = plan(img, txt, table).clone()
             replayed = plan(img, txt, table).clone()
             if GPU:
@@ -375,7 +384,7 @@ def steps() -> None:
             note(f"{name} replay equals eager", bool(torch.equal(eager, replayed)))
             velocities[mode] = replayed.float()
             note(f"{name} error against reference", relative(replayed, velocities["reference"]))
-            arena = plan_bytes(SPEC, (1, 256, s), BF16, fast=mode == "fast")
+            arena = plan_bytes(SPEC, (1, 256, s), BF16, fast=fast)
             note(f"{name} arena GB", round(arena / 1e9, 4))
             if not GPU:
                 continue

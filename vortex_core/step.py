@@ -14,8 +14,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .kernels import Kernels, Operand
-from .kernels.operand import FP8
+from .kernels import Heads, Kernels, Operand
+from .kernels.operand import FP8, head_shapes
 from .spec import FluxSpec
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, fp32, each [L, C/2]
@@ -93,6 +93,9 @@ class Step:
 
         self.kernels = kernels
         self.qkv = qkv
+        # behind everything that lives while it does
+        self.attn = view("linear1", batch, tokens, hidden, skip=batch * tokens * (2 * hidden + mlp))
+        self.heads = _heads(flat["active"], spec, batch, tokens) if fast else None
         self.linear1 = view("linear1", batch, tokens, 3 * hidden + mlp)
         self.txt, self.img = stream(0, txt_tokens), stream(txt_tokens, tokens)
         self.joint = replace(
@@ -125,9 +128,23 @@ def buffers(
         "velocity": (batch * img_tokens * spec.in_channels, dtype),
     }
     if fast:
-        lengths["active"] = (rows * (spec.hidden + spec.mlp), FP8)
+        heads = head_shapes(batch, spec.heads, txt_tokens + img_tokens, spec.head_dim)
+        lengths["active"] = (max(rows * (spec.hidden + spec.mlp), sum(_bytes(heads))), FP8)
         lengths["normal_scale"] = lengths["active_scale"] = (rows, torch.float32)
     return lengths
+
+
+def _bytes(shapes: Heads) -> list[int]:
+    """Of each tensor of `Heads`: three in fp8, three in fp32."""
+    return [prod(shape) * (1 if i < 3 else 4) for i, shape in enumerate(shapes)]
+
+
+def _heads(active: Tensor, spec: FluxSpec, batch: int, tokens: int) -> Heads:
+    """q, k and v in fp8 where the MLP's values will be: attention is over by then."""
+    shapes = head_shapes(batch, spec.heads, tokens, spec.head_dim)
+    parts = active[: sum(_bytes(shapes))].split(_bytes(shapes))
+    kinds = [FP8] * 3 + [torch.float32] * 3
+    return Heads(*(p.view(kind).view(shape) for p, kind, shape in zip(parts, kinds, shapes, strict=True)))
 
 
 def step_bytes(spec: FluxSpec, size: tuple[int, int, int], dtype: torch.dtype, *, fast: bool) -> int:

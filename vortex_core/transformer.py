@@ -13,7 +13,7 @@ cut. A block ends with the gated sum *and* the adaLN of what follows it, one pas
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -81,8 +81,7 @@ class DoubleBlock(nn.Module):
         )
         for stream, attn, _, _, _ in streams:
             multiply(attn.qkv, stream.normal, stream.qkv.flatten(2))
-            rotate(step.kernels, stream, attn.norm)
-        out = attention(step.qkv)
+        out = attend(step, step.qkv, ((step.txt, self.txt_attn.norm), (step.img, self.img_attn.norm)), step.attn)
         for stream, attn, (wide, _, narrow), (_, _, gate1, shift2, scale2, _), _ in streams:
             multiply(attn.proj, stream.pack(out, step.kernels), stream.y)
             step.kernels.residual_modulate(stream.x, stream.y, gate1, shift2, scale2, stream.normal)
@@ -107,8 +106,9 @@ class SingleBlock(nn.Module):
         """From `normal` of the joint sequence to what follows, of its last tokens if that wants fewer. `gate` `[D]`."""
         joint, last = step.joint, following.out.values.shape[1]
         multiply(self.linear1, joint.normal, step.linear1)
-        rotate(step.kernels, joint, self.norm)
-        step.kernels.gelu(joint.wide, joint.active, before=attention(joint.qkv))
+        # q, k and v are in fp8 by the time attention is written where q was
+        out = attend(step, joint.qkv, ((joint, self.norm),), joint.qkv[:, :, 0].flatten(2))
+        step.kernels.gelu(joint.wide, joint.active, before=out)
         multiply(self.linear2, joint.active, joint.y)
         step.kernels.residual_modulate(joint.x[:, -last:], joint.y[:, -last:], gate, *following)
 
@@ -196,12 +196,18 @@ def mlp(spec: FluxSpec) -> nn.Sequential:
     )
 
 
-def rotate(kernels: Kernels, stream: Stream, norm: QKNorm) -> None:
-    """Norm and rotary embedding of a stream's queries and keys, in place."""
-    kernels.rotate(stream.qkv, norm.query_norm.scale, norm.key_norm.scale, *stream.pe)
+def attend(step: Step, qkv: Tensor, parts: Sequence[tuple[Stream, QKNorm]], out: Tensor) -> Tensor:
+    """Attention over `qkv` `[B, L, 3, H, C]`, made of one or two streams with norms of their own; `[B, L, D]`.
 
-
-def attention(qkv: Tensor) -> Tensor:
-    """Attention over `[B, L, 3, H, C]`; returns `[B, L, D]`."""
-    q, k, v = qkv.transpose(1, 3).unbind(2)  # each [B, H, L, C], where the products wrote them
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    In fp8 it is written to `out`; in 16 bits it is the library's, in memory of its own.
+    """
+    if step.heads is None:
+        for stream, norm in parts:
+            step.kernels.rotate(stream.qkv, norm.query_norm.scale, norm.key_norm.scale, *stream.pe)
+        q, k, v = qkv.transpose(1, 3).unbind(2)  # each [B, H, L, C], where the products wrote them
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    (first, before), (_, after) = parts[0], parts[-1]
+    norms = (before.query_norm.scale, before.key_norm.scale, after.query_norm.scale, after.key_norm.scale)
+    step.kernels.quantize_heads(qkv, norms, first.stop, *step.joint.pe, step.heads)
+    step.kernels.attention(step.heads, out)
+    return out

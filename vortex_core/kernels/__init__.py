@@ -12,9 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .operand import Operand
+from .operand import Heads, Operand
 
-__all__ = ["Kernels", "Operand", "choose_kernels", "fused_declined"]
+__all__ = ["Heads", "Kernels", "Operand", "choose_kernels", "fused_declined"]
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,22 @@ class Kernels(Protocol):
 
     def rotate(self, qkv: Tensor, query_norm: Tensor, key_norm: Tensor, cos: Tensor, sin: Tensor) -> None:
         """RMS norm and rotary embedding of q and k, in place."""
+        ...
+
+    def quantize_heads(
+        self,
+        qkv: Tensor,
+        norms: tuple[Tensor, Tensor, Tensor, Tensor],
+        boundary: int,
+        cos: Tensor,
+        sin: Tensor,
+        heads: Heads,
+    ) -> None:
+        """RMS norm and rotary embedding, and q, k and v to fp8."""
+        ...
+
+    def attention(self, heads: Heads, out: Tensor) -> None:
+        """Attention in fp8."""
         ...
 
     def group_moments(self, x: Tensor, groups: int) -> Tensor:

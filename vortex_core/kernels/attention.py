@@ -6,54 +6,37 @@ value tile's into the rescaling of what was summed so far. Softmax statistics an
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .operand import FP8, FP8_MAX, SMALLEST
+from .operand import FP8_MAX, SMALLEST, TILE, Heads
 from .reference import EPSILON
 
 _EPSILON = tl.constexpr(EPSILON)
 _FP8_MAX = tl.constexpr(FP8_MAX)
 _SMALLEST = tl.constexpr(SMALLEST)
-TILE = 128  # tokens that share a scale of keys and of values
+BLOCK, WARPS, STAGES = 64, 4, 2  # queries of a program: two programs share a multiprocessor
 LOG2_E = 1.4426950408889634
 
 
-class Heads(NamedTuple):
-    """q, k and v in fp8, tokens padded with zeros to whole tiles.
-
-    `q`, `k` `[B, H, L, C]`; `v` `[B, H, C, L]`, as the tensor cores want it; scales fp32: `q_scale` `[B, H, L]`,
-    `k_scale` and `v_scale` `[B, H, L / TILE]`.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    q_scale: Tensor
-    k_scale: Tensor
-    v_scale: Tensor
-
-
 @triton.jit
-def _rms_rope(x, norm, cos, sin, token, mask, T: tl.constexpr, C: tl.constexpr):
+def _rms_rope(x, norm, other_norm, cos, sin, token, boundary, mask, TILE: tl.constexpr, C: tl.constexpr):
     channel = tl.arange(0, C)
     x *= tl.rsqrt(tl.sum(x * x, 1) / C + _EPSILON)[:, None]
-    x *= tl.load(norm + channel).to(tl.float32)[None, :]
-    even, odd = tl.split(tl.reshape(x, [T, C // 2, 2]))
+    first, second = tl.load(norm + channel).to(tl.float32), tl.load(other_norm + channel).to(tl.float32)
+    x *= tl.where((token < boundary)[:, None], first[None, :], second[None, :])
+    even, odd = tl.split(tl.reshape(x, [TILE, C // 2, 2]))
     pair = token[:, None] * (C // 2) + tl.arange(0, C // 2)[None, :]
     c = tl.load(cos + pair, mask=mask[:, None], other=0.0)
     s = tl.load(sin + pair, mask=mask[:, None], other=0.0)
-    return tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), [T, C])
+    return tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), [TILE, C])
 
 
 @triton.jit
 def _quantize_heads(
-    qkv, stride_b, stride_t, query_norm, key_norm, cos, sin, q, k, v, q_scale, k_scale, v_scale, tokens, padded,
-    H: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr,
+    qkv, stride_b, stride_t, norm_q, norm_k, other_q, other_k, boundary, cos, sin,
+    q, k, v, q_scale, k_scale, v_scale, tokens, padded, H: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     token = tile * TILE + tl.arange(0, TILE)
@@ -64,13 +47,13 @@ def _quantize_heads(
     place = (plane * padded + token).to(tl.int64)[:, None] * C + channel[None, :]
 
     x = tl.load(row, mask=mask[:, None], other=0.0).to(tl.float32)
-    x = _rms_rope(x, query_norm, cos, sin, token, mask, TILE, C)
+    x = _rms_rope(x, norm_q, other_q, cos, sin, token, boundary, mask, TILE, C)
     unit = tl.maximum(tl.max(tl.abs(x), 1), _SMALLEST) / _FP8_MAX
     tl.store(q_scale + plane * padded + token, unit)
     tl.store(q + place, (x * (1 / unit)[:, None]).to(q.dtype.element_ty))
 
     x = tl.load(row + H * C, mask=mask[:, None], other=0.0).to(tl.float32)
-    x = _rms_rope(x, key_norm, cos, sin, token, mask, TILE, C)
+    x = _rms_rope(x, norm_k, other_k, cos, sin, token, boundary, mask, TILE, C)
     one = tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0), _SMALLEST) / _FP8_MAX
     tl.store(k_scale + plane * (padded // TILE) + tile, one)
     tl.store(k + place, (x * (1 / one)).to(k.dtype.element_ty))
@@ -120,31 +103,23 @@ def _attention(
     tl.store(place, summed.to(out.dtype.element_ty), mask=(row < tokens)[:, None])
 
 
-def allocate(batch: int, heads: int, tokens: int, channels: int, device: torch.device) -> Heads:
-    padded = triton.cdiv(tokens, TILE) * TILE
-    def fp8(*shape): return torch.empty(shape, dtype=FP8, device=device)
-    def fp32(*shape): return torch.empty(shape, dtype=torch.float32, device=device)
-    return Heads(fp8(batch, heads, padded, channels), fp8(batch, heads, padded, channels), fp8(batch, heads, channels, padded),
-                 fp32(batch, heads, padded), fp32(batch, heads, padded // TILE), fp32(batch, heads, padded // TILE))
-
-
 def quantize_heads(
-    qkv: Tensor, query_norm: Tensor, key_norm: Tensor, cos: Tensor, sin: Tensor, heads: Heads
+    qkv: Tensor, norms: tuple[Tensor, Tensor, Tensor, Tensor], boundary: int, cos: Tensor, sin: Tensor, heads: Heads
 ) -> None:
-    """`rotate` of q and k, and all three to fp8. `qkv` `[B, L, 3, H, C]`."""
+    """See `reference.quantize_heads`."""
     batch, tokens, _, count, channels = qkv.shape
     padded = heads.q.shape[2]
     _quantize_heads[(padded // TILE, count, batch)](
-        qkv, qkv.stride(0), qkv.stride(1), query_norm, key_norm, cos, sin, *heads, tokens, padded,
+        qkv, qkv.stride(0), qkv.stride(1), *norms, boundary, cos, sin, *heads, tokens, padded,
         H=count, C=channels, TILE=TILE, num_warps=8,
     )  # fmt: skip
 
 
-def attention(heads: Heads, out: Tensor, *, block: int = 128, warps: int = 8, stages: int = 3) -> None:
-    """Softmax attention into `out` `[B, L, D]`."""
+def attention(heads: Heads, out: Tensor) -> None:
+    """See `reference.attention`."""
     batch, tokens, _ = out.shape
     _, count, padded, channels = heads.q.shape
-    _attention[(triton.cdiv(tokens, block), batch * count)](
+    _attention[(triton.cdiv(tokens, BLOCK), batch * count)](
         *heads, out, out.stride(0), out.stride(1), tokens, padded, channels**-0.5 * LOG2_E,
-        H=count, C=channels, BLOCK=block, TILE=TILE, MASKED=tokens % TILE != 0, num_warps=warps, num_stages=stages,
+        H=count, C=channels, BLOCK=BLOCK, TILE=TILE, MASKED=tokens % TILE != 0, num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
