@@ -22,7 +22,9 @@ def transformer(engine: Engine) -> Transformer:
     engine._transformer.use(reference, fast=False)
 
 
-def request(engine: Engine, height: int, width: int, batch: int) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+def request(
+    engine: Engine, height: int, width: int, batch: int
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
     draw = torch.Generator().manual_seed(height + width)
     img = torch.randn(batch, height // 16 * width // 16, 64, generator=draw)
     txt = torch.randn(batch, 256, engine._spec.hidden, generator=draw)

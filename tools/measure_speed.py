@@ -238,6 +238,7 @@ def rows() -> None:
         cos, sin = angle.cos(), angle.sin()
         qkv = wide[..., : 3 * d].unflatten(-1, (3, SPEC.heads, SPEC.head_dim))
         for kind in (FP8, BF16):
+
             def operand(width, kind=kind, tokens=tokens):
                 scale = torch.empty(1, tokens, device=DEVICE) if kind == FP8 else None
                 return Operand(torch.empty(1, tokens, width, device=DEVICE, dtype=kind), scale)
@@ -290,6 +291,7 @@ def attention() -> None:
             q, k, v = qkv.transpose(1, 3).unbind(2)
             for name in ("default", "CUDNN_ATTENTION", "FLASH_ATTENTION"):
                 try:
+
                     def run(q=q, k=k, v=v):
                         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 

@@ -174,14 +174,15 @@ def multiply(linear: nn.Module, x: Operand, out: Tensor) -> None:
         row_scale = None if x.scale is None else linear.row_scale
         weight = linear.backend.decode(linear.packed, linear.absmax, x.values.dtype, row_scale)
     else:
+        assert isinstance(linear, nn.Linear)
         row_scale, weight = None, linear.weight
     if _lie_together(x.values) and _lie_together(out):
         scale = None if x.scale is None else x.scale.flatten()
         product(x.values.flatten(0, 1), scale, weight, row_scale, linear.bias, out.flatten(0, 1))
     else:
-        scales = [None] * len(out) if x.scale is None else x.scale
-        for values, scale, picture in zip(x.values, scales, out, strict=True):
-            product(values, scale, weight, row_scale, linear.bias, picture)
+        for i, picture in enumerate(out):
+            scale = None if x.scale is None else x.scale[i]
+            product(x.values[i], scale, weight, row_scale, linear.bias, picture)
 
 
 def product(
@@ -193,7 +194,9 @@ def product(
             torch.mm(x, weight.t(), out=out)
         else:
             torch.addmm(bias, x, weight.t(), out=out)
-    elif x.device.type == "cuda":
+        return
+    assert row_scale is not None
+    if x.device.type == "cuda":
         torch._scaled_mm(
             x, weight.t(), scale[:, None], row_scale[None, :], bias,
             out_dtype=out.dtype, use_fast_accum=True, out=out,
@@ -226,7 +229,7 @@ def choose_backend(device: torch.device, name: str | None = None) -> Backend:
     """
     if name not in (None, *BACKENDS):
         raise VortexInputError(f"Unknown backend {name!r}; choose 'triton', 'bitsandbytes' or 'reference'.")
-    reasons = []
+    reasons: list[str] = []
     for candidate in BACKENDS if name is None else (name,):
         declined = backend_declined(candidate, device)
         if declined is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +24,9 @@ Size = tuple[int, int, int]  # pictures, text tokens, image tokens
 
 
 class Plan:
-    """The step of one size, laid out in `buffer`. On CUDA it is captured when first called, and replayed from then on."""
+    """The step of one size, laid out in `buffer`. On CUDA the first call captures it, and the others replay it."""
 
-    def __init__(self, transformer: Transformer, size: Size, pe: Rope, buffer: Tensor, pool: object = None) -> None:
+    def __init__(self, transformer: Transformer, size: Size, pe: Rope, buffer: Tensor, pool: Any = None) -> None:
         spec, dtype = transformer.spec, transformer.img_in.weight.dtype
         used = 0
 

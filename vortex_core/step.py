@@ -8,7 +8,7 @@ what `linear2` takes is a part of what `linear1` wrote; in fp8 operands have buf
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import torch
@@ -35,7 +35,7 @@ class Stream:
     active: Operand  # [B, T, M] after the GELU; of both streams [B, T, D + M], attention in front
     attn: Operand | None  # [B, T, D] in fp8; in 16 bits attention's output is taken as it is
     y: Tensor  # [B, T, D], what is added to the residual stream
-    pe: Rope | None = None
+    pe: Rope = field(init=False)  # of its tokens, set by `Step.place`
 
     def pack(self, attn: Tensor, kernels: Kernels) -> Operand:
         """This stream's part of attention's output `[B, L, D]`, as a product takes it."""

@@ -166,25 +166,25 @@ class Transformer(nn.Module):
         step.place(pe)
         step.txt.x.copy_(txt)
         multiply(self.img_in, Operand(img), step.img.x)
-        step.kernels.modulate(step.img.x, *modulation[:2], step.img.normal)
-        step.kernels.modulate(step.txt.x, *modulation[6:8], step.txt.normal)
-        img, txt, joint = step.img, step.txt, step.joint
+
+        def following(row: int, out: Operand) -> Next:
+            return Next(modulation[row], modulation[row + 1], out)
+
+        streams = (step.img, step.txt)
+        for row, stream in zip((0, 6), streams, strict=True):
+            step.kernels.modulate(stream.x, *following(row, stream.normal))
         row, singles = 0, 12 * len(self.double_blocks)
         for double in self.double_blocks:
             mod, row = modulation[row : row + 12], row + 12
             if row < singles:
-                img_next = Next(*modulation[row : row + 2], img.normal)
-                txt_next = Next(*modulation[row + 6 : row + 8], txt.normal)
+                double(step, mod, following(row, step.img.normal), following(row + 6, step.txt.normal))
             else:
-                img_next, txt_next = (
-                    Next(*modulation[row : row + 2], joint.normal.tokens(stream.start, stream.stop))
-                    for stream in (img, txt)
-                )
-            double(step, mod, img_next, txt_next)
+                parts = (step.joint.normal.tokens(stream.start, stream.stop) for stream in streams)
+                double(step, mod, *(following(row, part) for part in parts))
         for single in self.single_blocks:
             gate, row = modulation[row + 2], row + 3
-            out = joint.normal if row + 2 < len(modulation) else step.final
-            single(step, gate, Next(*modulation[row : row + 2], out))
+            out = step.joint.normal if row + 2 < len(modulation) else step.final
+            single(step, gate, following(row, out))
         multiply(self.final_layer.linear, step.final, step.velocity)
         return step.velocity
 
@@ -203,11 +203,13 @@ def attend(step: Step, qkv: Tensor, parts: Sequence[tuple[Stream, QKNorm]], out:
     """
     if step.heads is None:
         for stream, norm in parts:
-            step.kernels.rotate(stream.qkv, norm.query_norm.scale, norm.key_norm.scale, *stream.pe)
+            cos, sin = stream.pe
+            step.kernels.rotate(stream.qkv, norm.query_norm.scale, norm.key_norm.scale, cos, sin)
         q, k, v = qkv.transpose(1, 3).unbind(2)  # each [B, H, L, C], where the products wrote them
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     (first, before), (_, after) = parts[0], parts[-1]
     norms = (before.query_norm.scale, before.key_norm.scale, after.query_norm.scale, after.key_norm.scale)
-    step.kernels.quantize_heads(qkv, norms, first.stop, *step.joint.pe, step.heads)
+    cos, sin = step.joint.pe
+    step.kernels.quantize_heads(qkv, norms, first.stop, cos, sin, step.heads)
     step.kernels.attention(step.heads, out)
     return out

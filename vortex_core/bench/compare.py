@@ -11,12 +11,15 @@ import gc
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.table import Table
 from torch import Tensor
 
 from .. import sampling
@@ -48,7 +51,10 @@ MODES = ("exact", "fast")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One contender at one size: seconds of a picture, of its steps and its decode, and the most torch reserved."""
+    """One contender at one size: seconds of a picture, of its steps and its decode, and the most torch reserved.
+
+    `off`: how far its picture is from the first contender's, the relative error of the pixels.
+    """
 
     contender: str
     height: int
@@ -57,6 +63,7 @@ class Row:
     step: Latency
     decode: Latency
     peak: int
+    off: float
 
 
 @dataclass(slots=True)
@@ -98,13 +105,15 @@ def run(
     config = dict(pipe.transformer.config)
     jobs = [_job(config, height, width, device, pipe.vae.dtype) for height, width in sizes]
 
+    first: dict[tuple[int, int], Tensor] = {}
+
     def measure(name: str, make: Callable[[], Contender]) -> None:
         try:
             with torch.inference_mode():
                 contender = make()
                 for job in jobs:
                     _clean(cuda)
-                    result.rows.append(_measure(contender, job, samples, cuda))
+                    result.rows.append(_measure(contender, job, samples, cuda, first))
                     on_row(result.rows[-1])
         except Exception as error:  # a peer that fails is a result, not the end of the comparison
             log.warning("%s did not draw: %s", name, error)
@@ -143,8 +152,30 @@ def run(
     pipe.vae.to("cpu")
     _clean(cuda)
     for mode in MODES:
-        measure(f"Vortex {mode}", lambda mode=mode: Vortex(engine, mode))
+        measure(f"Vortex {mode}", partial(Vortex, engine, mode))
     return result
+
+
+def table(result: Result) -> Table:
+    """Milliseconds and GB, a row for each contender and size."""
+    columns = ("contender", "size", "picture P50", "P99", "step", "decode", "peak GB", "off")
+    made = Table(*columns, title=f"{result.device}, torch {result.torch}")
+    for row in result.rows:
+        figures = (_at(row.picture, 50), _at(row.picture, 99), _at(row.step, 50), _at(row.decode, 50))
+        made.add_row(
+            row.contender,
+            f"{row.width} x {row.height}",
+            *(f"{1e3 * seconds:.1f}" for seconds in figures),
+            f"{row.peak / GB:.2f}",
+            f"{row.off:.4f}",
+        )
+    for name, why in result.declined.items():
+        made.add_row(name, "did not draw: " + why)
+    return made
+
+
+def _at(latency: Latency, q: float) -> float:
+    return next(p.seconds for p in latency.percentiles if p.q == q)
 
 
 def card(spec: FluxSpec, height: int, width: int) -> dict[str, float]:
@@ -184,9 +215,11 @@ def _job(config: dict[str, Any], height: int, width: int, device: torch.device, 
     return Job(height, width, noise, txt.to(device, dtype), pooled.to(device, dtype))
 
 
-def _measure(contender: Contender, job: Job, samples: int, cuda: bool) -> Row:
+def _measure(contender: Contender, job: Job, samples: int, cuda: bool, first: dict[tuple[int, int], Tensor]) -> Row:
     for _ in range(WARMUP):
-        contender.draw(job, lambda: None)
+        picture = contender.draw(job, lambda: None)
+    expected = first.setdefault((job.height, job.width), picture.float().cpu())
+    off = float((picture.float().cpu() - expected).norm() / expected.norm())
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     drawn = [_timed(contender, job, cuda) for _ in range(samples)]
@@ -198,6 +231,7 @@ def _measure(contender: Contender, job: Job, samples: int, cuda: bool) -> Row:
         summarize([step for _, spans in drawn for step in spans[:DEFAULT_STEPS]]),
         summarize([spans[DEFAULT_STEPS] for _, spans in drawn]),
         torch.cuda.max_memory_reserved() if cuda else 0,
+        off,
     )
 
 
@@ -221,8 +255,7 @@ def _timed(contender: Contender, job: Job, cuda: bool) -> tuple[float, list[floa
     if cuda:
         torch.cuda.synchronize()
     picture = time.perf_counter() - started
-    spans = zip(marks, marks[1:], strict=False)
-    return picture, [a.elapsed_time(b) / 1e3 if cuda else b - a for a, b in spans]
+    return picture, [a.elapsed_time(b) / 1e3 if cuda else b - a for a, b in pairwise(marks)]
 
 
 def _clean(cuda: bool) -> None:

@@ -47,7 +47,7 @@ class Contender(Protocol):
     name: str
 
     def draw(self, job: Job, mark: Mark) -> Tensor:
-        """The picture `[1, H, W, 3]` or `[1, 3, H, W]` on the device; `mark` is called after each step."""
+        """The picture `[1, 3, H, W]` in 0..1 on the device; `mark` is called after each step."""
         ...
 
 
@@ -61,9 +61,10 @@ class Vortex:
     def draw(self, job: Job, mark: Mark) -> Tensor:
         """See `Contender.draw`."""
         conditioning = self._engine.condition(job.txt, job.pooled)
-        return self._engine.generate(
+        picture = self._engine.generate(
             conditioning, seed=0, height=job.height, width=job.width, on_step=lambda *_: mark()
         )
+        return picture.permute(0, 3, 1, 2)
 
 
 class Diffusers:
@@ -99,7 +100,7 @@ class Diffusers:
 class Looped:
     """A peer's transformer with the four Euler steps around it and a diffusers VAE; `graphed` replays a CUDA graph."""
 
-    def __init__(self, name: str, velocity: Velocity, vae: nn.Module, *, graphed: bool = False) -> None:
+    def __init__(self, name: str, velocity: Velocity, vae: Any, *, graphed: bool = False) -> None:
         self.name, self._velocity, self._vae, self._graphed = name, velocity, vae, graphed
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]] = {}
 
@@ -157,7 +158,8 @@ def nf4_transformer(
     config: dict[str, Any], weights: dict[str, NF4Weight | Tensor], device: torch.device, dtype: torch.dtype
 ) -> FluxTransformer2DModel:
     """diffusers' transformer with bitsandbytes' `Linear4bit` over `weights`, by diffusers' names, on `device`."""
-    import bitsandbytes as bnb
+    from bitsandbytes.functional import QuantState
+    from bitsandbytes.nn import Linear4bit, Params4bit
     from diffusers import FluxTransformer2DModel
 
     with torch.device("meta"):
@@ -166,13 +168,13 @@ def nf4_transformer(
     for path, child in list(model.named_modules()):
         weight = weights.get(f"{path}.weight")
         if isinstance(child, nn.Linear) and isinstance(weight, NF4Weight):
-            linear = bnb.nn.Linear4bit(
+            linear = Linear4bit(
                 child.in_features, child.out_features, child.bias is not None, dtype, False, "nf4", device="meta"
             )
-            state = bnb.functional.QuantState(
+            state = QuantState(
                 weight.absmax.to(device).view(-1), torch.Size(weight.shape), code, BLOCK, "nf4", dtype
             )
-            linear.weight = bnb.nn.Params4bit(
+            linear.weight = Params4bit(
                 weight.packed.to(device).view(-1, 1), False, state, BLOCK, False, "nf4", module=linear,
                 bnb_quantized=True,
             )  # fmt: skip
@@ -213,13 +215,11 @@ def _swap(tensors: tuple[Tensor, ...], swapped: bool) -> list[Tensor]:
     return [torch.cat(t.chunk(2)[::-1]) if swapped else t for t in tensors]
 
 
-def comfy_velocity(
-    tree: Path, config: dict[str, Any], state: dict[str, Tensor], device: torch.device
-) -> Velocity:
+def comfy_velocity(tree: Path, config: dict[str, Any], state: dict[str, Tensor], device: torch.device) -> Velocity:
     """The velocity of the ComfyUI in `tree`, its own Flux forward in bf16 over diffusers' `state`."""
     sys.path.insert(0, str(tree))
-    import comfy.ops  # type: ignore[import-not-found]
-    from comfy.ldm.flux.model import Flux  # type: ignore[import-not-found]
+    import comfy.ops
+    from comfy.ldm.flux.model import Flux
 
     heads = config["num_attention_heads"]
     with torch.device("meta"):

@@ -1,4 +1,7 @@
-"""FLUX.1-schnell at its real size with random weights, as a diffusers pipeline: speed and memory do not ask what is drawn."""
+"""FLUX.1-schnell at its real size with random weights, as a diffusers pipeline.
+
+Speed and memory do not ask what is drawn.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,9 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24,
         "joint_attention_dim": 4096, "pooled_projection_dim": 768,
     },
-    "vae": {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "norm_num_groups": 32, "sample_size": 1024},
+    "vae": {
+        "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "norm_num_groups": 32, "sample_size": 1024,
+    },
     "text_encoder": {
         "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
         "projection_dim": 768, "vocab_size": 49408,

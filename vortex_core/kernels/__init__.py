@@ -30,9 +30,7 @@ class Kernels(Protocol):
         """adaLN of `x`."""
         ...
 
-    def residual_modulate(
-        self, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, out: Operand
-    ) -> None:
+    def residual_modulate(self, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, out: Operand) -> None:
         """`x += gate * y` in place, and adaLN of it."""
         ...
 
