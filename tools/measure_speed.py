@@ -332,7 +332,7 @@ def attention() -> None:
                 note(name, [ms, error], f"{1e3 * ms:7.1f} us  {flops / max(ms, 1e-9) / 1e9:5.0f} T  error {error:.4f}")
             except Exception as error:
                 note(name, str(error)[:200])
-        ours.BLOCK, ours.WARPS, ours.STAGES = 64, 4, 2
+        ours.BLOCK, ours.WARPS, ours.STAGES = 64, 4, 3
 
 
 def transformer() -> Transformer:

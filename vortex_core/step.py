@@ -134,7 +134,7 @@ def buffers(
     return lengths
 
 
-def _bytes(shapes: Heads) -> list[int]:
+def _bytes(shapes: list[tuple[int, ...]]) -> list[int]:
     """Of each tensor of `Heads`: three in fp8, three in fp32."""
     return [prod(shape) * (1 if i < 3 else 4) for i, shape in enumerate(shapes)]
 

@@ -16,7 +16,7 @@ from .reference import EPSILON
 _EPSILON = tl.constexpr(EPSILON)
 _FP8_MAX = tl.constexpr(FP8_MAX)
 _SMALLEST = tl.constexpr(SMALLEST)
-BLOCK, WARPS, STAGES = 64, 4, 2  # queries of a program: two programs share a multiprocessor
+BLOCK, WARPS, STAGES = 64, 4, 3  # queries of a program: two programs share a multiprocessor
 LOG2_E = 1.4426950408889634
 
 

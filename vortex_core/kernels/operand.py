@@ -41,9 +41,9 @@ class Heads(NamedTuple):
     v_scale: Tensor
 
 
-def head_shapes(batch: int, heads: int, tokens: int, channels: int) -> Heads:
-    """The shapes of `Heads` for `tokens`, as a `Heads` of tuples."""
+def head_shapes(batch: int, heads: int, tokens: int, channels: int) -> list[tuple[int, ...]]:
+    """The shapes of the tensors of `Heads`, in order, for `tokens`."""
     tiles = -(-tokens // TILE)
     planes, padded = (batch, heads), tiles * TILE
     rows = (*planes, padded, channels)
-    return Heads(rows, rows, (*planes, channels, padded), (*planes, padded), (*planes, tiles), (*planes, tiles))
+    return [rows, rows, (*planes, channels, padded), (*planes, padded), (*planes, tiles), (*planes, tiles)]
