@@ -148,7 +148,7 @@ def vae_profile():
 
 torch.manual_seed(0)
 t0 = time.perf_counter()
-for f in (M.ceilings, M.steps, decode2, lanes, split, vae_profile):
+for f in (M.ceilings, M.attention, M.steps, decode2, lanes, split, vae_profile):
     if sys.argv[1:] and f.__name__ not in sys.argv[1:]: continue
     print(f"=== {f.__name__} at {time.perf_counter()-t0:.0f} s", flush=True)
     try:

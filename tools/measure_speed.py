@@ -322,12 +322,20 @@ def attention() -> None:
         if tokens > 2000:
             q, k, v = q[:, :2], k[:, :2], v[:, :2]
         expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        for block, warps, stages in ((128, 8, 3), (128, 8, 2), (64, 4, 2), (64, 4, 3), (128, 4, 2)):
+        try:
+            out.fill_(torch.nan)
+            ms = bench(lambda: ours.attention(heads, out), repeat=5)
+            error = relative(out[..., : expected.shape[-1]].double(), expected)
+            text = f"{1e3 * ms:7.1f} us  {flops / max(ms, 1e-9) / 1e9:5.0f} T  error {error:.4f}"
+            note(f"attention {tokens} fp8, this card's", [ms, error], text)
+        except Exception:
+            traceback.print_exc()
+        for block, warps, stages in ((128, 8, 3), (64, 4, 3)):
             name = f"attention {tokens} fp8 block {block} warps {warps} stages {stages}"
             ours.BLOCK, ours.WARPS, ours.STAGES = block, warps, stages
             try:
                 out.fill_(torch.nan)
-                ms = bench(lambda: ours.attention(heads, out), repeat=5)
+                ms = bench(lambda: ours.portable(heads, out), repeat=5)
                 error = relative(out[..., : expected.shape[-1]].double(), expected)
                 note(name, [ms, error], f"{1e3 * ms:7.1f} us  {flops / max(ms, 1e-9) / 1e9:5.0f} T  error {error:.4f}")
             except Exception as error:
