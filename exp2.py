@@ -9,6 +9,10 @@ M.KERNELS = KERNELS = choose_kernels(DEVICE)
 M.BACKEND = BACKEND = TritonBackend(DEVICE)
 M.SIDE = SIDE = torch.cuda.Stream()
 
+import vortex_core.kernels.attention as A_
+if os.environ.get('NOHOPPER'):
+    A_._hopper = lambda device: None
+
 @triton.jit
 def plain(packed, absmax, row_scale, levels, out, words, WORDS_A_ROW: tl.constexpr, SCALED: tl.constexpr, WORDS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, FOLD: tl.constexpr):
     levels = tl.load(levels + tl.arange(0, 16))
@@ -155,4 +159,4 @@ for f in (M.ceilings, M.attention, M.steps, decode2, lanes, split, vae_profile):
         with torch.inference_mode(): f()
     except Exception: traceback.print_exc()
     torch.cuda.empty_cache()
-    Path(os.environ.get("OUT", "."), "exp2.json").write_text(json.dumps(RESULTS, indent=1))
+    Path(os.environ.get("OUT", "."), os.environ.get("NAME", "exp2") + ".json").write_text(json.dumps(RESULTS, indent=1))
