@@ -372,9 +372,10 @@ def steps() -> None:
         table = torch.randn(SPEC.modulation_rows, SPEC.hidden, device=DEVICE).to(BF16) / 4
         pe = sampling.rope(sampling.positions(height, width, 256), SPEC, DEVICE)
         velocities = {}
-        for mode in ("reference", "exact", "fast", "fast, 16-bit attention"):
+        for mode in ("reference", "exact", "exact, beside", "fast", "fast, beside", "fast, 16-bit attention"):
             fast = mode.startswith("fast")
-            model.use(reference if mode == "reference" else KERNELS, fast=fast)
+            kernels = reference if mode == "reference" else KERNELS
+            model.use(kernels, fast=fast, beside=GPU and mode.endswith("beside"))
             if GPU:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()

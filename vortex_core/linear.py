@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class Backend(Protocol):
-    """Decodes NF4 weights. The result is valid until the next `decode` of the same backend."""
+    """Decodes NF4 weights. The result is valid until the next `decode` of the same backend and lane."""
 
     name: str
 
@@ -41,8 +41,13 @@ class Backend(Protocol):
         """Give the workspace back; the next `decode` or `reserve` takes it again."""
         ...
 
-    def decode(self, packed: Tensor, absmax: Tensor, dtype: torch.dtype, row_scale: Tensor | None = None) -> Tensor:
-        """uint8 `[N, K/2]` and fp32 `[N, K/64]` to `[N, K]` in `dtype`, divided by `row_scale` `[N]` if given."""
+    def decode(
+        self, packed: Tensor, absmax: Tensor, dtype: torch.dtype, row_scale: Tensor | None = None, lane: int = 0
+    ) -> Tensor:
+        """uint8 `[N, K/2]` and fp32 `[N, K/64]` to `[N, K]` in `dtype`, divided by `row_scale` `[N]` if given.
+
+        A result on one `lane` (0 or 1) does not end the other's, where a backend has lanes.
+        """
         ...
 
 
@@ -58,7 +63,9 @@ class ReferenceBackend:
     def release(self) -> None:
         """There is nothing to give back."""
 
-    def decode(self, packed: Tensor, absmax: Tensor, dtype: torch.dtype, row_scale: Tensor | None = None) -> Tensor:
+    def decode(
+        self, packed: Tensor, absmax: Tensor, dtype: torch.dtype, row_scale: Tensor | None = None, lane: int = 0
+    ) -> Tensor:
         """See `Backend.decode`."""
         if row_scale is not None:
             absmax = absmax / row_scale[:, None]
@@ -92,16 +99,38 @@ class Workspace:
         return self.buffer[: numel * dtype.itemsize].view(dtype).view(shape)
 
 
-class TritonBackend(Workspace):
-    """Vortex's own decode kernel, near the speed of memory; the one that decodes to fp8 too."""
+class TritonBackend:
+    """Vortex's own decode kernels, near the speed of memory; the ones that decode to fp8 too.
+
+    It has a workspace for each lane, so that two sequences can compute beside each other.
+    """
 
     name = "triton"
 
-    def decode(self, packed: Tensor, absmax: Tensor, dtype: torch.dtype, row_scale: Tensor | None = None) -> Tensor:
+    def __init__(self, device: torch.device) -> None:
+        self._lanes = (Workspace(device), Workspace(device))
+
+    @property
+    def nbytes(self) -> int:
+        """See `Backend.nbytes`."""
+        return sum(lane.nbytes for lane in self._lanes)
+
+    def reserve(self, numel: int, dtype: torch.dtype) -> None:
+        """See `Backend.reserve`. The second lane grows when it is first used."""
+        self._lanes[0].reserve(numel, dtype)
+
+    def release(self) -> None:
+        """See `Backend.release`."""
+        for lane in self._lanes:
+            lane.release()
+
+    def decode(
+        self, packed: Tensor, absmax: Tensor, dtype: torch.dtype, row_scale: Tensor | None = None, lane: int = 0
+    ) -> Tensor:
         """See `Backend.decode`."""
         from .kernels import fused
 
-        out = self.view((packed.shape[0], packed.shape[1] * 2), dtype)
+        out = self._lanes[lane].view((packed.shape[0], packed.shape[1] * 2), dtype)
         fused.decode(packed, absmax, out, row_scale)
         return out
 
@@ -116,7 +145,9 @@ class BitsAndBytesBackend(Workspace):
         if self.buffer.device.type == "cuda":
             super().reserve(numel, dtype)
 
-    def decode(self, packed: Tensor, absmax: Tensor, dtype: torch.dtype, row_scale: Tensor | None = None) -> Tensor:
+    def decode(
+        self, packed: Tensor, absmax: Tensor, dtype: torch.dtype, row_scale: Tensor | None = None, lane: int = 0
+    ) -> Tensor:
         """See `Backend.decode`."""
         if row_scale is not None:  # not one of its kernels; `fast` on a GPU has the Triton backend
             return ReferenceBackend().decode(packed, absmax, dtype, row_scale)
@@ -149,6 +180,7 @@ class NF4Linear(nn.Module):
         self.register_buffer("bias", bias)
         self.register_buffer("row_scale", None)
         self.backend = backend
+        self.lane = 0
 
     def prepare_fp8(self) -> None:
         """Find what each row of the weight is divided by in fp8: 4 bytes a row."""
@@ -172,7 +204,7 @@ def multiply(linear: nn.Module, x: Operand, out: Tensor) -> None:
     """
     if isinstance(linear, NF4Linear):
         row_scale = None if x.scale is None else linear.row_scale
-        weight = linear.backend.decode(linear.packed, linear.absmax, x.values.dtype, row_scale)
+        weight = linear.backend.decode(linear.packed, linear.absmax, x.values.dtype, row_scale, linear.lane)
     else:
         assert isinstance(linear, nn.Linear)
         row_scale, weight = None, linear.weight

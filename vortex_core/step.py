@@ -7,7 +7,8 @@ what `linear2` takes is a part of what `linear1` wrote; in fp8 operands have buf
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
 
@@ -58,8 +59,9 @@ class Step:
         take: Take,
         *,
         fast: bool,
+        side: torch.cuda.Stream | None = None,
     ) -> None:
-        """`size`: B, N, S."""
+        """`size`: B, N, S. `side`: a CUDA stream for the text, beside the image's."""
         batch, txt_tokens, img_tokens = size
         tokens, hidden, mlp = txt_tokens + img_tokens, spec.hidden, spec.mlp
         head = (3, spec.heads, spec.head_dim)
@@ -68,30 +70,31 @@ class Step:
         def view(name: str, *shape: int, skip: int = 0) -> Tensor:
             return flat[name][skip : skip + prod(shape)].view(shape)
 
-        def operand(name: str, rows: int, width: int, skip: int = 0) -> Operand:
-            scale = view(f"{name}_scale", batch, rows, skip=skip) if fast else None
-            return Operand(view(name, batch, rows, width, skip=skip * width), scale)
+        def operand(name: str, rows: int, width: int, start: int = 0, skip: int = 0) -> Operand:
+            scale = view(f"{name}_scale", batch, rows, skip=_rounded(batch * start)) if fast else None
+            return Operand(view(name, batch, rows, width, skip=skip + batch * start * width), scale)
 
         x = view("x", batch, tokens, hidden)
         # side by side, without the MLP of linear1 between the rows
         qkv = view("linear1", batch, tokens, *head)
 
         def stream(start: int, stop: int) -> Stream:
+            # places of their own for text and image, which compute beside each other
             rows = stop - start
-            wide = view("linear1", batch, rows, mlp)
+            wide = view("linear1", batch, rows, mlp, skip=batch * start * mlp)
             return Stream(
                 start,
                 stop,
                 x=x[:, start:stop],
-                normal=operand("normal", rows, hidden, skip=batch * start),
+                normal=operand("normal", rows, hidden, start),
                 qkv=qkv[:, start:stop],
                 wide=wide,
-                active=operand("active", rows, mlp) if fast else Operand(wide),
-                attn=operand("active", rows, hidden) if fast else None,
+                active=operand("active", rows, mlp, start) if fast else Operand(wide),
+                attn=operand("active", rows, hidden, start, skip=batch * tokens * mlp) if fast else None,
                 y=view("y", batch, rows, hidden, skip=batch * start * hidden),
             )
 
-        self.kernels = kernels
+        self.kernels, self._side = kernels, side
         self.qkv = qkv
         # behind everything that lives while it does
         self.attn = view("linear1", batch, tokens, hidden, skip=batch * tokens * (2 * hidden + mlp))
@@ -107,6 +110,21 @@ class Step:
         )
         self.final = Operand(view("linear1", batch, img_tokens, hidden))
         self.velocity = view("velocity", batch, img_tokens, spec.in_channels)
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """What is launched inside runs beside what is launched next, until `meet`."""
+        if self._side is None:
+            yield
+            return
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
+            yield
+
+    def meet(self) -> None:
+        """What is launched from now on runs after all that was beside it."""
+        if self._side is not None:
+            torch.cuda.current_stream().wait_stream(self._side)
 
     def place(self, pe: Rope) -> None:
         """Set the positions of the tokens, `[L, C/2]`."""
@@ -130,8 +148,13 @@ def buffers(
     if fast:
         heads = head_shapes(batch, spec.heads, txt_tokens + img_tokens, spec.head_dim)
         lengths["active"] = (max(rows * (spec.hidden + spec.mlp), sum(_bytes(heads))), FP8)
-        lengths["normal_scale"] = lengths["active_scale"] = (rows, torch.float32)
+        lengths["normal_scale"] = lengths["active_scale"] = (_rounded(rows) + 16, torch.float32)
     return lengths
+
+
+def _rounded(rows: int) -> int:
+    """To where the library takes a vector of scales."""
+    return -(-rows // 16) * 16
 
 
 def _bytes(shapes: list[tuple[int, ...]]) -> list[int]:

@@ -75,22 +75,19 @@ class DoubleBlock(nn.Module):
 
     def forward(self, step: Step, mod: Tensor, img_next: Next, txt_next: Next) -> None:
         """From `normal` of both streams to what follows them. `mod` `[12, D]`: image, then text."""
-        streams = (
-            (step.img, self.img_attn, self.img_mlp, mod[:6], img_next),
-            (step.txt, self.txt_attn, self.txt_mlp, mod[6:], txt_next),
-        )
-        for stream, attn, _, _, _ in streams:
-            multiply(attn.qkv, stream.normal, stream.qkv.flatten(2))
-        out = attend(step, step.qkv, ((step.txt, self.txt_attn.norm), (step.img, self.img_attn.norm)), step.attn)
-        for stream, attn, (wide, _, narrow), (_, _, gate1, shift2, scale2, _), _ in streams:
-            multiply(attn.proj, stream.pack(out, step.kernels), stream.y)
-            step.kernels.residual_modulate(stream.x, stream.y, gate1, shift2, scale2, stream.normal)
-            multiply(wide, stream.normal, stream.wide)
-            step.kernels.gelu(stream.wide, stream.active)
-            multiply(narrow, stream.active, stream.y)
+        img, txt = step.img, step.txt
+        with step.beside():
+            multiply(self.txt_attn.qkv, txt.normal, txt.qkv.flatten(2))
+        multiply(self.img_attn.qkv, img.normal, img.qkv.flatten(2))
+        step.meet()
+        out = attend(step, step.qkv, ((txt, self.txt_attn.norm), (img, self.img_attn.norm)), step.attn)
+        with step.beside():
+            branch(step.kernels, txt, out, self.txt_attn, self.txt_mlp, mod[6:])
+        branch(step.kernels, img, out, self.img_attn, self.img_mlp, mod[:6])
+        step.meet()
         # both after the last use of `normal`: what follows may be the joint one, laid out otherwise
-        for stream, _, _, (*_, gate2), following in streams:
-            step.kernels.residual_modulate(stream.x, stream.y, gate2, *following)
+        step.kernels.residual_modulate(img.x, img.y, mod[5], *img_next)
+        step.kernels.residual_modulate(txt.x, txt.y, mod[11], *txt_next)
 
 
 class SingleBlock(nn.Module):
@@ -129,22 +126,28 @@ class Transformer(nn.Module):
         self.spec = spec
         self.kernels: Kernels = reference
         self.fast = False
+        self.side: torch.cuda.Stream | None = None
         self.img_in = nn.Linear(spec.in_channels, spec.hidden)
         self.txt_in = nn.Linear(spec.context, spec.hidden)
         self.double_blocks = nn.ModuleList(DoubleBlock(spec) for _ in range(spec.double_blocks))
         self.single_blocks = nn.ModuleList(SingleBlock(spec) for _ in range(spec.single_blocks))
         self.final_layer = FinalLayer(spec)
 
-    def use(self, kernels: Kernels, *, fast: bool) -> None:
-        """Compute with `kernels`; `fast` multiplies in fp8, and takes NF4 weights only."""
+    def use(self, kernels: Kernels, *, fast: bool, beside: bool = False) -> None:
+        """Compute with `kernels`; `fast` multiplies in fp8, and takes NF4 weights only.
+
+        `beside`: text on a CUDA stream of its own, which fills the multiprocessors that the image's last tiles leave idle.
+        """
         self.kernels, self.fast = kernels, fast
-        if fast:
-            for linear in self.linears():
+        self.side = torch.cuda.Stream() if beside else None
+        for name, linear in self.linears():
+            linear.lane = int(beside and ".txt_" in name)
+            if fast:
                 linear.prepare_fp8()
 
-    def linears(self) -> Iterator[NF4Linear]:
-        """Every quantized linear."""
-        return (part for part in self.modules() if isinstance(part, NF4Linear))
+    def linears(self) -> Iterator[tuple[str, NF4Linear]]:
+        """Every quantized linear by name."""
+        return ((name, part) for name, part in self.named_modules() if isinstance(part, NF4Linear))
 
     def step(self, size: tuple[int, int, int], take: Take | None = None) -> Step:
         """Buffers for a step of `size` = (pictures, text tokens, image tokens), from `take`; default fresh ones."""
@@ -153,7 +156,7 @@ class Transformer(nn.Module):
         def fresh(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=weight.device)
 
-        return Step(self.spec, self.kernels, size, weight.dtype, take or fresh, fast=self.fast)
+        return Step(self.spec, self.kernels, size, weight.dtype, take or fresh, fast=self.fast, side=self.side)
 
     def forward(self, img: Tensor, txt: Tensor, modulation: Tensor, pe: Rope, step: Step | None = None) -> Tensor:
         """The velocity `[B, S, 64]` of packed latents `img [B, S, 64]` at one step.
@@ -194,6 +197,17 @@ def mlp(spec: FluxSpec) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(spec.hidden, spec.mlp), nn.GELU(approximate="tanh"), nn.Linear(spec.mlp, spec.hidden)
     )
+
+
+def branch(kernels: Kernels, stream: Stream, out: Tensor, attn: SelfAttention, mlp: nn.Module, mod: Tensor) -> None:
+    """A double block's stream from attention's output to its MLP's. `mod` `[6, D]`."""
+    _, _, gate, shift, scale, _ = mod
+    wide, _, narrow = mlp.children()
+    multiply(attn.proj, stream.pack(out, kernels), stream.y)
+    kernels.residual_modulate(stream.x, stream.y, gate, shift, scale, stream.normal)
+    multiply(wide, stream.normal, stream.wide)
+    kernels.gelu(stream.wide, stream.active)
+    multiply(narrow, stream.active, stream.y)
 
 
 def attend(step: Step, qkv: Tensor, parts: Sequence[tuple[Stream, QKNorm]], out: Tensor) -> Tensor:
