@@ -314,8 +314,11 @@ def attention() -> None:
         out = torch.full((1, tokens, d), torch.nan, device=DEVICE, dtype=BF16)
         norms = (*norm, *norm)
         cos, sin = angle.cos(), angle.sin()
-        ms = bench(lambda: ours.quantize_heads(qkv, norms, 256, cos, sin, heads), repeat=5)
-        note(f"quantize_heads {tokens}", ms, f"{1e3 * ms:7.1f} us  {tokens * d * 9 / max(ms, 1e-9) / 1e9:5.2f} TB/s")
+        for warps in (16, 8):
+            ours.QUANTIZE_WARPS = warps
+            ms = bench(lambda: ours.quantize_heads(qkv, norms, 256, cos, sin, heads), repeat=5)
+            text = f"{1e3 * ms:7.1f} us  {tokens * d * 9 / max(ms, 1e-9) / 1e9:5.2f} TB/s"
+            note(f"quantize_heads {tokens} warps {warps}", ms, text)
         exact = qkv.clone()
         reference.rotate(exact, *norm, cos, sin)
         q, k, v = exact.double().transpose(1, 3).unbind(2)

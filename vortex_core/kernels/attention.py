@@ -24,6 +24,7 @@ _EPSILON = tl.constexpr(EPSILON)
 _FP8_MAX = tl.constexpr(FP8_MAX)
 _SMALLEST = tl.constexpr(SMALLEST)
 BLOCK, WARPS, STAGES = 64, 4, 3  # queries of a program: two programs share a multiprocessor
+QUANTIZE_WARPS = 8
 LOG2_E = 1.4426950408889634
 
 
@@ -45,31 +46,31 @@ def _quantize_heads(
     qkv, stride_b, stride_t, norm_q, norm_k, other_q, other_k, boundary, cos, sin,
     q, k, v, q_scale, k_scale, v_scale, tokens, padded, H: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    token = tile * TILE + tl.arange(0, TILE)
+    tile, head = tl.program_id(0), tl.program_id(1)
+    batch, which = tl.program_id(2) // 3, tl.program_id(2) % 3
+    token, channel = tile * TILE + tl.arange(0, TILE), tl.arange(0, C)
     mask = token < tokens
-    channel = tl.arange(0, C)
-    row = qkv + batch.to(tl.int64) * stride_b + token.to(tl.int64)[:, None] * stride_t + channel[None, :] + head * C
+    row = qkv + batch.to(tl.int64) * stride_b + token.to(tl.int64)[:, None] * stride_t + (which * H + head) * C
+    x = tl.load(row + channel[None, :], mask=mask[:, None], other=0.0).to(tl.float32)
     plane = batch * H + head
     place = (plane * padded + token).to(tl.int64)[:, None] * C + channel[None, :]
-
-    x = tl.load(row, mask=mask[:, None], other=0.0).to(tl.float32)
-    x = _rms_rope(x, norm_q, other_q, cos, sin, token, boundary, mask, TILE, C)
-    unit = tl.maximum(tl.max(tl.abs(x), 1), _SMALLEST) / _FP8_MAX
-    tl.store(q_scale + plane * padded + token, unit)
-    tl.store(q + place, (x * (1 / unit)[:, None]).to(q.dtype.element_ty))
-
-    x = tl.load(row + H * C, mask=mask[:, None], other=0.0).to(tl.float32)
-    x = _rms_rope(x, norm_k, other_k, cos, sin, token, boundary, mask, TILE, C)
-    one = tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0), _SMALLEST) / _FP8_MAX
-    tl.store(k_scale + plane * (padded // TILE) + tile, one)
-    tl.store(k + place, (x * (1 / one)).to(k.dtype.element_ty))
-
-    x = tl.load(row + 2 * H * C, mask=mask[:, None], other=0.0).to(tl.float32)
-    one = tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0), _SMALLEST) / _FP8_MAX
-    tl.store(v_scale + plane * (padded // TILE) + tile, one)
-    place = (plane * C + channel).to(tl.int64)[:, None] * padded + token[None, :]
-    tl.store(v + place, tl.trans((x * (1 / one)).to(v.dtype.element_ty)))
+    if which == 0:
+        x = _rms_rope(x, norm_q, other_q, cos, sin, token, boundary, mask, TILE, C)
+        units = tl.maximum(tl.max(tl.abs(x), 1), _SMALLEST) / _FP8_MAX
+        tl.store(q_scale + plane * padded + token, units)
+        tl.store(q + place, (x * (1 / units)[:, None]).to(q.dtype.element_ty))
+    else:
+        if which == 1:
+            x = _rms_rope(x, norm_k, other_k, cos, sin, token, boundary, mask, TILE, C)
+        unit = tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0), _SMALLEST) / _FP8_MAX
+        small = (x * (1 / unit)).to(k.dtype.element_ty)
+        if which == 1:
+            tl.store(k_scale + plane * (padded // TILE) + tile, unit)
+            tl.store(k + place, small)
+        else:
+            tl.store(v_scale + plane * (padded // TILE) + tile, unit)
+            across = (plane * C + channel).to(tl.int64)[:, None] * padded + token[None, :]
+            tl.store(v + across, tl.trans(small))
 
 
 @triton.jit
@@ -116,9 +117,9 @@ def quantize_heads(
     """See `reference.quantize_heads`."""
     batch, tokens, _, count, channels = qkv.shape
     padded = heads.q.shape[2]
-    _quantize_heads[(padded // TILE, count, batch)](
+    _quantize_heads[(padded // TILE, count, 3 * batch)](
         qkv, qkv.stride(0), qkv.stride(1), *norms, boundary, cos, sin, *heads, tokens, padded,
-        H=count, C=channels, TILE=TILE, num_warps=8,
+        H=count, C=channels, TILE=TILE, num_warps=QUANTIZE_WARPS,
     )  # fmt: skip
 
 

@@ -110,7 +110,7 @@ def _launch_gelu(x: Tensor, out: Operand, before: Tensor | None, *, gelu: bool) 
     _gelu[(batch * tokens,)](
         *_strided(before), *_strided(x), *_strided(out.values), *_strided(out.scale), tokens,
         A=first, W=width, BLOCK=block, GELU=gelu, QUANTIZE=out.scale is not None,
-        num_warps=16 if block > 4096 else 4,
+        num_warps=4 if block <= 4096 else 8 if before is None else 16,
     )  # fmt: skip
 
 
