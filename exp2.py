@@ -147,6 +147,17 @@ def vae_profile():
         conv = nn.Conv2d(c, c, 3, padding=1).to(DEVICE, BF16).requires_grad_(False).to(memory_format=torch.channels_last)
         ms = bench(lambda: conv(x), repeat=3)
         note(f"conv {c}x{side}", ms, f"{1e3*ms:.1f} us {2*9*c*c*side*side/ms/1e9:.0f} T")
+        from vortex_core.kernels import conv as own
+        out = torch.empty_like(x)
+        ref = conv(x).float()
+        for rows, cols, warps, stages in ((2, 64, 8, 4), (2, 64, 4, 4), (4, 64, 8, 4), (2, 128, 8, 4), (4, 64, 8, 3)):
+            own.ROWS, own.COLUMNS, own.WARPS, own.STAGES = rows, cols, warps, stages
+            try:
+                out.fill_(torch.nan)
+                ms = bench(lambda: own.convolve(x, conv.weight, conv.bias, out), repeat=3)
+                note(f"own conv {c}x{side} {rows}x{cols} warps {warps} stages {stages}", [ms, relative(out, ref)], f"{1e3*ms:.1f} us {2*9*c*c*side*side/ms/1e9:.0f} T  error {relative(out, ref):.5f}")
+            except Exception as e:
+                note(f"own conv {c}x{side} {rows}x{cols} warps {warps} stages {stages}", str(e)[:200])
         up = bench(lambda: F.interpolate(x[:, :, : side // 2, : side // 2].contiguous(memory_format=torch.channels_last), scale_factor=2.0, mode="nearest"))
         note(f"upsample to {c}x{side}", up, f"{1e3*up:.1f} us")
 
