@@ -1,10 +1,10 @@
-"""The fidelity gate: how far one transformer call may be from the reference, and that it notices what would be wrong."""
+"""The fidelity gate: how far one transformer call may be from the reference, and that it notices what is wrong."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -42,7 +42,7 @@ def test_the_gate_has_teeth(engine: Engine) -> None:
             wrong = table.clone()
             wrong[place][gates] = 0  # what a block adds is multiplied by its gates
             assert distance(engine._transformer(img, txt, wrong, pe), right) > GATE, f"without {name}"
-        for (name, one, _), (other_name, two, _) in zip(rows, rows[1:], strict=False):
+        for (name, one, _), (other_name, two, _) in pairwise(rows):
             if table[one].shape == table[two].shape:
                 wrong = table.clone()
                 wrong[one], wrong[two] = table[two], table[one]

@@ -7,7 +7,9 @@ stands for the one, and for the other fp32: what is checked there is everything 
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 
 import pytest
 import torch
@@ -15,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vortex_core import nf4
-from vortex_core.kernels import Heads, Operand, reference
+from vortex_core.kernels import Heads, Operand, choose_kernels, reference
 from vortex_core.kernels.operand import FP8, FP8_MAX, head_shapes
+from vortex_core.linear import fp8_declined
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -234,3 +237,24 @@ def test_group_norm_by_strips(fused, shape: tuple[int, int, int, int], dtype: to
         shift = bias.float() - mean.repeat_interleave(channels // groups) * scale
         ours = [kernels.norm_silu(s, scale, shift, torch.full_like(s, torch.nan)) for s in strips]
         assert_same(Operand(torch.cat(ours, dim=2)), Operand(norm))
+
+
+def test_the_choice_of_kernels_says_why(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    caplog.set_level(logging.INFO, "vortex_core")
+    assert choose_kernels(torch.device("cpu")) is reference
+    assert "fused ones declined on cpu: they need CUDA, not cpu" in caplog.text
+    cuda = torch.device("cuda", 0)
+    for capability, words in (((7, 5), "compute capability 8.0"), ((8, 6), "Triton does not import")):
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda device, capability=capability: capability)
+        monkeypatch.setitem(sys.modules, "triton", None)
+        assert choose_kernels(cuda) is reference
+        assert words in caplog.text
+
+
+def test_fast_is_declined_where_there_is_no_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fp8_declined(torch.device("cpu")) == "they need CUDA, not cpu"
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr("vortex_core.linear.fused_declined", lambda device: None)
+    for capability, declined in (((8, 6), "8.9, and this card has 8.6"), ((8, 9), None), ((9, 0), None)):
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda device, capability=capability: capability)
+        assert declined is None if (why := fp8_declined(cuda)) is None else declined in why

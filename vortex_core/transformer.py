@@ -136,7 +136,7 @@ class Transformer(nn.Module):
     def use(self, kernels: Kernels, *, fast: bool, beside: bool = False) -> None:
         """Compute with `kernels`; `fast` multiplies in fp8, and takes NF4 weights only.
 
-        `beside`: text on a CUDA stream of its own, which fills the multiprocessors that the image's last tiles leave idle.
+        `beside`: text on a CUDA stream of its own, which fills what the image's last tiles leave idle.
         """
         self.kernels, self.fast = kernels, fast
         self.side = torch.cuda.Stream() if beside else None

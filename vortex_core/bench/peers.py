@@ -171,9 +171,7 @@ def nf4_transformer(
             linear = Linear4bit(
                 child.in_features, child.out_features, child.bias is not None, dtype, False, "nf4", device="meta"
             )
-            state = QuantState(
-                weight.absmax.to(device).view(-1), torch.Size(weight.shape), code, BLOCK, "nf4", dtype
-            )
+            state = QuantState(weight.absmax.to(device).view(-1), torch.Size(weight.shape), code, BLOCK, "nf4", dtype)
             linear.weight = Params4bit(
                 weight.packed.to(device).view(-1, 1), False, state, BLOCK, False, "nf4", module=linear,
                 bnb_quantized=True,

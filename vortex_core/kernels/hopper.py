@@ -1,12 +1,11 @@
 """Attention in fp8 for Hopper: copies, and two groups of 64 queries, each in warps of their own.
 
-One warp keeps key and value tiles coming with the bulk copy engine. Two warpgroups share every tile; while one is busy
-with its softmax, the other has the tensor cores. Inside a group the next scores are computed beside the softmax of these.
+One warp keeps key and value tiles coming with the bulk copy engine. Two warpgroups share every tile: while one is busy
+with its softmax, the other has the tensor cores, and inside a group the next scores are computed beside the softmax.
 """
 
 from __future__ import annotations
 
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -15,7 +14,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
