@@ -32,12 +32,12 @@ def request(
     return img, txt, modulation, engine._rope(height, width, 256)
 
 
-@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize(("fast", "fp8_attention"), [(False, False), (True, False), (True, True)])
 @torch.inference_mode()
 def test_plans_of_several_sizes_share_memory_and_stay_right(
-    engine: Engine, transformer: Transformer, fast: bool
+    engine: Engine, transformer: Transformer, fast: bool, fp8_attention: bool
 ) -> None:
-    transformer.use(reference, fast=fast)
+    transformer.use(reference, fast=fast, fp8_attention=fp8_attention)
     plans = Plans(transformer)
     for height, width, batch in [*SIZES, *SIZES]:
         img, txt, modulation, pe = request(engine, height, width, batch)
@@ -124,8 +124,11 @@ def denoised(engine: Engine, seed: int, prompt: str) -> Tensor:
     return engine._denoise(engine.encode(prompt), noise, None)
 
 
+@pytest.mark.parametrize("fp8_attention", [False, True])
 @torch.inference_mode()
-def test_fast_is_nearer_to_exact_than_nf4_is_to_16_bits(engine: Engine, transformer: Transformer) -> None:
+def test_fast_is_nearer_to_exact_than_nf4_is_to_16_bits(
+    engine: Engine, transformer: Transformer, fp8_attention: bool
+) -> None:
     """Final latents within half of NF4's own distance to the unquantized model."""
     plain = load_flux_schnell("tiny", device="cpu", quantization="none")
     from_fast, from_nf4 = 0.0, 0.0
@@ -133,6 +136,6 @@ def test_fast_is_nearer_to_exact_than_nf4_is_to_16_bits(engine: Engine, transfor
         transformer.use(reference, fast=False)
         exact = denoised(engine, seed, prompt)
         from_nf4 += float((exact - denoised(plain, seed, prompt)).norm())
-        transformer.use(reference, fast=True)
+        transformer.use(reference, fast=True, fp8_attention=fp8_attention)
         from_fast += float((denoised(engine, seed, prompt) - exact).norm())
     assert 0 < from_fast <= from_nf4 / 2

@@ -125,7 +125,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.spec = spec
         self.kernels: Kernels = reference
-        self.fast = False
+        self.fast = self.fp8_attention = False
         self.side: torch.cuda.Stream | None = None
         self.img_in = nn.Linear(spec.in_channels, spec.hidden)
         self.txt_in = nn.Linear(spec.context, spec.hidden)
@@ -133,12 +133,13 @@ class Transformer(nn.Module):
         self.single_blocks = nn.ModuleList(SingleBlock(spec) for _ in range(spec.single_blocks))
         self.final_layer = FinalLayer(spec)
 
-    def use(self, kernels: Kernels, *, fast: bool, beside: bool = False) -> None:
+    def use(self, kernels: Kernels, *, fast: bool, fp8_attention: bool = False, beside: bool = False) -> None:
         """Compute with `kernels`; `fast` multiplies in fp8, and takes NF4 weights only.
 
+        `fp8_attention`: attention in 8 bits too, where `fast`.
         `beside`: text on a CUDA stream of its own, which fills what the image's last tiles leave idle.
         """
-        self.kernels, self.fast = kernels, fast
+        self.kernels, self.fast, self.fp8_attention = kernels, fast, fast and fp8_attention
         self.side = torch.cuda.Stream() if beside else None
         for name, linear in self.linears():
             linear.lane = int(beside and ".txt_" in name)
@@ -156,7 +157,10 @@ class Transformer(nn.Module):
         def fresh(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=weight.device)
 
-        return Step(self.spec, self.kernels, size, weight.dtype, take or fresh, fast=self.fast, side=self.side)
+        step = Step(self.spec, self.kernels, size, weight.dtype, take or fresh, fast=self.fast, side=self.side)
+        if not self.fp8_attention:
+            step.heads = None
+        return step
 
     def forward(self, img: Tensor, txt: Tensor, modulation: Tensor, pe: Rope, step: Step | None = None) -> Tensor:
         """The velocity `[B, S, 64]` of packed latents `img [B, S, 64]` at one step.
