@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -216,18 +217,18 @@ def _swap(tensors: tuple[Tensor, ...], swapped: bool) -> list[Tensor]:
 def comfy_velocity(tree: Path, config: dict[str, Any], state: dict[str, Tensor], device: torch.device) -> Velocity:
     """The velocity of the ComfyUI in `tree`, its own Flux forward in bf16 over diffusers' `state`."""
     sys.path.insert(0, str(tree))
-    import comfy.ops
-    from comfy.ldm.flux.model import Flux
+    # by name, since it is the named tree's: Vortex itself never imports ComfyUI
+    flux, ops = import_module("comfy.ldm.flux.model").Flux, import_module("comfy.ops").disable_weight_init
 
     heads = config["num_attention_heads"]
     with torch.device("meta"):
-        model = Flux(
+        model = flux(
             in_channels=config["in_channels"] // 4, out_channels=config["in_channels"] // 4, patch_size=2,
             vec_in_dim=config["pooled_projection_dim"], context_in_dim=config["joint_attention_dim"],
             hidden_size=heads * config["attention_head_dim"], mlp_ratio=4.0, num_heads=heads,
             depth=config["num_layers"], depth_single_blocks=config["num_single_layers"],
             axes_dim=list(config["axes_dims_rope"]), theta=10_000, qkv_bias=True, guidance_embed=False,
-            dtype=torch.bfloat16, operations=comfy.ops.disable_weight_init,
+            dtype=torch.bfloat16, operations=ops,
         )  # fmt: skip
     for name, parameter in list(model.named_parameters()):
         pieces = [state[source] for source in flux_sources(name)]
