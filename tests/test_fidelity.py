@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from vortex_core import Engine
+from vortex_core import Engine, sampling
 from vortex_core.spec import FluxSpec
 
 GATE = 1.5e-2  # relative error of one call in bf16, against the same NF4 weights
@@ -34,7 +34,8 @@ def test_the_gate_has_teeth(engine: Engine) -> None:
     draw = torch.Generator().manual_seed(0)
     img = torch.randn(1, 64, 64, generator=draw)
     conditioning = engine.encode("a small green star above a large yellow ring")
-    txt, pe = engine._transformer.txt_in(conditioning.txt), engine._rope(128, 128, 256)
+    pe = sampling.rope(sampling.positions(128, 128, 256), engine._spec, torch.device("cpu"))
+    txt = engine._transformer.txt_in(conditioning.txt)
     for table in conditioning.modulation:
         right = engine._transformer(img, txt, table, pe)
         rows = list(blocks(engine._spec))

@@ -22,6 +22,10 @@ def transformer(engine: Engine) -> Transformer:
     engine._transformer.use(reference, fast=False)
 
 
+def rope(engine: Engine, height: int, width: int) -> tuple[Tensor, Tensor]:
+    return sampling.rope(sampling.positions(height, width, 256), engine._spec, torch.device("cpu"))
+
+
 def request(
     engine: Engine, height: int, width: int, batch: int
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
@@ -29,7 +33,7 @@ def request(
     img = torch.randn(batch, height // 16 * width // 16, 64, generator=draw)
     txt = torch.randn(batch, 256, engine._spec.hidden, generator=draw)
     modulation = torch.randn(engine._spec.modulation_rows, engine._spec.hidden, generator=draw) / 4
-    return img, txt, modulation, engine._rope(height, width, 256)
+    return img, txt, modulation, rope(engine, height, width)
 
 
 @pytest.mark.parametrize(("fast", "fp8_attention"), [(False, False), (True, False), (True, True)])
@@ -42,9 +46,9 @@ def test_plans_of_several_sizes_share_memory_and_stay_right(
     for height, width, batch in [*SIZES, *SIZES]:
         img, txt, modulation, pe = request(engine, height, width, batch)
         size = (batch, 256, img.shape[1])
-        plan = plans.plan(size, pe)
+        plan = plans.plan(size)
         plans.buffer.fill_(0xFF)  # NaN in every type
-        assert torch.equal(plan(img, txt, modulation), transformer(img, txt, modulation, pe))
+        assert torch.equal(plan(img, txt, modulation, pe), transformer(img, txt, modulation, pe))
 
 
 @pytest.mark.parametrize("fast", [False, True])
@@ -55,23 +59,22 @@ def test_a_plan_takes_the_bytes_that_were_planned(engine: Engine, transformer: T
         img, txt, modulation, pe = request(engine, height, width, batch)
         size = (batch, 256, img.shape[1])
         buffer = torch.empty(plan_bytes(engine._spec, size, torch.float32, fast=fast), dtype=torch.uint8)
-        Plan(transformer, size, pe, buffer)(img, txt, modulation)
+        Plan(transformer, size, buffer)(img, txt, modulation, pe)
         with pytest.raises(RuntimeError, match="shape"):
-            Plan(transformer, size, pe, buffer[:-256])
+            Plan(transformer, size, buffer[:-256])
 
 
 @torch.inference_mode()
 def test_the_plan_used_longest_ago_is_forgotten(engine: Engine, transformer: Transformer) -> None:
     plans = Plans(transformer)
-    pe = engine._rope(64, 64, 256)
     plans.reserve((KEPT + 1, 256, 16))
-    first, *others = (plans.plan((batch, 256, 16), pe) for batch in range(1, KEPT + 1))
-    assert plans.plan((1, 256, 16), pe) is first
-    plans.plan((KEPT + 1, 256, 16), pe)
-    assert plans.plan((1, 256, 16), pe) is first
-    assert plans.plan((2, 256, 16), pe) is not others[0]
+    first, *others = (plans.plan((batch, 256, 16)) for batch in range(1, KEPT + 1))
+    assert plans.plan((1, 256, 16)) is first
+    plans.plan((KEPT + 1, 256, 16))
+    assert plans.plan((1, 256, 16)) is first
+    assert plans.plan((2, 256, 16)) is not others[0]
     plans.reserve((KEPT + 2, 256, 16))  # which moves every buffer
-    assert plans.plan((1, 256, 16), pe) is not first
+    assert plans.plan((1, 256, 16)) is not first
 
 
 @torch.inference_mode()
@@ -120,8 +123,9 @@ def test_an_fp8_product_is_as_close_as_fp8_allows(batch: int) -> None:
 
 
 def denoised(engine: Engine, seed: int, prompt: str) -> Tensor:
-    noise = sampling.noise(seed, 1, 128, 128)
-    return engine._denoise(engine.encode(prompt), noise, None)
+    conditioning, img = engine.encode(prompt), sampling.pack(sampling.noise(seed, 1, 128, 128))
+    txt, pe = engine._transformer.txt_in(conditioning.txt), rope(engine, 128, 128)
+    return sampling.denoise(engine._transformer, img, txt, conditioning.modulation, pe)
 
 
 @pytest.mark.parametrize("fp8_attention", [False, True])

@@ -271,9 +271,9 @@ def steps() -> None:
                 velocities[mode] = model(img.to(BF16), txt, table, pe).float()
                 continue
             started = time.perf_counter()
-            plan = Plans(model).plan((1, 256, s), pe)
-            eager = plan(img, txt, table).clone()
-            replayed = plan(img, txt, table).clone()
+            plan = Plans(model).plan((1, 256, s))
+            eager = plan(img, txt, table, pe).clone()
+            replayed = plan(img, txt, table, pe).clone()
             if GPU:
                 torch.cuda.synchronize()
             note(f"{name} first, s", round(time.perf_counter() - started, 2))
@@ -288,7 +288,7 @@ def steps() -> None:
             for _ in range(20):
                 start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
-                plan(img, txt, table)
+                plan(img, txt, table, pe)
                 stop.record()
                 torch.cuda.synchronize()
                 times.append(start.elapsed_time(stop))
@@ -296,12 +296,12 @@ def steps() -> None:
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             for _ in range(4):
-                plan(img, txt, table)
+                plan(img, txt, table, pe)
             stop.record()
             torch.cuda.synchronize()
             note(f"{name} four, ms", start.elapsed_time(stop))
             note(f"{name} peak reserved GB", round(torch.cuda.max_memory_reserved() / 1e9, 3))
-            profile(plan, (img, txt, table), name)
+            profile(plan, (img, txt, table, pe), name)
             del plan
 
 

@@ -24,9 +24,12 @@ Size = tuple[int, int, int]  # pictures, text tokens, image tokens
 
 
 class Plan:
-    """The step of one size, laid out in `buffer`. On CUDA the first call captures it, and the others replay it."""
+    """The step of one size, laid out in `buffer`. On CUDA the first call captures it, and the others replay it.
 
-    def __init__(self, transformer: Transformer, size: Size, pe: Rope, buffer: Tensor, pool: Any = None) -> None:
+    Between calls the buffer may serve others: every call brings all inputs.
+    """
+
+    def __init__(self, transformer: Transformer, size: Size, buffer: Tensor, pool: Any = None) -> None:
         spec, dtype = transformer.spec, transformer.img_in.weight.dtype
         used = 0
 
@@ -35,26 +38,26 @@ class Plan:
             start, used = used, used + aligned(prod(shape) * kind.itemsize)
             return buffer[start : start + prod(shape) * kind.itemsize].view(kind).view(shape)
 
-        self.transformer, self.pe, self.pool = transformer, pe, pool
-        self.img, self.txt, self.modulation = (take(name, shape, dtype) for name, shape in inputs(spec, size).items())
+        self.transformer, self.pool = transformer, pool
+        self.inputs = [take(name, shape, kind) for name, (shape, kind) in inputs(spec, size, dtype).items()]
         self.step = transformer.step(size, take)
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    def __call__(self, img: Tensor, txt: Tensor, modulation: Tensor) -> Tensor:
+    def __call__(self, img: Tensor, txt: Tensor, modulation: Tensor, pe: Rope) -> Tensor:
         """As `Transformer`: the velocity `[B, S, 64]`, valid until the next call of any plan."""
-        self.img.copy_(img)
-        self.txt.copy_(txt)
-        self.modulation.copy_(modulation)
+        for kept, given in zip(self.inputs, (img, txt, modulation, *pe), strict=True):
+            kept.copy_(given)
         if self.graph is not None:
             self.graph.replay()
         else:
             self._run()  # also what compiles the kernels and picks the library's, before they are captured
-            if self.img.device.type == "cuda":
+            if self.inputs[0].device.type == "cuda":
                 self.graph = self._capture()
         return self.step.velocity
 
     def _run(self) -> None:
-        self.transformer(self.img, self.txt, self.modulation, self.pe, self.step)
+        img, txt, modulation, cos, sin = self.inputs
+        self.transformer(img, txt, modulation, (cos, sin), self.step)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
@@ -82,11 +85,11 @@ class Plans:
             self._pool = torch.cuda.graph_pool_handle() if weight.device.type == "cuda" else None
         return self.buffer
 
-    def plan(self, size: Size, pe: Rope) -> Plan:
-        """The plan of `size`; `pe` are its positions, which it keeps."""
+    def plan(self, size: Size) -> Plan:
+        """The plan of `size`."""
         buffer = self.reserve(size)
         if size not in self._plans:
-            self._plans[size] = Plan(self.transformer, size, pe, buffer, self._pool)
+            self._plans[size] = Plan(self.transformer, size, buffer, self._pool)
             if len(self._plans) > KEPT:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(size)
@@ -98,19 +101,22 @@ class Plans:
         self.buffer = None
 
 
-def inputs(spec: FluxSpec, size: Size) -> dict[str, tuple[int, ...]]:
-    """Shapes of a step's inputs."""
+def inputs(spec: FluxSpec, size: Size, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and types of a step's inputs."""
     batch, txt_tokens, img_tokens = size
+    rope = ((txt_tokens + img_tokens, spec.head_dim // 2), torch.float32)
     return {
-        "img": (batch, img_tokens, spec.in_channels),
-        "txt": (batch, txt_tokens, spec.hidden),
-        "modulation": (spec.modulation_rows, spec.hidden),
+        "img": ((batch, img_tokens, spec.in_channels), dtype),
+        "txt": ((batch, txt_tokens, spec.hidden), dtype),
+        "modulation": ((spec.modulation_rows, spec.hidden), dtype),
+        "cos": rope,
+        "sin": rope,
     }
 
 
 def plan_bytes(spec: FluxSpec, size: Size, dtype: torch.dtype, *, fast: bool) -> int:
     """Bytes of buffer that a plan of `size` takes, exactly. Attention's output is the library's, and comes on top."""
-    given = sum(aligned(prod(shape) * dtype.itemsize) for shape in inputs(spec, size).values())
+    given = sum(aligned(prod(shape) * kind.itemsize) for shape, kind in inputs(spec, size, dtype).values())
     return given + sum(aligned(n * kind.itemsize) for n, kind in buffers(spec, size, dtype, fast=fast).values())
 
 
