@@ -1,0 +1,145 @@
+"""One step as a fixed sequence over given buffers: products, plans, and how far `fast` may be from `exact`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vortex_core import Engine, load_flux_schnell, nf4, sampling
+from vortex_core.kernels import Operand, reference
+from vortex_core.kernels.operand import FP8
+from vortex_core.linear import NF4Linear, ReferenceBackend, multiply
+from vortex_core.plans import KEPT, Plan, Plans, plan_bytes
+from vortex_core.transformer import Transformer
+
+SIZES = [(64, 64, 1), (128, 80, 2), (64, 96, 3)]
+
+
+@pytest.fixture
+def transformer(engine: Engine) -> Transformer:
+    yield engine._transformer
+    engine._transformer.use(reference, fast=False)
+
+
+def rope(engine: Engine, height: int, width: int) -> tuple[Tensor, Tensor]:
+    return sampling.rope(sampling.positions(height, width, 256), engine._spec, torch.device("cpu"))
+
+
+def request(
+    engine: Engine, height: int, width: int, batch: int
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+    draw = torch.Generator().manual_seed(height + width)
+    img = torch.randn(batch, height // 16 * width // 16, 64, generator=draw)
+    txt = torch.randn(batch, 256, engine._spec.hidden, generator=draw)
+    modulation = torch.randn(engine._spec.modulation_rows, engine._spec.hidden, generator=draw) / 4
+    return img, txt, modulation, rope(engine, height, width)
+
+
+@pytest.mark.parametrize(("fast", "fp8_attention"), [(False, False), (True, False), (True, True)])
+@torch.inference_mode()
+def test_plans_of_several_sizes_share_memory_and_stay_right(
+    engine: Engine, transformer: Transformer, fast: bool, fp8_attention: bool
+) -> None:
+    transformer.use(reference, fast=fast, fp8_attention=fp8_attention)
+    plans = Plans(transformer)
+    for height, width, batch in [*SIZES, *SIZES]:
+        img, txt, modulation, pe = request(engine, height, width, batch)
+        size = (batch, 256, img.shape[1])
+        plan = plans.plan(size)
+        plans.buffer.fill_(0xFF)  # NaN in every type
+        assert torch.equal(plan(img, txt, modulation, pe), transformer(img, txt, modulation, pe))
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@torch.inference_mode()
+def test_a_plan_takes_the_bytes_that_were_planned(engine: Engine, transformer: Transformer, fast: bool) -> None:
+    transformer.use(reference, fast=fast)
+    for height, width, batch in SIZES:
+        img, txt, modulation, pe = request(engine, height, width, batch)
+        size = (batch, 256, img.shape[1])
+        buffer = torch.empty(plan_bytes(engine._spec, size, torch.float32, fast=fast), dtype=torch.uint8)
+        Plan(transformer, size, buffer)(img, txt, modulation, pe)
+        with pytest.raises(RuntimeError, match="shape"):
+            Plan(transformer, size, buffer[:-256])
+
+
+@torch.inference_mode()
+def test_the_plan_used_longest_ago_is_forgotten(engine: Engine, transformer: Transformer) -> None:
+    plans = Plans(transformer)
+    plans.reserve((KEPT + 1, 256, 16))
+    first, *others = (plans.plan((batch, 256, 16)) for batch in range(1, KEPT + 1))
+    assert plans.plan((1, 256, 16)) is first
+    plans.plan((KEPT + 1, 256, 16))
+    assert plans.plan((1, 256, 16)) is first
+    assert plans.plan((2, 256, 16)) is not others[0]
+    plans.reserve((KEPT + 2, 256, 16))  # which moves every buffer
+    assert plans.plan((1, 256, 16)) is not first
+
+
+@torch.inference_mode()
+def test_pictures_of_a_batch_equal_singles(engine: Engine, transformer: Transformer) -> None:
+    img, txt, modulation, pe = request(engine, 128, 80, 3)
+    together = transformer(img, txt, modulation, pe)
+    for i in range(3):
+        alone = transformer(img[i : i + 1], txt[i : i + 1], modulation, pe)
+        torch.testing.assert_close(together[i : i + 1], alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("bias", [False, True])
+def test_multiply_fills_a_part_of_a_wider_buffer(batch: int, bias: bool) -> None:
+    """As text and image write into one qkv buffer, and `linear2` reads a part of what `linear1` wrote."""
+    torch.manual_seed(0)
+    weight = nf4.quantize(torch.randn(24, 128))
+    linear = NF4Linear(weight, torch.randn(24) if bias else None, ReferenceBackend())
+    plain = nn.Linear(128, 24, bias=bias)
+    plain.weight.data = nf4.dequantize(weight, torch.float32)
+    plain.bias = None if linear.bias is None else nn.Parameter(linear.bias)
+    x = torch.randn(batch, 7, 192)[..., 64:]
+    expected = plain(x)
+    for module in (linear, plain.requires_grad_(False)):
+        whole = torch.full((batch, 10, 24), torch.nan)
+        multiply(module, Operand(x), whole[:, 2:9])
+        torch.testing.assert_close(whole[:, 2:9], expected)
+        assert whole[:, :2].isnan().all()
+        assert whole[:, 9:].isnan().all()
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_an_fp8_product_is_as_close_as_fp8_allows(batch: int) -> None:
+    torch.manual_seed(0)
+    weight = nf4.quantize(torch.randn(24, 128) * torch.logspace(-2, 2, 24)[:, None])
+    linear = NF4Linear(weight, torch.randn(24), ReferenceBackend())
+    linear.prepare_fp8()
+    x = torch.randn(batch, 7, 128) * torch.logspace(-2, 2, 7)[:, None]
+    operand = Operand(torch.empty(x.shape, dtype=FP8), torch.empty(x.shape[:2]))
+    reference.quantize(x, operand)
+    out = torch.full((batch, 7, 24), torch.nan)
+    multiply(linear, operand, out)
+    # both operands round to 3 bits, 2.6% each, in 128 terms that add up like noise: 0.3%, and four times that at worst
+    length = x.norm(dim=-1)[..., None] * nf4.dequantize(weight, torch.float32).norm(dim=1)
+    assert ((out - linear(x)).abs() / length).max() < 0.013
+
+
+def denoised(engine: Engine, seed: int, prompt: str) -> Tensor:
+    conditioning, img = engine.encode(prompt), sampling.pack(sampling.noise(seed, 1, 128, 128))
+    txt, pe = engine._transformer.txt_in(conditioning.txt), rope(engine, 128, 128)
+    return sampling.denoise(engine._transformer, img, txt, conditioning.modulation, pe)
+
+
+@pytest.mark.parametrize("fp8_attention", [False, True])
+@torch.inference_mode()
+def test_fast_is_nearer_to_exact_than_nf4_is_to_16_bits(
+    engine: Engine, transformer: Transformer, fp8_attention: bool
+) -> None:
+    """Final latents within half of NF4's own distance to the unquantized model."""
+    plain = load_flux_schnell("tiny", device="cpu", quantization="none")
+    from_fast, from_nf4 = 0.0, 0.0
+    for seed, prompt in enumerate(("a blue square", "a small green star above a large yellow ring", "two red circles")):
+        transformer.use(reference, fast=False)
+        exact = denoised(engine, seed, prompt)
+        from_nf4 += float((exact - denoised(plain, seed, prompt)).norm())
+        transformer.use(reference, fast=True, fp8_attention=fp8_attention)
+        from_fast += float((denoised(engine, seed, prompt) - exact).norm())
+    assert 0 < from_fast <= from_nf4 / 2

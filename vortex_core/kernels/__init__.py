@@ -1,0 +1,102 @@
+"""What a step computes besides matrix products, as functions on raw tensors that write into buffers they are given.
+
+Two modules have the same functions: `reference` in plain torch, which runs anywhere and is the oracle, and `fused`
+in Triton. Neither allocates what it returns; `fused` allocates nothing. Shapes and meaning are told in `reference`.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .operand import Heads, Operand
+
+__all__ = ["Heads", "Kernels", "Operand", "choose_kernels", "fused_declined"]
+
+log = logging.getLogger(__name__)
+
+
+class Kernels(Protocol):
+    """The functions that `reference` and `fused` share."""
+
+    def decode(self, packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None = None) -> None:
+        """NF4 to `out`."""
+        ...
+
+    def modulate(self, x: Tensor, shift: Tensor, scale: Tensor, out: Operand) -> None:
+        """adaLN of `x`."""
+        ...
+
+    def residual_modulate(self, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, out: Operand) -> None:
+        """`x += gate * y` in place, and adaLN of it."""
+        ...
+
+    def gelu(self, x: Tensor, out: Operand, before: Tensor | None = None) -> None:
+        """`before`, as it is, and then the GELU of `x`, side by side."""
+        ...
+
+    def quantize(self, x: Tensor, out: Operand) -> None:
+        """Per-token fp8 of `x`."""
+        ...
+
+    def rotate(self, qkv: Tensor, query_norm: Tensor, key_norm: Tensor, cos: Tensor, sin: Tensor) -> None:
+        """RMS norm and rotary embedding of q and k, in place."""
+        ...
+
+    def quantize_heads(
+        self,
+        qkv: Tensor,
+        norms: tuple[Tensor, Tensor, Tensor, Tensor],
+        boundary: int,
+        cos: Tensor,
+        sin: Tensor,
+        heads: Heads,
+    ) -> None:
+        """RMS norm and rotary embedding, and q, k and v to fp8."""
+        ...
+
+    def attention(self, heads: Heads, out: Tensor) -> None:
+        """Attention in fp8."""
+        ...
+
+    def group_moments(self, x: Tensor, groups: int) -> Tensor:
+        """What group norm needs to know of a strip."""
+        ...
+
+    def norm_silu(self, x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> Tensor:
+        """SiLU of a scaled and shifted picture."""
+        ...
+
+
+def fused_declined(device: torch.device) -> str | None:
+    """Why the Triton kernels cannot run on `device`, or None."""
+    if device.type != "cuda":
+        return f"they need CUDA, not {device.type}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "they need compute capability 8.0"
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"Triton does not import ({error})"
+    return None
+
+
+def choose_kernels(device: torch.device) -> Kernels:
+    """The fastest kernels that run on `device`. Logs why the fused ones were declined."""
+    declined = fused_declined(device)
+    if declined is None:
+        from . import fused
+
+        return fused
+    from . import reference
+
+    log.log(
+        logging.WARNING if device.type == "cuda" else logging.INFO,
+        "Kernels: plain torch; fused ones declined on %s: %s",
+        device,
+        declined,
+    )
+    return reference

@@ -1,0 +1,12 @@
+"""The kernels in Triton. `reference` says what each one computes; here it is one pass over memory each."""
+
+from .attention import attention, quantize_heads
+from .decode import decode
+from .groupnorm import group_moments, norm_silu
+from .rotary import rotate
+from .rows import gelu, modulate, quantize, residual_modulate
+
+__all__ = [
+    "attention", "decode", "gelu", "group_moments", "modulate", "norm_silu", "quantize", "quantize_heads",
+    "residual_modulate", "rotate",
+]  # fmt: skip
