@@ -48,8 +48,12 @@ class NF4FluxLoader:
                     },
                 ),
                 "mode": (
-                    ["exact"],
-                    {"tooltip": "exact: NF4 weights, 16-bit products; the only mode there is so far."},
+                    ["fast", "exact"],
+                    {
+                        "tooltip": "fast: products in fp8, on cards that have it (compute capability 8.9, from RTX 40 on); "
+                        "elsewhere it is exact. exact: products in 16 bits, the same numbers as diffusers with "
+                        "bitsandbytes. Pictures differ slightly; switching loads the model again."
+                    },
                 ),
             },
             # appended after a release: what is saved lists values by position

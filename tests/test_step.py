@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,8 +12,9 @@ from vortex_core import Engine, load_flux_schnell, nf4, sampling
 from vortex_core.kernels import Operand, reference
 from vortex_core.kernels.operand import FP8
 from vortex_core.linear import NF4Linear, ReferenceBackend, multiply
-from vortex_core.plans import KEPT, Plan, Plans, plan_bytes
+from vortex_core.plans import Plan, Plans, plan_bytes
 from vortex_core.transformer import Transformer
+from vortex_core.workspace import Workspace
 
 SIZES = [(64, 64, 1), (128, 80, 2), (64, 96, 3)]
 
@@ -24,6 +27,10 @@ def transformer(engine: Engine) -> Transformer:
 
 def rope(engine: Engine, height: int, width: int) -> tuple[Tensor, Tensor]:
     return sampling.rope(sampling.positions(height, width, 256), engine._spec, torch.device("cpu"))
+
+
+def size_of(height: int, width: int, batch: int) -> tuple[int, int, int]:
+    return batch, 256, height // 16 * width // 16
 
 
 def request(
@@ -42,13 +49,13 @@ def test_plans_of_several_sizes_share_memory_and_stay_right(
     engine: Engine, transformer: Transformer, fast: bool, fp8_attention: bool
 ) -> None:
     transformer.use(reference, fast=fast, fp8_attention=fp8_attention)
-    plans = Plans(transformer)
-    for height, width, batch in [*SIZES, *SIZES]:
-        img, txt, modulation, pe = request(engine, height, width, batch)
-        size = (batch, 256, img.shape[1])
-        plan = plans.plan(size)
-        plans.buffer.fill_(0xFF)  # NaN in every type
-        assert torch.equal(plan(img, txt, modulation, pe), transformer(img, txt, modulation, pe))
+    largest = max(plan_bytes(engine._spec, size_of(*size), torch.float32, fast=fast) for size in SIZES)
+    buffer = torch.empty(largest, dtype=torch.uint8)
+    plans = {size: Plan(transformer, size_of(*size), buffer) for size in SIZES}
+    for size in [*SIZES, *SIZES]:
+        arguments = request(engine, *size)
+        buffer.fill_(0xFF)  # NaN in every type
+        assert torch.equal(plans[size](*arguments), transformer(*arguments))
 
 
 @pytest.mark.parametrize("fast", [False, True])
@@ -56,25 +63,25 @@ def test_plans_of_several_sizes_share_memory_and_stay_right(
 def test_a_plan_takes_the_bytes_that_were_planned(engine: Engine, transformer: Transformer, fast: bool) -> None:
     transformer.use(reference, fast=fast)
     for height, width, batch in SIZES:
-        img, txt, modulation, pe = request(engine, height, width, batch)
-        size = (batch, 256, img.shape[1])
+        size = size_of(height, width, batch)
         buffer = torch.empty(plan_bytes(engine._spec, size, torch.float32, fast=fast), dtype=torch.uint8)
-        Plan(transformer, size, buffer)(img, txt, modulation, pe)
+        Plan(transformer, size, buffer)(*request(engine, height, width, batch))
         with pytest.raises(RuntimeError, match="shape"):
             Plan(transformer, size, buffer[:-256])
 
 
 @torch.inference_mode()
-def test_the_plan_used_longest_ago_is_forgotten(engine: Engine, transformer: Transformer) -> None:
-    plans = Plans(transformer)
-    plans.reserve((KEPT + 1, 256, 16))
-    first, *others = (plans.plan((batch, 256, 16)) for batch in range(1, KEPT + 1))
-    assert plans.plan((1, 256, 16)) is first
-    plans.plan((KEPT + 1, 256, 16))
-    assert plans.plan((1, 256, 16)) is first
-    assert plans.plan((2, 256, 16)) is not others[0]
-    plans.reserve((KEPT + 2, 256, 16))  # which moves every buffer
-    assert plans.plan((1, 256, 16)) is not first
+def test_plans_draw_slices_of_several_sizes_and_keep_nothing(engine: Engine, transformer: Transformer) -> None:
+    plans = Plans(transformer, Workspace(torch.device("cpu")))
+    img, txt, modulation, pe = request(engine, 128, 80, 3)
+    with plans.open(size_of(128, 80, 2)) as velocity:
+        parts = [velocity(part, txt[: len(part)], modulation, pe).clone() for part in img.split(2)]
+        buffer = weakref.ref(velocity(img[:1], txt[:1], modulation, pe).untyped_storage())
+    assert torch.equal(parts[1], transformer(img[2:], txt[:1], modulation, pe))
+    assert torch.equal(parts[0], transformer(img[:2], txt[:2], modulation, pe))
+    del velocity
+    assert buffer() is None
+    assert plans.nbytes == 0
 
 
 @torch.inference_mode()

@@ -2,7 +2,7 @@
 
 Every storage that an operation makes is seen when it comes and when it goes, and the trace is fitted into one block
 as torch's allocator would (allocator.py). What a kernel takes inside is not seen, so it is added where it matters:
-a convolution may turn its input, weight and output into another layout; attention keeps statistics, and an fp32
+a convolution may turn its input, weight and output into channels last; attention keeps statistics, and an fp32
 copy of its output where heads are too wide for the fused kernels.
 """
 
@@ -61,7 +61,7 @@ class _Recorder(TorchDispatchMode):
             if ref.cdata not in self._known and ref.cdata not in self._live and tensor.untyped_storage().nbytes():
                 self._live[ref.cdata] = (self._take(tensor.untyped_storage().nbytes()), ref)
         if func is torch.ops.aten.convolution.default:
-            inside = sum(_nbytes(tensor) for tensor in (args[0], args[1], result))
+            inside = sum(_nbytes(tensor) for tensor in (args[0], args[1], result) if not _channels_last(tensor))
             self.events.append((self._take(inside), 0))
         return result
 
@@ -86,6 +86,10 @@ class _Attention(TorchFunctionMode):
 
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _channels_last(tensor: Tensor) -> bool:
+    return tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def _nbytes(tensor: Tensor) -> int:

@@ -16,6 +16,7 @@ from .loading import Setup
 from .model import Model
 from .placement import Placement
 from .planner import SLACK, Demand, Plan, plan, smallest_budget
+from .plans import Plans
 from .vram import Ledger, available, cap_process, snapshot
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ class Room:
         self.device, self.dtype, self.budget, self.backend = setup.device, setup.dtype, setup.budget, setup.backend
         self.model = model
         self.placement = Placement(model.units, setup.device)
+        self.plans = Plans(model.transformer, self.placement.workspace)
         self.plan: Plan | None = None
         self.resident = False
         self._capped = False
@@ -107,14 +109,22 @@ class Room:
 
     def _move(self, made: Plan, limit: float) -> None:
         workspace = self.placement.workspace
+        if made.streamed != self.placement.streamed:
+            self.plans.clear()  # weights move
         self.placement.place(made.streamed)
         self.arrived()
-        if made.peak + max(0, workspace.nbytes - made.workspace) > limit:
+        if made.peak + self._excess(made) > limit:
+            self.plans.clear()
             workspace.release()
         if self.device.type == "cuda":
             self._warm_up()
             self._tidy(made)
         workspace.reserve(made.workspace)
+
+    def _excess(self, made: Plan) -> int:
+        """What larger pictures left that this one does not need."""
+        workspace = max(0, self.placement.workspace.nbytes - made.workspace)
+        return workspace + max(0, self.plans.nbytes - made.graphs)
 
     def _warm_up(self) -> None:
         """Have this thread's cuBLAS take the workspace that it keeps, so that it does not lie in ours."""
@@ -127,14 +137,14 @@ class Room:
         """Give back what earlier pictures of other sizes left cached, where it does not fit beside this one."""
         memory, workspace = snapshot(self.device, process=False), self.placement.workspace
         others = memory.allocated - sum(self.components.values())
-        growth = max(0, made.workspace - workspace.nbytes)
-        if memory.reserved - others + growth > made.peak + max(0, workspace.nbytes - made.workspace):
+        growth = max(0, made.workspace - workspace.nbytes) + max(0, made.graphs - self.plans.nbytes)
+        if memory.reserved - others + growth > made.peak + self._excess(made):
             torch.cuda.empty_cache()
 
     def _audit(self, made: Plan, before: int) -> None:
         """Warn where a call had torch reserve more than its plan says."""
         grown = snapshot(self.device, process=False).reserved - before
-        if grown > segment(made.demand.pictures) + SLACK:
+        if grown > segment(made.demand.pictures) + made.graphs + SLACK:
             rows = ", ".join(f"{name} {size / GB:.2f}" for name, size in self.ledger.rows.items())
             warnings.warn(
                 f"This call had torch reserve {grown / GB:.2f} GB more, which was not planned; now, in GB: {rows}.",
@@ -158,7 +168,8 @@ class Room:
     @property
     def components(self) -> dict[str, int]:
         """Bytes on the device between calls, by component."""
-        return {**self.placement.resident_bytes, "decoded weight": self.backend.nbytes if self.backend else 0}
+        decoded = self.backend.nbytes if self.backend else 0
+        return {**self.placement.resident_bytes, "decoded weight": decoded, "graphs": self.plans.nbytes}
 
     @property
     def ledger(self) -> Ledger:
@@ -171,6 +182,7 @@ class Room:
     def offload(self) -> None:
         """Move everything to host memory and hand the VRAM back to the driver."""
         self.resident = False
+        self.plans.clear()
         if self.backend is not None:
             self.backend.release()
         self.placement.offload()

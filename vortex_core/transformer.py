@@ -146,6 +146,11 @@ class Transformer(nn.Module):
             if fast:
                 linear.prepare_fp8()
 
+    @property
+    def fused(self) -> bool:
+        """Whether the kernels are Triton's, which allocate nothing."""
+        return self.kernels is not reference
+
     def linears(self) -> Iterator[tuple[str, NF4Linear]]:
         """Every quantized linear by name."""
         return ((name, part) for name, part in self.named_modules() if isinstance(part, NF4Linear))

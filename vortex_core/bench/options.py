@@ -17,7 +17,7 @@ from rich.table import Table
 
 from ..errors import VortexInputError
 from ..spec import DEFAULT_STEPS
-from ..terminal import EXIT_CANCELLED, T5, CacheDir, Clip, Vae, Vram, console, load_engine, parse_size
+from ..terminal import EXIT_CANCELLED, T5, CacheDir, Clip, Mode, Vae, Vram, console, load_engine, parse_size
 from .verdict import EXIT_FAIL, EXIT_UNDECIDED, FAIL, PASS, UNDECIDED, Verdict, exit_code
 from .workload import ITERATIONS, MAX_PROMPTS, PROMPTS, WARMUP, Workload
 
@@ -58,6 +58,7 @@ class Source:
         str | None, typer.Option(help="'cuda', 'cuda:1' or 'cpu'; the GPU, if any, where none is given.")
     ] = None
     vram: Vram = None
+    mode: Mode = "fast"
     quantization: Annotated[str, typer.Option(help="'nf4', or 'none' for 16-bit weights.")] = "nf4"
 
     @property

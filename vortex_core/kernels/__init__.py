@@ -12,9 +12,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from . import reference
 from .operand import Heads, Operand
 
-__all__ = ["Heads", "Kernels", "Operand", "choose_kernels", "fused_declined"]
+__all__ = ["Heads", "Kernels", "Operand", "choose_kernels", "fused_declined", "reference"]
 
 log = logging.getLogger(__name__)
 
@@ -91,8 +92,6 @@ def choose_kernels(device: torch.device) -> Kernels:
         from . import fused
 
         return fused
-    from . import reference
-
     log.log(
         logging.WARNING if device.type == "cuda" else logging.INFO,
         "Kernels: plain torch; fused ones declined on %s: %s",

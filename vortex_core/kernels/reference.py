@@ -37,6 +37,11 @@ def residual_modulate(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: 
 
 def gelu(x: Tensor, out: Operand, before: Tensor | None = None) -> None:
     """GELU (tanh form) of `x` `[B, T, W]`; `before` `[B, T, A]` goes in front of it, as it is. `out` may be `x`."""
+    if out.scale is None:  # torch's own computes in fp32 and rounds once; the widest map need not exist in fp32
+        out.values[..., -x.shape[-1] :].copy_(F.gelu(x, approximate="tanh"))
+        if before is not None:
+            out.values[..., : before.shape[-1]].copy_(before)
+        return
     y = F.gelu(x.float(), approximate="tanh")
     _write(y if before is None else torch.cat((before.float(), y), dim=-1), out)
 
@@ -117,7 +122,8 @@ def join_moments(parts: Tensor) -> tuple[Tensor, Tensor]:
 
 def norm_silu(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> Tensor:
     """`silu(x * scale + shift)` of `x` `[1, C, h, w]` into `out`, which may be `x`; `scale`, `shift` fp32 `[C]`."""
-    return out.copy_(F.silu(x.float() * scale[:, None, None] + shift[:, None, None]))
+    torch.addcmul(shift[:, None, None], x, scale[:, None, None], out=out)  # no map in fp32, for one more rounding
+    return F.silu(out, inplace=True)
 
 
 def row_scales(absmax: Tensor) -> Tensor:
