@@ -50,9 +50,9 @@ class NF4FluxLoader:
                 "mode": (
                     ["fast", "exact"],
                     {
-                        "tooltip": "fast: products in fp8, on cards that have it (compute capability 8.9, from RTX 40 on); "
-                        "elsewhere it is exact. exact: products in 16 bits, the same numbers as diffusers with "
-                        "bitsandbytes. Pictures differ slightly; switching loads the model again."
+                        "tooltip": "fast: products in fp8 on cards that have it (compute capability 8.9, RTX 40 and "
+                        "later); elsewhere exact. exact: products in 16 bits, as diffusers with bitsandbytes has them. "
+                        "Pictures differ slightly; another mode loads the model again."
                     },
                 ),
             },

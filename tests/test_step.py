@@ -12,6 +12,7 @@ from vortex_core import Engine, load_flux_schnell, nf4, sampling
 from vortex_core.kernels import Operand, reference
 from vortex_core.kernels.operand import FP8
 from vortex_core.linear import NF4Linear, ReferenceBackend, multiply
+from vortex_core.planner import smallest_budget
 from vortex_core.plans import Plan, Plans, plan_bytes
 from vortex_core.transformer import Transformer
 from vortex_core.workspace import Workspace
@@ -77,6 +78,7 @@ def test_plans_draw_slices_of_several_sizes_and_keep_nothing(engine: Engine, tra
     with plans.open(size_of(128, 80, 2)) as velocity:
         parts = [velocity(part, txt[: len(part)], modulation, pe).clone() for part in img.split(2)]
         buffer = weakref.ref(velocity(img[:1], txt[:1], modulation, pe).untyped_storage())
+        assert buffer() is not None
     assert torch.equal(parts[1], transformer(img[2:], txt[:1], modulation, pe))
     assert torch.equal(parts[0], transformer(img[:2], txt[:2], modulation, pe))
     del velocity
@@ -150,3 +152,61 @@ def test_fast_is_nearer_to_exact_than_nf4_is_to_16_bits(
         transformer.use(reference, fast=True, fp8_attention=fp8_attention)
         from_fast += float((denoised(engine, seed, prompt) - exact).norm())
     assert 0 < from_fast <= from_nf4 / 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+def test_replayed_steps_are_the_launched_ones_bit_for_bit(mode: str) -> None:
+    """Sizes, prompts and seeds take turns; then again without graphs, and after the weights were away."""
+    jobs = [
+        {"prompt": prompt, "seed": seed, "height": height, "width": width, "batch_size": batch}
+        for seed, (height, width, batch) in enumerate([(128, 128, 1), (64, 96, 2), (256, 128, 1)])
+        for prompt in ("a blue square", "two red circles")
+    ]
+    with load_flux_schnell("tiny", device="cuda", mode=mode) as engine:
+        assert engine.mode == mode
+        plans, workspace = engine._room.plans, engine._room.placement.workspace
+
+        def drawn() -> list[Tensor]:
+            return [engine.generate(**job) for job in jobs]
+
+        largest = engine.generate("a ring", seed=0, height=256, width=256, batch_size=2)  # so that the block stays
+        drawn()
+        kept, epoch = dict(plans._graphs), workspace.epoch
+        replayed = drawn()
+        assert len(kept) == 4
+        assert workspace.epoch == epoch
+        assert dict(plans._graphs) == kept  # nothing was captured again
+        engine.offload()
+        assert not plans._graphs
+        assert plans.nbytes == 0
+        assert all(map(torch.equal, drawn(), replayed))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Plans, "_capture", lambda *arguments: None)
+            plans.clear()
+            assert all(map(torch.equal, drawn(), replayed))
+        assert torch.equal(engine.generate("a ring", seed=0, height=256, width=256, batch_size=2), largest)
+
+
+@pytest.mark.gpu
+def test_a_captured_step_can_be_cancelled_between_steps() -> None:
+    def stop(i: int, n: int, clean: Tensor) -> None:
+        if i == 2:
+            raise KeyboardInterrupt
+
+    with load_flux_schnell("tiny", device="cuda") as engine:
+        engine.warmup()
+        expected = engine.generate("a blue square", seed=1)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate("a blue square", seed=1, on_step=stop)
+        assert torch.equal(engine.generate("a blue square", seed=1), expected)
+
+
+@pytest.mark.gpu
+def test_blocks_that_stream_are_not_captured_and_draw_the_same() -> None:
+    with load_flux_schnell("tiny", device="cuda") as engine:
+        expected = engine.generate("a blue square", seed=1)
+        engine._room.budget = smallest_budget(engine._model.pieces, engine._demand(128, 128, 1))
+        assert torch.equal(engine.generate("a blue square", seed=1), expected)
+        assert engine._room.placement.steps.units
+        assert not engine._room.plans._graphs

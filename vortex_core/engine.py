@@ -31,7 +31,7 @@ from .planner import Demand, Plan
 from .request import Request, check_prompt, check_steps
 from .residency import nbytes
 from .room import Room
-from .spec import DEFAULT_STEPS, SIZE_MULTIPLE, T5_TOKENS, FluxSpec
+from .spec import DEFAULT_STEPS, SIZE_MULTIPLE, T5_TOKENS
 from .vae import decode
 from .vram import Ledger, snapshot
 
@@ -49,8 +49,8 @@ class Engine:
     On a CUDA device torch never reserves more for it than `budget`: what does not fit stays in pinned host memory and
     streams, large pictures are decoded in strips, batches drawn in slices. Calls from several threads take turns.
 
-    Attributes: `name`, `device`, `dtype`, `quantization`, `mode` (`fast` or `exact`, as it runs), `native_size` (side in
-    pixels the model was trained at), `last_seed`.
+    Attributes: `name`, `device`, `dtype`, `quantization`, `mode` as it runs, `native_size` (side in pixels the model
+    was trained at), `last_seed`.
     """
 
     def __init__(self, bundle: Bundle, setup: Setup) -> None:
@@ -101,11 +101,11 @@ class Engine:
         default the first CUDA device, else the CPU. `vram_budget`: GB (10^9 bytes) that torch may reserve for this
         engine at its peak, everything included; default 6.5, or what a smaller card has but 1. `cap_process`: have
         torch refuse more to the whole process, so that the budget holds whatever happens; only for a process that is
-        yours. `mode`: `"fast"` multiplies in fp8 where the card does (compute capability 8.9), and is `"exact"`, 16-bit
-        products, elsewhere; the log says why. `quantization`: `"nf4"`, or `"none"` to keep 16-bit weights. `dtype`: of the products; default bf16 on
-        CUDA, fp32 on the CPU. `backend`: `"triton"`, `"bitsandbytes"` or `"reference"`; default the fastest that
-        works. `cache_dir`: where quantized weights are kept; default `$VORTEX_CACHE` or the user's cache folder.
-        `on_progress(done, total)` is told bytes.
+        yours. `mode`: `"fast"` multiplies in fp8 where the card can (compute capability 8.9); elsewhere, and the log
+        says why, it is `"exact"`, with 16-bit products. `quantization`: `"nf4"`, or `"none"` to keep 16-bit weights.
+        `dtype`: of the products; default bf16 on CUDA, fp32 on the CPU. `backend`: `"triton"`, `"bitsandbytes"` or
+        `"reference"`; default the fastest that works. `cache_dir`: where quantized weights are kept; default
+        `$VORTEX_CACHE` or the user's cache folder. `on_progress(done, total)` is told bytes.
 
         Raises `VortexInputError`, `VortexDeviceError` and `VortexCheckpointError` before any device memory is
         taken, and `VortexInitializationError` (with figures) when memory runs out; then nothing stays behind.

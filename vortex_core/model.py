@@ -234,8 +234,6 @@ class Model:
             if self.fused:
                 decoder.to(memory_format=torch.channels_last).use(cast(Kernels, _Nothing()))
             latents = torch.empty(1, self.flux.latent_channels, height // 8, width // 8)
-            if self.fused:  # on `meta` a convolution's layout is its input's, on CUDA also its weight's
-                latents = latents.contiguous(memory_format=torch.channels_last)
             out = torch.empty(1, height, width, 3)
         return footprint(lambda: decode(decoder, latents, out, rows))
 

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .kernels import Kernels
 from .latency import mark
 from .spec import VaeSpec
-from .kernels import Kernels
 from .strips import GroupNorm, Map, Norm, convolve, windows
 
 

@@ -1,31 +1,28 @@
-"""`vortex bench compare`: Vortex beside its peers, in one process: the same weights, embeddings, noise and card.
+"""Vortex beside its peers, in one process: the same weights, embeddings, noise and card.
 
 Each contender is alone on the device while it draws. A picture's time is what its user waits for: from the call,
-with the prompt's embeddings at hand, until the picture is finished on the device. Steps and decode are read off events
-in the same pictures.
+with the prompt's embeddings at hand, until the picture is finished on the device.
 """
 
 from __future__ import annotations
 
 import gc
-import json
 import logging
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from .. import sampling
 from ..engine import Engine
-from ..latency import Latency, summarize
+from ..latency import Latency, Stopwatch, summarize
 from ..spec import DEFAULT_STEPS, T5_TOKENS, FluxSpec
+from .machine import machine
 from .peers import (
     Contender,
     Diffusers,
@@ -44,16 +41,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-GB = 1e9
+SCHEMA = "vortex.bench.compare/1"
 WARMUP = 3
-MODES = ("exact", "fast")
+PLAIN = "diffusers, 16 bits"
+NF4 = "diffusers, bitsandbytes NF4"
+COMFY = "ComfyUI core, 16 bits"
+COMPILED, GRAPH = ", compiled blocks", ", CUDA graph"
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """One contender at one size: seconds of a picture, of its steps and its decode, and the most torch reserved.
 
-    `off`: how far its picture is from the first contender's, the relative error of the pixels.
+    `off`: the relative error of its final latents against those of the first contender, who has 16-bit weights.
     """
 
     contender: str
@@ -68,17 +68,129 @@ class Row:
 
 @dataclass(slots=True)
 class Result:
-    """The card and every row; `declined` says why a contender did not draw."""
+    """The card and every row; `declined` says why a contender did not draw. `latents` by contender and size."""
 
-    device: str
-    torch: str
+    machine: dict[str, Any]
     card: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
     declined: dict[str, str] = field(default_factory=dict)
+    latents: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
 
-    def as_json(self) -> str:
-        """One line."""
-        return json.dumps(asdict(self))
+    def find(self, contender: str, side: int) -> Row | None:
+        """The row of a square size."""
+        return next((row for row in self.rows if (row.contender, row.height) == (contender, side)), None)
+
+    def figures(self) -> dict[str, Any]:
+        """Everything but the latents, for JSON."""
+        rows = [asdict(row) for row in self.rows]
+        return {
+            "schema": SCHEMA, "machine": self.machine, "card": self.card, "rows": rows, "declined": self.declined
+        }  # fmt: skip
+
+
+class Contest:
+    """Weights that every contender gets, on `device`, and what was measured. `sizes` are (height, width)."""
+
+    def __init__(
+        self, model: str | Path | None, device: torch.device, sizes: list[tuple[int, int]], samples: int
+    ) -> None:
+        """`model`: a folder in the diffusers layout; None: random weights of the released model's size."""
+        self.device, self.samples = device, samples
+        self.pipe = _pipeline(model, device)
+        self.config = dict(self.pipe.transformer.config)
+        self.jobs = [_job(self.config, height, width, device, self.pipe.vae.dtype) for height, width in sizes]
+        spec = FluxSpec.from_diffusers(self.config)
+        self.result = Result(machine(device).as_dict(), {f"{h} x {w}": card(spec, h, w) for h, w in sizes})
+        self.on_row: Callable[[Row], None] = lambda row: None
+
+    def measure(self, name: str, make: Callable[[], Contender]) -> None:
+        """Time a contender at every size; one that fails is a result, too, not the end of the contest."""
+        try:
+            with torch.inference_mode():
+                contender = make()
+                for job in self.jobs:
+                    self.result.rows.append(self._row(name, contender, job))
+                    self.on_row(self.result.rows[-1])
+        except Exception as error:
+            log.warning("%s did not draw: %s", name, error)
+            self.result.declined[name] = f"{type(error).__name__}: {error}".partition("\n")[0]
+        if self.device.type == "cuda":
+            torch._dynamo.reset()
+        clean(self.device)
+
+    def _row(self, name: str, contender: Contender, job: Job) -> Row:
+        clean(self.device)
+        for _ in range(WARMUP):
+            contender.draw(job)
+        latents = contender.latents(job).float().cpu()
+        self.result.latents[name, job.height, job.width] = latents
+        expected = next(x for (_, *size), x in self.result.latents.items() if size == [job.height, job.width])
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        watches = []
+        for _ in range(self.samples):
+            with Stopwatch(self.device) as watch:
+                contender.draw(job)
+            watches.append(watch)
+        steps = [watch.phases[f"step {i + 1}"] for watch in watches for i in range(DEFAULT_STEPS)]
+        return Row(
+            name,
+            job.height,
+            job.width,
+            summarize([watch.seconds for watch in watches]),
+            summarize(steps),
+            summarize([watch.phases["decode"] for watch in watches]),
+            torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else 0,
+            distance(latents, expected),
+        )
+
+    def plain_peers(self, comfyui: Path | None) -> None:
+        """diffusers and ComfyUI's core with 16-bit weights."""
+        self.measure(PLAIN, lambda: Diffusers(self.pipe))
+        if self.device.type != "cuda":
+            return
+        self.measure(PLAIN + COMPILED, lambda: Diffusers(self.pipe, compiled=True))
+        if comfyui is not None:
+            with self._aside():
+                state = self.pipe.transformer.state_dict()
+                velocity = partial(comfy_velocity, comfyui, self.config, state, self.device)
+                self.measure(COMFY, lambda: Looped(velocity(), self.pipe.vae))
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        self.pipe.transformer.to("cpu")
+        clean(self.device)
+        yield
+        self.pipe.transformer.to(self.device)
+
+    def engine(self, mode: str, **options: Any) -> Engine:
+        """Vortex on these weights. `options` go to `Engine.from_pipeline`."""
+        return Engine.from_pipeline(self.pipe, device=self.device, mode=mode, **options)
+
+    def quantized(self, engine: Engine) -> None:
+        """Put the NF4 weights of `engine` into diffusers' transformer, in place of the 16-bit ones."""
+        rows = {name: tensor.shape[0] for name, tensor in self.pipe.transformer.state_dict().items()}
+        weights = diffusers_weights([engine._transformer, engine._conditioner.modulation], rows)
+        self.pipe.transformer = None
+        clean(self.device)
+        self.pipe.transformer = nf4_transformer(self.config, weights, self.device, self.pipe.vae.dtype)
+
+    def nf4_peers(self) -> None:
+        """diffusers with bitsandbytes over the same NF4 weights."""
+        self.measure(NF4, lambda: Diffusers(self.pipe))
+        if self.device.type == "cuda":
+            velocity = diffusers_velocity(self.pipe.transformer)
+            self.measure(NF4 + GRAPH, lambda: Looped(velocity, self.pipe.vae, graphed=True))
+            self.measure(NF4 + COMPILED, lambda: Diffusers(self.pipe, compiled=True))
+
+    def leave(self) -> None:
+        """Let go of the peers' weights."""
+        self.pipe.transformer = self.pipe.vae = self.pipe.text_encoder = self.pipe.text_encoder_2 = None
+        clean(self.device)
+
+    def vortex(self, engine: Engine) -> None:
+        """Time an engine."""
+        self.measure(f"Vortex {engine.mode}", lambda: Vortex(engine))
 
 
 def run(
@@ -92,94 +204,34 @@ def run(
 ) -> Result:
     """Time every contender that runs here, `samples` pictures of each of `sizes` (height, width).
 
-    `model`: a folder in the diffusers layout; None draws with random weights of the released model's size.
-    `on_row` is told each result as it comes. Needs diffusers and bitsandbytes for the peers.
+    `comfyui`: a tree of ComfyUI, to time its core too. `on_row` is told each result as it comes. Needs diffusers and
+    bitsandbytes for the peers.
     """
-    cuda = device.type == "cuda"
-    result = Result(
-        torch.cuda.get_device_name(device) if cuda else device.type,
-        torch.__version__,
-        {f"{height} x {width}": card(FluxSpec(), height, width) for height, width in sizes} if model is None else {},
-    )
-    pipe = _pipeline(model, device)
-    config = dict(pipe.transformer.config)
-    jobs = [_job(config, height, width, device, pipe.vae.dtype) for height, width in sizes]
-
-    first: dict[tuple[int, int], Tensor] = {}
-
-    def measure(name: str, make: Callable[[], Contender]) -> None:
-        try:
-            with torch.inference_mode():
-                contender = make()
-                for job in jobs:
-                    _clean(cuda)
-                    result.rows.append(_measure(contender, job, samples, cuda, first))
-                    on_row(result.rows[-1])
-        except Exception as error:  # a peer that fails is a result, not the end of the comparison
-            log.warning("%s did not draw: %s", name, error)
-            result.declined[name] = f"{type(error).__name__}: {error}".partition("\n")[0]
-        if cuda:
-            torch._dynamo.reset()
-
-    def bf16(name: str, **options: bool) -> None:
-        measure(name, lambda: Diffusers(name, pipe, **options))
-
-    bf16("diffusers, 16 bits")
-    if cuda:
-        bf16("diffusers, 16 bits, compiled blocks", compiled=True)
-        pipe.transformer.to("cpu")
-        state = pipe.transformer.state_dict()
-        if comfyui is not None:
-            name = "ComfyUI core, 16 bits"
-            measure(name, lambda: Looped(name, comfy_velocity(comfyui, config, state, device), pipe.vae))
-            _clean(cuda)
-
-    engine = Engine.from_pipeline(pipe, device=device)
-    rows = {name: tensor.shape[0] for name, tensor in pipe.transformer.state_dict().items()}
-    weights = diffusers_weights([engine._transformer, engine._conditioner.modulation], rows)
-    engine.offload()
-    pipe.transformer = None
-    _clean(cuda)
-    pipe.transformer = nf4_transformer(config, weights, device, pipe.vae.dtype)
-    nf4 = "diffusers, bitsandbytes NF4"
-    measure(nf4, lambda: Diffusers(nf4, pipe))
-    if cuda:
-        graph = f"{nf4}, CUDA graph"
-        measure(graph, lambda: Looped(graph, diffusers_velocity(pipe.transformer), pipe.vae, graphed=True))
-        compiled = f"{nf4}, compiled blocks"
-        measure(compiled, lambda: Diffusers(compiled, pipe, compiled=True))
-    pipe.transformer = None
-    pipe.vae.to("cpu")
-    _clean(cuda)
-    for mode in MODES:
-        measure(f"Vortex {mode}", partial(Vortex, engine, mode))
-    return result
+    contest = Contest(model, device, sizes, samples)
+    contest.on_row = on_row
+    contest.plain_peers(comfyui)
+    engines = {mode: contest.engine(mode) for mode in ("exact", "fast")}
+    for engine in engines.values():
+        engine.offload()
+    contest.quantized(engines["exact"])
+    contest.nf4_peers()
+    contest.leave()
+    for mode, engine in engines.items():
+        if engine.mode == mode:
+            contest.vortex(engine)
+            engine.offload()
+        else:
+            contest.result.declined[f"Vortex {mode}"] = "not on this device"
+    return contest.result
 
 
-def table(result: Result) -> Table:
-    """Milliseconds and GB, a row for each contender and size."""
-    columns = ("contender", "size", "picture P50", "P99", "step", "decode", "peak GB", "off")
-    made = Table(*columns, title=f"{result.device}, torch {result.torch}")
-    for row in result.rows:
-        figures = (_at(row.picture, 50), _at(row.picture, 99), _at(row.step, 50), _at(row.decode, 50))
-        made.add_row(
-            row.contender,
-            f"{row.width} x {row.height}",
-            *(f"{1e3 * seconds:.1f}" for seconds in figures),
-            f"{row.peak / GB:.2f}",
-            f"{row.off:.4f}",
-        )
-    for name, why in result.declined.items():
-        made.add_row(name, "did not draw: " + why)
-    return made
-
-
-def _at(latency: Latency, q: float) -> float:
-    return next(p.seconds for p in latency.percentiles if p.q == q)
+def distance(a: Tensor, b: Tensor) -> float:
+    """Relative error of `a`."""
+    return float((a.float() - b.float()).norm() / b.float().norm())
 
 
 def card(spec: FluxSpec, height: int, width: int) -> dict[str, float]:
-    """What a picture takes at least: floating-point operations of 4 steps, and bytes of weights read in each."""
+    """What a step takes at least: floating-point operations, and bytes of weights read."""
     image = height // 16 * width // 16
     tokens = image + T5_TOKENS
     hidden, mlp = spec.hidden, spec.mlp
@@ -193,6 +245,13 @@ def card(spec: FluxSpec, height: int, width: int) -> dict[str, float]:
         "nf4_bytes": weights * 0.5625,
         "bf16_bytes": weights * 2.0,
     }
+
+
+def clean(device: torch.device) -> None:
+    """Give what nobody holds back to the driver."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _pipeline(model: str | Path | None, device: torch.device) -> FluxPipeline:
@@ -213,53 +272,3 @@ def _job(config: dict[str, Any], height: int, width: int, device: torch.device, 
     pooled = torch.randn(1, config["pooled_projection_dim"], generator=draw)
     noise = sampling.noise(0, 1, height, width)
     return Job(height, width, noise, txt.to(device, dtype), pooled.to(device, dtype))
-
-
-def _measure(contender: Contender, job: Job, samples: int, cuda: bool, first: dict[tuple[int, int], Tensor]) -> Row:
-    for _ in range(WARMUP):
-        picture = contender.draw(job, lambda: None)
-    expected = first.setdefault((job.height, job.width), picture.float().cpu())
-    off = float((picture.float().cpu() - expected).norm() / expected.norm())
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    drawn = [_timed(contender, job, cuda) for _ in range(samples)]
-    return Row(
-        contender.name,
-        job.height,
-        job.width,
-        summarize([picture for picture, _ in drawn]),
-        summarize([step for _, spans in drawn for step in spans[:DEFAULT_STEPS]]),
-        summarize([spans[DEFAULT_STEPS] for _, spans in drawn]),
-        torch.cuda.max_memory_reserved() if cuda else 0,
-        off,
-    )
-
-
-def _timed(contender: Contender, job: Job, cuda: bool) -> tuple[float, list[float]]:
-    """Seconds of a picture, and of its steps and decode."""
-    marks: list[Any] = []
-
-    def mark() -> None:
-        if cuda:
-            marks.append(torch.cuda.Event(enable_timing=True))
-            marks[-1].record()
-        else:
-            marks.append(time.perf_counter())
-
-    if cuda:
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    mark()
-    contender.draw(job, mark)
-    mark()
-    if cuda:
-        torch.cuda.synchronize()
-    picture = time.perf_counter() - started
-    return picture, [a.elapsed_time(b) / 1e3 if cuda else b - a for a, b in pairwise(marks)]
-
-
-def _clean(cuda: bool) -> None:
-    gc.collect()
-    if cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()

@@ -1,6 +1,6 @@
 """What Vortex is compared with: the same weights in diffusers and in ComfyUI, drawn as their users draw.
 
-A contender draws one job again and again and says when each step is done. It is alone on the device meanwhile.
+A contender draws one job again and again. It is alone on the device meanwhile.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from .. import sampling
 from ..checkpoint.layout import SWAPPED, flux_sources
+from ..conditioning import Conditioning
+from ..latency import mark
 from ..linear import NF4Linear
 from ..nf4 import BLOCK, LEVELS, NF4Weight
 from ..spec import DEFAULT_STEPS
@@ -27,11 +29,10 @@ if TYPE_CHECKING:
 
     from ..engine import Engine
 
-Mark = Callable[[], None]
 Velocity = Callable[["Job", Tensor, Tensor], Tensor]  # (job, packed latents [1, S, 64], t [1]) to [1, S, 64]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Job:
     """One picture: noise `[1, 16, H/8, W/8]` in fp32, T5 embeddings `[1, N, context]`, CLIP's pooled `[1, vec]`."""
 
@@ -43,45 +44,59 @@ class Job:
 
 
 class Contender(Protocol):
-    """Someone who draws. `name` is the row in the table."""
+    """Someone who draws. Phases end with `latency.mark`: `step 1` to `step 4`, `decode`."""
 
-    name: str
+    def draw(self, job: Job) -> Tensor:
+        """The picture in 0..1 on the device."""
+        ...
 
-    def draw(self, job: Job, mark: Mark) -> Tensor:
-        """The picture `[1, 3, H, W]` in 0..1 on the device; `mark` is called after each step."""
+    def latents(self, job: Job) -> Tensor:
+        """What it decodes: clean latents `[1, 16, H/8, W/8]`."""
         ...
 
 
 class Vortex:
     """The engine, with its prompt cached, as when a seed is drawn anew."""
 
-    def __init__(self, engine: Engine, mode: str) -> None:
-        self.name = f"Vortex {mode}"
-        self._engine = engine
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._cache: dict[Job, Conditioning] = {}
 
-    def draw(self, job: Job, mark: Mark) -> Tensor:
-        """See `Contender.draw`."""
-        conditioning = self._engine.condition(job.txt, job.pooled)
-        picture = self._engine.generate(
-            conditioning, seed=0, height=job.height, width=job.width, on_step=lambda *_: mark()
-        )
-        return picture.permute(0, 3, 1, 2)
+    def draw(self, job: Job, **options: Any) -> Tensor:
+        """See `Contender.draw`. `options` go to `Engine.generate`."""
+        if job not in self._cache:
+            self._cache[job] = self.engine.condition(job.txt, job.pooled)
+        return self.engine.generate(self._cache[job], seed=0, height=job.height, width=job.width, **options)
+
+    def latents(self, job: Job) -> Tensor:
+        """See `Contender.latents`."""
+        seen: list[Tensor] = []
+        self.draw(job, on_step=lambda i, n, clean: seen.append(clean.clone()))
+        return seen[-1]
 
 
 class Diffusers:
     """`FluxPipeline` with embeddings given, which is what it does for a prompt that it has encoded before."""
 
-    def __init__(self, name: str, pipe: FluxPipeline, *, compiled: bool = False) -> None:
-        self.name, self._pipe = name, pipe
+    def __init__(self, pipe: FluxPipeline, *, compiled: bool = False) -> None:
+        self._pipe = pipe
         pipe.set_progress_bar_config(disable=True)
         if compiled:
             pipe.transformer.compile_repeated_blocks(fullgraph=True)
 
-    def draw(self, job: Job, mark: Mark) -> Tensor:
+    def draw(self, job: Job) -> Tensor:
         """See `Contender.draw`."""
+        picture = self._run(job, "pt")
+        mark("decode")
+        return picture
 
+    def latents(self, job: Job) -> Tensor:
+        """See `Contender.latents`."""
+        return sampling.unpack(self._run(job, "latent"), job.height, job.width)
+
+    def _run(self, job: Job, output: str) -> Tensor:
         def stepped(pipe: object, i: int, t: object, values: dict[str, Any]) -> dict[str, Any]:
-            mark()
+            mark(f"step {i + 1}")
             return values
 
         dtype = self._pipe.vae.dtype
@@ -93,7 +108,7 @@ class Diffusers:
             num_inference_steps=DEFAULT_STEPS,
             guidance_scale=0.0,
             latents=sampling.pack(job.noise).to(job.txt.device, dtype),
-            output_type="pt",
+            output_type=output,
             callback_on_step_end=stepped,
         ).images
 
@@ -101,33 +116,38 @@ class Diffusers:
 class Looped:
     """A peer's transformer with the four Euler steps around it and a diffusers VAE; `graphed` replays a CUDA graph."""
 
-    def __init__(self, name: str, velocity: Velocity, vae: Any, *, graphed: bool = False) -> None:
-        self.name, self._velocity, self._vae, self._graphed = name, velocity, vae, graphed
-        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]] = {}
+    def __init__(self, velocity: Velocity, vae: Any, *, graphed: bool = False) -> None:
+        self._velocity, self._vae, self._graphed = velocity, vae, graphed
+        self._graphs: dict[Job, tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]] = {}
 
-    def draw(self, job: Job, mark: Mark) -> Tensor:
+    def draw(self, job: Job) -> Tensor:
         """See `Contender.draw`."""
-        img = sampling.pack(job.noise).to(job.txt)
-        times = sampling.timesteps(DEFAULT_STEPS)
-        for now, following in pairwise(times):
-            img = img + (following - now) * self._step(job, img, torch.full((1,), now).to(img))
-            mark()
-        latents = sampling.unpack(img, job.height, job.width)
+        latents = self.latents(job).to(job.txt.dtype)
         scaled = latents / self._vae.config.scaling_factor + self._vae.config.shift_factor
-        return self._vae.decode(scaled).sample.float().mul(0.5).add(0.5).clamp(0, 1)
+        picture = self._vae.decode(scaled).sample.float().mul(0.5).add(0.5).clamp(0, 1)
+        mark("decode")
+        return picture
+
+    def latents(self, job: Job) -> Tensor:
+        """See `Contender.latents`."""
+        img = sampling.pack(job.noise).to(job.txt.device)
+        for i, (now, following) in enumerate(pairwise(sampling.timesteps(DEFAULT_STEPS))):
+            given = img.to(job.txt.dtype)
+            img = img + (following - now) * self._step(job, given, torch.full((1,), now).to(given)).float()
+            mark(f"step {i + 1}")
+        return sampling.unpack(img, job.height, job.width)
 
     def _step(self, job: Job, img: Tensor, t: Tensor) -> Tensor:
         if not self._graphed:
             return self._velocity(job, img, t)
-        size = (job.height, job.width)
-        if size not in self._graphs:
+        if job not in self._graphs:
             self._velocity(job, img, t)
             torch.cuda.synchronize()
             graph, given, at = torch.cuda.CUDAGraph(), img.clone(), t.clone()
             with torch.cuda.graph(graph):
                 velocity = self._velocity(job, given, at)
-            self._graphs[size] = (graph, given, at, velocity)
-        graph, given, at, velocity = self._graphs[size]
+            self._graphs[job] = (graph, given, at, velocity)
+        graph, given, at, velocity = self._graphs[job]
         given.copy_(img)
         at.copy_(t)
         graph.replay()
