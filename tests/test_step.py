@@ -81,7 +81,6 @@ def test_plans_draw_slices_of_several_sizes_and_keep_nothing(engine: Engine, tra
         assert buffer() is not None
     assert torch.equal(parts[1], transformer(img[2:], txt[:1], modulation, pe))
     assert torch.equal(parts[0], transformer(img[:2], txt[:2], modulation, pe))
-    del velocity
     assert buffer() is None
     assert plans.nbytes == 0
 

@@ -28,6 +28,8 @@ from vortex_core.plans import Plans, plan_bytes
 from vortex_core.spec import FluxSpec, VaeSpec
 from vortex_core.transformer import Transformer
 from vortex_core.vae import Decoder
+from vortex_core.vae import decode as decode_picture
+from vortex_core.workspace import Workspace
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -270,39 +272,49 @@ def steps() -> None:
             if mode == "reference":
                 velocities[mode] = model(img.to(BF16), txt, table, pe).float()
                 continue
-            started = time.perf_counter()
-            plan = Plans(model).plan((1, 256, s))
-            eager = plan(img, txt, table, pe).clone()
-            replayed = plan(img, txt, table, pe).clone()
-            if GPU:
-                torch.cuda.synchronize()
-            note(f"{name} first, s", round(time.perf_counter() - started, 2))
-            note(f"{name} replay equals eager", bool(torch.equal(eager, replayed)))
-            velocities[mode] = replayed.float()
-            note(f"{name} error against reference", relative(replayed, velocities["reference"]))
-            arena = plan_bytes(SPEC, (1, 256, s), BF16, fast=fast)
+            size = (1, 256, s)
+            arena = plan_bytes(SPEC, size, BF16, fast=fast)
             note(f"{name} arena GB", round(arena / 1e9, 4))
-            if not GPU:
-                continue
-            times = []
-            for _ in range(20):
-                start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                plan(img, txt, table, pe)
-                stop.record()
-                torch.cuda.synchronize()
-                times.append(start.elapsed_time(stop))
-            note(f"{name} ms", statistics.median(times), f"{statistics.median(times):.2f}  min {min(times):.2f}")
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(4):
-                plan(img, txt, table, pe)
-            stop.record()
-            torch.cuda.synchronize()
-            note(f"{name} four, ms", start.elapsed_time(stop))
-            note(f"{name} peak reserved GB", round(torch.cuda.max_memory_reserved() / 1e9, 3))
-            profile(plan, (img, txt, table, pe), name)
-            del plan
+            workspace = Workspace(DEVICE)
+            workspace.reserve(arena + 256 * 2**20)
+            plans = Plans(model, workspace)
+            with workspace.use(), plans.open(size) as plan:
+                velocities[mode] = step(plan, (img, txt, table, pe), name, velocities["reference"])
+            plans.clear()
+            workspace.release()
+
+
+def step(plan, arguments, name: str, expected: Tensor) -> Tensor:
+    """Launched, captured and replayed, timed and profiled; the velocity."""
+    started = time.perf_counter()
+    eager = plan(*arguments).clone()
+    replayed = plan(*arguments).clone()
+    if GPU:
+        torch.cuda.synchronize()
+    note(f"{name} first, s", round(time.perf_counter() - started, 2))
+    note(f"{name} replay equals eager", bool(torch.equal(eager, replayed)))
+    note(f"{name} error against reference", relative(replayed, expected))
+    if not GPU:
+        return replayed.float()
+    times = []
+    for _ in range(20):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        plan(*arguments)
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop))
+    note(f"{name} ms", statistics.median(times), f"{statistics.median(times):.2f}  min {min(times):.2f}")
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(4):
+        plan(*arguments)
+    stop.record()
+    torch.cuda.synchronize()
+    note(f"{name} four, ms", start.elapsed_time(stop))
+    note(f"{name} peak reserved GB", round(torch.cuda.max_memory_reserved() / 1e9, 3))
+    profile(plan, arguments, name)
+    return replayed.float().cpu()
 
 
 def profile(plan, arguments, name: str) -> None:
@@ -319,46 +331,30 @@ def profile(plan, arguments, name: str) -> None:
 
 
 def decoder() -> None:
-    """The VAE as torch has it, in channels last, and with the fused norm."""
+    """The VAE in strips of several heights, with torch's kernels and with the fused norm in channels last."""
     spec = VaeSpec(channels=(32, 32, 64, 128), layers=1, groups=8) if SMALL else VaeSpec()
     torch.manual_seed(0)
-    plain = Decoder(spec).to(DEVICE, BF16).requires_grad_(False)
-    last = Decoder(spec).to(DEVICE, BF16).requires_grad_(False).to(memory_format=torch.channels_last)
-    last.load_state_dict(plain.state_dict())
+    plain, fused = (Decoder(spec).to(DEVICE, BF16).requires_grad_(False) for _ in range(2))
+    fused.load_state_dict(plain.state_dict())
+    fused.channels_last()
+    fused.use(KERNELS)
     for height, width in SIZES:
-        latents = torch.randn(1, 16, height // 8, width // 8, device=DEVICE, dtype=BF16)
-        expected = plain(latents)
-        ways = {"contiguous": plain, "channels last": last, "channels last, fused norm": partial(fused_decoder, last)}
-        for name, way in ways.items():
-            call = partial(way, latents.contiguous(memory_format=torch.channels_last) if way is not plain else latents)
-            note(f"decoder {height} {name}", [bench(call), relative(call(), expected)])
-
-
-def fused_decoder(decoder: Decoder, latents: Tensor) -> Tensor:
-    """The decoder with the fused group norm and SiLU."""
-
-    def norm(module: nn.GroupNorm, x: Tensor) -> Tensor:
-        mean, variance = reference.join_moments(KERNELS.group_moments(x, module.num_groups))
-        size = module.num_channels // module.num_groups
-        scale = module.weight.float() * (variance + module.eps).rsqrt().repeat_interleave(size)
-        shift = module.bias.float() - mean.repeat_interleave(size) * scale
-        return KERNELS.norm_silu(x, scale, shift, torch.empty_like(x))
-
-    def resnet(block, x: Tensor) -> Tensor:
-        h = block.conv1(norm(block.norm1, x))
-        h = block.conv2(norm(block.norm2, h))
-        return h.add_(block.nin_shortcut(x) if hasattr(block, "nin_shortcut") else x)
-
-    x = decoder.conv_in(latents / decoder.scale + decoder.shift)
-    x = resnet(decoder.mid.block_1, x)
-    x = decoder.mid.attn_1(x).contiguous(memory_format=torch.channels_last)
-    x = resnet(decoder.mid.block_2, x)
-    for level in reversed(decoder.up):
-        for block in level.block:
-            x = resnet(block, x)
-        if hasattr(level, "upsample"):
-            x = level.upsample(x)
-    return decoder.conv_out(norm(decoder.norm_out, x))
+        latents = torch.randn(1, 16, height // 8, width // 8, device=DEVICE)
+        expected = torch.empty(1, height, width, 3, device=DEVICE)
+        decode_picture(plain, latents, expected, height)
+        for rows in (None, 64, 32, height):
+            for name, module in {"plain": plain, "fused": fused}.items():
+                out = torch.full_like(expected, torch.nan)
+                call = partial(decode_picture, module, latents, out, rows)
+                call()
+                before = torch.cuda.memory_allocated() if GPU else 0
+                if GPU:
+                    torch.cuda.reset_peak_memory_stats()
+                call()
+                taken = torch.cuda.max_memory_allocated() - before if GPU else 0
+                ms, off = bench(call), relative(out, expected)
+                said = f"{ms:.2f} ms  {taken / 1e9:.3f} GB  error {off:.5f}"
+                note(f"decoder {height} in strips of {rows or height // 8}, {name}", [ms, taken, off], said)
 
 
 SECTIONS = {f.__name__: f for f in (ceilings, steps, attention, decode, decoder, rows, products)}

@@ -123,7 +123,7 @@ class Model:
             how = target if source in ("transformer", "t5") else replace(target, backend=None)
             materialize(module, sources[source], how, prefix=prefix, home=home)
         if self.fused and unit.group == "vae":
-            self.decoder.to(memory_format=torch.channels_last)
+            self.decoder.channels_last()
         if self.fast and unit.group == BLOCKS:
             for linear in (part for module in unit.modules for part in module.modules()):
                 if isinstance(linear, NF4Linear):
@@ -232,7 +232,8 @@ class Model:
         with META:
             decoder = Decoder(self.vae).to(self.dtype).requires_grad_(False)
             if self.fused:
-                decoder.to(memory_format=torch.channels_last).use(cast(Kernels, _Nothing()))
+                decoder.channels_last()
+                decoder.use(cast(Kernels, _Nothing()))
             latents = torch.empty(1, self.flux.latent_channels, height // 8, width // 8)
             out = torch.empty(1, height, width, 3)
         return footprint(lambda: decode(decoder, latents, out, rows))

@@ -94,11 +94,13 @@ class Plans:
             self._place = place
         captures = still and transformer.fused and self._workspace.nbytes > 0
         plans: dict[Size, Plan] = {}
+        held = [buffer]
+        del buffer
 
         def velocity(img: Tensor, txt: Tensor, modulation: Tensor, pe: Rope) -> Tensor:
             size = (img.shape[0], txt.shape[1], img.shape[1])
             if size not in plans:
-                plans[size] = Plan(transformer, size, buffer)
+                plans[size] = Plan(transformer, size, held[0])
             graph = self._graphs.get(size)
             found = plans[size](img, txt, modulation, pe, graph)
             if captures and graph is None:  # that call also compiled the kernels and picked the library's
@@ -109,6 +111,7 @@ class Plans:
             yield velocity
         finally:
             plans.clear()  # nothing may stay alive in the workspace
+            held.clear()
 
     def _capture(self, size: Size, plan: Plan) -> None:
         needed = graph_bytes(self._transformer.spec, size, self._transformer.img_in.weight.dtype)

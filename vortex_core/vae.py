@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -138,10 +139,16 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(spec.channels[0], 3, 3, padding=1)
 
     def use(self, kernels: Kernels) -> None:
-        """Compute norms with `kernels`; the fused ones want weights and so maps in channels last."""
+        """Compute norms with `kernels`; the fused ones want `channels_last`."""
         for module in self.modules():
             if isinstance(module, GroupNorm):
                 module.kernels = kernels
+
+    def channels_last(self) -> None:
+        """Keep the convolutions' weights, and so all maps, with their channels last."""
+        for parameter in self.parameters():
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
     def forward(self, latents: Tensor, rows: int | None = None) -> Iterator[Tensor]:
         """One picture's latents in the model's scale, `[1, 16, H/8, W/8]`, to strips `[1, 3, rows, W]`, about -1..1.
