@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from ..errors import GB
 from ..latency import Latency, percentile
 from .baseline import Run
-from .compare import Result
 from .figures import STOP, WARN, Median, histogram, scatter, stacks, timeline, trend
 from .latency_report import LatencyReport
 from .leak import MB, LeakReport
@@ -17,6 +16,8 @@ from .vram_report import MODEL, PEAK, TOTAL, VramReport
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from .compare import Result
 
 MS = "milliseconds"
 
