@@ -10,7 +10,7 @@ from vortex_core.bench.command import app
 from vortex_core.bench.compare import card
 from vortex_core.spec import FluxSpec
 
-NAMES = ["diffusers, 16 bits", "diffusers, bitsandbytes NF4", "Vortex exact"]
+NAMES = ["diffusers, 16 bits", "Vortex exact", "diffusers, bitsandbytes NF4"]
 
 
 @pytest.mark.slow

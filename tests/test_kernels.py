@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vortex_core import nf4
-from vortex_core.kernels import Heads, Operand, choose_kernels, reference
-from vortex_core.kernels.operand import FP8, FP8_MAX, head_shapes
+from vortex_core.kernels import Operand, choose_kernels, reference
+from vortex_core.kernels.operand import FP8, FP8_MAX
 from vortex_core.linear import fp8_declined
 
 GPU = torch.cuda.is_available()
@@ -179,50 +179,6 @@ def test_rotate_leaves_values_alone(fused, heads: int, dtype: torch.dtype) -> No
     assert torch.equal(ours[:, :2], qkv[:, :2])
     assert torch.equal(ours[:, :, 2], qkv[:, :, 2])
     assert_same(Operand(ours), Operand(expected))
-
-
-def heads(batch: int, count: int, tokens: int) -> Heads:
-    """`Heads` full of NaN."""
-    return Heads(
-        *(
-            torch.full(shape, torch.nan, device=DEVICE).to(EIGHT if i < 3 else torch.float32)
-            for i, shape in enumerate(head_shapes(batch, count, tokens, 128))
-        )
-    )
-
-
-@pytest.mark.parametrize("tokens", [128, 141, 700])
-@pytest.mark.parametrize("boundary", [0, 37])
-@pytest.mark.parametrize("dtype", TYPES)
-def test_attention_in_fp8(fused, tokens: int, boundary: int, dtype: torch.dtype) -> None:
-    from vortex_core.kernels.attention import portable
-
-    qkv = draw(2, tokens + 1, 3, 3, 128, dtype=dtype)[:, 1:]
-    norms = tuple(draw(4, 128, dtype=dtype) / 2 + 1)
-    angle = draw(tokens, 64)
-    ours, expected = heads(2, 3, tokens), heads(2, 3, tokens)
-    before = qkv.clone()
-    for kernels, target in ((fused, ours), (reference, expected)):
-        kernels.quantize_heads(qkv, norms, boundary, angle.cos(), angle.sin(), target)
-        assert torch.equal(qkv, before)
-    for scale, other in zip(ours[3:], expected[3:], strict=True):
-        torch.testing.assert_close(scale, other, rtol=1e-5, atol=1e-12)
-    for values, other in zip(ours[:3], expected[:3], strict=True):
-        torch.testing.assert_close(values.float(), other.float(), rtol=torch.finfo(EIGHT).eps, atol=2**-8)
-        if GPU:
-            assert (values.float() != other.float()).float().mean() < 0.02
-
-    reference.attention(expected, again := torch.empty(2, tokens, 3 * 128, device=DEVICE))
-    for attention in (fused.attention, portable):
-        wide = torch.full((2, tokens, 3 * 128 + 64), torch.nan, device=DEVICE, dtype=dtype)
-        attention(expected, wide[..., 64:])
-        # a running maximum scales the weights otherwise before they are rounded: 2 ** -4 of each, which average out
-        assert (wide[..., 64:].float() - again).norm() / again.norm() < (0.02 if GPU else 1e-3)
-    rotated = qkv.float()
-    reference.rotate(rotated[:, :boundary], *norms[:2], angle.cos()[:boundary], angle.sin()[:boundary])
-    reference.rotate(rotated[:, boundary:], *norms[2:], angle.cos()[boundary:], angle.sin()[boundary:])
-    exact = F.scaled_dot_product_attention(*rotated.transpose(1, 3).unbind(2)).transpose(1, 2).flatten(2)
-    assert (again - exact).norm() / exact.norm() < 0.1
 
 
 @pytest.mark.parametrize("shape", [(32, 8, 5, 7), (128, 32, 33, 17), (512, 32, 9, 8)])

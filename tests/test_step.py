@@ -44,12 +44,12 @@ def request(
     return img, txt, modulation, rope(engine, height, width)
 
 
-@pytest.mark.parametrize(("fast", "fp8_attention"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("fast", [False, True])
 @torch.inference_mode()
 def test_plans_of_several_sizes_share_memory_and_stay_right(
-    engine: Engine, transformer: Transformer, fast: bool, fp8_attention: bool
+    engine: Engine, transformer: Transformer, fast: bool
 ) -> None:
-    transformer.use(reference, fast=fast, fp8_attention=fp8_attention)
+    transformer.use(reference, fast=fast)
     largest = max(plan_bytes(engine._spec, size_of(*size), torch.float32, fast=fast) for size in SIZES)
     buffer = torch.empty(largest, dtype=torch.uint8)
     plans = {size: Plan(transformer, size_of(*size), buffer) for size in SIZES}
@@ -136,11 +136,8 @@ def denoised(engine: Engine, seed: int, prompt: str) -> Tensor:
     return sampling.denoise(engine._transformer, img, txt, conditioning.modulation, pe)
 
 
-@pytest.mark.parametrize("fp8_attention", [False, True])
 @torch.inference_mode()
-def test_fast_is_nearer_to_exact_than_nf4_is_to_16_bits(
-    engine: Engine, transformer: Transformer, fp8_attention: bool
-) -> None:
+def test_fast_is_nearer_to_exact_than_nf4_is_to_16_bits(engine: Engine, transformer: Transformer) -> None:
     """Final latents within half of NF4's own distance to the unquantized model."""
     plain = load_flux_schnell("tiny", device="cpu", quantization="none")
     from_fast, from_nf4 = 0.0, 0.0
@@ -148,7 +145,7 @@ def test_fast_is_nearer_to_exact_than_nf4_is_to_16_bits(
         transformer.use(reference, fast=False)
         exact = denoised(engine, seed, prompt)
         from_nf4 += float((exact - denoised(plain, seed, prompt)).norm())
-        transformer.use(reference, fast=True, fp8_attention=fp8_attention)
+        transformer.use(reference, fast=True)
         from_fast += float((denoised(engine, seed, prompt) - exact).norm())
     assert 0 < from_fast <= from_nf4 / 2
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from vortex_core import nf4, sampling
 from vortex_core.checkpoint.materialize import is_quantized
-from vortex_core.kernels import Heads, Operand, choose_kernels, reference
-from vortex_core.kernels.operand import FP8, head_shapes
+from vortex_core.kernels import Operand, choose_kernels, reference
+from vortex_core.kernels.operand import FP8
 from vortex_core.linear import NF4Linear, TritonBackend, product
 from vortex_core.plans import Plans, plan_bytes
 from vortex_core.spec import FluxSpec, VaeSpec
@@ -192,7 +192,7 @@ def rows() -> None:
 
 
 def attention() -> None:
-    """The library's attention in the layouts of a single and a double block, and Vortex's own in fp8."""
+    """The library's attention in the layouts of a single and a double block."""
     h, c, d = SPEC.heads, SPEC.head_dim, SPEC.hidden
     for tokens in [40] if SMALL else [1280, 4352]:
         flops = 4 * tokens**2 * d
@@ -202,33 +202,6 @@ def attention() -> None:
         for layout, qkv in (("single", single), ("double", double)):
             q, k, v = qkv.transpose(1, 3).unbind(2)
             timed(f"attention {tokens} {layout}", bench(partial(F.scaled_dot_product_attention, q, k, v)), flops=flops)
-        norm = torch.rand(2, c, device=DEVICE).to(BF16) + 0.5
-        angle = torch.randn(tokens, c // 2, device=DEVICE)
-        cos, sin = angle.cos(), angle.sin()
-        heads = Heads(
-            *(
-                torch.empty(shape, device=DEVICE, dtype=FP8 if i < 3 else torch.float32)
-                for i, shape in enumerate(head_shapes(1, h, tokens, c))
-            )
-        )
-        out = torch.full((1, tokens, d), torch.nan, device=DEVICE, dtype=BF16)
-        quantize = partial(KERNELS.quantize_heads, double, (*norm, *norm), 256, cos, sin, heads)
-        timed(f"quantize_heads {tokens}", bench(quantize, repeat=5), moved=tokens * d * 9)
-        exact = double.clone()
-        reference.rotate(exact, *norm, cos, sin)
-        q, k, v = (x[:, :2] for x in exact.double().transpose(1, 3).unbind(2))  # of two heads; the rest would be long
-        expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        kinds = {"fp8": KERNELS.attention}
-        if GPU:
-            from vortex_core.kernels.attention import portable
-
-            kinds["fp8, portable"] = portable
-        for name, kernel in kinds.items():
-            try:
-                timed(f"attention {tokens} {name}", bench(partial(kernel, heads, out), repeat=5), flops=flops)
-                note(f"attention {tokens} {name} error", relative(out[..., : expected.shape[-1]], expected))
-            except Exception:
-                traceback.print_exc()
 
 
 def transformer() -> Transformer:
@@ -260,11 +233,11 @@ def steps() -> None:
         table = torch.randn(SPEC.modulation_rows, SPEC.hidden, device=DEVICE).to(BF16) / 4
         pe = sampling.rope(sampling.positions(height, width, 256), SPEC, DEVICE)
         velocities = {}
-        modes = ("exact", "exact, beside", "fast", "fast, beside", "fast, fp8 attention", "fast, fp8 attention, beside")
+        modes = ("exact", "exact, beside", "fast", "fast, beside")
         for mode in ("reference", *modes):
             fast = mode.startswith("fast")
             kernels = reference if mode == "reference" else KERNELS
-            model.use(kernels, fast=fast, fp8_attention="fp8" in mode, beside=GPU and mode.endswith("beside"))
+            model.use(kernels, fast=fast, side=torch.cuda.Stream() if GPU and mode.endswith("beside") else None)
             if GPU:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()

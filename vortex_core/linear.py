@@ -33,7 +33,7 @@ class Backend(Protocol):
         """Bytes of the workspace it keeps on the device."""
         ...
 
-    def reserve(self, numel: int, dtype: torch.dtype) -> None:
+    def reserve(self, numel: int, dtype: torch.dtype, lane: int = 0) -> None:
         """Make room for weights of up to `numel` values, so that decoding them allocates nothing."""
         ...
 
@@ -57,7 +57,7 @@ class ReferenceBackend:
     name = "reference"
     nbytes = 0
 
-    def reserve(self, numel: int, dtype: torch.dtype) -> None:
+    def reserve(self, numel: int, dtype: torch.dtype, lane: int = 0) -> None:
         """Plain torch allocates its intermediates itself."""
 
     def release(self) -> None:
@@ -83,7 +83,7 @@ class Workspace:
         """See `Backend.nbytes`."""
         return self.buffer.numel()
 
-    def reserve(self, numel: int, dtype: torch.dtype) -> None:
+    def reserve(self, numel: int, dtype: torch.dtype, lane: int = 0) -> None:
         """See `Backend.reserve`."""
         if self.nbytes < numel * dtype.itemsize:
             self.buffer = self.buffer.new_empty(numel * dtype.itemsize)
@@ -115,9 +115,9 @@ class TritonBackend:
         """See `Backend.nbytes`."""
         return sum(lane.nbytes for lane in self._lanes)
 
-    def reserve(self, numel: int, dtype: torch.dtype) -> None:
-        """See `Backend.reserve`. The second lane grows when it is first used."""
-        self._lanes[0].reserve(numel, dtype)
+    def reserve(self, numel: int, dtype: torch.dtype, lane: int = 0) -> None:
+        """See `Backend.reserve`; for one lane."""
+        self._lanes[lane].reserve(numel, dtype)
 
     def release(self) -> None:
         """See `Backend.release`."""
@@ -140,7 +140,7 @@ class BitsAndBytesBackend(Workspace):
 
     name = "bitsandbytes"
 
-    def reserve(self, numel: int, dtype: torch.dtype) -> None:
+    def reserve(self, numel: int, dtype: torch.dtype, lane: int = 0) -> None:
         """See `Backend.reserve`. bitsandbytes has no out= variant for the CPU, so there it allocates itself."""
         if self.buffer.device.type == "cuda":
             super().reserve(numel, dtype)
@@ -180,7 +180,6 @@ class NF4Linear(nn.Module):
         self.register_buffer("bias", bias)
         self.register_buffer("row_scale", None)
         self.backend = backend
-        self.lane = 0
 
     def prepare_fp8(self) -> None:
         """Find what each row of the weight is divided by in fp8: 4 bytes a row."""
@@ -196,15 +195,15 @@ class NF4Linear(nn.Module):
         return f"in_features={half_k * 2}, out_features={n}, backend={self.backend.name}"
 
 
-def multiply(linear: nn.Module, x: Operand, out: Tensor) -> None:
+def multiply(linear: nn.Module, x: Operand, out: Tensor, lane: int = 0) -> None:
     """`x @ W.T + b` of an `NF4Linear` or `nn.Linear` into `out` `[B, T, N]`, with fp32 accumulation.
 
-    `x` is an operand `[B, T, K]`, in fp8 if it has a scale. Pictures that do not lie one after another in memory
-    take a product each.
+    `x` is an operand `[B, T, K]`, in fp8 if it has a scale; `lane` as in `Backend.decode`. Pictures that do not lie one
+    after another in memory take a product each.
     """
     if isinstance(linear, NF4Linear):
         row_scale = None if x.scale is None else linear.row_scale
-        weight = linear.backend.decode(linear.packed, linear.absmax, x.values.dtype, row_scale, linear.lane)
+        weight = linear.backend.decode(linear.packed, linear.absmax, x.values.dtype, row_scale, lane)
     else:
         assert isinstance(linear, nn.Linear)
         row_scale, weight = None, linear.weight

@@ -118,7 +118,8 @@ def build(bundle: Bundle, setup: Setup) -> Model:
     model = Model(
         flux, vae, clip, t5, setup.dtype, quantized=quantized, fast=fast, fused=setup.kernels is not reference
     )
-    model.transformer.use(setup.kernels, fast=fast)
+    side = torch.cuda.Stream(setup.device) if fast else None
+    model.transformer.use(setup.kernels, fast=fast, side=side)
     return model
 
 

@@ -74,6 +74,7 @@ class Model:
         self.pieces = tuple(Piece(unit.name, unit.group, self._nbytes(unit)) for unit in self.units)
         linears = (part for unit in self.units for module in unit.modules for part in module.modules())
         self.largest_linear = max(part.weight.numel() for part in linears if isinstance(part, nn.Linear))  # values
+        self.text_linear = flux.hidden * flux.mlp  # values; the largest of a double block's
         self._footprints: dict[tuple[str | int | None, ...], int] = {}
 
     def _units(self) -> Iterator[Unit]:
@@ -179,11 +180,13 @@ class Model:
 
     def _buffers(self, backend: Backend | None) -> tuple[tuple[int, ...], int]:
         """Buffers that are always there, and what decoding a weight takes for a moment."""
-        blas = (BLAS,) * (1 + self.fused)  # one more for the stream that graphs are captured on
+        # one more for the stream that graphs are captured on, and one for that of the text
+        blas = (BLAS,) * (1 + self.fused + self.fast)
         if not self.quantized:
             return blas, 0
         if backend is None or backend.name in ("triton", "bitsandbytes"):
-            return (*blas, self.largest_linear * self.dtype.itemsize), 0
+            text = (self.text_linear,) if self.fast else ()  # in fp8
+            return (*blas, self.largest_linear * self.dtype.itemsize, *text), 0
         return blas, self._remember(self._decoding)
 
     def _remember(self, measure: Callable[..., int], *sizes: int | None) -> int:

@@ -12,6 +12,7 @@ import torch
 
 from .allocator import segment
 from .errors import GB, MemoryPressureError, MemoryPressureWarning
+from .kernels.operand import FP8
 from .loading import Setup
 from .model import Model
 from .placement import Placement
@@ -57,6 +58,8 @@ class Room:
         """Weights are in place: make the buffer that every product needs."""
         if self.backend is not None:
             self.backend.reserve(self.model.largest_linear, self.dtype)
+            if self.model.fast:  # a lane of its own for the text
+                self.backend.reserve(self.model.text_linear, FP8, lane=1)
         self.resident = True
 
     def use(self, demand: Demand | None, work: Callable[[Plan | None], Result]) -> Result:
@@ -127,10 +130,16 @@ class Room:
         return workspace + max(0, self.plans.nbytes - made.graphs)
 
     def _warm_up(self) -> None:
-        """Have this thread's cuBLAS take the workspace that it keeps, so that it does not lie in ours."""
+        """Have this thread's cuBLAS take the workspaces that it keeps for streams, so that they do not lie in ours."""
         if not hasattr(self._warm, "done"):
             x = torch.ones(16, 16, dtype=self.dtype, device=self.device)
             torch.nn.functional.linear(x, x, x[0])
+            side = self.model.transformer.side
+            if side is not None:
+                side.wait_stream(torch.cuda.current_stream(self.device))
+                with torch.cuda.stream(side):
+                    torch.nn.functional.linear(x, x, x[0])
+                side.synchronize()
             self._warm.done = True
 
     def _tidy(self, made: Plan) -> None:

@@ -15,8 +15,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .kernels import Heads, Kernels, Operand
-from .kernels.operand import FP8, head_shapes
+from .kernels import Kernels, Operand
+from .kernels.operand import FP8
 from .spec import FluxSpec
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, fp32, each [L, C/2]
@@ -96,9 +96,6 @@ class Step:
 
         self.kernels, self._side = kernels, side
         self.qkv = qkv
-        # behind everything that lives while it does
-        self.attn = view("linear1", batch, tokens, hidden, skip=batch * tokens * (2 * hidden + mlp))
-        self.heads = _heads(flat["active"], spec, batch, tokens) if fast else None
         self.linear1 = view("linear1", batch, tokens, 3 * hidden + mlp)
         self.txt, self.img = stream(0, txt_tokens), stream(txt_tokens, tokens)
         self.joint = replace(
@@ -126,6 +123,11 @@ class Step:
         if self._side is not None:
             torch.cuda.current_stream().wait_stream(self._side)
 
+    @property
+    def txt_lane(self) -> int:
+        """The decode lane of the text: its own where it runs beside the image."""
+        return int(self._side is not None)
+
     def place(self, pe: Rope) -> None:
         """Set the positions of the tokens, `[L, C/2]`."""
         for stream in (self.txt, self.img, self.joint):
@@ -146,8 +148,7 @@ def buffers(
         "velocity": (batch * img_tokens * spec.in_channels, dtype),
     }
     if fast:
-        heads = head_shapes(batch, spec.heads, txt_tokens + img_tokens, spec.head_dim)
-        lengths["active"] = (max(rows * (spec.hidden + spec.mlp), sum(_bytes(heads))), FP8)
+        lengths["active"] = (rows * (spec.hidden + spec.mlp), FP8)
         lengths["normal_scale"] = lengths["active_scale"] = (_rounded(rows) + 16, torch.float32)
     return lengths
 
@@ -155,22 +156,3 @@ def buffers(
 def _rounded(rows: int) -> int:
     """To where the library takes a vector of scales."""
     return -(-rows // 16) * 16
-
-
-def _bytes(shapes: list[tuple[int, ...]]) -> list[int]:
-    """Of each tensor of `Heads`: three in fp8, three in fp32."""
-    return [prod(shape) * (1 if i < 3 else 4) for i, shape in enumerate(shapes)]
-
-
-def _heads(active: Tensor, spec: FluxSpec, batch: int, tokens: int) -> Heads:
-    """q, k and v in fp8 where the MLP's values will be: attention is over by then."""
-    shapes = head_shapes(batch, spec.heads, tokens, spec.head_dim)
-    parts = active[: sum(_bytes(shapes))].split(_bytes(shapes))
-    kinds = [FP8] * 3 + [torch.float32] * 3
-    return Heads(*(p.view(kind).view(shape) for p, kind, shape in zip(parts, kinds, shapes, strict=True)))
-
-
-def step_bytes(spec: FluxSpec, size: tuple[int, int, int], dtype: torch.dtype, *, fast: bool) -> int:
-    """Bytes of a step's buffers, and of attention's output, which the library allocates. `size` as in `buffers`."""
-    attention = size[0] * (size[1] + size[2]) * spec.hidden * dtype.itemsize
-    return attention + sum(n * kind.itemsize for n, kind in buffers(spec, size, dtype, fast=fast).values())

@@ -77,12 +77,12 @@ class DoubleBlock(nn.Module):
         """From `normal` of both streams to what follows them. `mod` `[12, D]`: image, then text."""
         img, txt = step.img, step.txt
         with step.beside():
-            multiply(self.txt_attn.qkv, txt.normal, txt.qkv.flatten(2))
+            multiply(self.txt_attn.qkv, txt.normal, txt.qkv.flatten(2), step.txt_lane)
         multiply(self.img_attn.qkv, img.normal, img.qkv.flatten(2))
         step.meet()
-        out = attend(step, step.qkv, ((txt, self.txt_attn.norm), (img, self.img_attn.norm)), step.attn)
+        out = attend(step, step.qkv, ((txt, self.txt_attn.norm), (img, self.img_attn.norm)))
         with step.beside():
-            branch(step.kernels, txt, out, self.txt_attn, self.txt_mlp, mod[6:])
+            branch(step.kernels, txt, out, self.txt_attn, self.txt_mlp, mod[6:], step.txt_lane)
         branch(step.kernels, img, out, self.img_attn, self.img_mlp, mod[:6])
         step.meet()
         # both after the last use of `normal`: what follows may be the joint one, laid out otherwise
@@ -103,8 +103,7 @@ class SingleBlock(nn.Module):
         """From `normal` of the joint sequence to what follows, of its last tokens if that wants fewer. `gate` `[D]`."""
         joint, last = step.joint, following.out.values.shape[1]
         multiply(self.linear1, joint.normal, step.linear1)
-        # q, k and v are in fp8 by the time attention is written where q was
-        out = attend(step, joint.qkv, ((joint, self.norm),), joint.qkv[:, :, 0].flatten(2))
+        out = attend(step, joint.qkv, ((joint, self.norm),))
         step.kernels.gelu(joint.wide, joint.active, before=out)
         multiply(self.linear2, joint.active, joint.y)
         step.kernels.residual_modulate(joint.x[:, -last:], joint.y[:, -last:], gate, *following)
@@ -125,7 +124,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.spec = spec
         self.kernels: Kernels = reference
-        self.fast = self.fp8_attention = False
+        self.fast = False
         self.side: torch.cuda.Stream | None = None
         self.img_in = nn.Linear(spec.in_channels, spec.hidden)
         self.txt_in = nn.Linear(spec.context, spec.hidden)
@@ -133,16 +132,13 @@ class Transformer(nn.Module):
         self.single_blocks = nn.ModuleList(SingleBlock(spec) for _ in range(spec.single_blocks))
         self.final_layer = FinalLayer(spec)
 
-    def use(self, kernels: Kernels, *, fast: bool, fp8_attention: bool = False, beside: bool = False) -> None:
+    def use(self, kernels: Kernels, *, fast: bool, side: torch.cuda.Stream | None = None) -> None:
         """Compute with `kernels`; `fast` multiplies in fp8, and takes NF4 weights only.
 
-        `fp8_attention`: attention in 8 bits too, where `fast`.
-        `beside`: text on a CUDA stream of its own, which fills what the image's last tiles leave idle.
+        `side`: a CUDA stream for the text of double blocks, which fills what the image's last tiles leave idle.
         """
-        self.kernels, self.fast, self.fp8_attention = kernels, fast, fast and fp8_attention
-        self.side = torch.cuda.Stream() if beside else None
-        for name, linear in self.linears():
-            linear.lane = int(beside and ".txt_" in name)
+        self.kernels, self.fast, self.side = kernels, fast, side
+        for linear in self.linears():
             if fast:
                 linear.prepare_fp8()
 
@@ -151,9 +147,9 @@ class Transformer(nn.Module):
         """Whether the kernels are Triton's, which allocate nothing."""
         return self.kernels is not reference
 
-    def linears(self) -> Iterator[tuple[str, NF4Linear]]:
-        """Every quantized linear by name."""
-        return ((name, part) for name, part in self.named_modules() if isinstance(part, NF4Linear))
+    def linears(self) -> Iterator[NF4Linear]:
+        """Every quantized linear."""
+        return (part for part in self.modules() if isinstance(part, NF4Linear))
 
     def step(self, size: tuple[int, int, int], take: Take | None = None) -> Step:
         """Buffers for a step of `size` = (pictures, text tokens, image tokens), from `take`; default fresh ones."""
@@ -162,10 +158,7 @@ class Transformer(nn.Module):
         def fresh(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=weight.device)
 
-        step = Step(self.spec, self.kernels, size, weight.dtype, take or fresh, fast=self.fast, side=self.side)
-        if not self.fp8_attention:
-            step.heads = None
-        return step
+        return Step(self.spec, self.kernels, size, weight.dtype, take or fresh, fast=self.fast, side=self.side)
 
     def forward(self, img: Tensor, txt: Tensor, modulation: Tensor, pe: Rope, step: Step | None = None) -> Tensor:
         """The velocity `[B, S, 64]` of packed latents `img [B, S, 64]` at one step.
@@ -208,31 +201,26 @@ def mlp(spec: FluxSpec) -> nn.Sequential:
     )
 
 
-def branch(kernels: Kernels, stream: Stream, out: Tensor, attn: SelfAttention, mlp: nn.Module, mod: Tensor) -> None:
+def branch(
+    kernels: Kernels, stream: Stream, out: Tensor, attn: SelfAttention, mlp: nn.Module, mod: Tensor, lane: int = 0
+) -> None:
     """A double block's stream from attention's output to its MLP's. `mod` `[6, D]`."""
     _, _, gate, shift, scale, _ = mod
     wide, _, narrow = mlp.children()
-    multiply(attn.proj, stream.pack(out, kernels), stream.y)
+    multiply(attn.proj, stream.pack(out, kernels), stream.y, lane)
     kernels.residual_modulate(stream.x, stream.y, gate, shift, scale, stream.normal)
-    multiply(wide, stream.normal, stream.wide)
+    multiply(wide, stream.normal, stream.wide, lane)
     kernels.gelu(stream.wide, stream.active)
-    multiply(narrow, stream.active, stream.y)
+    multiply(narrow, stream.active, stream.y, lane)
 
 
-def attend(step: Step, qkv: Tensor, parts: Sequence[tuple[Stream, QKNorm]], out: Tensor) -> Tensor:
+def attend(step: Step, qkv: Tensor, parts: Sequence[tuple[Stream, QKNorm]]) -> Tensor:
     """Attention over `qkv` `[B, L, 3, H, C]`, made of one or two streams with norms of their own; `[B, L, D]`.
 
-    In fp8 it is written to `out`; in 16 bits it is the library's, in memory of its own.
+    It is the library's, in memory of its own.
     """
-    if step.heads is None:
-        for stream, norm in parts:
-            cos, sin = stream.pe
-            step.kernels.rotate(stream.qkv, norm.query_norm.scale, norm.key_norm.scale, cos, sin)
-        q, k, v = qkv.transpose(1, 3).unbind(2)  # each [B, H, L, C], where the products wrote them
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    (first, before), (_, after) = parts[0], parts[-1]
-    norms = (before.query_norm.scale, before.key_norm.scale, after.query_norm.scale, after.key_norm.scale)
-    cos, sin = step.joint.pe
-    step.kernels.quantize_heads(qkv, norms, first.stop, cos, sin, step.heads)
-    step.kernels.attention(step.heads, out)
-    return out
+    for stream, norm in parts:
+        cos, sin = stream.pe
+        step.kernels.rotate(stream.qkv, norm.query_norm.scale, norm.key_norm.scale, cos, sin)
+    q, k, v = qkv.transpose(1, 3).unbind(2)  # each [B, H, L, C], where the products wrote them
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)

@@ -103,13 +103,13 @@ class Contest:
         self.result = Result(machine(device).as_dict(), {f"{h} x {w}": card(spec, h, w) for h, w in sizes})
         self.on_row: Callable[[Row], None] = lambda row: None
 
-    def measure(self, name: str, make: Callable[[], Contender]) -> None:
+    def measure(self, name: str, make: Callable[[], Contender], samples: int | None = None) -> None:
         """Time a contender at every size; one that fails is a result, too, not the end of the contest."""
         try:
             with torch.inference_mode():
                 contender = make()
                 for job in self.jobs:
-                    self.result.rows.append(self._row(name, contender, job))
+                    self.result.rows.append(self._row(name, contender, job, samples or self.samples))
                     self.on_row(self.result.rows[-1])
         except Exception as error:
             log.warning("%s did not draw: %s", name, error)
@@ -118,7 +118,7 @@ class Contest:
             torch._dynamo.reset()
         clean(self.device)
 
-    def _row(self, name: str, contender: Contender, job: Job) -> Row:
+    def _row(self, name: str, contender: Contender, job: Job, samples: int) -> Row:
         clean(self.device)
         for _ in range(WARMUP):
             contender.draw(job)
@@ -128,7 +128,7 @@ class Contest:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         watches = []
-        for _ in range(self.samples):
+        for _ in range(samples):
             with Stopwatch(self.device) as watch:
                 contender.draw(job)
             watches.append(watch)
@@ -144,9 +144,9 @@ class Contest:
             distance(latents, expected),
         )
 
-    def plain_peers(self, comfyui: Path | None) -> None:
-        """diffusers and ComfyUI's core with 16-bit weights."""
-        self.measure(PLAIN, lambda: Diffusers(self.pipe))
+    def plain_peers(self, comfyui: Path | None, eager: int | None = None) -> None:
+        """diffusers and ComfyUI's core with 16-bit weights; `eager` pictures of the slowest of them."""
+        self.measure(PLAIN, lambda: Diffusers(self.pipe), eager)
         if self.device.type != "cuda":
             return
         self.measure(PLAIN + COMPILED, lambda: Diffusers(self.pipe, compiled=True))
@@ -167,13 +167,18 @@ class Contest:
         """Vortex on these weights. `options` go to `Engine.from_pipeline`."""
         return Engine.from_pipeline(self.pipe, device=self.device, mode=mode, **options)
 
-    def quantized(self, engine: Engine) -> None:
-        """Put the NF4 weights of `engine` into diffusers' transformer, in place of the 16-bit ones."""
+    def leave(self, engine: Engine) -> None:
+        """Clear the device of the peers. The NF4 weights of `engine` stay in host memory, for `return_in_nf4`."""
         rows = {name: tensor.shape[0] for name, tensor in self.pipe.transformer.state_dict().items()}
-        weights = diffusers_weights([engine._transformer, engine._conditioner.modulation], rows)
-        self.pipe.transformer = None
+        self._weights = diffusers_weights([engine._transformer, engine._conditioner.modulation], rows)
+        self.pipe.transformer = self.pipe.text_encoder = self.pipe.text_encoder_2 = None
+        self.pipe.vae.to("cpu")
         clean(self.device)
-        self.pipe.transformer = nf4_transformer(self.config, weights, self.device, self.pipe.vae.dtype)
+
+    def return_in_nf4(self) -> None:
+        """diffusers' transformer with bitsandbytes' linears, over the weights that Vortex has."""
+        self.pipe.vae.to(self.device)
+        self.pipe.transformer = nf4_transformer(self.config, self._weights, self.device, self.pipe.vae.dtype)
 
     def nf4_peers(self) -> None:
         """diffusers with bitsandbytes over the same NF4 weights."""
@@ -182,11 +187,6 @@ class Contest:
             velocity = diffusers_velocity(self.pipe.transformer)
             self.measure(NF4 + GRAPH, lambda: Looped(velocity, self.pipe.vae, graphed=True))
             self.measure(NF4 + COMPILED, lambda: Diffusers(self.pipe, compiled=True))
-
-    def leave(self) -> None:
-        """Let go of the peers' weights."""
-        self.pipe.transformer = self.pipe.vae = self.pipe.text_encoder = self.pipe.text_encoder_2 = None
-        clean(self.device)
 
     def vortex(self, engine: Engine) -> None:
         """Time an engine."""
@@ -213,15 +213,15 @@ def run(
     engines = {mode: contest.engine(mode) for mode in ("exact", "fast")}
     for engine in engines.values():
         engine.offload()
-    contest.quantized(engines["exact"])
-    contest.nf4_peers()
-    contest.leave()
+    contest.leave(engines["exact"])
     for mode, engine in engines.items():
         if engine.mode == mode:
             contest.vortex(engine)
             engine.offload()
         else:
             contest.result.declined[f"Vortex {mode}"] = "not on this device"
+    contest.return_in_nf4()
+    contest.nf4_peers()
     return contest.result
 
 

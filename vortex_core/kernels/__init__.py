@@ -7,15 +7,16 @@ in Triton. Neither allocates what it returns; `fused` allocates nothing. Shapes 
 from __future__ import annotations
 
 import logging
+from functools import cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .operand import Heads, Operand
+from .operand import Operand
 
-__all__ = ["Heads", "Kernels", "Operand", "choose_kernels", "fused_declined", "reference"]
+__all__ = ["Kernels", "Operand", "choose_kernels", "fused_declined", "reference"]
 
 log = logging.getLogger(__name__)
 
@@ -47,22 +48,6 @@ class Kernels(Protocol):
         """RMS norm and rotary embedding of q and k, in place."""
         ...
 
-    def quantize_heads(
-        self,
-        qkv: Tensor,
-        norms: tuple[Tensor, Tensor, Tensor, Tensor],
-        boundary: int,
-        cos: Tensor,
-        sin: Tensor,
-        heads: Heads,
-    ) -> None:
-        """RMS norm and rotary embedding, and q, k and v to fp8."""
-        ...
-
-    def attention(self, heads: Heads, out: Tensor) -> None:
-        """Attention in fp8."""
-        ...
-
     def group_moments(self, x: Tensor, groups: int) -> Tensor:
         """What group norm needs to know of a strip."""
         ...
@@ -82,7 +67,23 @@ def fused_declined(device: torch.device) -> str | None:
         import triton  # noqa: F401
     except ImportError as error:
         return f"Triton does not import ({error})"
-    return None
+    return _broken(device)
+
+
+@cache
+def _broken(device: torch.device) -> str | None:
+    """Why a sample is not decoded like the reference: Triton also needs a C compiler and a driver it knows."""
+    from . import fused
+
+    packed = torch.arange(256, dtype=torch.uint8, device=device).view(4, 64)
+    absmax = torch.linspace(0.5, 2, 8, device=device).view(4, 2)
+    ours, expected = torch.empty(2, 4, 128, device=device)
+    try:
+        fused.decode(packed, absmax, ours)
+    except Exception as error:  # of many kinds, and each only means: not these kernels
+        return f"Triton does not run ({str(error).partition(chr(10))[0]})"
+    reference.decode(packed, absmax, expected)
+    return None if torch.equal(ours, expected) else "a sample is decoded otherwise than by the reference"
 
 
 def choose_kernels(device: torch.device) -> Kernels:

@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import nf4
-from .operand import FP8_MAX, SMALLEST, TILE, Heads, Operand
+from .operand import FP8_MAX, SMALLEST, Operand
 
 EPSILON = 1e-6  # of every norm in FLUX
-WEIGHT = 256.0  # what attention's weights, at most 1, are multiplied by to use fp8's range
 
 
 def decode(packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None = None) -> None:
@@ -61,44 +60,6 @@ def rotate(qkv: Tensor, query_norm: Tensor, key_norm: Tensor, cos: Tensor, sin: 
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[:, None, None], sin[:, None, None]
     qkv[:, :, :2] = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
-
-
-def quantize_heads(
-    qkv: Tensor, norms: tuple[Tensor, Tensor, Tensor, Tensor], boundary: int, cos: Tensor, sin: Tensor, heads: Heads
-) -> None:
-    """`rotate` of q and k of `qkv` `[B, L, 3, H, C]`, and all three to fp8 in `heads`; `qkv` stays.
-
-    `norms` `[C]`: of queries and of keys before token `boundary`, then of those after it.
-    """
-    qkv = qkv.to(torch.float32, copy=True)
-    rotate(qkv[:, :boundary], norms[0], norms[1], cos[:boundary], sin[:boundary])
-    rotate(qkv[:, boundary:], norms[2], norms[3], cos[boundary:], sin[boundary:])
-    padded = heads.q.shape[2]
-    qkv = F.pad(qkv, (0, 0) * 3 + (0, padded - qkv.shape[1]))
-    q, k, v = qkv.transpose(1, 3).unbind(2)  # [B, H, L, C]
-    q_scale = q.abs().amax(-1).clamp_min(SMALLEST) / FP8_MAX
-    k_scale, v_scale = (x.unflatten(2, (-1, TILE)).abs().amax((3, 4)).clamp_min(SMALLEST) / FP8_MAX for x in (k, v))
-    heads.q.copy_(q * (1 / q_scale)[..., None])
-    heads.k.copy_(k * _by_token(1 / k_scale)[..., None])
-    heads.v.copy_((v * _by_token(1 / v_scale)[..., None]).transpose(2, 3))
-    for target, scale in zip(heads[3:], (q_scale, k_scale, v_scale), strict=True):
-        target.copy_(scale)
-
-
-def attention(heads: Heads, out: Tensor) -> None:
-    """Softmax attention of `heads` into `out` `[B, L, D]`; its weights are rounded to fp8 too."""
-    tokens, channels = out.shape[1], heads.q.shape[-1]
-    q = heads.q.float() * heads.q_scale[..., None] * channels**-0.5
-    k = heads.k.float() * _by_token(heads.k_scale)[..., None]
-    scores = (q @ k.transpose(2, 3))[:, :, :tokens, :tokens]
-    weights = (scores - scores.amax(-1, keepdim=True)).exp()
-    v = heads.v.float()[..., :tokens] * _by_token(heads.v_scale)[:, :, None, :tokens]
-    summed = (weights * WEIGHT).to(heads.v.dtype).float() @ v.transpose(2, 3)
-    out.copy_((summed / (weights.sum(-1, keepdim=True) * WEIGHT)).transpose(1, 2).flatten(2))
-
-
-def _by_token(scale: Tensor) -> Tensor:
-    return scale.repeat_interleave(TILE, dim=2)
 
 
 def group_moments(x: Tensor, groups: int) -> Tensor:
