@@ -15,7 +15,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from vram_section import GB, PROMPT, HostPeak, Section, compared, copy_rate, host_memory
+from vram_section import GB, PROMPT, HostPeak, Section, copy_rate, host_memory
 from whole_vae import whole_decode
 
 from vortex_core import MemoryPressureError, VortexError, VortexInitializationError, VortexInputError, loading, room
@@ -56,12 +56,10 @@ def default(s: Section) -> None:
             before = s.allocated()
             with Sampler(s.device) as sampler:
                 s.draw(engine, side, batch, prompt=f"{PROMPT} {side} {batch}")
-            plan = engine.plan
             process = sampler.most("process")
             s.row(
                 f"{what}: reserved peak <= 6.5 GB",
-                f"{s.peak() / GB:.3f} GB, NVML process {(process or 0) / GB:.3f} GB, "
-                f"slices of {plan.slice}, strips of {plan.demand.rows}",
+                f"{s.peak() / GB:.3f} GB",
                 s.peak() <= 6.5 * GB,
             )
             s.row(
@@ -69,11 +67,7 @@ def default(s: Section) -> None:
                 f"{(process or 0) / GB:.3f} GB; context about {s.context / GB:.2f} GB",
                 None if process is None else process <= 7.0 * GB + s.context,
             )
-            s.row(
-                f"{what}: predicted 0 to 3% above",
-                compared(plan, s.peak()),
-                s.peak() <= plan.peak <= 1.03 * s.peak(),
-            )
+            s.predicted(what, engine.plan, budget=6.5, process=process)
             if (side, batch) == (512, 1):
                 added = s.peak("allocated") - min(before, s.allocated())
                 held = engine._room.components["workspace"]
@@ -110,10 +104,12 @@ def card8(s: Section) -> None:
     """An 8 GB card with the default budget: 1 GB stays free."""
     context = s.context
     s.cap(8 * GB - context)  # the card's memory but for the context
+    s.reset()
     engine = s.load(s.gb(6.5))
     with Sampler(s.device) as sampler:
         s.draw(engine, 1024)
     process = sampler.most("process") or s.peak() + context
+    s.predicted("8 GB card, 6.5 GB budget", engine.plan, budget=6.5, card=8, process=process)
     s.row(
         "8 GB card: 1024 completes with 1 GB left",
         f"process {process / GB:.3f} GB, so {8 - process / GB:.3f} GB left",
@@ -127,19 +123,15 @@ def card12(s: Section) -> None:
     s.cap(12 * GB - context)
     s.reset()
     engine = s.load(s.gb(11))
-    s.draw(engine, 1024)
+    with Sampler(s.device) as sampler:
+        s.draw(engine, 1024)
     s.row(
         "12 GB card, 11 GB budget: everything resident",
         f"{len(engine.plan.streamed)} units stream, pinned {engine.pinned_bytes / GB:.2f} GB, "
         f"peak {s.peak() / GB:.3f} GB",
         not engine.plan.streamed and s.peak() <= 11 * GB,
     )
-    plan = engine.plan
-    s.row(
-        "12 GB card: predicted 0 to 3% above",
-        compared(plan, s.peak()),
-        s.peak() <= plan.peak <= 1.03 * s.peak(),
-    )
+    s.predicted("12 GB card, 11 GB budget", engine.plan, budget=11, card=12, process=sampler.most("process"))
 
 
 def tight(s: Section) -> None:
@@ -147,7 +139,8 @@ def tight(s: Section) -> None:
     s.reset()
     with HostPeak() as host:
         engine = s.load(s.gb(4.5))
-    s.draw(engine, 512)
+    with Sampler(s.device) as sampler:
+        s.draw(engine, 512)
     plan = engine.plan
     blocks = [piece for piece in plan.pieces if piece.group == "blocks" and piece.name in plan.streamed]
     s.row(
@@ -157,11 +150,7 @@ def tight(s: Section) -> None:
         bool(blocks),
     )
     s.row("4.5 GB: reserved <= 4.5 GB, load included", f"{s.peak() / GB:.3f} GB", s.peak() <= 4.5 * GB)
-    s.row(
-        "4.5 GB: predicted 0 to 3% above",
-        compared(plan, s.peak()),
-        s.peak() <= plan.peak <= 1.03 * s.peak(),
-    )
+    s.predicted("4.5 GB", plan, budget=4.5, process=sampler.most("process"))
 
 
 def speed(s: Section) -> None:
@@ -227,14 +216,7 @@ def grid(s: Section) -> None:
                 torch.cuda.empty_cache()
             s.reset()
             s.draw(engine, side, batch, prompt=f"{PROMPT} {side} {batch}")
-            plan, measured = engine.plan, max(1, s.peak())
-            worst.append(plan.peak / measured - 1)
-            s.row(
-                f"grid: {side} x {side}, batch {batch}: predicted 0 to 3% above",
-                f"{compared(plan, measured)}; slices of {plan.slice}, strips of {plan.demand.rows}, "
-                f"{len(plan.streamed)} units stream",
-                0 <= worst[-1] <= 0.03,
-            )
+            worst.append(s.predicted(f"grid: {side} x {side}, batch {batch}", engine.plan, budget=8))
     s.row(
         "grid: predicted peaks, all", f"{min(worst):+.2%} to {max(worst):+.2%}", 0.03 >= max(worst) >= min(worst) >= 0
     )

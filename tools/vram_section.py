@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from vortex_core import Engine
+from vortex_core.planner import Plan
 from vortex_core.vram import process_memory
 
 GB = 1e9
@@ -106,6 +107,24 @@ class Section:
         row = {"promise": promise, "found": str(found), "holds": holds, **figures}
         print(MARK + json.dumps(row), flush=True)
 
+    def predicted(self, what: str, plan: Plan, **figures: Any) -> float:
+        """Tell whether the peak since `reset` is the plan's, or up to 3% below it; the share by which it is below."""
+        measured = max(1, self.peak())
+        off = plan.peak / measured - 1
+        self.row(
+            f"{what}: predicted 0 to 3% above",
+            f"{plan.peak / GB:.3f} against {measured / GB:.3f} GB, {off:+.2%}; slices of {plan.slice}, "
+            f"strips of {plan.demand.rows}, {len(plan.streamed)} units stream",
+            0 <= off <= 0.03,
+            size=f"{plan.demand.width} x {plan.demand.height}",
+            batch=plan.demand.batch,
+            predicted=plan.peak,
+            reserved=measured,
+            hosted=plan.hosted,
+            **figures,
+        )
+        return off
+
     @contextmanager
     def part(self, name: str) -> Iterator[str]:
         """Part of a section, by its name; an error in it is a broken promise, and the next part runs."""
@@ -148,11 +167,6 @@ class HostPeak:
     def __exit__(self, *exception: object) -> None:
         self._stop.set()
         self._thread.join()
-
-
-def compared(plan: Any, measured: int) -> str:
-    """A predicted and a measured peak."""
-    return f"{plan.peak / GB:.3f} against {measured / GB:.3f} GB, {plan.peak / max(1, measured) - 1:+.2%}"
 
 
 def copy_rate(s: Section) -> float:
