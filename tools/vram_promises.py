@@ -168,10 +168,13 @@ def speed(s: Section) -> None:
                 f"{budget} GB: a new prompt, ms",
                 f"{prompt:.1f}, where the plan has {found.prompt:.1f} at {copy_rate(s) / GB:.1f} GB/s",
                 None,
+                budget=budget,
+                what="a new prompt",
                 ms=prompt,
                 plan_ms=found.prompt,
             )
-            s.row(f"{budget} GB: a picture at 512, ms", f"{pictures[budget]:.1f}", None, ms=pictures[budget])
+            picture = {"budget": budget, "what": "a picture at 512", "ms": pictures[budget]}
+            s.row(f"{budget} GB: a picture at 512, ms", f"{pictures[budget]:.1f}", None, **picture)
     with s.part("4.5 GB: the slowdown is the plan's within 25%") as promise:
         s.draw(engine, 512)
         tight = engine.plan
@@ -190,7 +193,7 @@ def speed(s: Section) -> None:
         )
     with s.part("6.5 GB: a picture at 1024, ms") as what:
         ms = s.ms(lambda: s.draw(engine, 1024))
-        s.row(what, f"{ms:.1f}", None, ms=ms)
+        s.row(what, f"{ms:.1f}", None, budget=6.5, what="a picture at 1024", ms=ms)
 
 
 def grid(s: Section) -> None:
