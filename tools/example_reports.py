@@ -20,7 +20,7 @@ from rich.console import Console
 
 from vortex_core import load_flux_schnell
 from vortex_core.bench import exports, latency_report, leak, plots, vram_report
-from vortex_core.bench.options import write_folder
+from vortex_core.bench.output import write_folder
 from vortex_core.bench.workload import Workload
 from vortex_core.device import resolve_device
 

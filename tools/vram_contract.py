@@ -32,6 +32,8 @@ from typing import Any
 from vram_promises import SECTIONS
 from vram_section import MARK, Section
 
+from vortex_core.bench.machine import machine
+
 
 def run(name: str, arguments: argparse.Namespace, cache: str) -> Iterator[dict[str, Any]]:
     """A section in a process of its own; its rows as they come."""
@@ -81,7 +83,10 @@ def main() -> None:
     if arguments.section:
         # where it stands when the time is nearly up
         faulthandler.dump_traceback_later(0.9 * arguments.seconds, file=sys.stdout)
-        SECTIONS[arguments.section](Section(arguments.model, arguments.device, arguments.cache))
+        section = Section(arguments.model, arguments.device, arguments.cache)
+        here = machine(section.device)
+        section.row("measured on", f"{here.device}, driver {here.driver}, torch {here.torch}", None)
+        SECTIONS[arguments.section](section)
         return
     names = arguments.only.split(",")
     if unknown := set(names) - set(SECTIONS):

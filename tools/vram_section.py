@@ -161,8 +161,9 @@ class HostPeak:
     def _run(self) -> None:
         while not self._stop.wait(0.02):
             now = host_memory()
-            self.resident = max(self.resident, now["VmRSS"])
-            self.anonymous = max(self.anonymous, now["VmRSS"] - now.get("RssFile", 0) - now.get("RssShmem", 0))
+            resident = now.get("VmRSS", 0)
+            self.resident = max(self.resident, resident)
+            self.anonymous = max(self.anonymous, resident - now.get("RssFile", 0) - now.get("RssShmem", 0))
 
     def __exit__(self, *exception: object) -> None:
         self._stop.set()
