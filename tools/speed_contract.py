@@ -25,7 +25,7 @@ from torch import Tensor
 
 from vortex_core import Engine, sampling
 from vortex_core.bench.compare import COMFY, COMPILED, GRAPH, NF4, PLAIN, Contest, clean, distance
-from vortex_core.bench.options import write_folder
+from vortex_core.bench.output import write_folder
 from vortex_core.bench.peers import diffusers_velocity
 from vortex_core.bench.plots import compare_plot
 from vortex_core.conditioning import Modulation

@@ -12,13 +12,16 @@ from rich.table import Table
 from ..device import resolve_device
 from ..errors import GB
 from ..terminal import console, plain_errors
-from .options import AsJson, Output, check_output, finish, grid, milliseconds, write_folder
+from .options import Results, grouped
+from .output import grid, milliseconds, write_folder
 
 if TYPE_CHECKING:
     from .compare import Result
 
 
+@grouped
 def compare(
+    results: Results,
     model: Annotated[
         Path | None, typer.Option(help="A folder in the diffusers layout. [default: random weights, real size]")
     ] = None,
@@ -26,8 +29,6 @@ def compare(
     samples: Annotated[int, typer.Option(min=1, help="Pictures of each contender and size.")] = 30,
     comfyui: Annotated[Path | None, typer.Option(help="A ComfyUI tree, to time its Flux forward too.")] = None,
     device: Annotated[str | None, typer.Option(help="[default: the first CUDA device, else the CPU]")] = None,
-    output: Output = None,
-    as_json: AsJson = False,
 ) -> None:
     """Time Vortex and its peers on the same weights and noise, in one process. Ends with one line of JSON.
 
@@ -43,13 +44,13 @@ def compare(
         console.print(f"{row.contender}, {row.width} x {row.height}: {median}, {row.peak / GB:.2f} GB")
 
     with plain_errors():
-        check_output(output)
+        results.check()
         sizes = [(side, side) for side in size or (512, 1024)]
         result = run(model, device=resolve_device(device), sizes=sizes, samples=samples, comfyui=comfyui, on_row=report)
         found = result.figures()
-        if output:
-            write_folder(output, found, {"compare": compare_plot(result)})
-        finish(found, [table(result), floors(result)], [], as_json)
+        if results.output:
+            write_folder(results.output, found, {"compare": compare_plot(result)})
+        results.finish(found, [table(result), floors(result)], [])
 
 
 def table(result: Result) -> Table:
