@@ -28,7 +28,7 @@ from .errors import NoEffectWarning, VortexInputError
 from .latency import mark
 from .loading import OnLoad, Setup
 from .planner import Demand, Plan
-from .request import Request, check_prompt, check_steps
+from .request import Request, check_embeddings, check_latents, check_prompt, check_steps
 from .residency import nbytes
 from .room import Room
 from .spec import DEFAULT_STEPS, SIZE_MULTIPLE, T5_TOKENS
@@ -180,12 +180,7 @@ class Engine:
         """
         self._check_loaded()
         check_steps(steps)
-        if txt.ndim != 3 or txt.shape[0] != 1 or txt.shape[2] != self._spec.context:
-            raise VortexInputError(
-                f"txt must be [1, tokens, {self._spec.context}] (T5 embeddings), not {list(txt.shape)}."
-            )
-        if tuple(pooled.shape) != (1, self._spec.vec):
-            raise VortexInputError(f"pooled must be [1, {self._spec.vec}] (from CLIP), not {list(pooled.shape)}.")
+        check_embeddings(txt, pooled, self._spec.context, self._spec.vec)
 
         def condition(made: Plan | None) -> Conditioning:
             return self._conditioner.from_embeddings(
@@ -271,10 +266,7 @@ class Engine:
         Raises `VortexInputError` for another shape.
         """
         self._check_loaded()
-        if latents.ndim != 4 or latents.shape[1] != self._spec.latent_channels:
-            raise VortexInputError(
-                f"latents must be [B, {self._spec.latent_channels}, H/8, W/8], not {list(latents.shape)}."
-            )
+        check_latents(latents, self._spec.latent_channels)
         batch, height, width = latents.shape[0], latents.shape[2] * 8, latents.shape[3] * 8
 
         def draw(made: Plan | None) -> Tensor:

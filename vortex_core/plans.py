@@ -67,7 +67,10 @@ class Plan:
 
 
 class Plans:
-    """The graphs of the sizes drawn last. `nbytes` is what they keep on the device besides the workspace."""
+    """The graphs of the sizes drawn last. `nbytes` is what they keep on the device besides the workspace.
+
+    They are captured on `stream`, for which cuBLAS should have its memory before, so that no graph's pool holds it.
+    """
 
     def __init__(self, transformer: Transformer, workspace: Workspace) -> None:
         self.nbytes = 0
@@ -75,7 +78,7 @@ class Plans:
         self._graphs: OrderedDict[Size, Any] = OrderedDict()
         self._place: tuple[int, int] | None = None
         self._pool: Any = None
-        self._stream: torch.cuda.Stream | None = None
+        self.stream = torch.cuda.Stream(workspace.device) if workspace.device.type == "cuda" else None
 
     @contextmanager
     def open(self, size: Size, *, still: bool = True) -> Iterator[Velocity]:
@@ -121,10 +124,9 @@ class Plans:
                 self.nbytes = needed
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
-                self._stream = _warm_stream(self._transformer.img_in.weight)
             graph = torch.cuda.CUDAGraph()
             # thread_local: what other threads of the process do with CUDA must not break the capture
-            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, self._pool, self.stream, capture_error_mode="thread_local"):
                 plan.run()
         self._graphs[size] = graph
         if len(self._graphs) > KEPT:
@@ -142,16 +144,6 @@ class Plans:
             self._pool = None
             torch.cuda.empty_cache()
         self.nbytes = 0
-
-
-def _warm_stream(like: Tensor) -> torch.cuda.Stream:
-    """A stream to capture on, for which cuBLAS has its workspace already, so that no graph's pool holds it."""
-    stream = torch.cuda.Stream(like.device)
-    with torch.cuda.stream(stream):
-        x = like.new_ones(16, 16)
-        torch.nn.functional.linear(x, x, x[0])
-    stream.synchronize()
-    return stream
 
 
 def inputs(spec: FluxSpec, size: Size, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

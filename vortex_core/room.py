@@ -122,6 +122,8 @@ class Room:
         if self.device.type == "cuda":
             self._warm_up()
             self._tidy(made)
+        if workspace.nbytes < made.workspace:
+            self.plans.clear()  # the block moves
         workspace.reserve(made.workspace)
 
     def _excess(self, made: Plan) -> int:
@@ -131,16 +133,17 @@ class Room:
 
     def _warm_up(self) -> None:
         """Have this thread's cuBLAS take the workspaces that it keeps for streams, so that they do not lie in ours."""
-        if not hasattr(self._warm, "done"):
-            x = torch.ones(16, 16, dtype=self.dtype, device=self.device)
-            torch.nn.functional.linear(x, x, x[0])
-            side = self.model.transformer.side
-            if side is not None:
-                side.wait_stream(torch.cuda.current_stream(self.device))
-                with torch.cuda.stream(side):
-                    torch.nn.functional.linear(x, x, x[0])
-                side.synchronize()
-            self._warm.done = True
+        if hasattr(self._warm, "done"):
+            return
+        x = torch.ones(16, 16, dtype=self.dtype, device=self.device)
+        torch.cuda.synchronize(self.device)
+        transformer = self.model.transformer
+        streams = (None, transformer.side, self.plans.stream) if transformer.fused else (None,)
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                torch.nn.functional.linear(x, x, x[0])
+        torch.cuda.synchronize(self.device)
+        self._warm.done = True
 
     def _tidy(self, made: Plan) -> None:
         """Give back what earlier pictures of other sizes left cached, where it does not fit beside this one."""
