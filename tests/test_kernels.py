@@ -194,7 +194,10 @@ def test_group_norm_by_strips(fused, shape: tuple[int, int, int, int], dtype: to
         scale = weight.float() * (variance + reference.EPSILON).rsqrt().repeat_interleave(channels // groups)
         shift = bias.float() - mean.repeat_interleave(channels // groups) * scale
         ours = [kernels.norm_silu(s, scale, shift, torch.full_like(s, torch.nan)) for s in strips]
-        assert_same(Operand(torch.cat(ours, dim=2)), Operand(norm))
+        if kernels is fused or dtype == torch.float32:
+            assert_same(Operand(torch.cat(ours, dim=2)), Operand(norm))
+        else:  # rounds once more, before SiLU, to spare a map in fp32
+            torch.testing.assert_close(torch.cat(ours, dim=2), norm, rtol=0.02, atol=0.005 if GPU else 0.002)
 
 
 def test_the_choice_of_kernels_says_why(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
