@@ -8,6 +8,7 @@ numbers and allocates nothing. A backend is a way to decode; it is chosen once, 
 from __future__ import annotations
 
 import logging
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from . import nf4
 from .errors import VortexInputError
 from .kernels import Operand, fused_declined
+from .kernels.operand import FP8
 from .kernels.reference import row_scales
 from .nf4 import BLOCK, NF4Weight
 
@@ -72,7 +74,7 @@ class ReferenceBackend:
         return nf4.dequantize(NF4Weight(packed, absmax), dtype)
 
 
-class Workspace:
+class Scratch:
     """A buffer on the device that every decoded weight goes through; see `Backend` for the methods."""
 
     def __init__(self, device: torch.device) -> None:
@@ -108,7 +110,7 @@ class TritonBackend:
     name = "triton"
 
     def __init__(self, device: torch.device) -> None:
-        self._lanes = (Workspace(device), Workspace(device))
+        self._lanes = (Scratch(device), Scratch(device))
 
     @property
     def nbytes(self) -> int:
@@ -135,7 +137,7 @@ class TritonBackend:
         return out
 
 
-class BitsAndBytesBackend(Workspace):
+class BitsAndBytesBackend(Scratch):
     """bitsandbytes' decode kernels, in 16 and 32 bits only; on CUDA they write into the workspace."""
 
     name = "bitsandbytes"
@@ -247,7 +249,20 @@ def fp8_declined(device: torch.device) -> str | None:
     if declined is None and torch.cuda.get_device_capability(device) < (8, 9):
         major, minor = torch.cuda.get_device_capability(device)
         return f"fp8 needs compute capability 8.9, and this card has {major}.{minor}"
-    return declined
+    return declined or _fp8_broken(device)
+
+
+@cache
+def _fp8_broken(device: torch.device) -> str | None:
+    """Why this torch cannot multiply a sample in fp8 with a scale a row, or None."""
+    x, weight = (torch.ones(rows, 64, device=device).to(FP8) for rows in (16, 32))
+    scales = [torch.ones(rows, device=device) for rows in (16, 32)]
+    out = torch.empty(16, 32, dtype=torch.bfloat16, device=device)
+    try:
+        product(x, scales[0], weight, scales[1], torch.zeros_like(out[0]), out)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        return f"torch {torch.__version__} does not: {str(error).partition(chr(10))[0]}"
+    return None if bool((out == 64).all()) else "a sample product is wrong"
 
 
 BACKENDS = ("triton", "bitsandbytes", "reference")  # the fastest first

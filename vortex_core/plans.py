@@ -72,9 +72,10 @@ class Plans:
     They are captured on `stream`, for which cuBLAS should have its memory before, so that no graph's pool holds it.
     """
 
-    def __init__(self, transformer: Transformer, workspace: Workspace) -> None:
+    def __init__(self, transformer: Transformer, workspace: Workspace, *, allocates: bool = False) -> None:
+        """`allocates`: weights are decoded into fresh memory, which is not to become a graph's own."""
         self.nbytes = 0
-        self._transformer, self._workspace = transformer, workspace
+        self._transformer, self._workspace, self._allocates = transformer, workspace, allocates
         self._graphs: OrderedDict[Size, Any] = OrderedDict()
         self._place: tuple[int, int] | None = None
         self._pool: Any = None
@@ -95,7 +96,7 @@ class Plans:
         if place != self._place:
             self.clear()
             self._place = place
-        captures = still and transformer.fused and self._workspace.nbytes > 0
+        captures = still and transformer.fused and not self._allocates and self._workspace.nbytes > 0
         plans: dict[Size, Plan] = {}
         held = [buffer]
         del buffer

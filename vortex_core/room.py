@@ -36,7 +36,8 @@ class Room:
         self.device, self.dtype, self.budget, self.backend = setup.device, setup.dtype, setup.budget, setup.backend
         self.model = model
         self.placement = Placement(model.units, setup.device)
-        self.plans = Plans(model.transformer, self.placement.workspace)
+        allocates = setup.backend is not None and setup.backend.name == "reference"
+        self.plans = Plans(model.transformer, self.placement.workspace, allocates=allocates)
         self.plan: Plan | None = None
         self.resident = False
         self._capped = False

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from ..errors import VortexInputError
 from ..spec import DEFAULT_STEPS
-from ..terminal import EXIT_CANCELLED, T5, CacheDir, Clip, Mode, Vae, Vram, load_engine, parse_size
+from ..terminal import EXIT_CANCELLED, T5, CacheDir, Clip, Vae, Vram, load_engine, parse_size
 from .verdict import EXIT_FAIL, EXIT_UNDECIDED, FAIL, PASS, UNDECIDED, Verdict, exit_code
 from .workload import ITERATIONS, MAX_PROMPTS, PROMPTS, WARMUP, Workload
 
@@ -53,13 +53,17 @@ class Source:
         str | None, typer.Option(help="'cuda', 'cuda:1' or 'cpu'; the GPU, if any, where none is given.")
     ] = None
     vram: Vram = None
-    mode: Mode = "fast"
+    mode: Annotated[
+        str | None, typer.Option(help="'fast' or 'exact', as `vortex generate` has them; fast where none is given.")
+    ] = None
     quantization: Annotated[str, typer.Option(help="'nf4', or 'none' for 16-bit weights.")] = "nf4"
 
     @property
     def options(self) -> dict[str, Any]:
         """Those of `Engine.load`, `model` among them."""
         options = asdict(self)
+        if self.mode is None:  # revisions from before the modes do not know it
+            del options["mode"]
         return options | {"vram_budget": options.pop("vram")}
 
     def load(self, progress: Progress) -> Engine:
