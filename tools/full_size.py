@@ -257,9 +257,7 @@ def main() -> None:
     figures: dict[str, Any] = {"machine": machine()}
     if arguments.command == "files":
         work = arguments.work or arguments.folder.with_name(f"{arguments.folder.name}-work")
-        figures |= file_speed.measure_files(
-            arguments.folder, work, [name for name in arguments.only.split(",") if name]
-        )
+        figures |= file_speed.measure_files(arguments.folder, work, arguments.only)
         file_speed.report(figures)
         finish(figures, arguments.json)
         return
