@@ -55,7 +55,7 @@ class Upload:
         self._free: SimpleQueue[tuple[Tensor, torch.cuda.Event]] = SimpleQueue()
         with torch.cuda.device(device):
             for buffer in _buffers(2 * threads):
-                self._free.put((buffer, torch.cuda.Event()))
+                self._free.put((buffer, torch.cuda.Event(blocking=True)))
 
     def __call__(self, file: FileBytes, offset: int, target: Tensor) -> None:
         """Fill a contiguous tensor with what is at `offset`, in the order of the device's current stream.
