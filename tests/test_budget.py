@@ -1,8 +1,8 @@
 """The budget on the CPU, which stands for a card here: placements, slices, refusals. GPU: tools/vram_contract.py."""
 
 import math
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -245,18 +245,13 @@ def test_offloading_and_resuming_draws_the_same(roomy: Engine) -> None:
 
 
 def test_threads_take_turns_within_a_budget(roomy: Engine) -> None:
+    def draw(seed: int) -> torch.Tensor:
+        return roomy.generate(PROMPT, seed=seed, **SIZE)
+
     narrow(roomy)
-    expected = {seed: roomy.generate(PROMPT, seed=seed, **SIZE) for seed in (1, 2)}
-    drawn: dict[int, torch.Tensor] = {}
-    threads = [
-        threading.Thread(target=lambda s=seed: drawn.update({s: roomy.generate(PROMPT, seed=s, **SIZE)}))
-        for seed in expected
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(torch.equal(drawn[seed], picture) for seed, picture in expected.items())
+    expected = list(map(draw, (1, 2)))
+    with ThreadPoolExecutor() as pool:
+        assert all(map(torch.equal, pool.map(draw, (1, 2)), expected))
 
 
 def test_latents_decode_as_they_were_drawn(roomy: Engine) -> None:

@@ -2,8 +2,8 @@
 
 import gc
 import logging
-import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -203,18 +203,12 @@ def test_native_size_is_the_default(engine: Engine) -> None:
 
 
 def test_threads_take_turns(engine: Engine) -> None:
-    expected = {seed: engine.generate(PROMPT, seed=seed, **SMALL) for seed in (1, 2)}
-    drawn = {}
-    threads = [
-        threading.Thread(target=lambda s=seed: drawn.update({s: engine.generate(PROMPT, seed=s, **SMALL)}))
-        for seed in expected
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for seed, picture in expected.items():
-        assert torch.equal(drawn[seed], picture)
+    def draw(seed: int) -> torch.Tensor:
+        return engine.generate(PROMPT, seed=seed, **SMALL)
+
+    expected = list(map(draw, (1, 2)))
+    with ThreadPoolExecutor() as pool:
+        assert all(map(torch.equal, pool.map(draw, (1, 2)), expected))
 
 
 def test_an_unloaded_engine_says_so(tiny_dir: Path) -> None:

@@ -175,7 +175,7 @@ def test_the_counters_see_an_allocation() -> None:
     after = snapshot(CUDA)
     assert after.allocated - before.allocated == 2**30
     assert after.reserved - before.reserved >= 2**30
-    assert before.free - after.free >= 2**30
+    assert after.free <= after.total - after.reserved  # less where others use the card, too
     assert found.reserved >= after.reserved
     if before.process is not None and after.process is not None:
         assert after.process - before.process >= 2**30

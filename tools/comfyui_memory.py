@@ -10,14 +10,20 @@ for bit.
 
 That is done once in each way the host may be set up, each in a process of its own: with torch's own allocator, with
 cudaMallocAsync (the host's default), and with dynamic VRAM where the tree has it and comfy-aimdo is installed. What
-the allocator does not support is listed, and is no failure. Prints as it goes and ends with one JSON line.
+the allocator does not support is listed, and is no failure. Prints what it does as it goes, and ends with one JSON
+line.
+
+Each setup loads the model, in 10 to 30 s from a cache that is filled, so fill it first (any load with the same
+`--cache` does), or give `--seconds` enough for quantizing. Other programs may use the GPU meanwhile.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import importlib.util
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -34,6 +40,7 @@ PROMPT = "a red circle on a white background"
 RESULT = "RESULT "  # before the line that a setup's process ends with
 NATIVE, ASYNC, DYNAMIC = "native", "cudaMallocAsync", "cudaMallocAsync and dynamic VRAM"
 MB = 1 << 20
+STARTED = time.monotonic()
 
 
 def main() -> None:
@@ -105,7 +112,9 @@ def apart(setup: str, seconds: float) -> dict[str, Any]:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Start as the host starts, then check evictions and the allocator."""
+    faulthandler.dump_traceback_later(0.9 * arguments.seconds, file=sys.stdout)  # where it hangs, before it is killed
     sys.path.insert(0, str(arguments.tree.resolve()))
+    say("importing torch")
     if arguments.setup == DYNAMIC:
         import comfy_aimdo.control
 
@@ -117,6 +126,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     cuda = torch.cuda.is_available()
     sys.argv += [] if cuda else ["--cpu"]
+    say(f"importing the host and the pack, torch {torch.__version__}")
     import comfy.cli_args
     import comfy.options
 
@@ -125,6 +135,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.setup == DYNAMIC:
         switch_on_dynamic()
     load_pack()
+    logging.basicConfig(format="  %(message)s")
+    for name in ("vortex_pack", "vortex_core"):
+        logging.getLogger(name).setLevel(logging.INFO)
     figures: dict[str, Any] = {"torch": torch.__version__}
     if cuda:
         figures |= {"gpu": torch.cuda.get_device_name(), "allocator": torch.cuda.get_allocator_backend()}
@@ -134,9 +147,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         figures |= {"passed": False, "error": traceback.format_exc()}
         print(figures["error"], flush=True)
     if cuda:
+        say("asking what the allocator supports")
         figures["unsupported"] = unsupported(torch.device("cuda", torch.cuda.current_device()))
         print("not supported by this allocator:", json.dumps(figures["unsupported"]), flush=True)
     return figures
+
+
+def say(what: str) -> None:
+    """What comes next, with the seconds since the start."""
+    print(f"  {time.monotonic() - STARTED:5.1f} s  {what}", flush=True)
 
 
 def switch_on_dynamic() -> None:
@@ -155,6 +174,7 @@ def switch_on_dynamic() -> None:
 def evictions(model: Path | None, size: int, cache: Path | None) -> dict[str, Any]:
     """Draw, evict, draw again, for each way in which the host takes memory back."""
     import comfy.model_management as management
+    import comfy.utils
     import torch
     from vortex_pack.nodes import engines, files, host, types
     from vortex_pack.nodes.sampler import SchnellSampler
@@ -182,7 +202,17 @@ def evictions(model: Path | None, size: int, cache: Path | None) -> dict[str, An
             "free": torch.cuda.mem_get_info(device)[0],
         }
 
+    told = 0.0
+
+    def progress(done: int, total: int, *unused: Any, **ignored: Any) -> None:
+        nonlocal told
+        if time.monotonic() > told + 3:
+            told = time.monotonic()
+            say(f"{done}/{total}")
+
+    comfy.utils.set_progress_bar_global_hook(progress)
     before, started = counters(), time.monotonic()
+    say(f"loading {path}" + ("" if model is None else f", quantized weights in {kept}") + ", and drawing")
     first = draw()
     result: dict[str, Any] = {"device": str(device), "load_seconds": round(time.monotonic() - started, 1)}
     result["loaded"] = {name: value - before[name] for name, value in counters().items()}
@@ -197,11 +227,12 @@ def evictions(model: Path | None, size: int, cache: Path | None) -> dict[str, An
 
     engines._load, load = count, engines._load
     ways: dict[str, Callable[[], object]] = {
-        "another model's demand": lambda: demand(management, device),
+        "another model's demand": lambda: demand(management, device, patcher.loaded_size()),
         "unload_all_models": management.unload_all_models,
         "out of memory": lambda: out_of_memory(management, device),
     }
     for name, evict in ways.items():
+        say(f"{name}, and drawing again")
         reported, held = patcher.loaded_size(), counters()
         listed = any(loaded.model is patcher for loaded in management.current_loaded_models)
         evict()
@@ -224,14 +255,15 @@ def evictions(model: Path | None, size: int, cache: Path | None) -> dict[str, An
     return result
 
 
-def demand(management: Any, device: Any) -> None:
-    """A native model that needs all that is free and some of what Vortex holds."""
+def demand(management: Any, device: Any, held: int) -> None:
+    """A native model that needs all that is free and half of the `held` bytes that Vortex has."""
     import torch
     from comfy.model_patcher import ModelPatcher
 
     # its weights are small; what it says it needs to work in is what counts
     other = ModelPatcher(torch.nn.PReLU(), device, torch.device("cpu"))
-    needed = management.get_free_memory(device) + 1_000_000 if device.type == "cuda" else 0
+    # by so much that it still is where another program frees memory in between
+    needed = management.get_free_memory(device) + held // 2 if device.type == "cuda" else 0
     management.load_models_gpu([other], memory_required=needed)
     management.current_loaded_models[:] = [m for m in management.current_loaded_models if m.model is not other]
 
@@ -251,6 +283,7 @@ def out_of_memory(management: Any, device: Any) -> None:
 def unsupported(device: Any) -> dict[str, str]:
     """What this allocator does not do, by name, with the reason."""
     import torch
+    from vortex_pack.vortex_core.vram import process_memory
 
     def block(megabytes: int) -> torch.Tensor:
         return torch.empty(megabytes * MB, dtype=torch.uint8, device=device)
@@ -275,10 +308,13 @@ def unsupported(device: Any) -> dict[str, str]:
 
     def giving_back() -> None:
         torch.cuda.empty_cache()
-        before = torch.cuda.mem_get_info(device)[0]
+        before = process_memory(device)
         block(1024)
         torch.cuda.empty_cache()
-        if before - torch.cuda.mem_get_info(device)[0] > 64 * MB:
+        after = process_memory(device)
+        if before is None or after is None:
+            raise RuntimeError("NVML does not tell what the process has")
+        if after - before > 64 * MB:
             raise RuntimeError("empty_cache left the driver short")
 
     def snapshot() -> None:

@@ -1,7 +1,7 @@
 """The example reports in docs/reports: latency at some sizes and the VRAM profile of the last, the model loaded twice.
 
     python tools/example_reports.py tiny docs/reports/tiny-cpu --device cpu --size 128
-    python tools/example_reports.py /dev/shm/random-schnell docs/reports/full-size --mode exact --mode fast
+    python tools/example_reports.py /dev/shm/random-schnell docs/reports/full-size      # 2 minutes; a quiet GPU
 
 What each folder holds, `vortex bench latency -o` and `vortex bench vram -o` write too, one at a time.
 """
@@ -20,7 +20,7 @@ from rich.console import Console
 
 from vortex_core import load_flux_schnell
 from vortex_core.bench import exports, latency_report, leak, plots, vram_report
-from vortex_core.bench.options import write_folder
+from vortex_core.bench.output import write_folder
 from vortex_core.bench.workload import Workload
 from vortex_core.device import resolve_device
 
@@ -30,7 +30,9 @@ console = Console()
 def measure(model: str, folder: Path, sizes: list[int], iterations: int, cold: int, options: dict[str, Any]) -> None:
     """Write one folder a size, `vram` and `leak`. A part that fails says so, and the others go on."""
     load = partial(load_flux_schnell, model, **options)
+    started = time.perf_counter()
     with load() as engine:
+        print(json.dumps({"part": "load", "seconds": round(time.perf_counter() - started, 1)}), flush=True)
         for size in sizes:
             attempt(partial(latency, engine, Workload(size, size, iterations=iterations, cold=cold), folder))
         attempt(partial(leaks, engine, sizes[0], iterations, folder))
@@ -69,7 +71,8 @@ def attempt(part: partial[dict[str, Any]]) -> None:
     except Exception:
         console.print(f"[red]{part.func.__name__} failed[/]\n{traceback.format_exc()}", markup=True)
         return
-    print(json.dumps({"part": part.func.__name__, "seconds": round(time.perf_counter() - started, 1), **figures}))
+    taken = round(time.perf_counter() - started, 1)
+    print(json.dumps({"part": part.func.__name__, "seconds": taken, **figures}), flush=True)
 
 
 def main() -> None:
@@ -77,16 +80,13 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", type=int, action="append", help="side in pixels (default 512 and 1024)")
-    parser.add_argument("--mode", action="append", help="of the engine; one folder each (default: its own)")
     parser.add_argument("--device")
     parser.add_argument("--iterations", type=int, default=50)
     parser.add_argument("--cold", type=int, default=5)
     arguments = parser.parse_args()
-    for mode in arguments.mode or [None]:
-        options = {"mode": mode, "device": arguments.device}
-        folder = arguments.folder / mode if mode else arguments.folder
-        known = {name: value for name, value in options.items() if value is not None}
-        measure(arguments.model, folder, arguments.size or [512, 1024], arguments.iterations, arguments.cold, known)
+    options = {} if arguments.device is None else {"device": arguments.device}
+    sizes = arguments.size or [512, 1024]
+    measure(arguments.model, arguments.folder, sizes, arguments.iterations, arguments.cold, options)
 
 
 if __name__ == "__main__":

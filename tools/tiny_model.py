@@ -7,7 +7,9 @@ trained is what is served. Everything fits 24 MB in bf16. Every linear has in-fe
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -19,7 +21,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from einops import rearrange
 from scenes import words
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
@@ -71,9 +73,21 @@ def t5_tokenizer() -> Tokenizer:
 
 
 def clip_tokenizer() -> Tokenizer:
-    """Byte-level BPE with CLIP's conventions, trained until each word of the captions is one token."""
+    """Byte-level BPE with CLIP's conventions, merged until each word of the captions is one token.
+
+    The merges are found here, ties in alphabetical order: the trainer of `tokenizers` numbers some tokens by the
+    order of a hash map, so two runs of it disagree, and stored ids mean something else in the next run.
+    """
     start, end, suffix = "<|startoftext|>", "<|endoftext|>", "</w>"
-    tokenizer = Tokenizer(models.BPE(unk_token=end, end_of_word_suffix=suffix))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges, splits = [], [[*word[:-1], word[-1] + suffix] for word in words()]
+    while pairs := Counter(pair for split in splits for pair in itertools.pairwise(split)):
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        merges.append(best)
+        splits = [_merged(split, best) for split in splits]
+    tokens = [start, end, *alphabet, *(letter + suffix for letter in alphabet), *map("".join, merges)]
+    ids = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges, unk_token=end, end_of_word_suffix=suffix))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )
@@ -84,24 +98,23 @@ def clip_tokenizer() -> Tokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=900, min_frequency=2, show_progress=False, special_tokens=[start, end],
-        initial_alphabet=alphabet, end_of_word_suffix=suffix,
-    )  # fmt: skip
-    singles = [chr(c) for c in range(33, 127)]
-    tokenizer.train_from_iterator(words() * 50 + singles, trainer)
-    state = json.loads(tokenizer.to_str())  # bytes that end no word above still need their token
-    vocabulary = state["model"]["vocab"]
-    for symbol in (*alphabet, *(letter + suffix for letter in alphabet)):
-        vocabulary.setdefault(symbol, len(vocabulary))
-    tokenizer = Tokenizer.from_str(json.dumps(state))
-    ids = {token: tokenizer.token_to_id(token) for token in (start, end)}
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{start} $A {end}", special_tokens=list(ids.items())
+        single=f"{start} $A {end}", special_tokens=[(start, ids[start]), (end, ids[end])]
     )
+    tokenizer.add_special_tokens([start, end])
     return tokenizer
+
+
+def _merged(split: list[str], pair: tuple[str, str]) -> list[str]:
+    """A word's symbols with each occurrence of `pair` joined, from the left."""
+    out: list[str] = []
+    for symbol in split:
+        if out and (out[-1], symbol) == pair:
+            out[-1] += symbol
+        else:
+            out.append(symbol)
+    return out
 
 
 # ---------------------------------------------------------------- modules

@@ -39,59 +39,11 @@ import torch.nn.functional as F
 import typer
 from einops import rearrange
 from masters import Captured, Masters, ticks
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from training_data import CAPTIONS, SHORT, Data, captioned, ids_of, make_data
 
-CAPTIONS = 3  # ways of saying each stored scene
-SHORT = 32  # text padding of most of the training; the longest caption has 31 tokens
 SERVED = (1.0, 0.75, 0.5, 0.25)
 READING = 0.1  # weight of the reader's loss
-
-
-# ---------------------------------------------------------------- data
-
-
-@dataclass
-class Data:
-    """Scenes as numbers, and their captions as token ids (short form; pads are added when used)."""
-
-    things: Tensor  # [N, 2, 7]
-    background: Tensor  # [N, 2, 3]
-    meaning: Tensor  # [N, 10]
-    jitter: Tensor  # [N, 6]
-    t5_ids: Tensor  # [N, CAPTIONS, SHORT]
-    clip_ids: Tensor  # [N, CAPTIONS, SHORT]
-
-    def to(self, device: str) -> Data:
-        return Data(**{name: tensor.to(device) for name, tensor in vars(self).items()})
-
-
-def _chunk(seed: int, count: int, never_seen: int) -> tuple[list[scenes.Scene], list[str]]:
-    """Scenes and their captions: for training, or (never_seen = number of things) for evaluation."""
-    rng = random.Random(seed)
-    drawn = [scenes.sample_held_out(rng, never_seen) if never_seen else scenes.sample_training(rng)
-             for _ in range(count)]  # fmt: skip
-    return drawn, [scenes.caption(s, rng) for s in drawn for _ in range(1 if never_seen else CAPTIONS)]
-
-
-def _packed_chunk(seed: int, count: int) -> tuple[list[Tensor], list[str]]:
-    drawn, captions = _chunk(seed, count, 0)
-    return [*scenes.pack(drawn), scenes.meaning(drawn).byte(), scenes.jitter(drawn)], captions
-
-
-def make_data(tiny: tm.Tiny, count: int, seed: int, workers: ProcessPoolExecutor) -> Data:
-    chunk = min(1024, count)
-    chunks = count // chunk
-    parts = list(workers.map(_packed_chunk, (seed * 1_000_003 + i for i in range(chunks)), [chunk] * chunks))
-    numbers = (torch.cat(column) for column in zip(*(p[0] for p in parts), strict=True))
-    ids = ids_of(tiny, [c for p in parts for c in p[1]], SHORT, SHORT)
-    return Data(*numbers, *(rearrange(i.short(), "(n c) l -> n c l", c=CAPTIONS) for i in ids))
-
-
-def ids_of(tiny: tm.Tiny, captions: list[str], t5_length: int, clip_length: int) -> tuple[Tensor, Tensor]:
-    clip_pad = tiny.text_encoder.config.pad_token_id
-    return (tm.tokenize(tiny.tokenizer_2, captions, t5_length, 0),
-            tm.tokenize(tiny.tokenizer, captions, clip_length, clip_pad))  # fmt: skip
 
 
 # ---------------------------------------------------------------- 1. vae
@@ -371,7 +323,7 @@ def score(tiny: tm.Tiny, plan: Plan, workers: ProcessPoolExecutor, name: str) ->
     """Judge pictures of captions never seen in training; prints both scores and why pictures fail."""
     count, shares, why = plan.batch // 2, [], Counter()
     for things in (1, 2):
-        drawn, captions = _chunk(77 + things, count, things)
+        drawn, captions = captioned(77 + things, count, things)
         seen = draw(tiny, captions, plan)
         verdicts = list(workers.map(judge.matches, list(seen.numpy()), drawn, chunksize=max(1, count // 64)))
         shares.append(sum(v.ok for v in verdicts) / count)
@@ -382,7 +334,7 @@ def score(tiny: tm.Tiny, plan: Plan, workers: ProcessPoolExecutor, name: str) ->
 
 def sheet(tiny: tm.Tiny, plan: Plan, path: Path) -> None:
     """A quick look: 12 pictures of one thing and 12 of two, never seen in training."""
-    captions = [c for things in (1, 2) for c in _chunk(77 + things, 12, things)[1]]
+    captions = [c for things in (1, 2) for c in captioned(77 + things, 12, things)[1]]
     save_grid(draw(tiny, captions, plan), path)
 
 
@@ -447,9 +399,9 @@ def main(
             setattr(tiny, part, getattr(built, part))
         torch.manual_seed(seed + (1 if start else 0))
         ready = stored is not None and stored.exists()
-        data = Data(**load_file(stored)) if ready else make_data(tiny, plan.scenes, seed, pool)
+        data = Data.load(stored, tiny) if ready else make_data(tiny, plan.scenes, seed, pool)
         if stored and not ready:
-            save_file({k: v.contiguous() for k, v in vars(data).items()}, stored)
+            data.save(stored, tiny)
         data, tiny = data.to(plan.device), tiny.to(plan.device, torch.bfloat16)
         painted = paint(data, plan)
         total = until - time.time() if until else seconds

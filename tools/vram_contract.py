@@ -1,19 +1,23 @@
 """The VRAM budget at full size, on a GPU: every promise measured, each budget in a process of its own that is capped.
 
     python tools/full_size.py build /dev/shm/random-schnell
-    python tools/vram_contract.py /dev/shm/random-schnell                 # everything, about 4 minutes
+    python tools/vram_contract.py /dev/shm/random-schnell                 # everything, about 6 minutes
     python tools/vram_contract.py /dev/shm/random-schnell --only default,tight --json figures.json
     python tools/vram_contract.py tiny --device cpu                       # a rehearsal: logic, no figures
 
 Sections: `default` (6.5 GB: 512 to 1024, batch 4, host memory, the ledger), `card8` (an 8 GB card), `card12` (12 GB,
 everything resident), `tight` (4.5 GB, blocks streamed), `grid` (predicted against measured peaks), `soak` (200
 pictures), `same` (bit for bit under every placement; strips against whole), `errors` (refusals, running out of
-memory). Prints a row for each promise as it is checked, a table, and one JSON line; exits with 1 where one is broken.
+memory), `speed` (what streaming costs, against the plan). All but `speed` may share the GPU with other programs.
+
+Prints a row for each promise as it is checked, and writes it to `--json`; ends with one JSON line, and exits with 1
+where one is broken. A section that fails, or takes longer than `--seconds`, is a broken promise; the others run.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import subprocess
@@ -21,49 +25,48 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from vram_promises import SECTIONS
 from vram_section import MARK, Section
 
-LONGEST = 150  # seconds a section may take
+from vortex_core.bench.machine import machine
 
 
-def run(name: str, arguments: argparse.Namespace, cache: str) -> list[dict[str, Any]]:
-    """A section in a process of its own; its rows."""
-    command = [
-        sys.executable,
-        __file__,
-        arguments.model,
-        "--device",
-        arguments.device,
-        "--section",
-        name,
-        "--cache",
-        cache,
-    ]
+def run(name: str, arguments: argparse.Namespace, cache: str) -> Iterator[dict[str, Any]]:
+    """A section in a process of its own; its rows as they come."""
+    command = [sys.executable, __file__, arguments.model, "--section", name, "--cache", cache]
+    command += ["--device", arguments.device, "--seconds", str(arguments.seconds)]
     search = os.pathsep.join(filter(None, (str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"PYTHONPATH": search, "PYTHONWARNINGS": "default"}
-    rows: list[dict[str, Any]] = []
+    print(f"== {name}", flush=True)
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-    assert process.stdout is not None
-    watch = threading.Timer(LONGEST, process.kill)
-    watch.start()
-    for line in process.stdout:
-        if line.startswith(MARK):
-            rows.append({"section": name, **json.loads(line.removeprefix(MARK))})
-            shown = {True: "holds ", False: "BROKEN", None: "-     "}[rows[-1]["holds"]]
-            print(f"{shown} {rows[-1]['promise']}: {rows[-1]['found']}", flush=True)
-        else:
-            print(line, end="", flush=True)
-    if process.wait():
-        found = f"exit {process.returncode} after {time.perf_counter() - started:.0f} s"
-        rows.append({"section": name, "promise": f"section {name}", "found": found, "holds": False})
-    watch.cancel()
-    print(f"== {name}: {time.perf_counter() - started:.0f} s", flush=True)
-    return rows
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as process:
+        watch = threading.Timer(arguments.seconds, process.kill)
+        watch.start()
+        for line in process.stdout or ():
+            if line.startswith(MARK):
+                row = {"section": name, **json.loads(line.removeprefix(MARK))}
+                shown = {True: "holds ", False: "BROKEN", None: "-     "}[row["holds"]]
+                print(f"{shown} {row['promise']}: {row['found']}", flush=True)
+                yield row
+            else:
+                print(line, end="", flush=True)
+        code = process.wait()
+        watch.cancel()
+    taken = time.perf_counter() - started
+    if code:
+        yield {
+            "section": name,
+            "promise": f"section {name}",
+            "found": f"exit {code} after {taken:.0f} s",
+            "holds": False,
+        }
+    print(f"== {name}: exit {code} after {taken:.0f} s", flush=True)
 
 
 def main() -> None:
@@ -73,20 +76,30 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, with commas")
     parser.add_argument("--cache", help="where quantized weights are kept (default: beside the model)")
+    parser.add_argument("--seconds", type=float, default=150, help="at most, for one section (default 150)")
     parser.add_argument("--json", type=Path, help="write all rows here")
     parser.add_argument("--section", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.section:
-        SECTIONS[arguments.section](Section(arguments.model, arguments.device, arguments.cache))
+        # where it stands when the time is nearly up
+        faulthandler.dump_traceback_later(0.9 * arguments.seconds, file=sys.stdout)
+        section = Section(arguments.model, arguments.device, arguments.cache)
+        here = machine(section.device)
+        section.row("measured on", f"{here.device}, driver {here.driver}, torch {here.torch}", None)
+        SECTIONS[arguments.section](section)
         return
+    names = arguments.only.split(",")
+    if unknown := set(names) - set(SECTIONS):
+        parser.error(f"there is no section {', '.join(sorted(unknown))}; choose from {', '.join(SECTIONS)}")
     cache = arguments.cache
     if cache is None:
         cache = tempfile.mkdtemp() if arguments.model == "tiny" else str(Path(arguments.model).with_suffix(".cache"))
     rows: list[dict[str, Any]] = []
-    for name in arguments.only.split(","):
-        rows += run(name, arguments, cache)
-        if arguments.json:
-            arguments.json.write_text(json.dumps(rows, indent=1))
+    for name in names:
+        for row in run(name, arguments, cache):
+            rows.append(row)
+            if arguments.json:
+                arguments.json.write_text(json.dumps(rows, indent=1))
     broken = [row for row in rows if row["holds"] is False]
     print(f"{sum(row['holds'] is True for row in rows)} hold, {len(broken)} broken, of {len(rows)}")
     print(json.dumps({"rows": rows}))

@@ -11,16 +11,19 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vortex_core import Engine
-from vortex_core.planner import cost
+from vortex_core.planner import Plan
+from vortex_core.vram import process_memory
 
 GB = 1e9
 PROMPT = "a red circle on a white background"
+CONTEXT = int(0.6 * GB)  # about what a CUDA context takes, where NVML does not tell
 MARK = "CONTRACT "  # before a row that a section's process prints
 
 
@@ -30,11 +33,11 @@ class Section:
     def __init__(self, model: str, device: str, cache: str | None) -> None:
         self.model, self.device, self.cache = model, torch.device(device), cache
         self.cuda = self.device.type == "cuda"
-        self.context = 0
+        self.context = self.total = 0
         if self.cuda:
             self.device = torch.device("cuda", self.device.index or 0)
             self.total = torch.cuda.mem_get_info(self.device)[1]
-            self.context = self.total - torch.cuda.mem_get_info(self.device)[0]
+            self.context = process_memory(self.device) or CONTEXT
 
     def size(self, side: int) -> int:
         """On the CPU an eighth of it, so that a rehearsal is short."""
@@ -83,23 +86,55 @@ class Section:
             times.append((time.perf_counter() - started) * 1e3)
         return statistics.median(times[1:])
 
+    def step_ms(self, engine: Any, side: int, pictures: int = 3) -> float:
+        """Median milliseconds from one step's end to the next one's."""
+        stamps: list[float] = []
+
+        def stamp(*step: Any) -> None:
+            if self.cuda:
+                torch.cuda.synchronize(self.device)
+            stamps.append(time.perf_counter())
+
+        for _ in range(pictures):
+            self.draw(engine, side, on_step=stamp)
+        ends = range(3, len(stamps), 4)  # from the last step of a picture to the next one's first is no step
+        steps = [later - earlier for i, (earlier, later) in enumerate(pairwise(stamps)) if i not in ends]
+        return statistics.median(steps) * 1e3
+
     def row(self, promise: str, found: Any, holds: bool | None, **figures: Any) -> None:
         """Tell whether a promise holds; None where this device cannot tell."""
         holds = None if holds is None or not self.cuda else bool(holds)
         row = {"promise": promise, "found": str(found), "holds": holds, **figures}
         print(MARK + json.dumps(row), flush=True)
 
+    def predicted(self, what: str, plan: Plan, **figures: Any) -> float:
+        """Tell whether the peak since `reset` is the plan's, or up to 3% below it; the share by which it is below."""
+        measured = max(1, self.peak())
+        off = plan.peak / measured - 1
+        self.row(
+            f"{what}: predicted 0 to 3% above",
+            f"{plan.peak / GB:.3f} against {measured / GB:.3f} GB, {off:+.2%}; slices of {plan.slice}, "
+            f"strips of {plan.demand.rows}, {len(plan.streamed)} units stream",
+            0 <= off <= 0.03,
+            size=f"{plan.demand.width} x {plan.demand.height}",
+            batch=plan.demand.batch,
+            predicted=plan.peak,
+            reserved=measured,
+            hosted=plan.hosted,
+            **figures,
+        )
+        return off
+
     @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Part of a section; an error in it is a broken promise, and the next part runs."""
+    def part(self, name: str) -> Iterator[str]:
+        """Part of a section, by its name; an error in it is a broken promise, and the next part runs."""
         started = time.perf_counter()
         try:
-            yield
+            yield name
         except Exception as error:
             traceback.print_exc()
-            print(
-                MARK + json.dumps({"promise": name, "found": f"{type(error).__name__}: {error}"[:400], "holds": False})
-            )
+            found = f"{type(error).__name__}: {error}"[:400]
+            print(MARK + json.dumps({"promise": name, "found": found, "holds": False}), flush=True)
         print(f"  {name}: {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
 
 
@@ -126,23 +161,13 @@ class HostPeak:
     def _run(self) -> None:
         while not self._stop.wait(0.02):
             now = host_memory()
-            self.resident = max(self.resident, now["VmRSS"])
-            self.anonymous = max(self.anonymous, now["VmRSS"] - now.get("RssFile", 0) - now.get("RssShmem", 0))
+            resident = now.get("VmRSS", 0)
+            self.resident = max(self.resident, resident)
+            self.anonymous = max(self.anonymous, resident - now.get("RssFile", 0) - now.get("RssShmem", 0))
 
     def __exit__(self, *exception: object) -> None:
         self._stop.set()
         self._thread.join()
-
-
-def compared(plan: Any, measured: int) -> str:
-    """A predicted and a measured peak."""
-    return f"{plan.peak / GB:.3f} against {measured / GB:.3f} GB, {plan.peak / max(1, measured) - 1:+.2%}"
-
-
-def plan_cost(s: Section, engine: Any, step_ms: float = 0.0) -> dict[str, float]:
-    """What the plan says streaming costs here, at this machine's own rate of copies."""
-    found = cost(engine.plan, rate=copy_rate(s), steps=4, step_ms=step_ms)
-    return {"rate_gb_s": copy_rate(s) / GB, "prompt_ms": found.prompt, "picture_ms": found.picture}
 
 
 def copy_rate(s: Section) -> float:

@@ -11,20 +11,8 @@ import typer
 
 from ..terminal import plain_errors, progress_bars
 from .comparison import THRESHOLD, Comparison, compare, compare_pairs
-from .options import (
-    EXIT_CODES,
-    AsJson,
-    Output,
-    Source,
-    Work,
-    check_output,
-    finish,
-    grid,
-    grouped,
-    milliseconds,
-    picture_count,
-    write_folder,
-)
+from .options import EXIT_CODES, AsJson, Results, Source, Work, grouped
+from .output import grid, milliseconds, picture_count, write_folder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,12 +30,7 @@ Folder = Annotated[
 
 @app.command(epilog=EXIT_CODES)
 @grouped
-def save(
-    source: Source,
-    work: Work,
-    folder: Folder = None,
-    as_json: AsJson = False,
-) -> None:
+def save(source: Source, work: Work, folder: Folder = None, as_json: AsJson = False) -> None:
     """Measure, and keep the run as what later ones on this machine are compared with. Ends with one JSON line."""
     from . import latency_report
     from .baseline import History
@@ -59,13 +42,14 @@ def save(
             workload = work.workload(engine.native_size)
             report = latency_report.run(engine, workload, on_picture=picture_count(progress, "timing"))
         history = History(folder, report.machine, report.model, workload)
-        found = report.series["cached"].whole
+        whole = report.series["cached"].whole
         table = grid("pictures", "P50", "P95", "kept in", title=report.title)
-        p50, p95 = (milliseconds(found.percentile(q).seconds) for q in (50, 95))
+        p50, p95 = (milliseconds(whole.percentile(q).seconds) for q in (50, 95))
         if not report.interrupted:
             history.add(report, baseline=True)
-        table.add_row(str(found.count), p50, p95, "nowhere: interrupted" if report.interrupted else str(history.path))
-        finish(report.figures() | {"file": str(history.path)}, [table], [], as_json, report.interrupted)
+        table.add_row(str(whole.count), p50, p95, "nowhere: interrupted" if report.interrupted else str(history.path))
+        found = report.figures() | {"file": str(history.path)}
+        Results(as_json=as_json).finish(found, [table], [], report.interrupted)
 
 
 @app.command("compare", epilog=EXIT_CODES)
@@ -73,6 +57,7 @@ def save(
 def compare_command(
     source: Source,
     work: Work,
+    results: Results,
     folder: Folder = None,
     against: Annotated[
         str | None,
@@ -81,8 +66,6 @@ def compare_command(
     threshold: Annotated[
         float, typer.Option(min=0, help="The smallest slow-down to fail for, 0.02 for 2 %.")
     ] = THRESHOLD,
-    output: Output = None,
-    as_json: AsJson = False,
 ) -> None:
     """Measure, and fail for a slow-down that is neither chance (p < 0.005) nor small. Ends with one JSON line.
 
@@ -96,9 +79,9 @@ def compare_command(
 
     with plain_errors():
         work.check()
-        check_output(output)
+        results.check()
         if against is not None:
-            _compare_revision(against, source, work, threshold, output, as_json)
+            _compare_revision(against, source, work, threshold, results)
         with progress_bars() as progress:
             engine = source.load(progress)
             workload = work.workload(engine.native_size)
@@ -110,12 +93,10 @@ def compare_command(
         comparison = compare(baseline.seconds, [sample.seconds for sample in report.samples])
         about = {"title": report.title, "baseline": baseline.when, "phases": _phase_changes(baseline, report)}
         shown = {"trend": plots.trend_plot(report.title, history.runs())}
-        _finish(comparison, about, threshold, shown, output, as_json, report.interrupted)
+        _finish(comparison, about, threshold, shown, results, report.interrupted)
 
 
-def _compare_revision(
-    revision: str, source: Source, work: Work, threshold: float, output: Path | None, as_json: bool
-) -> None:
+def _compare_revision(revision: str, source: Source, work: Work, threshold: float, results: Results) -> None:
     from . import plots
     from .against import alternate, workers
 
@@ -135,7 +116,7 @@ def _compare_revision(
     title = f"{after.model['name']}, {workload.words}, against {revision}"
     shown = {"pairs": plots.pairs_plot(title, revision, old, new)}
     about = {"title": title, "against": revision, "pairs": pairs}
-    _finish(compare_pairs(old, new), about, threshold, shown, output, as_json, interrupted)
+    _finish(compare_pairs(old, new), about, threshold, shown, results, interrupted)
 
 
 def _phase_changes(baseline: Run, report: LatencyReport) -> dict[str, float]:
@@ -153,18 +134,17 @@ def _finish(
     about: Mapping[str, Any],
     threshold: float,
     shown: Mapping[str, Figure],
-    output: Path | None,
-    as_json: bool,
+    results: Results,
     interrupted: bool,
 ) -> NoReturn:
     verdict = comparison.verdict(threshold)
     found = {"schema": SCHEMA, **about, **asdict(comparison), "threshold": threshold, "verdicts": [asdict(verdict)]}
-    if output:
-        write_folder(output, found, shown)
+    if results.output:
+        write_folder(results.output, found, shown)
     table = grid("before", "after", "change", "95 % interval", "p", "slower", title=about["title"])
     interval = f"{comparison.low:+.1%} to {comparison.high:+.1%}"
     table.add_row(
         str(comparison.before), str(comparison.after), f"{comparison.change:+.1%}", interval,
         f"{comparison.p_value:.2g}", f"{comparison.slower:.0%}",
     )  # fmt: skip
-    finish(found, [table], [verdict], as_json, interrupted)
+    results.finish(found, [table], [verdict], interrupted)

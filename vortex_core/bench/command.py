@@ -17,25 +17,19 @@ from ..terminal import plain_errors, progress_bars
 from .baseline_command import app as baseline
 from .options import (
     EXIT_CODES,
-    AsJson,
     Iterations,
     Log,
-    Output,
     Prometheus,
+    Results,
     Size,
     Source,
     Steps,
     Work,
     check_files,
-    check_output,
     check_size,
-    finish,
-    grid,
     grouped,
-    milliseconds,
-    picture_count,
-    write_folder,
 )
+from .output import grid, milliseconds, picture_count, write_folder
 from .workload import COLD, ITERATIONS
 
 if TYPE_CHECKING:
@@ -54,16 +48,15 @@ Target = Annotated[float | None, typer.Option(help="Seconds that this percentile
 def latency(
     source: Source,
     work: Work,
+    results: Results,
     cold: Annotated[int, typer.Option(min=0, help="Pictures of prompts never seen before, after the others.")] = COLD,
     target_p50: Target = None,
     target_p90: Target = None,
     target_p95: Target = None,
     target_p99: Target = None,
-    output: Output = None,
     trace: Annotated[Path | None, typer.Option(help="File for a Chrome trace (ui.perfetto.dev reads it).")] = None,
     prometheus: Prometheus = None,
     log: Log = None,
-    as_json: AsJson = False,
 ) -> None:
     """Time pictures by phase: percentiles with intervals, outliers with their cause, targets. Ends with one JSON line.
 
@@ -75,7 +68,7 @@ def latency(
 
     with plain_errors():
         work.check()
-        check_output(output)
+        results.check()
         check_files(trace, prometheus, log)
         wanted = {50.0: target_p50, 90.0: target_p90, 95.0: target_p95, 99.0: target_p99}
         with progress_bars() as progress:
@@ -95,11 +88,11 @@ def latency(
         if prometheus:
             what = "Seconds that a picture or one of its phases takes."
             exports.write_prometheus(exports.latency_metrics(found), "summary", what, prometheus)
-        if output:
+        if results.output:
             samples = [sample.as_dict() for sample in report.samples]
-            write_folder(output, found | {"samples": samples}, plots.latency_plots(report))
-            exports.write_csv(report.samples, output / "samples.csv")
-        finish(found, latency_tables(report), report.verdicts, as_json, report.interrupted)
+            write_folder(results.output, found | {"samples": samples}, plots.latency_plots(report))
+            exports.write_csv(report.samples, results.output / "samples.csv")
+        results.finish(found, latency_tables(report), report.verdicts, report.interrupted)
 
 
 def latency_tables(report: LatencyReport) -> list[Table]:
@@ -139,11 +132,10 @@ def _log_sample(log: Path, sample: Sample) -> None:
 @grouped
 def vram(
     source: Source,
+    results: Results,
     size: Size = None,
     steps: Steps = DEFAULT_STEPS,
-    output: Output = None,
     prometheus: Prometheus = None,
-    as_json: AsJson = False,
 ) -> None:
     """Profile VRAM: baseline, loaded, peak, after clean-up, each with a verdict. Ends with one JSON line.
 
@@ -155,7 +147,7 @@ def vram(
 
     with plain_errors():
         chosen = check_size(size, steps)
-        check_output(output)
+        results.check()
         check_files(prometheus)
         with progress_bars() as progress:
             report = run(
@@ -169,10 +161,10 @@ def vram(
         if prometheus:
             what = "Bytes at a stage of an engine's life."
             exports.write_prometheus(exports.vram_metrics(found), "gauge", what, prometheus)
-        if output:
+        if results.output:
             timeline = [asdict(moment) for moment in report.timeline]
-            write_folder(output, found | {"timeline": timeline}, {"vram": plots.vram_plot(report)})
-        finish(found, vram_tables(report), report.verdicts, as_json)
+            write_folder(results.output, found | {"timeline": timeline}, {"vram": plots.vram_plot(report)})
+        results.finish(found, vram_tables(report), report.verdicts)
 
 
 def vram_tables(report: VramReport) -> list[Table]:
@@ -191,15 +183,14 @@ def vram_tables(report: VramReport) -> list[Table]:
 @grouped
 def leak(
     source: Source,
+    results: Results,
     size: Annotated[
         list[str] | None,
         typer.Option(help="WIDTHxHEIGHT, several to mix; native, half of it and wide where none is given."),
     ] = None,
     steps: Steps = DEFAULT_STEPS,
     iterations: Iterations = ITERATIONS,
-    output: Output = None,
     prometheus: Prometheus = None,
-    as_json: AsJson = False,
 ) -> None:
     """Draw over mixed sizes and judge whether memory grows. Ends with one JSON line.
 
@@ -211,7 +202,7 @@ def leak(
 
     with plain_errors():
         sizes = [pair for text in size or () if (pair := check_size(text, steps))]
-        check_output(output)
+        results.check()
         check_files(prometheus)
         with progress_bars() as progress:
             engine = source.load(progress)
@@ -221,10 +212,10 @@ def leak(
         if prometheus:
             metrics = (("vortex_memory_slope_bytes", {"counter": t.counter}, t.slope) for t in report.trends)
             exports.write_prometheus(metrics, "gauge", "Bytes by which a counter grows with each picture.", prometheus)
-        if output:
-            write_folder(output, found, {"leak": plots.leak_plot(report)})
+        if results.output:
+            write_folder(results.output, found, {"leak": plots.leak_plot(report)})
         table = grid("counter", "MB a picture", "99.9 % interval", "10 pictures add at most", title=report.title)
         for t in report.trends:
             interval = f"{t.low / MB:+.3f} to {t.high / MB:+.3f}"
             table.add_row(t.counter, f"{t.slope / MB:+.3f}", interval, f"{t.growth / MB:.1f} MB")
-        finish(found, [table], report.verdicts, as_json, report.interrupted)
+        results.finish(found, [table], report.verdicts, report.interrupted)

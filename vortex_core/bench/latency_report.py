@@ -5,18 +5,18 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..latency import Latency, samples_needed, summarize
-from .machine import Machine, Reading, machine, now
+from .machine import Reading, machine, now
 from .pictures import Sample, describe, measure, overhead
+from .report import Report
 from .verdict import FAIL, PASS, UNDECIDED, Verdict
 from .workload import Workload
 
 if TYPE_CHECKING:
     from ..engine import Engine
 
-SCHEMA = "vortex.bench.latency/1"
 CLOCKS_AGREE = 0.01, 0.001  # share of a picture, and seconds, by which host and device clocks may differ
 
 
@@ -41,23 +41,20 @@ class Outlier:
 
 
 @dataclass(frozen=True, slots=True)
-class LatencyReport:
-    """All that a run measured. `overhead` is in seconds a picture; `targets` are seconds by percentile."""
+class LatencyReport(Report):
+    """Timed pictures. `overhead` is in seconds a picture; `targets` are seconds by percentile."""
 
-    model: dict[str, str]
-    machine: Machine
+    schema: ClassVar[str] = "vortex.bench.latency/1"
     workload: Workload
-    when: str
     samples: tuple[Sample, ...]
     overhead: float
     targets: Mapping[float, float]
     interrupted: bool = False
 
     @property
-    def title(self) -> str:
-        """What was measured, where."""
-        work = self.workload
-        return f"{self.model['name']}, {work.words}, on {self.machine.device}"
+    def words(self) -> str:
+        """Size and steps."""
+        return self.workload.words
 
     @property
     def series(self) -> dict[str, Series]:
@@ -87,20 +84,15 @@ class LatencyReport:
         series = self.series.get("cached")
         return [judge(series.whole, q, target) for q, target in self.targets.items()] if series else []
 
-    def figures(self) -> dict[str, Any]:
-        """Everything but the samples, for JSON."""
+    def measured(self) -> dict[str, Any]:
+        """Everything but the samples."""
         return {
-            "schema": SCHEMA,
-            "when": self.when,
-            "model": self.model,
-            "machine": self.machine.as_dict(),
             "workload": asdict(self.workload),
             "series": {kind: asdict(series) for kind, series in self.series.items()},
             "outliers": [asdict(outlier) for outlier in self.outliers],
             "clock_disagreements": self.disagreements,
             "overhead_seconds": self.overhead,
             "overhead_share": self.overhead_share,
-            "verdicts": [asdict(verdict) for verdict in self.verdicts],
             "interrupted": self.interrupted,
         }
 

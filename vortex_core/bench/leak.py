@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import VortexInputError
-from .machine import Machine, machine, now
+from .machine import machine, now
 from .memory import Counters, at_rest
 from .pictures import describe, draw
+from .report import Report
 from .verdict import FAIL, PASS, UNDECIDED, Verdict
 from .workload import PROMPTS
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
     from ..engine import Engine
 
-SCHEMA = "vortex.bench.leak/1"
 CONFIDENCE = 0.999  # of a slope: several counters are judged, again and again
 FLOOR = 100_000  # bytes a picture; allocators settle by less, a leak of a picture's tensor is more
 BOUND = 50_000_000, 10  # bytes that any so many pictures may add
@@ -73,37 +73,30 @@ def trend(counter: str, readings: Sequence[int]) -> Trend:
 
 
 @dataclass(frozen=True, slots=True)
-class LeakReport:
-    """All that a check measured: a trend for each counter."""
+class LeakReport(Report):
+    """A trend for each counter."""
 
-    model: dict[str, str]
-    machine: Machine
-    when: str
+    schema: ClassVar[str] = "vortex.bench.leak/1"
     sizes: tuple[tuple[int, int], ...]
     trends: tuple[Trend, ...]
     interrupted: bool
 
     @property
-    def title(self) -> str:
-        """What was drawn, where."""
-        mixed = ", ".join(f"{width} x {height}" for width, height in self.sizes)
-        return f"{self.model['name']}, {len(self.trends[0].readings)} pictures of {mixed}, on {self.machine.device}"
+    def words(self) -> str:
+        """How many pictures of which sizes."""
+        sizes = ", ".join(f"{width} x {height}" for width, height in self.sizes)
+        return f"{len(self.trends[0].readings)} pictures of {sizes}"
 
     @property
     def verdicts(self) -> list[Verdict]:
         """One a counter."""
         return [trend.verdict for trend in self.trends]
 
-    def figures(self) -> dict[str, Any]:
-        """Everything, for JSON."""
+    def measured(self) -> dict[str, Any]:
+        """Everything."""
         return {
-            "schema": SCHEMA,
-            "when": self.when,
-            "model": self.model,
-            "machine": self.machine.as_dict(),
             "sizes": self.sizes,
             "trends": [trend.as_dict() for trend in self.trends],
-            "verdicts": [asdict(verdict) for verdict in self.verdicts],
             "interrupted": self.interrupted,
         }
 

@@ -1,4 +1,4 @@
-"""Options that several benchmark commands take, and how every one of them ends."""
+"""Options that several benchmark commands take."""
 
 from __future__ import annotations
 
@@ -17,21 +17,16 @@ from rich.table import Table
 
 from ..errors import VortexInputError
 from ..spec import DEFAULT_STEPS
-from ..terminal import EXIT_CANCELLED, T5, CacheDir, Clip, Vae, Vram, console, load_engine, parse_size
+from ..terminal import EXIT_CANCELLED, T5, CacheDir, Clip, Vae, Vram, load_engine, parse_size
 from .verdict import EXIT_FAIL, EXIT_UNDECIDED, FAIL, PASS, UNDECIDED, Verdict, exit_code
 from .workload import ITERATIONS, MAX_PROMPTS, PROMPTS, WARMUP, Workload
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from ..engine import Engine
 
 Size = Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels; the model's own where none is given.")]
 Steps = Annotated[int, typer.Option(help="Steps of a picture; schnell is made for 4.")]
 Iterations = Annotated[int, typer.Option(min=1, help="Pictures that count.")]
-Output = Annotated[
-    Path | None, typer.Option("--output", "-o", help="Folder for report.json, samples.csv and plots as PNG and SVG.")
-]
 Prometheus = Annotated[Path | None, typer.Option(help="File to write in Prometheus' text format.")]
 Log = Annotated[Path | None, typer.Option(help="File to which JSON lines are added, one a picture.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print nothing but the JSON line.")]
@@ -97,6 +92,40 @@ class Work:
         return Workload(width, height, self.steps, self.iterations, self.warmup, cold, prompts)
 
 
+@dataclass(frozen=True, slots=True)
+class Results:
+    """Options: where the figures go."""
+
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for report.json, samples.csv and plots as PNG and SVG."),
+    ] = None
+    as_json: AsJson = False
+
+    def check(self) -> None:
+        """Raise `VortexInputError` for a folder that is a file, before anything is measured."""
+        if self.output is not None and self.output.exists() and not self.output.is_dir():
+            raise VortexInputError(f"--output must be a folder, and {self.output} is a file.")
+
+    def finish(
+        self,
+        figures: Mapping[str, Any],
+        tables: Sequence[Table],
+        verdicts: Sequence[Verdict],
+        interrupted: bool = False,
+    ) -> NoReturn:
+        """Print tables and verdicts, then the JSON line; raise `typer.Exit` with the code that says how it went."""
+        if not self.as_json:
+            out = Console()
+            for table in tables:
+                out.print(table)
+            for verdict in verdicts:
+                out.print(f"{MARKS[verdict.state]}  {verdict.what}: {verdict.detail}", highlight=False)
+        code = EXIT_CANCELLED if interrupted else exit_code(verdicts)
+        typer.echo(json.dumps({**figures, "exit_code": code}))
+        raise typer.Exit(code)
+
+
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
     """A command for Typer, which knows no groups of options: a parameter that is a dataclass becomes its fields."""
     hints = get_type_hints(command, include_extras=True)
@@ -140,59 +169,3 @@ def check_files(*paths: Path | None) -> None:
     for path in paths:
         if path is not None and not path.parent.is_dir():
             raise VortexInputError(f"There is no folder {path.parent}; make it first.")
-
-
-def check_output(folder: Path | None) -> None:
-    """Raise `VortexInputError` for a folder that is a file, before anything is measured."""
-    if folder is not None and folder.exists() and not folder.is_dir():
-        raise VortexInputError(f"--output must be a folder, and {folder} is a file.")
-
-
-def picture_count(progress: Progress, what: str) -> Callable[[int, int], None]:
-    """A new bar that counts pictures: `report(done, total)`."""
-    task = progress.add_task(what, total=None, count="")
-
-    def report(done: int, total: int) -> None:
-        progress.update(task, completed=done, total=total, count=f"{done}/{total} pictures")
-
-    return report
-
-
-def finish(
-    figures: Mapping[str, Any],
-    tables: Sequence[Table],
-    verdicts: Sequence[Verdict],
-    as_json: bool,
-    interrupted: bool = False,
-) -> NoReturn:
-    """Print tables and verdicts, then the JSON line; raise `typer.Exit` with the code that says how it went."""
-    if not as_json:
-        out = Console()
-        for table in tables:
-            out.print(table)
-        for verdict in verdicts:
-            out.print(f"{MARKS[verdict.state]}  {verdict.what}: {verdict.detail}", highlight=False)
-    code = EXIT_CANCELLED if interrupted else exit_code(verdicts)
-    typer.echo(json.dumps({**figures, "exit_code": code}))
-    raise typer.Exit(code)
-
-
-def write_folder(folder: Path, figures: Mapping[str, Any], plots: Mapping[str, Figure]) -> None:
-    """Write report.json and the plots, `NAME.png` and `NAME.svg`."""
-    from .figures import save
-
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(figures, indent=1) + "\n")
-    for name, figure in plots.items():
-        save(figure, folder / name)
-    console.print(f"[green]{folder}[/]  report.json, {', '.join(f'{name}.png, .svg' for name in plots)}")
-
-
-def milliseconds(seconds: float) -> str:
-    """Seconds, as they are read."""
-    return f"{seconds * 1e3:.1f} ms"
-
-
-def grid(*columns: str, title: str = "") -> Table:
-    """An empty table in the style of all commands."""
-    return Table(*columns, title=title or None, title_justify="left", box=None, pad_edge=False)

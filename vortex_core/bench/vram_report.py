@@ -7,23 +7,23 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from ..errors import GB
 from ..timeline import Moment, Timeline
 from ..vram import peak as peak_of
-from .machine import Machine, machine, now
+from .machine import machine, now
 from .memory import ALLOCATED, RESERVED, Counters, at_rest, counters
 from .pictures import describe, draw
+from .report import Report
 from .verdict import FAIL, PASS, UNDECIDED, Verdict
 from .workload import PROMPTS
 
 if TYPE_CHECKING:
     from ..engine import Engine
 
-SCHEMA = "vortex.bench.vram/1"
 MODEL, GENERATION, TOTAL = 6.5 * GB, 0.5 * GB, 7.0 * GB  # bytes of torch reserved, at most
 REMAINS = 0.05 * GB  # what libraries keep of their workspaces once they were used
 PICTURES = 4
@@ -40,22 +40,20 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True)
-class VramReport:
-    """All that a profile measured. `ledger`: who holds what is reserved, when loaded."""
+class VramReport(Report):
+    """The stages of an engine's life. `ledger`: who holds what is reserved, when loaded."""
 
-    model: dict[str, str]
-    machine: Machine
-    when: str
+    schema: ClassVar[str] = "vortex.bench.vram/1"
     size: tuple[int, int]
     stages: tuple[Stage, ...]
     ledger: dict[str, int]
     timeline: tuple[Moment[Counters], ...]
 
     @property
-    def title(self) -> str:
-        """What was measured, where."""
+    def words(self) -> str:
+        """The size."""
         width, height = self.size
-        return f"{self.model['name']}, {width} x {height}, on {self.machine.device}"
+        return f"{width} x {height}"
 
     @property
     def peak_at(self) -> float:
@@ -77,18 +75,9 @@ class VramReport:
         )
         return [_judge(what, taken, limit, measured=None not in reserved) for what, taken, limit in judged]
 
-    def figures(self) -> dict[str, Any]:
-        """Everything but the timeline, for JSON."""
-        return {
-            "schema": SCHEMA,
-            "when": self.when,
-            "model": self.model,
-            "machine": self.machine.as_dict(),
-            "size": self.size,
-            "stages": [asdict(stage) for stage in self.stages],
-            "ledger": self.ledger,
-            "verdicts": [asdict(verdict) for verdict in self.verdicts],
-        }
+    def measured(self) -> dict[str, Any]:
+        """Everything but the timeline."""
+        return {"size": self.size, "stages": [asdict(stage) for stage in self.stages], "ledger": self.ledger}
 
 
 def run(
