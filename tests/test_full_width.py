@@ -95,44 +95,50 @@ def test_a_diffusers_folder_and_a_bfl_file(folder: Path, wide: Part, tmp_path: P
     requantizes(wide, QKV)
 
 
-@pytest.mark.parametrize("nested", [False, True])
-def test_nf4_as_bitsandbytes_writes_it(wide: Part, nested: bool) -> None:
+def test_plain_nf4_as_bitsandbytes_writes_it(wide: Part) -> None:
     """Packed apart and joined, or packed whole: bit for bit."""
     apart: dict[str, Tensor] = {"transformer_blocks.0.attn.to_q.weight": torch.zeros(64, 64)}
     whole: dict[str, Tensor] = {WITNESS: torch.zeros(64, 64)}
-    expected = {}
     for name in JOINED:
-        decoded = []
         for source in flux_sources(name):
-            state, values = pack(wide.stored.read(source), source, nested=nested)
-            apart |= state
-            decoded.append(values)
-        if name == FINAL:
-            decoded = [*decoded[0].chunk(2)[::-1]]
-        expected[name] = torch.cat(decoded)
-        if not nested:
-            state, values = pack(wide.tensors.read(name), name, nested=False)
-            whole |= state
-            assert torch.equal(values, expected[name])
-    for state in (apart, whole) if not nested else (apart,):
+            apart |= pack(wide.stored.read(source), source, nested=False)[0]
+        whole |= pack(wide.tensors.read(name), name, nested=False)[0]
+    for state in (apart, whole):
         part = find_part(StateDict(state, "a state dict"), "transformer")
         assert part is not None
         for name in JOINED:
             part.tensors.check(name)
             ours = part.tensors.read_nf4(name)
-            if nested:
-                assert torch.equal(nf4.dequantize(ours, torch.float32), expected[name])
-            else:
-                assert torch.equal(ours.packed.view(-1, 1), whole[name])
-                assert torch.equal(ours.absmax.flatten(), whole[f"{name}.absmax"])
+            assert torch.equal(ours.packed.view(-1, 1), whole[name])
+            assert torch.equal(ours.absmax.flatten(), whole[f"{name}.absmax"])
 
 
-def pack(weight: Tensor, name: str, *, nested: bool) -> tuple[dict[str, Tensor], Tensor]:
-    """bitsandbytes' state dict of a weight, and what bitsandbytes decodes it to."""
+def test_nested_nf4_as_bitsandbytes_writes_it(wide: Part) -> None:
+    """Packed apart, each with scales of its own, and joined: what bitsandbytes decodes them to."""
+    packed: dict[str, Tensor] = {"transformer_blocks.0.attn.to_q.weight": torch.zeros(64, 64)}
+    expected = {}
+    for name in JOINED:
+        decoded = []
+        for source in flux_sources(name):
+            state, quantized = pack(wide.stored.read(source), source, nested=True)
+            packed |= state
+            decoded.append(bnb.dequantize_4bit(state[source], quantized))
+        if name == FINAL:
+            decoded = [*decoded[0].chunk(2)[::-1]]
+        expected[name] = torch.cat(decoded)
+    part = find_part(StateDict(packed, "a state dict"), "transformer")
+    assert part is not None
+    for name in JOINED:
+        part.tensors.check(name)
+        assert torch.equal(nf4.dequantize(part.tensors.read_nf4(name), torch.float32), expected[name])
+
+
+def pack(weight: Tensor, name: str, *, nested: bool) -> tuple[dict[str, Tensor], bnb.QuantState]:
+    """bitsandbytes' state dict of a weight, and its own state to decode it to fp32 with."""
     packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=nested)
     parts = {f"{name}.{key}": value.contiguous() for key, value in state.as_dict(packed=True).items()}
     state.dtype = torch.float32
-    return parts | {name: packed}, bnb.dequantize_4bit(packed, state)
+    return parts | {name: packed}, state
 
 
 @pytest.mark.parametrize("scaled", [False, True])

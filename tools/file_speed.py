@@ -9,13 +9,14 @@ of the model's own mapped files, looked at five times a second in a run that is 
 from __future__ import annotations
 
 import json
+import logging.handlers
 import shutil
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,21 +25,36 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+from vortex_core.latency import Stopwatch, mark
+
+DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 REPEATS = 3
 LIMIT = 120  # seconds a measure may take
 console = Console()
 
 
 def quantize(folder: Path, work: Path) -> dict[str, Any]:
-    """Quantize the transformer into a new cache, then fill its modules from there, all on the device."""
+    """Quantize the transformer into a new cache, on the device."""
     shutil.rmtree(work / "cache", ignore_errors=True)
     started = time.perf_counter()
     _from_cache(folder, work / "cache", fill=False)
-    figures: dict[str, Any] = {"quantize_s": time.perf_counter() - started}
-    (path,) = (work / "cache").glob("transformer-*.safetensors")
-    figures["cached_bytes"] = path.stat().st_size
-    return figures | {"load_s": _repeated(lambda: _from_cache(folder, work / "cache", fill=True))}
+    seconds = time.perf_counter() - started
+    return {"quantize_s": seconds, "cached_bytes": _cached(work, "transformer").stat().st_size}
+
+
+def load(folder: Path, work: Path) -> dict[str, Any]:
+    """The transformer from the cache, in turns with safetensors' own reading of the same file, both to the device."""
+    phases: dict[str, list[float]] = {}
+
+    def ours() -> None:
+        with Stopwatch(DEVICE) as watch:
+            _from_cache(folder, work / "cache", fill=True)
+        for phase, seconds in watch.phases.items():
+            phases.setdefault(phase, []).append(seconds)
+
+    figures = _in_turns(load_s=ours, safetensors_s=lambda: _read([_cached(work, "transformer")]))
+    figures["load_each_s"] = figures.pop("each")
+    return figures | {"load_phases_s": {phase: statistics.median(times) for phase, times in phases.items()}}
 
 
 def quantize_memory(folder: Path, work: Path) -> dict[str, Any]:
@@ -50,25 +66,32 @@ def quantize_memory(folder: Path, work: Path) -> dict[str, Any]:
     return {"quantize_host_bytes": max(seen), "quantize_host_bytes_before": seen[0]}
 
 
-def safetensors(folder: Path, work: Path) -> dict[str, Any]:
-    """safetensors' own reading of the cached file to the device."""
-    from safetensors.torch import load_file
-
-    (path,) = (work / "cache").glob("transformer-*.safetensors")
-    return {"safetensors_s": _repeated(lambda: load_file(path, device=str(DEVICE)))}
-
-
 def engine(folder: Path, work: Path) -> dict[str, Any]:
-    """The whole engine: the first time (T5 is still to be quantized), and from the cache."""
-    from vortex_core import load_flux_schnell
+    """The whole engine: the first time (T5 is still to be quantized), then from the cache, beside safetensors."""
+    from vortex_core import Engine, load_flux_schnell
+
+    log, told = logging.getLogger("vortex_core.loading"), logging.handlers.BufferingHandler(100)
+    log.addHandler(told)
+    log.setLevel(logging.DEBUG)
+    engines: list[Engine] = []
 
     def load() -> None:
-        load_flux_schnell(folder, device=DEVICE, cache_dir=work / "cache").unload()
+        engines.append(load_flux_schnell(folder, device=DEVICE, cache_dir=work / "cache"))
+
+    def unload() -> None:
+        for engine in engines:
+            engine.unload()
+        engines.clear()
 
     started = time.perf_counter()
     load()
     first = time.perf_counter() - started
-    return {"engine_t5_new_s": first, "engine_s": _repeated(load)}
+    unload()
+    files = [_cached(work, "transformer"), _cached(work, "t5")]
+    files += [path for part in ("text_encoder", "vae") for path in (folder / part).glob("*.safetensors")]
+    figures = _in_turns(unload, engine_s=load, engine_safetensors_s=lambda: _read(files))
+    figures["engine_each_s"] = figures.pop("each")
+    return {"engine_t5_new_s": first, **figures, "engine_phases": [record.getMessage() for record in told.buffer]}
 
 
 def diffusers(folder: Path, work: Path) -> dict[str, Any]:
@@ -113,16 +136,16 @@ def diffusers_reads_ours(folder: Path, work: Path) -> dict[str, Any]:
 
 
 MEASURES: tuple[Callable[[Path, Path], dict[str, Any]], ...] = (
-    quantize, safetensors, quantize_memory, diffusers, diffusers_memory, diffusers_reads_ours, engine,
+    quantize, load, quantize_memory, diffusers, diffusers_memory, diffusers_reads_ours, engine,
 )  # fmt: skip
 
 
-def measure_files(folder: Path, work: Path) -> dict[str, Any]:
-    """Run every measure; the figures, and under `failed` what went wrong."""
+def measure_files(folder: Path, work: Path, only: Sequence[str] = ()) -> dict[str, Any]:
+    """Run every measure, or `only` these; the figures, and under `failed` what went wrong."""
     work.mkdir(exist_ok=True)
     figures: dict[str, Any] = {"failed": {}}
     try:
-        for measure in MEASURES:
+        for measure in (m for m in MEASURES if not only or m.__name__ in only):
             started = time.perf_counter()
             command = [sys.executable, __file__, measure.__name__, str(folder), str(work)]
             try:
@@ -158,31 +181,50 @@ def report(figures: dict[str, Any]) -> None:
     row("cached transformer to the GPU, s", "{:.2f}", get("load_s"), get("safetensors_s"), None, goal="ratio <= 1.3")
     if "load_s" in figures and "safetensors_s" in figures:
         row("ratio", "{:.2f}", figures["load_s"] / figures["safetensors_s"], None, None)
-    row("whole engine from the cache, s", "{:.2f}", get("engine_s"), None, None)
+    for phase, seconds in get("load_phases_s", {}).items():
+        row(f"  {phase}, s", "{:.2f}", seconds, None, None)
+    row("whole engine from the cache, s", "{:.2f}", get("engine_s"), get("engine_safetensors_s"), None)
     row("its folder loads in diffusers, s", "{:.1f}", None, None, get("diffusers_reads_ours_s"))
     console.print(table)
 
 
 def _from_cache(folder: Path, cache: Path, *, fill: bool) -> None:
-    from vortex_core.checkpoint import cache as cache_module
     from vortex_core.checkpoint.bundle import describe, find_parts
+    from vortex_core.checkpoint.cache import Cache
     from vortex_core.checkpoint.materialize import Target, check, materialize
     from vortex_core.conditioning import Modulation
     from vortex_core.linear import ReferenceBackend
     from vortex_core.transformer import Transformer
 
-    cache_module.SMALLEST = 0  # the miniature too
     parts, configs = find_parts(folder, {})
     part = parts["transformer"]
     spec = describe("transformer", part, configs.get("transformer"))
+    mark("headers")
     with torch.device("meta"):
         halves = (Transformer(spec), Modulation(spec))
+    mark("modules")
     target = Target(DEVICE, torch.bfloat16, ReferenceBackend())
     with torch.inference_mode():
-        tensors = cache_module.Cache(cache).quantized(part, "transformer", [(half, "") for half in halves], target)
+        tensors = Cache(cache).quantized(part, "transformer", [(half, "") for half in halves], target)
+        mark("cache")
         for half in halves if fill else ():
             check(half, tensors)
+            mark("check")
             materialize(half, tensors, target)
+            mark("weights")
+
+
+def _read(files: list[Path]) -> None:
+    from safetensors.torch import load_file
+
+    held = [load_file(path, device=str(DEVICE)) for path in files]
+    _synchronize()
+    del held
+
+
+def _cached(work: Path, kind: str) -> Path:
+    (path,) = (work / "cache").glob(f"{kind}-*.safetensors")
+    return path
 
 
 def _diffusers(folder: Path) -> None:
@@ -195,16 +237,20 @@ def _diffusers(folder: Path) -> None:
     _synchronize()
 
 
-def _repeated(work: Callable[[], object]) -> float:
-    times = []
+def _in_turns(after: Callable[[], object] = lambda: None, **works: Callable[[], object]) -> dict[str, Any]:
+    """Seconds of each, `REPEATS` times in turns, and their medians; `after` and the freeing of memory do not count."""
+    times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(REPEATS):
-        started = time.perf_counter()
-        work()
-        _synchronize()
-        times.append(time.perf_counter() - started)
-        if DEVICE.type == "cuda":
-            torch.cuda.empty_cache()
-    return statistics.median(times)
+        for name, work in works.items():
+            _synchronize()
+            started = time.perf_counter()
+            work()
+            _synchronize()
+            times[name].append(time.perf_counter() - started)
+            after()
+            if DEVICE.type == "cuda":
+                torch.cuda.empty_cache()
+    return {name: statistics.median(found) for name, found in times.items()} | {"each": times}
 
 
 def _synchronize() -> None:
@@ -248,7 +294,9 @@ def main() -> None:
     import bitsandbytes  # noqa: F401
 
     import vortex_core.engine  # noqa: F401
+    from vortex_core.checkpoint import cache
 
+    cache.SMALLEST = 0  # the miniature too
     torch.zeros(1, device=DEVICE)
     _synchronize()
     (chosen,) = (m for m in MEASURES if m.__name__ == measure)

@@ -248,6 +248,7 @@ def main() -> None:
     read = commands.add_parser("files", help="seconds and host memory of quantizing, caching and reading, with peers")
     read.add_argument("folder", type=Path)
     read.add_argument("--work", type=Path, help="a new folder to use and remove (default FOLDER-work; 16 GB)")
+    read.add_argument("--only", nargs="+", default=(), metavar="MEASURE", help="such as quantize load engine")
     read.add_argument("--json", type=Path, help="write all figures here")
     arguments = parser.parse_args()
     if arguments.command == "build":
@@ -256,7 +257,7 @@ def main() -> None:
     figures: dict[str, Any] = {"machine": machine()}
     if arguments.command == "files":
         work = arguments.work or arguments.folder.with_name(f"{arguments.folder.name}-work")
-        figures |= file_speed.measure_files(arguments.folder, work)
+        figures |= file_speed.measure_files(arguments.folder, work, arguments.only)
         file_speed.report(figures)
         finish(figures, arguments.json)
         return

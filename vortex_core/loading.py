@@ -12,17 +12,15 @@ import torch
 
 from .checkpoint.bundle import Bundle
 from .checkpoint.cache import Cache
-from .checkpoint.files import SafetensorsFiles
 from .checkpoint.materialize import Target
-from .checkpoint.tensors import Stored
 from .device import resolve_device
 from .errors import GB, VortexInitializationError, VortexInputError
 from .kernels import Kernels, choose_kernels, reference
+from .latency import Stopwatch, mark
 from .linear import Backend, choose_backend, fp8_declined
 from .model import Model, Sources
 from .placement import Placement
 from .planner import Plan, plan, smallest_budget
-from .text import HOST
 from .vram import available, holders, snapshot
 
 log = logging.getLogger(__name__)
@@ -31,7 +29,6 @@ OnLoad = Callable[[int, int], None]
 QUANTIZATIONS = ("nf4", "none")
 MODES = ("fast", "exact")
 DEFAULT_BUDGET = 6.5 * GB
-MAPPED = 0.5 * GB  # read from mapped files before they are mapped anew
 CONTEXT = 1 * GB  # what a card needs besides: the CUDA context, the desktop
 
 
@@ -161,17 +158,11 @@ def fill(
     Raises `VortexCheckpointError` before any device memory is taken, and torch's `OutOfMemoryError`.
     """
     sources = {kind: part.tensors for kind, part in bundle.parts.items()}
-    files = [part.stored.raw for part in bundle.parts.values()]
-    done, total, mapped = 0, model.check(sources), 0
+    done, total = 0, model.check(sources)
 
     def progress(count: int) -> None:
-        nonlocal done, mapped
-        done, mapped = done + count, mapped + count
-        if mapped > MAPPED:
-            mapped = 0
-            for file in files:
-                if isinstance(file, SafetensorsFiles):
-                    file.forget()
+        nonlocal done
+        done += count
         if on_progress is not None:
             on_progress(min(done, total), total)
 
@@ -179,36 +170,42 @@ def fill(
     if made is not None:
         # what quantizing takes on the way fits into what drawing will take
         placement.workspace.reserve(made.workspace)
-    with placement.workspace.use():
+    with Stopwatch(setup.device) as watch, placement.workspace.use():
         if cache is not None and setup.backend is not None:
             # a part that must be quantized first is read once for that, and its result once more
             total += sum(part.nbytes for kind, part in bundle.parts.items() if cache.lacks(part, kind))
             named = {"transformer": [(model.transformer, ""), (model.modulation, "")], "t5": model.t5.modules}
             sources |= {kind: cache.quantized(bundle.parts[kind], kind, parts, target) for kind, parts in named.items()}
-            files += [kept.raw for kept in sources.values() if isinstance(kept, Stored)]
             total = done + model.check(sources)
+            mark("cache")
         model.t5.load_table(sources["t5"], target)
         model.clip.load_table(sources["clip"], target)
+        mark("tables")
         if made is None:
             for unit in model.units:
-                model.read(unit, sources, target, setup.device)
+                model.read(unit, sources, target)
+                mark(unit.group)
         else:
             _place(model, sources, target, made, placement)
     placement.workspace.release()
+    phases = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in watch.phases.items())
+    log.debug("Weights arrived in %.2f s: %s", watch.seconds, phases)
 
 
 def _place(model: Model, sources: Sources, target: Target, made: Plan, placement: Placement) -> None:
     memory = placement.host_memory(made.hosted)
+    mark("host memory")
     for unit in model.units:
-        streams = unit.name in made.streamed
-        model.read(unit, sources, target, HOST if streams else target.device)
+        # what streams, too, comes by way of the device: from there to pinned memory is faster than from a mapped file
+        model.read(unit, sources, target)
         size = unit.measure()
-        if streams:
+        if unit.name in made.streamed:
             unit.settle(host=memory.take(size))
         else:
             with placement.workspace.outside():
                 buffer = torch.empty(size, dtype=torch.uint8, device=target.device)
             unit.settle(device=buffer)
+        mark(unit.group)
     placement.start(made.streamed)
 
 

@@ -117,12 +117,12 @@ class Model:
             + check(self.decoder, sources["vae"])
         )
 
-    def read(self, unit: Unit, sources: Sources, target: Target, home: torch.device) -> None:
-        """Fill a unit's modules on `home`."""
+    def read(self, unit: Unit, sources: Sources, target: Target) -> None:
+        """Fill a unit's modules on `target.device`."""
         for module, (source, prefix) in zip(unit.modules, self.origins[unit.name], strict=True):
             # CLIP and the VAE are small, and stay as they are
             how = target if source in ("transformer", "t5") else replace(target, backend=None)
-            materialize(module, sources[source], how, prefix=prefix, home=home)
+            materialize(module, sources[source], how, prefix=prefix)
         if self.fused and unit.group == "vae":
             self.decoder.channels_last()
         if self.fast and unit.group == BLOCKS:

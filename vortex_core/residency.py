@@ -14,6 +14,7 @@ import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from mmap import PAGESIZE
 from typing import Any, Protocol
 
 import torch
@@ -45,6 +46,8 @@ class HostMemory:
 
     def __init__(self, size: int, *, pin: bool) -> None:
         self._memory = torch.empty(size, dtype=torch.uint8)
+        if pin:
+            self._memory[::PAGESIZE].zero_()  # fresh pages come from all cores here, while registering has only one
         self._used = 0
         self.pinned = size if pin and size and self._register() else 0
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import VortexCheckpointError
-from .upload import Upload
+from .upload import FileBytes, Upload, upload_to
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 CPU = torch.device("cpu")
@@ -31,6 +32,7 @@ DTYPES = {
     "I32": torch.int32,
     "I64": torch.int64,
 }  # safetensors' words for what FLUX files hold
+MAPPED = 500 * 10**6  # bytes read from mapped files before they are mapped anew
 WORDS = {dtype: word for word, dtype in DTYPES.items()}
 
 
@@ -60,10 +62,9 @@ class SafetensorsFiles:
         self.where = str(where)
         self.files = tuple(paths)
         self._upload: Upload | None = None
-        self.forget()
+        self._map()
 
-    def forget(self) -> None:
-        """Map the files anew, so that what was read of them no longer counts as this process' memory."""
+    def _map(self) -> None:
         files: dict[str, Any] = {}
         for path in self.files:
             try:
@@ -73,6 +74,20 @@ class SafetensorsFiles:
                 raise unreadable(path, "safetensors", error) from error
             files.update(dict.fromkeys(file.keys(), file))
         self._files = files
+        self._mapped = 0
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[FileBytes, int]]:
+        """Each tensor's file, and where it begins there. The headers were checked when the files were mapped."""
+        places = {}
+        for path in self.files:
+            file = FileBytes(path)
+            with path.open("rb") as opened:
+                size = int.from_bytes(opened.read(8), "little")
+                header = json.loads(opened.read(size))
+            for name in header.keys() - {"__metadata__"}:
+                places[name] = file, 8 + size + header[name]["data_offsets"][0]
+        return places
 
     def __contains__(self, name: str) -> bool:
         return name in self._files
@@ -96,12 +111,23 @@ class SafetensorsFiles:
 
     def read(self, name: str, device: torch.device = CPU) -> Tensor:
         """The tensor on `device`; on the CPU it is the mapped file itself."""
+        if device.type == "cuda":
+            return self._uploaded(name, device)
         tensor: Tensor = self._files[name].get_tensor(name)
-        if device.type != "cuda":
-            return tensor.to(device)
+        self._mapped += tensor.nbytes
+        if self._mapped > MAPPED:
+            self._map()  # or what was read before would still count as this process' memory
+        return tensor.to(device)
+
+    def _uploaded(self, name: str, device: torch.device) -> Tensor:
+        tensor = torch.empty(self.shape(name), dtype=DTYPES[self.dtype(name)], device=device)
         if self._upload is None:
-            self._upload = Upload(device)
-        return self._upload(tensor)
+            self._upload = upload_to(device)
+        try:
+            self._upload(*self._places[name], tensor)
+        except OSError as error:
+            raise unreadable(Path(self.where), "safetensors", error) from error
+        return tensor
 
 
 class StateDict:

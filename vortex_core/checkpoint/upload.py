@@ -1,46 +1,109 @@
-"""Host memory to a CUDA device, at the speed of the bus.
+"""Files to a CUDA device, at the speed of the bus.
 
-A plain copy from a mapped file faults pages in and passes them on in one thread. Copied piece by piece into pinned
-memory, all cores fault and copy, and the device fetches one piece while the next is copied.
+A plain copy from a mapped file faults pages in and passes them on in one thread. Here several threads read pieces
+into pinned buffers that are never fresh memory, and each piece leaves for the device while others are read.
 """
 
 from __future__ import annotations
 
+import os
+import warnings
+import weakref
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from queue import SimpleQueue
+
 import torch
 from torch import Tensor
 
-PIECE = 32 * 2**20  # bytes; two are kept
+from ..errors import VortexWarning
+
+PIECE = 2 * 2**20  # bytes; a weight is several, so that all threads have a share of it
+THREADS = 8
+
+
+class FileBytes:
+    """A file's bytes, for several threads at once. Closed with its last reference."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("rb", buffering=0)
+        weakref.finalize(self, self._file.close)
+
+    def read(self, offset: int, memory: memoryview) -> None:
+        """Fill `memory` with what is at `offset`. Raises `OSError`, also where the file ends before."""
+        while memory:
+            count = self._some(offset, memory)
+            if not count:
+                raise OSError(f"{self._path.name} ends before byte {offset + len(memory)}")
+            offset, memory = offset + count, memory[count:]
+
+    def _some(self, offset: int, memory: memoryview) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.fileno(), [memory], offset)
+        with self._path.open("rb", buffering=0) as own:  # Windows: a handle has one position for all threads
+            own.seek(offset)
+            return own.readinto(memory)
 
 
 class Upload:
-    """Copies tensors to `device` through two pinned buffers. Not for several threads at once."""
+    """Fills tensors on a CUDA device from files."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._turn = 0
-        try:
-            self._buffers = [torch.empty(PIECE, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-        except RuntimeError:  # no pinned memory to be had: slower, not wrong
-            self._buffers = []
+        threads = min(THREADS, os.cpu_count() or 1)
+        self._threads = ThreadPoolExecutor(threads, "vortex-upload")
+        self._free: SimpleQueue[tuple[Tensor, torch.cuda.Event]] = SimpleQueue()
         with torch.cuda.device(device):
-            self._sent = [torch.cuda.Event() for _ in self._buffers]
+            for buffer in _buffers(2 * threads):
+                self._free.put((buffer, torch.cuda.Event(blocking=True)))
 
-    def __call__(self, tensor: Tensor) -> Tensor:
-        """A copy of a contiguous CPU tensor, ordered like any other work of the device's current stream."""
-        if not self._buffers:
-            return tensor.to(self.device)
-        copy = torch.empty_like(tensor, device=self.device)
-        pieces = (t.view(-1).view(torch.uint8).split(PIECE) for t in (tensor, copy))
-        with torch.cuda.device(self.device):
-            for source, target in zip(*pieces, strict=True):
-                self._send(source, target)
-        return copy
+    def __call__(self, file: FileBytes, offset: int, target: Tensor) -> None:
+        """Fill a contiguous tensor with what is at `offset`, in the order of the device's current stream.
 
-    @torch.inference_mode()  # which the buffers may have been made in
-    def _send(self, source: Tensor, target: Tensor) -> None:
-        sent = self._sent[self._turn]
-        pinned = self._buffers[self._turn][: source.numel()]
-        self._turn = 1 - self._turn
-        sent.synchronize()  # the piece before last, which lay here
-        target.copy_(pinned.copy_(source), non_blocking=True)
-        sent.record()
+        Raises `OSError`.
+        """
+        stream = torch.cuda.current_stream(target.device)
+        pieces = target.view(-1).view(torch.uint8).split(PIECE)
+        *others, last = ((file, offset + i * PIECE, piece, stream) for i, piece in enumerate(pieces))
+        jobs = [self._threads.submit(self._send, *other) for other in others]
+        try:
+            self._send(*last)
+        finally:
+            wait(jobs)  # whatever happens, nobody writes to the target later
+        for job in jobs:
+            job.result()
+
+    @torch.inference_mode()  # which the target may have been made in
+    def _send(self, file: FileBytes, offset: int, target: Tensor, stream: torch.cuda.Stream) -> None:
+        buffer, sent = self._free.get()
+        try:
+            sent.synchronize()  # what lay here before
+            pinned = buffer[: target.numel()]
+            file.read(offset, pinned.numpy().data)
+            with torch.cuda.stream(stream):
+                target.copy_(pinned, non_blocking=True)
+                sent.record()
+        finally:
+            self._free.put((buffer, sent))
+
+
+_uploads: weakref.WeakValueDictionary[torch.device, Upload] = weakref.WeakValueDictionary()
+
+
+def upload_to(device: torch.device) -> Upload:
+    """The one `Upload` to a device, while anybody holds it."""
+    upload = _uploads.get(device)
+    if upload is None:
+        upload = _uploads[device] = Upload(device)
+    return upload
+
+
+def _buffers(count: int) -> tuple[Tensor, ...]:
+    with torch.inference_mode():
+        try:
+            memory = torch.empty(count, PIECE, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            warnings.warn(f"No pinned memory to read into ({reason}); weights arrive more slowly.", VortexWarning, 4)
+            memory = torch.empty(count, PIECE, dtype=torch.uint8)
+        return memory.unbind()
