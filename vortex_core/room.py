@@ -128,7 +128,7 @@ class Room:
         memory, workspace = snapshot(self.device, process=False), self.placement.workspace
         others = memory.allocated - sum(self.components.values())
         growth = max(0, made.workspace - workspace.nbytes)
-        if memory.reserved - others + growth > made.peak + max(0, workspace.nbytes - made.workspace):
+        if memory.reserved - others + growth > made.peak - SLACK // 2 + max(0, workspace.nbytes - made.workspace):
             torch.cuda.empty_cache()
 
     def _audit(self, made: Plan, before: int) -> None:
