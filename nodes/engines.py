@@ -88,6 +88,7 @@ def _load(model: Model) -> Loaded:
             tokenizers=None if has_tokenizers(Path(model.path)) else host.tokenizers(),
             device=device,
             vram_budget=None if device.type == "cpu" else model.vram_budget,
+            mode=model.mode,
             cache_dir=host.cache_folder(),
             on_progress=lambda done, all: report(1000 * done // all),
         )

@@ -48,8 +48,12 @@ class NF4FluxLoader:
                     },
                 ),
                 "mode": (
-                    ["exact"],
-                    {"tooltip": "exact: NF4 weights, 16-bit products; the only mode there is so far."},
+                    ["fast", "exact"],
+                    {
+                        "tooltip": "fast: products in fp8 on cards that have it (compute capability 8.9, RTX 40 and "
+                        "later); elsewhere exact. exact: products in 16 bits, as diffusers with bitsandbytes has them. "
+                        "Pictures differ slightly; another mode loads the model again."
+                    },
                 ),
             },
             # appended after a release: what is saved lists values by position

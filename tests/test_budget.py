@@ -91,9 +91,10 @@ def test_batches_are_drawn_in_slices(roomy: Engine, engine: Engine) -> None:
     seen = []
     narrow(roomy, 3)
     pictures = roomy.generate(PROMPT, seed=5, batch_size=3, on_step=lambda *step: seen.append(step), **SIZE)
-    assert roomy.plan.slice == 1
+    assert roomy.plan.slice == 2
     singles = torch.cat([engine.generate(PROMPT, seed=seed, **SIZE) for seed in (5, 6, 7)])
-    assert torch.equal(pictures, singles)  # one at a time is what a single picture is
+    assert torch.equal(pictures[2], singles[2])  # one at a time is what a single picture is
+    torch.testing.assert_close(pictures, singles, atol=1e-4, rtol=0)
     assert [(i, n, len(clean)) for i, n, clean in seen] == [(i, 4, 3) for i in (1, 2, 3, 4)]
 
 

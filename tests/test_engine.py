@@ -16,11 +16,13 @@ from vortex_core import (
     VortexInitializationError,
     VortexInputError,
     load_flux_schnell,
+    loading,
     sampling,
     text,
 )
 from vortex_core import engine as engine_module
 from vortex_core.conditioning import CACHED
+from vortex_core.linear import ReferenceBackend, TritonBackend
 from vortex_core.model import Model
 from vortex_core.residency import Unit
 
@@ -237,3 +239,33 @@ def test_progress_counts_bytes_to_the_end(tiny_dir: Path) -> None:
     done, total = calls[-1]
     assert done == total
     assert [call[0] for call in calls] == sorted(call[0] for call in calls)
+
+
+def test_warming_up_draws_and_leaves_no_trace(engine: Engine) -> None:
+    picture = engine.generate("a blue square", seed=3, height=64, width=64)
+    engine.warmup(64, 64, batch_size=2)
+    assert engine.last_seed == 3
+    assert torch.equal(engine.generate("a blue square", seed=3, height=64, width=64), picture)
+    with pytest.raises(VortexInputError, match="height"):
+        engine.warmup(height=63)
+
+
+def test_fast_is_exact_where_it_cannot_be_and_says_why(
+    engine: Engine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert engine.mode == "exact"
+    cpu, half = torch.device("cpu"), torch.bfloat16
+    caplog.set_level(logging.INFO, "vortex_core")
+    triton, other = TritonBackend(cpu), ReferenceBackend()
+    for declined, dtype, backend, words in [
+        ("no fp8 here", half, triton, "no fp8 here"),
+        (None, half, None, "multiplies NF4 weights"),
+        (None, half, other, "reference was asked for"),
+        (None, torch.float32, triton, "float32 was asked for"),
+    ]:
+        monkeypatch.setattr(loading, "fp8_declined", lambda device, declined=declined: declined)
+        assert loading.choose_mode("fast", cpu, dtype, backend) == "exact"
+        assert words in caplog.text
+    assert loading.choose_mode("fast", cpu, half, triton) == "fast"
+    with pytest.raises(VortexInputError, match="Unknown mode 'quick'; choose from fast, exact"):
+        load_flux_schnell("tiny", device="cpu", mode="quick")

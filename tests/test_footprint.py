@@ -9,7 +9,9 @@ from transformers import T5Config, T5EncoderModel
 from vortex_core import Engine, sampling
 from vortex_core.allocator import MIB
 from vortex_core.footprint import META, footprint
-from vortex_core.spec import T5_TOKENS, T5_XXL, FluxSpec
+from vortex_core.model import Model
+from vortex_core.plans import graph_bytes, plan_bytes
+from vortex_core.spec import CLIP_L, T5_TOKENS, T5_XXL, FluxSpec, VaeSpec
 from vortex_core.text import T5
 from vortex_core.transformer import Transformer
 
@@ -59,6 +61,30 @@ def test_meta_tensors_take_what_real_ones_take(engine: Engine, batch: int) -> No
         return footprint(draw)
 
     assert steps(META) == steps(torch.device("cpu")) > 20 * MIB
+
+
+def test_channels_last_takes_no_copies() -> None:
+    with META:
+        conv = nn.Conv2d(4, 4, 3, padding=1, dtype=torch.bfloat16).requires_grad_(False)
+        x = torch.empty(1, 4, 1024, 1024, dtype=torch.bfloat16)  # 8 MiB
+    conv.weight.data = conv.weight.data.contiguous(memory_format=torch.channels_last)
+    assert footprint(lambda: conv(x)) // MIB == 8
+
+
+def test_a_step_of_fused_kernels_takes_its_buffers_and_attention() -> None:
+    parts = (FluxSpec(), VaeSpec(), CLIP_L, T5_XXL)
+    exact, fast = (
+        Model(*parts, torch.bfloat16, quantized=True, fast=mode == "fast", fused=True) for mode in ("exact", "fast")
+    )
+    for model in (exact, fast):
+        size = (2, T5_TOKENS, 4096)
+        buffers = plan_bytes(model.flux, size, torch.bfloat16, fast=model.fast)
+        attention = graph_bytes(model.flux, size, torch.bfloat16)
+        demand = model.demand(1024, 1024, 2)
+        assert demand.graphs[2] == attention
+        others = dict(demand.steps)[2] - buffers - attention
+        assert 16 * MIB < others < 32 * MIB  # modulation of all steps is 16 MiB; text, latents, velocity, positions
+    assert sum(fast.demand(64, 64, 1).fixed) > sum(exact.demand(64, 64, 1).fixed)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

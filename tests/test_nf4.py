@@ -82,17 +82,19 @@ def test_backends_agree_on_cuda_without_allocating() -> None:
 def test_the_choice_of_backend_says_why(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     caplog.set_level(logging.INFO, "vortex_core")
     assert choose_backend(CPU).name == "bitsandbytes"
-    assert "its decode works here" in caplog.text
+    assert "triton declined: they need CUDA, not cpu" in caplog.text
     assert choose_backend(CPU, "reference").name == "reference"
     monkeypatch.setattr("vortex_core.linear.bitsandbytes_declined", lambda device: "no kernel for it")
     assert choose_backend(CPU).name == "reference"
-    assert "bitsandbytes declined on cpu: no kernel for it" in caplog.text
+    assert "bitsandbytes declined: no kernel for it" in caplog.text
     with pytest.raises(VortexInputError, match="no kernel for it"):
         choose_backend(CPU, "bitsandbytes")
+    monkeypatch.setattr("vortex_core.linear.fused_declined", lambda device: None)
+    assert choose_backend(CPU).name == "triton"
 
 
 def test_an_unknown_backend_is_refused() -> None:
-    with pytest.raises(VortexInputError, match="'bitsandbytes' or 'reference'"):
+    with pytest.raises(VortexInputError, match="'triton', 'bitsandbytes' or 'reference'"):
         choose_backend(CPU, "gguf")
 
 

@@ -8,7 +8,7 @@ from diffusers import FluxPipeline
 from oracle import diffusers_pipeline, diffusers_transformer, diffusers_vae
 
 from vortex_core import Engine, load_flux_schnell, sampling
-from vortex_core.engine import rope
+from vortex_core.sampling import rope_of
 from vortex_core.vae import decode
 
 PROMPT = "a small green star above a large yellow ring"
@@ -44,7 +44,7 @@ def test_transformer_agrees_with_diffusers(engine: Engine, tiny_dir: Path, size:
             img,
             engine._transformer.txt_in(txt).expand(2, -1, -1),
             conditioning.modulation[i],
-            rope(height, width, 256, spec),
+            rope_of(height, width, 256, spec),
         )
         assert (ours - expected).abs().max() / expected.std() < 1e-4
 

@@ -54,6 +54,19 @@ def test_streamed_units_compute_what_they_computed_at_home(device: str, count: i
     stager.close()
 
 
+def test_a_unit_keeps_the_layout_of_its_tensors() -> None:
+    """Convolutions' weights with their channels last stay so, wherever they move."""
+    conv = nn.Conv2d(6, 4, 3).requires_grad_(False)
+    conv.weight.data = conv.weight.data.contiguous(memory_format=torch.channels_last)
+    expected = conv.weight.clone()
+    unit = Unit("vae", "vae", conv)
+    unit.settle(device=torch.full((unit.measure(),), 255, dtype=torch.uint8))
+    unit.to_host()
+    unit.to_device(torch.device("cpu"))
+    assert torch.equal(conv.weight, expected)
+    assert conv.weight.is_contiguous(memory_format=torch.channels_last)
+
+
 class Script:
     """A lane that tells where it was asked to copy, and copies as late as it may: when it is waited for."""
 

@@ -24,7 +24,7 @@ Draw = Callable[[list[str], list[int]], Tensor]
 MODEL = Path(__file__).parent.parent / "vortex_core" / "assets" / "tiny-schnell"
 
 
-def diffusers_draw(model: Path, nf4: bool, device: str) -> Draw:
+def diffusers_draw(model: Path, nf4: bool, device: str, mode: str = "exact") -> Draw:
     """Draw with diffusers in bf16; `nf4` rounds the weights that are served in NF4."""
     from diffusers import FluxPipeline
 
@@ -44,11 +44,14 @@ def diffusers_draw(model: Path, nf4: bool, device: str) -> Draw:
     return draw
 
 
-def vortex_draw(model: Path, nf4: bool, device: str) -> Draw:
-    """Draw with Vortex's engine."""
+def vortex_draw(model: Path, nf4: bool, device: str, mode: str = "exact") -> Draw:
+    """Draw with Vortex's engine in a mode; on the CPU `fast` computes its numbers in plain torch."""
     from vortex_core import load_flux_schnell
+    from vortex_core.kernels import reference
 
-    engine = load_flux_schnell(model=model, device=device, quantization="nf4" if nf4 else "none")
+    engine = load_flux_schnell(model=model, device=device, quantization="nf4" if nf4 else "none", mode=mode)
+    if device == "cpu":
+        engine._transformer.use(reference, fast=mode == "fast")
     side = json.loads((model / "vae" / "config.json").read_text())["sample_size"]
 
     def draw(prompts: list[str], seeds: list[int]) -> Tensor:
@@ -90,10 +93,11 @@ def main(
     two: Annotated[int, typer.Option(help="Captions of two objects.")] = 100,
     batch: Annotated[int, typer.Option(help="Pictures at a time.")] = 10,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    mode: Annotated[str, typer.Option(help="Vortex's: exact or fast.")] = "exact",
 ) -> None:
     """Score a model on captions never seen in training; prints a table, then one JSON line."""
-    draw = MAKERS[maker](model, nf4, device)
-    result: dict[str, object] = {"maker": maker, "precision": "nf4" if nf4 else "bf16"}
+    draw = MAKERS[maker](model, nf4, device, mode)
+    result: dict[str, object] = {"maker": maker, "precision": "nf4" if nf4 else "bf16", "mode": mode}
     print("objects  captions  right  first reasons of the others")
     for name, things, count in (("one", 1, one), ("two", 2, two)):
         share, why = score(draw, things, count, batch)

@@ -21,6 +21,7 @@ from .terminal import (
     T5,
     CacheDir,
     Clip,
+    Mode,
     Vae,
     Vram,
     byte_count,
@@ -105,6 +106,7 @@ def generate(
     ] = None,
     device: Annotated[str | None, typer.Option(help="'cuda', 'cuda:1' or 'cpu'. [default: the GPU if any]")] = None,
     vram: Vram = None,
+    mode: Mode = "fast",
     quantization: Annotated[
         str, typer.Option(help="'nf4', or 'none' for 16-bit weights (24 GB at full size).")
     ] = "nf4",
@@ -120,7 +122,8 @@ def generate(
         with progress_bars() as progress:
             parts = {"clip": clip, "t5": t5, "vae": vae, "cache_dir": cache_dir}
             limits = {"vram_budget": vram, "cap_process": True}  # the process is ours
-            engine = load_engine(progress, model, device=device, quantization=quantization, **limits, **parts)
+            how = {"device": device, "mode": mode, "quantization": quantization}
+            engine = load_engine(progress, model, **how, **limits, **parts)
             task = progress.add_task("drawing", total=steps, count=f"0/{steps} steps")
             pictures = engine.generate(
                 prompt,

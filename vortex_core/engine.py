@@ -13,7 +13,6 @@ import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,13 +27,11 @@ from .conditioning import Conditioner, Conditioning
 from .errors import NoEffectWarning, VortexInputError
 from .latency import mark
 from .loading import OnLoad, Setup
-from .model import Model
 from .planner import Demand, Plan
-from .request import Request, check_prompt, check_steps
+from .request import Request, check_embeddings, check_latents, check_prompt, check_steps
 from .residency import nbytes
 from .room import Room
-from .spec import DEFAULT_STEPS, SIZE_MULTIPLE, T5_TOKENS, FluxSpec
-from .transformer import Rope
+from .spec import DEFAULT_STEPS, SIZE_MULTIPLE, T5_TOKENS
 from .vae import decode
 from .vram import Ledger, snapshot
 
@@ -52,20 +49,19 @@ class Engine:
     On a CUDA device torch never reserves more for it than `budget`: what does not fit stays in pinned host memory and
     streams, large pictures are decoded in strips, batches drawn in slices. Calls from several threads take turns.
 
-    Attributes: `name`, `device`, `dtype`, `quantization`, `native_size` (side in pixels the model was trained at),
-    `last_seed`.
+    Attributes: `name`, `device`, `dtype`, `quantization`, `mode` as it runs, `native_size` (side in pixels the model
+    was trained at), `last_seed`.
     """
 
     def __init__(self, bundle: Bundle, setup: Setup) -> None:
         """Not for callers: builds the modules on `meta`. Use `Engine.load` or `Engine.from_pipeline`."""
-        self.name = bundle.name
+        self.name, self.mode = bundle.name, setup.mode
         self.device, self.dtype, self.quantization = setup.device, setup.dtype, setup.quantization
         self.native_size = bundle.vae.sample_size
         self.last_seed: int | None = None
         self._spec = bundle.flux
         self._backend = setup.backend
-        quantized = setup.backend is not None
-        self._model = Model(bundle.flux, bundle.vae, bundle.clip, bundle.t5, setup.dtype, quantized=quantized)
+        self._model = loading.build(bundle, setup)
         self._transformer, self._decoder = self._model.transformer, self._model.decoder
         self._room = Room(self._model, setup)
         self._conditioner = Conditioner(
@@ -90,6 +86,7 @@ class Engine:
         device: str | torch.device | None = None,
         vram_budget: float | None = None,
         cap_process: bool = False,
+        mode: str = "fast",
         quantization: str = "nf4",
         dtype: torch.dtype | None = None,
         backend: str | None = None,
@@ -104,15 +101,16 @@ class Engine:
         default the first CUDA device, else the CPU. `vram_budget`: GB (10^9 bytes) that torch may reserve for this
         engine at its peak, everything included; default 6.5, or what a smaller card has but 1. `cap_process`: have
         torch refuse more to the whole process, so that the budget holds whatever happens; only for a process that is
-        yours. `quantization`: `"nf4"`, or `"none"` to keep 16-bit weights. `dtype`: of the products; default bf16 on
-        CUDA, fp32 on the CPU. `backend`: `"bitsandbytes"` or `"reference"`; default the fastest that works.
-        `cache_dir`: where quantized weights are kept; default `$VORTEX_CACHE` or the user's cache folder.
-        `on_progress(done, total)` is told bytes.
+        yours. `mode`: `"fast"` multiplies in fp8 where the card can (compute capability 8.9); elsewhere, and the log
+        says why, it is `"exact"`, with 16-bit products. `quantization`: `"nf4"`, or `"none"` to keep 16-bit weights.
+        `dtype`: of the products; default bf16 on CUDA, fp32 on the CPU. `backend`: `"triton"`, `"bitsandbytes"` or
+        `"reference"`; default the fastest that works. `cache_dir`: where quantized weights are kept; default
+        `$VORTEX_CACHE` or the user's cache folder. `on_progress(done, total)` is told bytes.
 
         Raises `VortexInputError`, `VortexDeviceError` and `VortexCheckpointError` before any device memory is
         taken, and `VortexInitializationError` (with figures) when memory runs out; then nothing stays behind.
         """
-        setup = Setup.check(device, quantization, dtype, backend, vram_budget)
+        setup = Setup.check(device, quantization, dtype, backend, vram_budget, mode)
         bundle = open_bundle(model, clip=clip, t5=t5, vae=vae, tokenizers=tokenizers)
         cache = Cache(None if cache_dir is None else Path(cache_dir).expanduser())
         return cls._load(bundle, setup, cap_process, on_progress, cache)
@@ -125,13 +123,14 @@ class Engine:
         device: str | torch.device | None = None,
         vram_budget: float | None = None,
         cap_process: bool = False,
+        mode: str = "fast",
         quantization: str = "nf4",
         dtype: torch.dtype | None = None,
         backend: str | None = None,
         on_progress: OnLoad | None = None,
     ) -> Engine:
         """The door from diffusers: take the weights of a `FluxPipeline`, which stays as it is. Else as `load`."""
-        setup = Setup.check(device, quantization, dtype, backend, vram_budget)
+        setup = Setup.check(device, quantization, dtype, backend, vram_budget, mode)
         return cls._load(open_pipeline(pipe), setup, cap_process, on_progress, None)
 
     @classmethod
@@ -181,12 +180,7 @@ class Engine:
         """
         self._check_loaded()
         check_steps(steps)
-        if txt.ndim != 3 or txt.shape[0] != 1 or txt.shape[2] != self._spec.context:
-            raise VortexInputError(
-                f"txt must be [1, tokens, {self._spec.context}] (T5 embeddings), not {list(txt.shape)}."
-            )
-        if tuple(pooled.shape) != (1, self._spec.vec):
-            raise VortexInputError(f"pooled must be [1, {self._spec.vec}] (from CLIP), not {list(pooled.shape)}.")
+        check_embeddings(txt, pooled, self._spec.context, self._spec.vec)
 
         def condition(made: Plan | None) -> Conditioning:
             return self._conditioner.from_embeddings(
@@ -255,6 +249,16 @@ class Engine:
             self.last_seed = seed
             return self._room.use(self._demand(height, width, batch_size, tokens), draw)
 
+    def warmup(self, height: int | None = None, width: int | None = None, batch_size: int = 1) -> None:
+        """Draw once, for nothing: kernels are then compiled, and the step of this size is captured.
+
+        So the first picture takes what later ones take. Sizes and errors as in `generate`.
+        """
+        with self._lock:
+            seed = self.last_seed
+            self.generate("warm-up", seed=0, height=height, width=width, batch_size=batch_size, steps=1)
+            self.last_seed = seed
+
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures, float32 `[B, H, W, 3]` in 0..1, of clean latents `[B, 16, H/8, W/8]` in the model's scale.
@@ -262,10 +266,7 @@ class Engine:
         Raises `VortexInputError` for another shape.
         """
         self._check_loaded()
-        if latents.ndim != 4 or latents.shape[1] != self._spec.latent_channels:
-            raise VortexInputError(
-                f"latents must be [B, {self._spec.latent_channels}, H/8, W/8], not {list(latents.shape)}."
-            )
+        check_latents(latents, self._spec.latent_channels)
         batch, height, width = latents.shape[0], latents.shape[2] * 8, latents.shape[3] * 8
 
         def draw(made: Plan | None) -> Tensor:
@@ -276,30 +277,32 @@ class Engine:
         with self._lock:
             # latents from elsewhere may have sizes that no picture of ours has
             demand = self._demand(round_up(height, SIZE_MULTIPLE), round_up(width, SIZE_MULTIPLE), batch)
-            return self._room.use(demand and replace(demand, prompt=0, steps=((1, 0),)), draw)
+            return self._room.use(demand and replace(demand, prompt=0, steps=((1, 0),), graphs={}), draw)
 
     def _denoise(
         self, conditioning: Conditioning, noise: Tensor, on_step: OnStep | None, at_once: int | None
     ) -> Tensor:
         """Noise `[B, 16, H/8, W/8]` to clean latents of that shape, fp32 on the device."""
         batch, _, rows, columns = noise.shape
-        height, width = rows * 8, columns * 8
-        txt = self._transformer.txt_in(conditioning.txt.to(self.device, self.dtype))
-        modulation = conditioning.modulation.to(self.device, self.dtype)
-        cos, sin = rope(height, width, txt.shape[1], self._spec)
+        height, width, at_once = rows * 8, columns * 8, at_once or batch
+        place = self._room.placement
+        tokens = conditioning.txt.shape[1]
 
         def report(i: int, n: int, clean: Tensor) -> None:
             if on_step is not None:
-                with self._room.placement.workspace.outside():
+                with place.workspace.outside():
                     on_step(i, n, sampling.unpack(clean, height, width))
 
-        img = sampling.pack(noise).to(self.device)
-        pe = cos.to(self.device), sin.to(self.device)
-        mark("prepare")
-        rounds = conditioning.steps * -(-batch // (at_once or batch))
-        with self._room.placement.steps.open(rounds):
-            sampling.denoise(self._transformer, img, txt, modulation, pe, report if on_step else None, at_once)
-        return sampling.unpack(img, height, width)
+        with self._room.plans.open((at_once, tokens, rows * columns // 4), still=not place.steps.units) as velocity:
+            txt = self._transformer.txt_in(conditioning.txt.to(self.device, self.dtype))
+            modulation = conditioning.modulation.to(self.device, self.dtype)
+            cos, sin = sampling.rope_of(height, width, tokens, self._spec)
+            img = sampling.pack(noise).to(self.device)
+            pe = cos.to(self.device), sin.to(self.device)
+            mark("prepare")
+            with place.steps.open(conditioning.steps * -(-batch // at_once)):
+                sampling.denoise(velocity, img, txt, modulation, pe, report if on_step else None, at_once)
+            return sampling.unpack(img, height, width)
 
     def _buffer(self, *shape: int) -> Tensor:
         """A buffer that is handed out, so not in the workspace."""
@@ -390,12 +393,6 @@ class Engine:
     def _check_loaded(self) -> None:
         if not hasattr(self, "_transformer"):
             raise VortexInputError("This engine was unloaded. Load the model again with Engine.load(...).")
-
-
-@lru_cache(maxsize=8)
-def rope(height: int, width: int, tokens: int, spec: FluxSpec) -> Rope:
-    """The rotary tables of a size, in host memory: at most 4 MB each, and 10 ms to compute."""
-    return sampling.rope(sampling.positions(height, width, tokens), spec, torch.device("cpu"))
 
 
 def load_flux_schnell(model: str | Path = "tiny", **options: Any) -> Engine:

@@ -2,7 +2,7 @@
 
 Every storage that an operation makes is seen when it comes and when it goes, and the trace is fitted into one block
 as torch's allocator would (allocator.py). What a kernel takes inside is not seen, so it is added where it matters:
-a convolution may turn its input, weight and output into another layout; attention keeps statistics, and an fp32
+a convolution may turn its input, weight and output into channels last; attention keeps statistics, and an fp32
 copy of its output where heads are too wide for the fused kernels.
 """
 
@@ -56,11 +56,14 @@ class _Recorder(TorchDispatchMode):
         for key in [key for key, (_, ref) in self._live.items() if ref.expired()]:
             self.events.append((self._live.pop(key)[0], 0))
         result = func(*args, **(kwargs or {}))
+        convolves = func is torch.ops.aten.convolution.default
+        if convolves and any(_channels_last(tensor) for tensor in args[:2]):
+            result = result.contiguous(memory_format=torch.channels_last)  # as CUDA has it, and `meta` has not
         for tensor in _tensors(result):
             ref = StorageWeakRef(tensor.untyped_storage())
             if ref.cdata not in self._known and ref.cdata not in self._live and tensor.untyped_storage().nbytes():
                 self._live[ref.cdata] = (self._take(tensor.untyped_storage().nbytes()), ref)
-        if func is torch.ops.aten.convolution.default:
+        if convolves and not _channels_last(result):
             inside = sum(_nbytes(tensor) for tensor in (args[0], args[1], result))
             self.events.append((self._take(inside), 0))
         return result
@@ -86,6 +89,10 @@ class _Attention(TorchFunctionMode):
 
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _channels_last(tensor: Tensor) -> bool:
+    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
 
 
 def _nbytes(tensor: Tensor) -> int:

@@ -8,6 +8,7 @@ numbers and allocates nothing. A backend is a way to decode; it is chosen once, 
 from __future__ import annotations
 
 import logging
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -16,13 +17,16 @@ from torch import Tensor, nn
 
 from . import nf4
 from .errors import VortexInputError
+from .kernels import Operand, fused_declined
+from .kernels.operand import FP8
+from .kernels.reference import row_scales
 from .nf4 import BLOCK, NF4Weight
 
 log = logging.getLogger(__name__)
 
 
 class Backend(Protocol):
-    """Decodes NF4 weights. The result is valid until the next `decode` of the same backend."""
+    """Decodes NF4 weights. The result is valid until the next `decode` of the same backend and lane."""
 
     name: str
 
@@ -31,7 +35,7 @@ class Backend(Protocol):
         """Bytes of the workspace it keeps on the device."""
         ...
 
-    def reserve(self, numel: int, dtype: torch.dtype) -> None:
+    def reserve(self, numel: int, dtype: torch.dtype, lane: int = 0) -> None:
         """Make room for weights of up to `numel` values, so that decoding them allocates nothing."""
         ...
 
@@ -39,8 +43,13 @@ class Backend(Protocol):
         """Give the workspace back; the next `decode` or `reserve` takes it again."""
         ...
 
-    def decode(self, packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
-        """uint8 `[N, K/2]` and fp32 `[N, K/64]` to `[N, K]` in `dtype`."""
+    def decode(
+        self, packed: Tensor, absmax: Tensor, dtype: torch.dtype, row_scale: Tensor | None = None, lane: int = 0
+    ) -> Tensor:
+        """uint8 `[N, K/2]` and fp32 `[N, K/64]` to `[N, K]` in `dtype`, divided by `row_scale` `[N]` if given.
+
+        A result on one `lane` (0 or 1) does not end the other's, where a backend has lanes.
+        """
         ...
 
 
@@ -50,48 +59,105 @@ class ReferenceBackend:
     name = "reference"
     nbytes = 0
 
-    def reserve(self, numel: int, dtype: torch.dtype) -> None:
+    def reserve(self, numel: int, dtype: torch.dtype, lane: int = 0) -> None:
         """Plain torch allocates its intermediates itself."""
 
     def release(self) -> None:
         """There is nothing to give back."""
 
-    def decode(self, packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    def decode(
+        self, packed: Tensor, absmax: Tensor, dtype: torch.dtype, row_scale: Tensor | None = None, lane: int = 0
+    ) -> Tensor:
         """See `Backend.decode`."""
+        if row_scale is not None:
+            absmax = absmax / row_scale[:, None]
         return nf4.dequantize(NF4Weight(packed, absmax), dtype)
 
 
-class BitsAndBytesBackend:
-    """bitsandbytes' decode kernels; on CUDA they write into the shared workspace."""
-
-    name = "bitsandbytes"
+class Scratch:
+    """A buffer on the device that every decoded weight goes through; see `Backend` for the methods."""
 
     def __init__(self, device: torch.device) -> None:
-        self.workspace = torch.empty(0, device=device)
-
-    def reserve(self, numel: int, dtype: torch.dtype) -> None:
-        """See `Backend.reserve`."""
-        if self.workspace.device.type == "cuda" and (self.workspace.numel() < numel or self.workspace.dtype != dtype):
-            self.workspace = torch.empty(numel, dtype=dtype, device=self.workspace.device)
+        self.buffer = torch.empty(0, dtype=torch.uint8, device=device)
 
     @property
     def nbytes(self) -> int:
         """See `Backend.nbytes`."""
-        return self.workspace.numel() * self.workspace.element_size()
+        return self.buffer.numel()
+
+    def reserve(self, numel: int, dtype: torch.dtype, lane: int = 0) -> None:
+        """See `Backend.reserve`."""
+        if self.nbytes < numel * dtype.itemsize:
+            self.buffer = self.buffer.new_empty(numel * dtype.itemsize)
 
     def release(self) -> None:
         """See `Backend.release`."""
-        self.workspace = self.workspace.new_empty(0)
+        self.buffer = self.buffer.new_empty(0)
 
-    def decode(self, packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
-        """See `Backend.decode`."""
-        shape = [packed.shape[0], packed.shape[1] * 2]
-        arguments = (packed.view(-1, 1), absmax.view(-1), BLOCK, "nf4", shape, dtype)
-        if packed.device.type != "cuda":  # bitsandbytes has no out= variant for the CPU
-            return torch.ops.bitsandbytes.dequantize_4bit.default(*arguments)
+    def view(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """The front of the buffer as `shape`; grows it if need be."""
         numel = shape[0] * shape[1]
         self.reserve(numel, dtype)
-        out = self.workspace[:numel].view(shape)
+        return self.buffer[: numel * dtype.itemsize].view(dtype).view(shape)
+
+
+class TritonBackend:
+    """Vortex's own decode kernels, near the speed of memory; the ones that decode to fp8 too.
+
+    It has a workspace for each lane, so that two sequences can compute beside each other.
+    """
+
+    name = "triton"
+
+    def __init__(self, device: torch.device) -> None:
+        self._lanes = (Scratch(device), Scratch(device))
+
+    @property
+    def nbytes(self) -> int:
+        """See `Backend.nbytes`."""
+        return sum(lane.nbytes for lane in self._lanes)
+
+    def reserve(self, numel: int, dtype: torch.dtype, lane: int = 0) -> None:
+        """See `Backend.reserve`; for one lane."""
+        self._lanes[lane].reserve(numel, dtype)
+
+    def release(self) -> None:
+        """See `Backend.release`."""
+        for lane in self._lanes:
+            lane.release()
+
+    def decode(
+        self, packed: Tensor, absmax: Tensor, dtype: torch.dtype, row_scale: Tensor | None = None, lane: int = 0
+    ) -> Tensor:
+        """See `Backend.decode`."""
+        from .kernels import fused
+
+        out = self._lanes[lane].view((packed.shape[0], packed.shape[1] * 2), dtype)
+        fused.decode(packed, absmax, out, row_scale)
+        return out
+
+
+class BitsAndBytesBackend(Scratch):
+    """bitsandbytes' decode kernels, in 16 and 32 bits only; on CUDA they write into the workspace."""
+
+    name = "bitsandbytes"
+
+    def reserve(self, numel: int, dtype: torch.dtype, lane: int = 0) -> None:
+        """See `Backend.reserve`. bitsandbytes has no out= variant for the CPU, so there it allocates itself."""
+        if self.buffer.device.type == "cuda":
+            super().reserve(numel, dtype)
+
+    def decode(
+        self, packed: Tensor, absmax: Tensor, dtype: torch.dtype, row_scale: Tensor | None = None, lane: int = 0
+    ) -> Tensor:
+        """See `Backend.decode`."""
+        if row_scale is not None:  # not one of its kernels; `fast` on a GPU has the Triton backend
+            return ReferenceBackend().decode(packed, absmax, dtype, row_scale)
+        shape = (packed.shape[0], packed.shape[1] * 2)
+        arguments = (packed.view(-1, 1), absmax.view(-1), BLOCK, "nf4", list(shape), dtype)
+        if packed.device.type != "cuda":
+            return torch.ops.bitsandbytes.dequantize_4bit.default(*arguments)
+        out = self.view(shape, dtype)
         torch.ops.bitsandbytes.dequantize_4bit.out(*arguments, out=out)
         return out
 
@@ -107,13 +173,19 @@ class NF4Linear(nn.Module):
     packed: Tensor
     absmax: Tensor
     bias: Tensor | None
+    row_scale: Tensor | None
 
     def __init__(self, weight: NF4Weight, bias: Tensor | None, backend: Backend) -> None:
         super().__init__()
         self.register_buffer("packed", weight.packed)
         self.register_buffer("absmax", weight.absmax)
         self.register_buffer("bias", bias)
+        self.register_buffer("row_scale", None)
         self.backend = backend
+
+    def prepare_fp8(self) -> None:
+        """Find what each row of the weight is divided by in fp8: 4 bytes a row."""
+        self.row_scale = row_scales(self.absmax)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., K]` to `[..., N]`."""
@@ -125,24 +197,107 @@ class NF4Linear(nn.Module):
         return f"in_features={half_k * 2}, out_features={n}, backend={self.backend.name}"
 
 
+def multiply(linear: nn.Module, x: Operand, out: Tensor, lane: int = 0) -> None:
+    """`x @ W.T + b` of an `NF4Linear` or `nn.Linear` into `out` `[B, T, N]`, with fp32 accumulation.
+
+    `x` is an operand `[B, T, K]`, in fp8 if it has a scale; `lane` as in `Backend.decode`. Pictures that do not lie one
+    after another in memory take a product each.
+    """
+    if isinstance(linear, NF4Linear):
+        row_scale = None if x.scale is None else linear.row_scale
+        weight = linear.backend.decode(linear.packed, linear.absmax, x.values.dtype, row_scale, lane)
+    else:
+        assert isinstance(linear, nn.Linear)
+        row_scale, weight = None, linear.weight
+    if _lie_together(x.values) and _lie_together(out):
+        scale = None if x.scale is None else x.scale.flatten()
+        product(x.values.flatten(0, 1), scale, weight, row_scale, linear.bias, out.flatten(0, 1))
+    else:
+        for i, picture in enumerate(out):
+            scale = None if x.scale is None else x.scale[i]
+            product(x.values[i], scale, weight, row_scale, linear.bias, picture)
+
+
+def product(
+    x: Tensor, scale: Tensor | None, weight: Tensor, row_scale: Tensor | None, bias: Tensor | None, out: Tensor
+) -> None:
+    """`x` `[M, K]` times `weight` `[N, K]`, with scales `[M]` and `[N]` in fp8, into `out` `[M, N]`."""
+    if scale is None:
+        if bias is None:
+            torch.mm(x, weight.t(), out=out)
+        else:
+            torch.addmm(bias, x, weight.t(), out=out)
+        return
+    assert row_scale is not None
+    if x.device.type == "cuda":
+        torch._scaled_mm(
+            x, weight.t(), scale[:, None], row_scale[None, :], bias,
+            out_dtype=out.dtype, use_fast_accum=True, out=out,
+        )  # fmt: skip
+    else:  # the same numbers, so that fidelity can be judged anywhere
+        y = (x.float() * scale[:, None]) @ (weight.float() * row_scale[:, None]).t()
+        out.copy_(y if bias is None else y + bias)
+
+
+def _lie_together(x: Tensor) -> bool:
+    return x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
+
+
+def fp8_declined(device: torch.device) -> str | None:
+    """Why `fast` products cannot run on `device`, or None."""
+    declined = fused_declined(device)
+    if declined is None and torch.cuda.get_device_capability(device) < (8, 9):
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"fp8 needs compute capability 8.9, and this card has {major}.{minor}"
+    return declined or _fp8_broken(device)
+
+
+@cache
+def _fp8_broken(device: torch.device) -> str | None:
+    """Why this torch cannot multiply a sample in fp8 with a scale a row, or None."""
+    x, weight = (torch.ones(rows, 64, device=device).to(FP8) for rows in (16, 32))
+    scales = [torch.ones(rows, device=device) for rows in (16, 32)]
+    out = torch.empty(16, 32, dtype=torch.bfloat16, device=device)
+    try:
+        product(x, scales[0], weight, scales[1], torch.zeros_like(out[0]), out)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        return f"torch {torch.__version__} does not: {str(error).partition(chr(10))[0]}"
+    return None if bool((out == 64).all()) else "a sample product is wrong"
+
+
+BACKENDS = ("triton", "bitsandbytes", "reference")  # the fastest first
+
+
 def choose_backend(device: torch.device, name: str | None = None) -> Backend:
     """The NF4 backend for `device`: `name` if given, else the fastest that works here. Logs the choice and why.
 
     Raises `VortexInputError` for an unknown name, or for a named backend that does not work on this machine.
     """
-    if name not in (None, "bitsandbytes", "reference"):
-        raise VortexInputError(f"Unknown backend {name!r}; choose 'bitsandbytes' or 'reference'.")
-    if name == "reference":
-        log.info("NF4 backend: reference (asked for)")
-        return ReferenceBackend()
-    declined = bitsandbytes_declined(device)
-    if declined is None:
-        log.info("NF4 backend: bitsandbytes on %s (%s)", device, "asked for" if name else "its decode works here")
-        return BitsAndBytesBackend(device)
-    if name == "bitsandbytes":
-        raise VortexInputError(f"The bitsandbytes backend does not work on {device}: {declined}")
-    log.warning("NF4 backend: reference, slower; bitsandbytes declined on %s: %s", device, declined)
-    return ReferenceBackend()
+    if name not in (None, *BACKENDS):
+        raise VortexInputError(f"Unknown backend {name!r}; choose 'triton', 'bitsandbytes' or 'reference'.")
+    reasons: list[str] = []
+    for candidate in BACKENDS if name is None else (name,):
+        declined = backend_declined(candidate, device)
+        if declined is None:
+            why = "asked for" if name else "; ".join(reasons) or "the fastest"
+            slow = name is None and candidate == "reference"
+            log.log(logging.WARNING if slow else logging.INFO, "NF4 backend: %s on %s (%s)", candidate, device, why)
+            return _backend(candidate, device)
+        reasons.append(f"{candidate} declined: {declined}")
+    raise VortexInputError(f"The {name} backend does not work on {device}: {declined}")
+
+
+def backend_declined(name: str, device: torch.device) -> str | None:
+    """Why a backend cannot decode on `device`, or None."""
+    if name == "triton":
+        return fused_declined(device)
+    return bitsandbytes_declined(device) if name == "bitsandbytes" else None
+
+
+def _backend(name: str, device: torch.device) -> Backend:
+    if name == "triton":
+        return TritonBackend(device)
+    return BitsAndBytesBackend(device) if name == "bitsandbytes" else ReferenceBackend()
 
 
 def bitsandbytes_declined(device: torch.device) -> str | None:

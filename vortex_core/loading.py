@@ -15,8 +15,9 @@ from .checkpoint.cache import Cache
 from .checkpoint.materialize import Target
 from .device import resolve_device
 from .errors import GB, VortexInitializationError, VortexInputError
+from .kernels import Kernels, choose_kernels, reference
 from .latency import Stopwatch, mark
-from .linear import Backend, choose_backend
+from .linear import Backend, choose_backend, fp8_declined
 from .model import Model, Sources
 from .placement import Placement
 from .planner import Plan, plan, smallest_budget
@@ -26,19 +27,25 @@ log = logging.getLogger(__name__)
 
 OnLoad = Callable[[int, int], None]
 QUANTIZATIONS = ("nf4", "none")
+MODES = ("fast", "exact")
 DEFAULT_BUDGET = 6.5 * GB
 CONTEXT = 1 * GB  # what a card needs besides: the CUDA context, the desktop
 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """How a model is to be loaded, checked. `backend` None: 16-bit weights. `budget` None: no VRAM to budget."""
+    """How a model is to be loaded, checked. `backend` None: 16-bit weights. `budget` None: no VRAM to budget.
+
+    `mode` is what it will be, which may not be what was asked for.
+    """
 
     device: torch.device
     quantization: str
     dtype: torch.dtype
     backend: Backend | None
     budget: int | None
+    mode: str
+    kernels: Kernels
 
     @classmethod
     def check(
@@ -48,19 +55,38 @@ class Setup:
         dtype: torch.dtype | None,
         backend: str | None,
         vram_budget: float | None,
+        mode: str,
     ) -> Setup:
         """Check `Engine.load`'s options; takes no memory. Raises `VortexInputError` and `VortexDeviceError`."""
         where = resolve_device(device)
         if quantization not in QUANTIZATIONS:
             raise VortexInputError(f"Unknown quantization {quantization!r}; choose from {', '.join(QUANTIZATIONS)}.")
+        if mode not in MODES:
+            raise VortexInputError(f"Unknown mode {mode!r}; choose from {', '.join(MODES)}.")
         total = snapshot(where).total if where.type == "cuda" else None
+        dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
+        budget = check_budget(vram_budget, total)
+        decoder = choose_backend(where, backend) if quantization == "nf4" else None
         return cls(
-            device=where,
-            quantization=quantization,
-            dtype=dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32),
-            budget=check_budget(vram_budget, total),
-            backend=choose_backend(where, backend) if quantization == "nf4" else None,
+            where, quantization, dtype, decoder, budget, choose_mode(mode, where, dtype, decoder), choose_kernels(where)
         )
+
+
+def choose_mode(mode: str, device: torch.device, dtype: torch.dtype, backend: Backend | None) -> str:
+    """`mode`, or `exact` where `fast` cannot be, and why in the log."""
+    if mode == "exact":
+        return mode
+    declined = fp8_declined(device)
+    if backend is None:
+        declined = "it multiplies NF4 weights, and these are not"
+    elif declined is None and backend.name != "triton":
+        declined = f"only the triton backend decodes to fp8, and {backend.name} was asked for"
+    elif declined is None and dtype != torch.bfloat16:
+        declined = f"products in fp8 end in bf16, and {dtype} was asked for"
+    if declined is None:
+        return mode
+    log.log(logging.WARNING if device.type == "cuda" else logging.INFO, "Mode: exact; fast declined: %s", declined)
+    return "exact"
 
 
 def check_budget(vram_budget: object, total: int | None) -> int | None:
@@ -80,6 +106,18 @@ def check_budget(vram_budget: object, total: int | None) -> int | None:
             f"{(total - CONTEXT) / GB:.1f}, which leaves 1 GB for the CUDA context and the desktop."
         )
     return int(vram_budget * GB)
+
+
+def build(bundle: Bundle, setup: Setup) -> Model:
+    """The modules on `meta`, ready for the weights."""
+    fast, quantized = setup.mode == "fast", setup.backend is not None
+    flux, vae, clip, t5 = bundle.flux, bundle.vae, bundle.clip, bundle.t5
+    model = Model(
+        flux, vae, clip, t5, setup.dtype, quantized=quantized, fast=fast, fused=setup.kernels is not reference
+    )
+    side = torch.cuda.Stream(setup.device) if fast else None
+    model.transformer.use(setup.kernels, fast=fast, side=side)
+    return model
 
 
 def first_plan(name: str, model: Model, setup: Setup) -> Plan | None:

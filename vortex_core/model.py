@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from . import nf4, sampling
 from .allocator import MIB
@@ -15,13 +16,15 @@ from .checkpoint.materialize import Target, check, is_quantized, materialize
 from .checkpoint.tensors import Tensors
 from .conditioning import Modulation
 from .footprint import META, footprint
-from .linear import Backend
+from .kernels import Kernels
+from .linear import Backend, NF4Linear
 from .nf4 import BLOCK, NF4Weight
 from .planner import BLOCKS, Demand, Piece
+from .plans import Plan, Velocity, graph_bytes, plan_bytes
 from .residency import Unit, aligned
 from .spec import MAX_STEPS, T5_TOKENS, FluxSpec, VaeSpec
 from .text import T5, Clip
-from .transformer import Transformer
+from .transformer import Rope, Transformer
 from .vae import Decoder, decode
 
 Sources = Mapping[str, Tensors]  # the canonical tensors of `transformer`, `clip`, `t5` and `vae`
@@ -32,10 +35,21 @@ MOST_AT_ONCE = 8  # pictures; more fill the card no better
 STRIPS = (None, 32)  # rows of a strip of the VAE, None: an eighth of the picture; the lower, the slower
 
 
+class _Nothing:
+    """Stands for the fused kernels where only what is allocated counts."""
+
+    def group_moments(self, x: Tensor, groups: int) -> Tensor:
+        return x.new_empty(1, groups, 3, dtype=torch.float32)
+
+    def norm_silu(self, x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> Tensor:
+        return out
+
+
 class Model:
     """The modules of one FLUX.1-schnell; `units` of them in the order they run, `pieces` as the planner sees those.
 
-    Products are in `dtype`, linears in NF4 where `quantized`.
+    Products are in `dtype`, linears in NF4 where `quantized`; the blocks' products in fp8 where `fast`. `fused`: with
+    Triton's kernels, which allocate nothing, and a step that is captured.
     """
 
     def __init__(
@@ -47,8 +61,11 @@ class Model:
         dtype: torch.dtype,
         *,
         quantized: bool,
+        fast: bool = False,
+        fused: bool = False,
     ) -> None:
         self.flux, self.vae, self.dtype, self.quantized = flux, vae, dtype, quantized
+        self.fast, self.fused = fast, fused
         self.clip, self.t5 = Clip(clip), T5(t5)
         with META:
             self.transformer, self.modulation, self.decoder = Transformer(flux), Modulation(flux), Decoder(vae)
@@ -57,6 +74,7 @@ class Model:
         self.pieces = tuple(Piece(unit.name, unit.group, self._nbytes(unit)) for unit in self.units)
         linears = (part for unit in self.units for module in unit.modules for part in module.modules())
         self.largest_linear = max(part.weight.numel() for part in linears if isinstance(part, nn.Linear))  # values
+        self.text_linear = flux.hidden * flux.mlp  # values; the largest of a double block's
         self._footprints: dict[tuple[str | int | None, ...], int] = {}
 
     def _units(self) -> Iterator[Unit]:
@@ -105,6 +123,12 @@ class Model:
             # CLIP and the VAE are small, and stay as they are
             how = target if source in ("transformer", "t5") else replace(target, backend=None)
             materialize(module, sources[source], how, prefix=prefix)
+        if self.fused and unit.group == "vae":
+            self.decoder.channels_last()
+        if self.fast and unit.group == BLOCKS:
+            for linear in (part for module in unit.modules for part in module.modules()):
+                if isinstance(linear, NF4Linear):
+                    linear.prepare_fp8()
 
     def _nbytes(self, unit: Unit) -> int:
         size, total = self.dtype.itemsize, 0
@@ -119,6 +143,8 @@ class Model:
                 values = parameter.numel()
                 if name in packed:
                     total += aligned(values // 2) + aligned(values // BLOCK * 4)
+                    if self.fast and unit.group == BLOCKS:
+                        total += aligned(parameter.shape[0] * 4)  # a scale for each row
                 else:
                     total += aligned(values * size)
         return total
@@ -132,6 +158,10 @@ class Model:
         steps = tuple(
             (number, decoding + self._remember(self._steps, height, width, tokens, number)) for number in slices
         )
+        graphs: dict[int, int] = {}
+        if self.fused:
+            sizes = {number: (number, tokens, height * width // 256) for number in slices}
+            graphs = {number: graph_bytes(self.flux, size, self.dtype) for number, size in sizes.items()}
         # with its encoders streaming, whether they do or not: the height of strips is to depend on sizes alone
         prompt = self.t5.working_bytes + decoding
         room = max(steps[-1][1], prompt + 2 * max(piece.nbytes for piece in self.pieces if piece.group == "t5"))
@@ -141,7 +171,7 @@ class Model:
                 break
         # noise, latents, velocity and clean latents, fp32
         latents = 4 * batch * self.flux.latent_channels * (height // 8) * (width // 8) * 4
-        return Demand(height, width, batch, prompt, steps, decode, rows, latents, fixed)
+        return Demand(height, width, batch, prompt, steps, decode, rows, latents, fixed, graphs)
 
     def prompt_demand(self, backend: Backend | None = None) -> Demand:
         """What a prompt takes without a picture."""
@@ -150,11 +180,14 @@ class Model:
 
     def _buffers(self, backend: Backend | None) -> tuple[tuple[int, ...], int]:
         """Buffers that are always there, and what decoding a weight takes for a moment."""
+        # one more for the stream that graphs are captured on, and one for that of the text
+        blas = (BLAS,) * (1 + self.fused + self.fast)
         if not self.quantized:
-            return (BLAS,), 0
-        if backend is None or backend.name == "bitsandbytes":
-            return (BLAS, self.largest_linear * self.dtype.itemsize), 0
-        return (BLAS,), self._remember(self._decoding)
+            return blas, 0
+        if backend is None or backend.name in ("triton", "bitsandbytes"):
+            text = (self.text_linear,) if self.fast else ()  # in fp8
+            return (*blas, self.largest_linear * self.dtype.itemsize, *text), 0
+        return blas, self._remember(self._decoding)
 
     def _remember(self, measure: Callable[..., int], *sizes: int | None) -> int:
         key = (measure.__name__, *sizes)
@@ -176,15 +209,34 @@ class Model:
                 txt = torch.empty(1, tokens, self.flux.context, dtype=self.dtype)
                 table = torch.empty(MAX_STEPS, self.flux.modulation_rows, self.flux.hidden, dtype=self.dtype)
                 cos, sin = (torch.empty(tokens + count, self.flux.head_dim // 2) for _ in range(2))
+                size = (batch, tokens, count)
+                buffer = torch.empty(plan_bytes(self.flux, size, self.dtype, fast=self.fast), dtype=torch.uint8)
             txt = transformer.txt_in(txt)
-            sampling.denoise(transformer, img, txt, table[:2], (cos, sin))
+            velocity = self._attention(size) if self.fused else Plan(transformer, size, buffer)
+            rows = transformer.spec.modulation_rows
+            sampling.denoise(velocity, img, txt, table[:2, :rows], (cos, sin))
             sampling.unpack(img, height, width).contiguous()
 
         return footprint(steps)
 
+    def _attention(self, size: tuple[int, int, int]) -> Velocity:
+        """A step's own allocations where kernels are fused: attention's output."""
+        batch, txt_tokens, img_tokens = size
+
+        def velocity(img: Tensor, txt: Tensor, modulation: Tensor, pe: Rope) -> Tensor:
+            q = torch.empty(batch, self.flux.heads, 1, self.flux.head_dim, dtype=self.dtype, device=META)
+            q = q.expand(-1, -1, txt_tokens + img_tokens, -1)
+            F.scaled_dot_product_attention(q, q, q)
+            return img
+
+        return velocity
+
     def _decode(self, height: int, width: int, rows: int | None) -> int:
         with META:
             decoder = Decoder(self.vae).to(self.dtype).requires_grad_(False)
+            if self.fused:
+                decoder.channels_last()
+                decoder.use(cast(Kernels, _Nothing()))
             latents = torch.empty(1, self.flux.latent_channels, height // 8, width // 8)
             out = torch.empty(1, height, width, 3)
         return footprint(lambda: decode(decoder, latents, out, rows))

@@ -8,8 +8,8 @@ allocator rounds them, the working memory of the largest stage, the finished pic
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from .allocator import LARGE_STEP, MEDIUM_SEGMENT, MIB, reserved, round_up
 
@@ -34,7 +34,8 @@ class Demand:
 
     `prompt`: the encoders' activations. `steps`: for each number of pictures that may be drawn at once, largest
     first, what the steps take. `decode`: the VAE, in strips of `rows`. `latents`: those of the whole batch, on the way
-    from noise to pictures. `fixed`: buffers that are always there.
+    from noise to pictures. `fixed`: buffers that are always there. `graphs`: for each number of pictures at once, what
+    its captured step keeps besides.
     """
 
     height: int
@@ -46,6 +47,7 @@ class Demand:
     rows: int | None
     latents: int = 0
     fixed: tuple[int, ...] = ()
+    graphs: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def pictures(self) -> int:
@@ -89,7 +91,14 @@ class Plan:
     def peak(self) -> int:
         """The most that torch will have reserved, everything included."""
         weights = (piece.nbytes for piece in self.resident)
-        return reserved((*self.demand.fixed, *weights, self.demand.pictures)) + self.workspace + SLACK
+        kept = reserved((*self.demand.fixed, *weights, self.demand.pictures))
+        return kept + self.workspace + self.graphs + SLACK
+
+    @property
+    def graphs(self) -> int:
+        """What captured steps keep besides the workspace; with blocks that stream, nothing is captured."""
+        streams = any(piece.group == BLOCKS and piece.name in self.streamed for piece in self.pieces)
+        return 0 if streams else self.demand.graphs.get(self.slice, 0)
 
     @property
     def breakdown(self) -> dict[str, int]:
@@ -97,7 +106,8 @@ class Plan:
         parts = dict.fromkeys((BLOCKS, *ALWAYS, *PROMPT), 0)
         for piece in self.resident:
             parts[piece.group] += piece.nbytes
-        parts |= {"buffers": sum(self.demand.fixed), "workspace": self.workspace, "pictures": self.demand.pictures}
+        parts |= {"buffers": sum(self.demand.fixed), "workspace": self.workspace, "graphs": self.graphs}
+        parts |= {"pictures": self.demand.pictures}
         return parts | {"rounding and slack": self.peak - sum(parts.values())}
 
     @property

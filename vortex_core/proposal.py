@@ -63,7 +63,7 @@ class Proposal:
         batch = f"{demand.batch} pictures, {made.slice} at once" if demand.batch > 1 else "1 picture"
         return [
             f"{made.workspace / GB:6.2f} GB  working memory, the largest of: {stages}",
-            f"{sum(demand.fixed) / GB:6.2f} GB  a decoded weight, cuBLAS",
+            f"{(sum(demand.fixed) + made.graphs) / GB:6.2f} GB  a decoded weight, cuBLAS, the captured step",
             f"{demand.pictures / GB:6.2f} GB  {batch} of {demand.width} x {demand.height}, decoded in strips of "
             f"{decoded}",
             f"{made.peak / GB:6.2f} GB  predicted peak of torch reserved, of {self.budget / GB:g} GB; "
@@ -107,11 +107,12 @@ def propose(
     """
     budget = check_budget(vram, None)
     assert budget is not None
+    how: dict[str, Any] = {"dtype": torch.bfloat16, "quantized": True, "fast": True, "fused": True}
     if model is None:
-        whole = Model(FluxSpec(), VaeSpec(), CLIP_L, T5_XXL, torch.bfloat16, quantized=True)
+        whole = Model(FluxSpec(), VaeSpec(), CLIP_L, T5_XXL, **how)
     else:
         bundle = open_bundle(model, **others)
-        whole = Model(bundle.flux, bundle.vae, bundle.clip, bundle.t5, torch.bfloat16, quantized=True)
+        whole = Model(bundle.flux, bundle.vae, bundle.clip, bundle.t5, **how)
     side = whole.vae.sample_size
     request = Request(0, side if height is None else height, side if width is None else width, DEFAULT_STEPS, batch)
     demand = whole.demand(request.height, request.width, batch)

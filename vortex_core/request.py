@@ -63,3 +63,17 @@ def check_steps(steps: object) -> None:
     """Raise `VortexInputError` unless `steps` is a whole number from 1 to 8."""
     if not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
         raise VortexInputError(f"steps must be from 1 to {MAX_STEPS} (schnell is made for 4), not {steps!r}.")
+
+
+def check_embeddings(txt: Tensor, pooled: Tensor, context: int, vec: int) -> None:
+    """Raise `VortexInputError` for other shapes than `[1, N, context]` and `[1, vec]`."""
+    if txt.ndim != 3 or txt.shape[0] != 1 or txt.shape[2] != context:
+        raise VortexInputError(f"txt must be [1, tokens, {context}] (T5 embeddings), not {list(txt.shape)}.")
+    if tuple(pooled.shape) != (1, vec):
+        raise VortexInputError(f"pooled must be [1, {vec}] (from CLIP), not {list(pooled.shape)}.")
+
+
+def check_latents(latents: Tensor, channels: int) -> None:
+    """Raise `VortexInputError` for another shape than `[B, channels, H/8, W/8]`."""
+    if latents.ndim != 4 or latents.shape[1] != channels:
+        raise VortexInputError(f"latents must be [B, {channels}, H/8, W/8], not {list(latents.shape)}.")

@@ -103,14 +103,15 @@ class Unit:
         self.host: Tensor | None = None
         self.streams = False
         self.nbytes = 0
-        self._slots: list[tuple[Tensor, int]] = []  # each tensor, and its offset in the buffer
+        self._slots: list[tuple[Tensor, int, tuple[int, ...]]] = []  # each tensor, its offset in the buffer, strides
 
     def measure(self) -> int:
         """Lay the tensors out; the bytes of the buffer they need."""
         self._slots, self.nbytes = [], 0
         for module in self.modules:
             for tensor in _tensors(module):
-                self._slots.append((tensor, self.nbytes))
+                strides = torch.empty_like(tensor, device="meta").stride()  # dense, channels last if it was
+                self._slots.append((tensor, self.nbytes, strides))
                 self.nbytes += aligned(tensor.numel() * tensor.element_size())
         return self.nbytes
 
@@ -119,16 +120,19 @@ class Unit:
         self.device, self.host, self.streams = device, host, host is not None
         buffer = host if device is None else device
         assert buffer is not None
-        for tensor, offset in self._slots:
-            source = tensor.data.contiguous().view(-1).view(torch.uint8)
-            buffer[offset : offset + source.numel()].copy_(source)
-        self.bind(buffer)
+        for tensor, view in self._views(buffer):
+            view.copy_(tensor.data)
+            tensor.data = view
 
     def bind(self, buffer: Tensor) -> None:
         """Turn the tensors into views of `buffer` (uint8, at least `nbytes`)."""
-        for tensor, offset in self._slots:
+        for tensor, view in self._views(buffer):
+            tensor.data = view
+
+    def _views(self, buffer: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        for tensor, offset, strides in self._slots:
             span = buffer[offset : offset + tensor.numel() * tensor.element_size()]
-            tensor.data = span.view(tensor.dtype).view(tensor.shape)
+            yield tensor, span.view(tensor.dtype).as_strided(tensor.shape, strides)
 
     def to_device(self, device: torch.device) -> None:
         """Make it resident. Raises torch's `OutOfMemoryError`, unchanged."""

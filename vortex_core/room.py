@@ -12,10 +12,12 @@ import torch
 
 from .allocator import segment
 from .errors import GB, MemoryPressureError, MemoryPressureWarning
+from .kernels.operand import FP8
 from .loading import Setup
 from .model import Model
 from .placement import Placement
 from .planner import SLACK, Demand, Plan, plan, smallest_budget
+from .plans import Plans
 from .vram import Ledger, available, cap_process, snapshot
 
 log = logging.getLogger(__name__)
@@ -34,6 +36,8 @@ class Room:
         self.device, self.dtype, self.budget, self.backend = setup.device, setup.dtype, setup.budget, setup.backend
         self.model = model
         self.placement = Placement(model.units, setup.device)
+        allocates = setup.backend is not None and setup.backend.name == "reference"
+        self.plans = Plans(model.transformer, self.placement.workspace, allocates=allocates)
         self.plan: Plan | None = None
         self.resident = False
         self._capped = False
@@ -55,6 +59,8 @@ class Room:
         """Weights are in place: make the buffer that every product needs."""
         if self.backend is not None:
             self.backend.reserve(self.model.largest_linear, self.dtype)
+            if self.model.fast:  # a lane of its own for the text
+                self.backend.reserve(self.model.text_linear, FP8, lane=1)
         self.resident = True
 
     def use(self, demand: Demand | None, work: Callable[[Plan | None], Result]) -> Result:
@@ -107,34 +113,51 @@ class Room:
 
     def _move(self, made: Plan, limit: float) -> None:
         workspace = self.placement.workspace
+        if made.streamed != self.placement.streamed:
+            self.plans.clear()  # weights move
         self.placement.place(made.streamed)
         self.arrived()
-        if made.peak + max(0, workspace.nbytes - made.workspace) > limit:
+        if made.peak + self._excess(made) > limit:
+            self.plans.clear()
             workspace.release()
         if self.device.type == "cuda":
             self._warm_up()
             self._tidy(made)
+        if workspace.nbytes < made.workspace:
+            self.plans.clear()  # the block moves
         workspace.reserve(made.workspace)
 
+    def _excess(self, made: Plan) -> int:
+        """What larger pictures left that this one does not need."""
+        workspace = max(0, self.placement.workspace.nbytes - made.workspace)
+        return workspace + max(0, self.plans.nbytes - made.graphs)
+
     def _warm_up(self) -> None:
-        """Have this thread's cuBLAS take the workspace that it keeps, so that it does not lie in ours."""
-        if not hasattr(self._warm, "done"):
-            x = torch.ones(16, 16, dtype=self.dtype, device=self.device)
-            torch.nn.functional.linear(x, x, x[0])
-            self._warm.done = True
+        """Have this thread's cuBLAS take the workspaces that it keeps for streams, so that they do not lie in ours."""
+        if hasattr(self._warm, "done"):
+            return
+        x = torch.ones(16, 16, dtype=self.dtype, device=self.device)
+        torch.cuda.synchronize(self.device)
+        transformer = self.model.transformer
+        streams = (None, transformer.side, self.plans.stream) if transformer.fused else (None,)
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                torch.nn.functional.linear(x, x, x[0])
+        torch.cuda.synchronize(self.device)
+        self._warm.done = True
 
     def _tidy(self, made: Plan) -> None:
         """Give back what earlier pictures of other sizes left cached, where it does not fit beside this one."""
         memory, workspace = snapshot(self.device, process=False), self.placement.workspace
         others = memory.allocated - sum(self.components.values())
-        growth = max(0, made.workspace - workspace.nbytes)
-        if memory.reserved - others + growth > made.peak - SLACK // 2 + max(0, workspace.nbytes - made.workspace):
+        growth = max(0, made.workspace - workspace.nbytes) + max(0, made.graphs - self.plans.nbytes)
+        if memory.reserved - others + growth > made.peak - SLACK // 2 + self._excess(made):
             torch.cuda.empty_cache()
 
     def _audit(self, made: Plan, before: int) -> None:
         """Warn where a call had torch reserve more than its plan says."""
         grown = snapshot(self.device, process=False).reserved - before
-        if grown > segment(made.demand.pictures) + SLACK:
+        if grown > segment(made.demand.pictures) + made.graphs + SLACK:
             rows = ", ".join(f"{name} {size / GB:.2f}" for name, size in self.ledger.rows.items())
             warnings.warn(
                 f"This call had torch reserve {grown / GB:.2f} GB more, which was not planned; now, in GB: {rows}.",
@@ -158,7 +181,8 @@ class Room:
     @property
     def components(self) -> dict[str, int]:
         """Bytes on the device between calls, by component."""
-        return {**self.placement.resident_bytes, "decoded weight": self.backend.nbytes if self.backend else 0}
+        decoded = self.backend.nbytes if self.backend else 0
+        return {**self.placement.resident_bytes, "decoded weight": decoded, "graphs": self.plans.nbytes}
 
     @property
     def ledger(self) -> Ledger:
@@ -171,6 +195,7 @@ class Room:
     def offload(self) -> None:
         """Move everything to host memory and hand the VRAM back to the driver."""
         self.resident = False
+        self.plans.clear()
         if self.backend is not None:
             self.backend.release()
         self.placement.offload()

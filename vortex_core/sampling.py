@@ -6,6 +6,7 @@ Legend: B pictures, H and W in pixels, S = H/16 * W/16 packed tokens, N text tok
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from .latency import mark
 from .spec import FluxSpec
-from .transformer import Rope, Transformer
+from .transformer import Rope
 
 
 def noise(seed: int, batch: int, height: int, width: int, channels: int = 16) -> Tensor:
@@ -61,8 +62,14 @@ def rope(ids: Tensor, spec: FluxSpec, device: torch.device) -> Rope:
     return angle.cos().float().to(device), angle.sin().float().to(device)
 
 
+@lru_cache(maxsize=8)
+def rope_of(height: int, width: int, tokens: int, spec: FluxSpec) -> Rope:
+    """The rotary tables of a size, in host memory: at most 4 MB each, and 10 ms to compute."""
+    return rope(positions(height, width, tokens), spec, torch.device("cpu"))
+
+
 def denoise(
-    transformer: Transformer,
+    transformer: Callable[[Tensor, Tensor, Tensor, Rope], Tensor],
     img: Tensor,
     txt: Tensor,
     modulation: Tensor,

@@ -11,11 +11,12 @@ that about one map is in memory at a time.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .kernels import Kernels, reference
 
 Map = list[Tensor]
 
@@ -47,27 +48,26 @@ def windows(strips: Map, *, keep: bool = False) -> Iterator[Window]:
         yield window
 
 
+class GroupNorm(nn.GroupNorm):
+    """A GroupNorm that SiLU follows, computed with `kernels`; see `Norm`."""
+
+    kernels: Kernels = reference
+
+
 class Norm:
     """A GroupNorm and SiLU, with statistics of a whole map, to be applied to any of its rows."""
 
-    def __init__(self, norm: nn.GroupNorm, strips: Map) -> None:
-        # each strip's own mean and variance, joined as Chan et al. (1979) do: no difference of large sums
-        moments = [torch.var_mean(strip.float().reshape(norm.num_groups, -1), dim=1, correction=0) for strip in strips]
-        variances, means = (torch.stack(part) for part in zip(*moments, strict=True))  # [strips, groups]
-        heights = [strip.shape[2] for strip in strips]
-        runs = [(height, len(list(same))) for height, same in groupby(heights)]
-        # filled on the device: sending them would wait for it
-        weights = torch.cat([means.new_full((count, 1), height / sum(heights)) for height, count in runs])
-        mean = (weights * means).sum(0)
-        variance = (weights * (variances + (means - mean).square())).sum(0)
+    def __init__(self, norm: GroupNorm, strips: Map) -> None:
+        self._kernels = norm.kernels
+        parts = torch.cat([self._kernels.group_moments(strip, norm.num_groups) for strip in strips])
+        mean, variance = reference.join_moments(parts)
         channels = norm.num_channels // norm.num_groups
-        scale = norm.weight.float() * (variance + norm.eps).rsqrt().repeat_interleave(channels)
-        shift = norm.bias.float() - mean.repeat_interleave(channels) * scale
-        self.scale, self.shift = scale[:, None, None], shift[:, None, None]
+        self._scale = norm.weight.float() * (variance + norm.eps).rsqrt().repeat_interleave(channels)
+        self._shift = norm.bias.float() - mean.repeat_interleave(channels) * self._scale
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[1, C, rows, W]`, same out."""
-        return F.silu(torch.addcmul(self.shift, x, self.scale, out=torch.empty_like(x)), inplace=True)
+        return self._kernels.norm_silu(x, self._scale, self._shift, torch.empty_like(x))
 
 
 def convolve(conv: nn.Conv2d, x: Tensor, *, above: bool, below: bool) -> Tensor:

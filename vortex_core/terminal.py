@@ -36,6 +36,11 @@ Vram = Annotated[
     ),
 ]
 
+Mode = Annotated[
+    str,
+    typer.Option(help="'fast': products in fp8 where the card has them, else exact; 'exact': products in 16 bits."),
+]
+
 
 class plain_errors:
     """Errors and warnings as sentences; a traceback is for bugs."""

@@ -1,34 +1,47 @@
 """Step time: FLUX's double and single blocks, from packed latents and modulation to a velocity.
 
-Legend: B pictures, S image tokens, N text tokens, L = N + S, D hidden, H heads, C = D / H.
+Legend: B pictures, S image tokens, N text tokens, L = N + S, D hidden, H heads, C = D / H, M width of the MLP.
 Names and fused layout are BFL's (`qkv`, `linear1`, `linear2`), so a released checkpoint maps one to one. What
 depends on the prompt alone is not here: time, pooled text and every modulation linear run at prompt time
 (conditioning.py), and a block takes its shifts, scales and gates as rows of the modulation table.
 Modules are plain `nn.Linear`; loading swaps in NF4 (checkpoint/materialize.py).
+
+A step is a fixed sequence of products and kernels between the buffers of a `Step` (step.py), so that it can be
+replayed. Text and image share one residual stream and one qkv buffer, each in its own rows: nothing is joined or
+cut. A block ends with the gated sum *and* the adaLN of what follows it, one pass over memory instead of two.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
+from .kernels import Kernels, Operand, reference
+from .linear import NF4Linear, multiply
 from .spec import FluxSpec
+from .step import Rope, Step, Stream, Take
 
-Rope = tuple[Tensor, Tensor]  # cos and sin, fp32, each [L, C/2]
+__all__ = ["Rope", "Transformer"]
+
+
+class Next(NamedTuple):
+    """The adaLN after a block, which the block ends with: shift and scale `[D]`, and where it goes."""
+
+    shift: Tensor
+    scale: Tensor
+    out: Operand
 
 
 class RMSNorm(nn.Module):
-    """RMS norm over the last dimension, with BFL's parameter name."""
+    """The weight of an RMS norm, with BFL's name."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.empty(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize the last dimension."""
-        return F.rms_norm(x, self.scale.shape, self.scale, eps=1e-6)
 
 
 class QKNorm(nn.Module):
@@ -45,14 +58,9 @@ class SelfAttention(nn.Module):
 
     def __init__(self, spec: FluxSpec) -> None:
         super().__init__()
-        self.heads = spec.heads
         self.qkv = nn.Linear(spec.hidden, 3 * spec.hidden)
         self.norm = QKNorm(spec.head_dim)
         self.proj = nn.Linear(spec.hidden, spec.hidden)
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`[B, L, D]` to normalized q and k and plain v, each `[B, H, L, C]`."""
-        return split_heads(self.qkv(x), self.heads, self.norm)
 
 
 class DoubleBlock(nn.Module):
@@ -65,23 +73,21 @@ class DoubleBlock(nn.Module):
         self.img_mlp = mlp(spec)
         self.txt_mlp = mlp(spec)
 
-    def forward(self, img: Tensor, txt: Tensor, img_mod: Tensor, txt_mod: Tensor, pe: Rope) -> tuple[Tensor, Tensor]:
-        """`img [B, S, D]`, `txt [B, N, D]`, `img_mod` and `txt_mod` `[6, D]`; the new `img` and `txt`."""
-        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = img_mod
-        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = txt_mod
-
-        txt_q, txt_k, txt_v = self.txt_attn.project(modulate(txt, txt_shift1, txt_scale1))
-        img_q, img_k, img_v = self.img_attn.project(modulate(img, img_shift1, img_scale1))
-        q = torch.cat((txt_q, img_q), dim=2)
-        k = torch.cat((txt_k, img_k), dim=2)
-        v = torch.cat((txt_v, img_v), dim=2)
-        txt_attn, img_attn = attention(q, k, v, pe).split((txt.shape[1], img.shape[1]), dim=1)
-
-        img = img + img_gate1 * self.img_attn.proj(img_attn)
-        img = img + img_gate2 * self.img_mlp(modulate(img, img_shift2, img_scale2))
-        txt = txt + txt_gate1 * self.txt_attn.proj(txt_attn)
-        txt = txt + txt_gate2 * self.txt_mlp(modulate(txt, txt_shift2, txt_scale2))
-        return img, txt
+    def forward(self, step: Step, mod: Tensor, img_next: Next, txt_next: Next) -> None:
+        """From `normal` of both streams to what follows them. `mod` `[12, D]`: image, then text."""
+        img, txt = step.img, step.txt
+        with step.beside():
+            multiply(self.txt_attn.qkv, txt.normal, txt.qkv.flatten(2), step.txt_lane)
+        multiply(self.img_attn.qkv, img.normal, img.qkv.flatten(2))
+        step.meet()
+        out = attend(step, step.qkv, ((txt, self.txt_attn.norm), (img, self.img_attn.norm)))
+        with step.beside():
+            branch(step.kernels, txt, out, self.txt_attn, self.txt_mlp, mod[6:], step.txt_lane)
+        branch(step.kernels, img, out, self.img_attn, self.img_mlp, mod[:6])
+        step.meet()
+        # both after the last use of `normal`: what follows may be the joint one, laid out otherwise
+        step.kernels.residual_modulate(img.x, img.y, mod[5], *img_next)
+        step.kernels.residual_modulate(txt.x, txt.y, mod[11], *txt_next)
 
 
 class SingleBlock(nn.Module):
@@ -89,18 +95,18 @@ class SingleBlock(nn.Module):
 
     def __init__(self, spec: FluxSpec) -> None:
         super().__init__()
-        self.heads = spec.heads
-        self.widths = (3 * spec.hidden, spec.mlp)
-        self.linear1 = nn.Linear(spec.hidden, sum(self.widths))
+        self.linear1 = nn.Linear(spec.hidden, 3 * spec.hidden + spec.mlp)
         self.linear2 = nn.Linear(spec.hidden + spec.mlp, spec.hidden)
         self.norm = QKNorm(spec.head_dim)
 
-    def forward(self, x: Tensor, mod: Tensor, pe: Rope) -> Tensor:
-        """`x [B, L, D]`, `mod [3, D]`; the new `x`."""
-        shift, scale, gate = mod
-        qkv, wide = self.linear1(modulate(x, shift, scale)).split(self.widths, dim=-1)
-        attn = attention(*split_heads(qkv, self.heads, self.norm), pe)
-        return x + gate * self.linear2(torch.cat((attn, F.gelu(wide, approximate="tanh")), dim=-1))
+    def forward(self, step: Step, gate: Tensor, following: Next) -> None:
+        """From `normal` of the joint sequence to what follows, of its last tokens if that wants fewer. `gate` `[D]`."""
+        joint, last = step.joint, following.out.values.shape[1]
+        multiply(self.linear1, joint.normal, step.linear1)
+        out = attend(step, joint.qkv, ((joint, self.norm),))
+        step.kernels.gelu(joint.wide, joint.active, before=out)
+        multiply(self.linear2, joint.active, joint.y)
+        step.kernels.residual_modulate(joint.x[:, -last:], joint.y[:, -last:], gate, *following)
 
 
 class FinalLayer(nn.Module):
@@ -116,29 +122,76 @@ class Transformer(nn.Module):
 
     def __init__(self, spec: FluxSpec) -> None:
         super().__init__()
+        self.spec = spec
+        self.kernels: Kernels = reference
+        self.fast = False
+        self.side: torch.cuda.Stream | None = None
         self.img_in = nn.Linear(spec.in_channels, spec.hidden)
         self.txt_in = nn.Linear(spec.context, spec.hidden)
         self.double_blocks = nn.ModuleList(DoubleBlock(spec) for _ in range(spec.double_blocks))
         self.single_blocks = nn.ModuleList(SingleBlock(spec) for _ in range(spec.single_blocks))
         self.final_layer = FinalLayer(spec)
 
-    def forward(self, img: Tensor, txt: Tensor, modulation: Tensor, pe: Rope) -> Tensor:
+    def use(self, kernels: Kernels, *, fast: bool, side: torch.cuda.Stream | None = None) -> None:
+        """Compute with `kernels`; `fast` multiplies in fp8, and takes NF4 weights only.
+
+        `side`: a CUDA stream for the text of double blocks, which fills what the image's last tiles leave idle.
+        """
+        self.kernels, self.fast, self.side = kernels, fast, side
+        for linear in self.linears():
+            if fast:
+                linear.prepare_fp8()
+
+    @property
+    def fused(self) -> bool:
+        """Whether the kernels are Triton's, which allocate nothing."""
+        return self.kernels is not reference
+
+    def linears(self) -> Iterator[NF4Linear]:
+        """Every quantized linear."""
+        return (part for part in self.modules() if isinstance(part, NF4Linear))
+
+    def step(self, size: tuple[int, int, int], take: Take | None = None) -> Step:
+        """Buffers for a step of `size` = (pictures, text tokens, image tokens), from `take`; default fresh ones."""
+        weight = self.img_in.weight
+
+        def fresh(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=weight.device)
+
+        return Step(self.spec, self.kernels, size, weight.dtype, take or fresh, fast=self.fast, side=self.side)
+
+    def forward(self, img: Tensor, txt: Tensor, modulation: Tensor, pe: Rope, step: Step | None = None) -> Tensor:
         """The velocity `[B, S, 64]` of packed latents `img [B, S, 64]` at one step.
 
         `txt` `[B, N, D]` is `txt_in` of the T5 embeddings: the same in every step, so the caller does it once.
         `modulation` is one step of the table, `[rows, D]`: 12 rows a double block, 3 a single block, 2 at the end.
+        `step`: the buffers to work in, one of which is returned; default fresh ones.
         """
-        img = self.img_in(img)
-        row = 0
+        step = step or self.step((img.shape[0], txt.shape[1], img.shape[1]))
+        step.place(pe)
+        step.txt.x.copy_(txt)
+        multiply(self.img_in, Operand(img), step.img.x)
+
+        def following(row: int, out: Operand) -> Next:
+            return Next(modulation[row], modulation[row + 1], out)
+
+        streams = (step.img, step.txt)
+        for row, stream in zip((0, 6), streams, strict=True):
+            step.kernels.modulate(stream.x, *following(row, stream.normal))
+        row, singles = 0, 12 * len(self.double_blocks)
         for double in self.double_blocks:
-            img, txt = double(img, txt, modulation[row : row + 6], modulation[row + 6 : row + 12], pe)
-            row += 12
-        x = torch.cat((txt, img), dim=1)
+            mod, row = modulation[row : row + 12], row + 12
+            if row < singles:
+                double(step, mod, following(row, step.img.normal), following(row + 6, step.txt.normal))
+            else:
+                parts = (step.joint.normal.tokens(stream.start, stream.stop) for stream in streams)
+                double(step, mod, *(following(row, part) for part in parts))
         for single in self.single_blocks:
-            x = single(x, modulation[row : row + 3], pe)
-            row += 3
-        shift, scale = modulation[row : row + 2]
-        return self.final_layer.linear(modulate(x[:, txt.shape[1] :], shift, scale))
+            gate, row = modulation[row + 2], row + 3
+            out = step.joint.normal if row + 2 < len(modulation) else step.final
+            single(step, gate, following(row, out))
+        multiply(self.final_layer.linear, step.final, step.velocity)
+        return step.velocity
 
 
 def mlp(spec: FluxSpec) -> nn.Sequential:
@@ -148,25 +201,26 @@ def mlp(spec: FluxSpec) -> nn.Sequential:
     )
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """adaLN: layer norm without weights, then `(1 + scale) * x + shift`. `x [B, L, D]`, the others `[D]`."""
-    return (1 + scale) * F.layer_norm(x, x.shape[-1:], eps=1e-6) + shift
+def branch(
+    kernels: Kernels, stream: Stream, out: Tensor, attn: SelfAttention, mlp: nn.Module, mod: Tensor, lane: int = 0
+) -> None:
+    """A double block's stream from attention's output to its MLP's. `mod` `[6, D]`."""
+    _, _, gate, shift, scale, _ = mod
+    wide, _, narrow = mlp.children()
+    multiply(attn.proj, stream.pack(out, kernels), stream.y, lane)
+    kernels.residual_modulate(stream.x, stream.y, gate, shift, scale, stream.normal)
+    multiply(wide, stream.normal, stream.wide, lane)
+    kernels.gelu(stream.wide, stream.active)
+    multiply(narrow, stream.active, stream.y, lane)
 
 
-def split_heads(qkv: Tensor, heads: int, norm: QKNorm) -> tuple[Tensor, Tensor, Tensor]:
-    """`[B, L, 3 D]` to normalized q and k and plain v, each `[B, H, L, C]`."""
-    q, k, v = rearrange(qkv, "b l (three h c) -> three b h l c", three=3, h=heads)
-    return norm.query_norm(q), norm.key_norm(k), v
+def attend(step: Step, qkv: Tensor, parts: Sequence[tuple[Stream, QKNorm]]) -> Tensor:
+    """Attention over `qkv` `[B, L, 3, H, C]`, made of one or two streams with norms of their own; `[B, L, D]`.
 
-
-def attention(q: Tensor, k: Tensor, v: Tensor, pe: Rope) -> Tensor:
-    """Rotary attention over `[B, H, L, C]`; returns `[B, L, D]`."""
-    out = F.scaled_dot_product_attention(rotate(q, pe), rotate(k, pe), v)
-    return rearrange(out, "b h l c -> b l (h c)")
-
-
-def rotate(x: Tensor, pe: Rope) -> Tensor:
-    """Rotary position embedding in fp32 on interleaved pairs (2c, 2c+1), as FLUX pairs them. `x [B, H, L, C]`."""
-    cos, sin = pe
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+    It is the library's, in memory of its own.
+    """
+    for stream, norm in parts:
+        cos, sin = stream.pe
+        step.kernels.rotate(stream.qkv, norm.query_norm.scale, norm.key_norm.scale, cos, sin)
+    q, k, v = qkv.transpose(1, 3).unbind(2)  # each [B, H, L, C], where the products wrote them
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)

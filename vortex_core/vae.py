@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .kernels import Kernels
 from .latency import mark
 from .spec import VaeSpec
-from .strips import Map, Norm, convolve, windows
+from .strips import GroupNorm, Map, Norm, convolve, windows
 
 
 class ResnetBlock(nn.Module):
@@ -22,9 +24,9 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, inside: int, outside: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, inside, eps=1e-6)
+        self.norm1 = GroupNorm(groups, inside, eps=1e-6)
         self.conv1 = nn.Conv2d(inside, outside, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, outside, eps=1e-6)
+        self.norm2 = GroupNorm(groups, outside, eps=1e-6)
         self.conv2 = nn.Conv2d(outside, outside, 3, padding=1)
         if inside != outside:
             self.nin_shortcut = nn.Conv2d(inside, outside, 1)
@@ -133,8 +135,20 @@ class Decoder(nn.Module):
             UpLevel(arriving, width, spec, last=level == 0)
             for level, (arriving, width) in enumerate(zip(above, spec.channels, strict=True))
         )
-        self.norm_out = nn.GroupNorm(spec.groups, spec.channels[0], eps=1e-6)
+        self.norm_out = GroupNorm(spec.groups, spec.channels[0], eps=1e-6)
         self.conv_out = nn.Conv2d(spec.channels[0], 3, 3, padding=1)
+
+    def use(self, kernels: Kernels) -> None:
+        """Compute norms with `kernels`; the fused ones want `channels_last`."""
+        for module in self.modules():
+            if isinstance(module, GroupNorm):
+                module.kernels = kernels
+
+    def channels_last(self) -> None:
+        """Keep the convolutions' weights, and so all maps, with their channels last."""
+        for parameter in self.parameters():
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
     def forward(self, latents: Tensor, rows: int | None = None) -> Iterator[Tensor]:
         """One picture's latents in the model's scale, `[1, 16, H/8, W/8]`, to strips `[1, 3, rows, W]`, about -1..1.

@@ -15,6 +15,7 @@ from ..errors import GB
 from ..spec import DEFAULT_STEPS
 from ..terminal import plain_errors, progress_bars
 from .baseline_command import app as baseline
+from .compare_command import compare
 from .options import (
     EXIT_CODES,
     Iterations,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Measure latency and memory, and judge them.", no_args_is_help=True)
 app.add_typer(baseline, name="baseline")
+app.command()(compare)
 
 Target = Annotated[float | None, typer.Option(help="Seconds that this percentile must keep to.", min=0)]
 

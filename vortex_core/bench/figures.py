@@ -1,4 +1,4 @@
-"""How plots look: a histogram, lines over time, stacked bars, a trend of medians.
+"""How plots look: a histogram, lines over time, stacked bars, a trend of medians, named points.
 
 Figures are made without pyplot, which keeps global state and wants one thread; ComfyUI's nodes draw in another.
 """
@@ -107,6 +107,23 @@ def trend(title: str, medians: Sequence[Median], label: str, special: str) -> Fi
     axes.set_xticks(range(len(medians)), [m.name for m in medians], rotation=30, ha="right")
     axes.set_ylim(bottom=0)
     _legend(axes)
+    return figure
+
+
+def scatter(title: str, groups: Mapping[str, Mapping[str, Point]], labels: tuple[str, str]) -> Figure:
+    """Named points `(x, y)`; a name has one colour in every group, and a group one mark."""
+    figure, axes = _sheet(title, *labels)
+    names = list(dict.fromkeys(name for points in groups.values() for name in points))
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+    for (group, points), mark in zip(groups.items(), ("o", "s", "^", "D"), strict=False):
+        for name, (x, y) in points.items():
+            axes.plot(x, y, mark, color=colours[name], markersize=8, label=f"{name}, {group}")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    handles, written = axes.get_legend_handles_labels()
+    axes.legend(
+        handles, written, frameon=False, labelcolor=SOFT, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5)
+    )
     return figure
 
 

@@ -53,12 +53,17 @@ class Source:
         str | None, typer.Option(help="'cuda', 'cuda:1' or 'cpu'; the GPU, if any, where none is given.")
     ] = None
     vram: Vram = None
+    mode: Annotated[
+        str | None, typer.Option(help="'fast' or 'exact', as `vortex generate` has them; fast where none is given.")
+    ] = None
     quantization: Annotated[str, typer.Option(help="'nf4', or 'none' for 16-bit weights.")] = "nf4"
 
     @property
     def options(self) -> dict[str, Any]:
         """Those of `Engine.load`, `model` among them."""
         options = asdict(self)
+        if self.mode is None:  # revisions from before the modes do not know it
+            del options["mode"]
         return options | {"vram_budget": options.pop("vram")}
 
     def load(self, progress: Progress) -> Engine:

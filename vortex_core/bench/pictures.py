@@ -48,6 +48,7 @@ def describe(engine: Engine) -> dict[str, str]:
     return {
         "name": engine.name,
         "quantization": engine.quantization,
+        "mode": engine.mode,
         "dtype": str(engine.dtype).removeprefix("torch."),
         "device": engine.device.type,
         "vram_budget": "none" if engine.budget is None else f"{engine.budget / GB:g} GB",

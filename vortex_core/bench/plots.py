@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..errors import GB
 from ..latency import Latency, percentile
 from .baseline import Run
-from .figures import STOP, WARN, Median, histogram, stacks, timeline, trend
+from .figures import STOP, WARN, Median, histogram, scatter, stacks, timeline, trend
 from .latency_report import LatencyReport
 from .leak import MB, LeakReport
 from .memory import RESERVED
@@ -16,6 +16,8 @@ from .vram_report import MODEL, PEAK, TOTAL, VramReport
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from .compare import Result
 
 MS = "milliseconds"
 
@@ -89,3 +91,13 @@ def pairs_plot(title: str, revision: str, before: Sequence[float], after: Sequen
     sides = ((revision, before), ("now", after))
     series = {name: [(float(i), s * 1e3) for i, s in enumerate(side)] for name, side in sides}
     return timeline(title, series, labels=("pair", MS))
+
+
+def compare_plot(result: Result) -> Figure:
+    """What a picture takes against the most that torch reserved, of every contender at every size."""
+    points: dict[str, dict[str, tuple[float, float]]] = {}
+    for row in result.rows:
+        at = (row.peak / GB, row.picture.percentile(50).seconds * 1e3)
+        points.setdefault(f"{row.width} x {row.height}", {})[row.contender] = at
+    title = f"a picture of 4 steps, prompt cached; {result.machine['device']}"
+    return scatter(title, points, ("GB that torch reserved at the peak", f"{MS}, median"))

@@ -1,0 +1,234 @@
+"""The Triton kernels against their plain torch references, at odd sizes and into buffers full of NaN.
+
+Without a GPU they run in Triton's interpreter, where Triton is installed; the tests marked `gpu` run them compiled.
+Triton's interpreter cuts bf16 where hardware rounds and drops the carry when it rounds to fp8. So on the CPU fp16
+stands for the one, and for the other fp32: what is checked there is everything but the rounding.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vortex_core import nf4
+from vortex_core.kernels import Operand, choose_kernels, reference
+from vortex_core.kernels.operand import FP8, FP8_MAX
+from vortex_core.linear import _fp8_broken, fp8_declined
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+HALF = torch.bfloat16 if GPU else torch.float16
+TYPES = [torch.float32, HALF]
+EIGHT = FP8 if GPU else torch.float32
+
+
+@pytest.fixture(scope="module", params=[pytest.param("compiled", marks=pytest.mark.gpu), "interpreted"])
+def fused(request: pytest.FixtureRequest) -> object:
+    """The module under test."""
+    interpreted = request.param == "interpreted"
+    if interpreted and GPU:
+        pytest.skip("interpreted: here they run compiled")
+    if interpreted:
+        os.environ["TRITON_INTERPRET"] = "1"  # read as soon as Triton is imported
+    pytest.importorskip("triton", reason="NOT RUN, the Triton kernels: Triton is not installed here")
+    if interpreted:
+        _mend_the_interpreter()
+    from vortex_core.kernels import fused
+
+    return fused
+
+
+def _mend_the_interpreter() -> None:
+    """Triton 3.6 makes a loop's bound of an array of one value, which NumPy 2.4 refuses."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+    interpreter._patch_lang_tensor = lambda tensor, scope: (
+        patch(tensor, scope),
+        setattr(tensor, "__index__", lambda self: self.handle.data.item()),
+    )
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, device=DEVICE).to(dtype)
+
+
+def part(batch: int, tokens: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Two equal `[B, T, W]` views into wider and longer buffers, as the step has them."""
+    whole = draw(batch, tokens + 3, width + 64, dtype=dtype)
+    return tuple(copy[:, 2 : 2 + tokens, 32 : 32 + width] for copy in (whole, whole.clone()))
+
+
+def empty(batch: int, tokens: int, width: int, dtype: torch.dtype, *, scaled: bool = False) -> Operand:
+    """An operand full of NaN."""
+    scale = torch.full((batch, tokens), torch.nan, device=DEVICE) if scaled else None
+    return Operand(torch.full((batch, tokens, width), torch.nan, device=DEVICE).to(dtype), scale)
+
+
+def meant(operand: Operand) -> Tensor:
+    values = operand.values.float()
+    return values if operand.scale is None else values * operand.scale[..., None]
+
+
+def assert_same(ours: Operand, expected: Operand) -> None:
+    """Equal up to one rounding of the type."""
+    step = torch.finfo(ours.values.dtype).eps if ours.values.dtype != torch.float32 else 1e-5
+    assert torch.isfinite(meant(ours)).all()
+    if ours.scale is not None:
+        torch.testing.assert_close(ours.scale, expected.scale, rtol=1e-5, atol=0)
+        floor = expected.scale.max() * 2**-9  # fp8's smallest step
+    else:
+        floor = 1e-5
+    torch.testing.assert_close(meant(ours), meant(expected), rtol=step, atol=float(floor))
+    # rounding may fall the other way here and there, but not often
+    assert (ours.values.float() != expected.values.float()).float().mean() < (1 if step < 1e-4 else 0.02)
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (37, 192), (130, 320)])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_decode_is_bit_exact(fused, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight = nf4.quantize_reference(draw(*shape))
+    ours = torch.full(shape, torch.nan, device=DEVICE, dtype=dtype)
+    fused.decode(weight.packed, weight.absmax, ours)
+    assert torch.equal(ours, nf4.dequantize(weight, dtype))
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (37, 192), (130, 320)])
+def test_decode_to_fp8_fills_each_row(fused, shape: tuple[int, int]) -> None:
+    weight = nf4.quantize_reference(draw(*shape) * torch.logspace(-3, 3, shape[0], device=DEVICE)[:, None])
+    scale = reference.row_scales(weight.absmax)
+    ours, expected = (torch.full(shape, torch.nan, device=DEVICE).to(EIGHT) for _ in range(2))
+    fused.decode(weight.packed, weight.absmax, ours, scale)
+    reference.decode(weight.packed, weight.absmax, expected, scale)
+    assert_same(Operand(ours[None], scale[None]), Operand(expected[None], scale[None]))
+    torch.testing.assert_close(ours.float().abs().amax(1), torch.full_like(scale, FP8_MAX))
+
+
+@pytest.mark.parametrize("width", [64, 192, 3072])
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+def test_modulate(fused, width: int, dtype: torch.dtype, scaled: bool, residual: bool) -> None:
+    x, again = part(2, 5, width, dtype)
+    y, (gate, shift, scale) = part(2, 5, width, dtype)[0], draw(3, width, dtype=dtype)
+    results = []
+    for kernels, stream in ((fused, x), (reference, again)):
+        results.append(empty(2, 5, width, EIGHT if scaled else dtype, scaled=scaled))
+        if residual:
+            kernels.residual_modulate(stream, y, gate, shift, scale, results[-1])
+        else:
+            kernels.modulate(stream, shift, scale, results[-1])
+    assert_same(Operand(x), Operand(again))
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("widths", [(0, 192), (64, 192), (3072, 12288)])
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_gelu(fused, widths: tuple[int, int], dtype: torch.dtype, scaled: bool) -> None:
+    first, wide = widths
+    x = part(2, 3, wide, dtype)[0]
+    before = part(2, 3, first, dtype)[0] if first else None
+    out = EIGHT if scaled else dtype
+    ours, expected = (empty(2, 3, first + wide, out, scaled=scaled) for _ in range(2))
+    fused.gelu(x, ours, before)
+    reference.gelu(x, expected, before)
+    assert_same(ours, expected)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_gelu_works_in_place(fused, dtype: torch.dtype) -> None:
+    """As a single block has it: q, k, v and the MLP in a row, and attention goes where v was."""
+    row, again = part(2, 3, 3 * 64 + 256, dtype)
+    before = draw(2, 3, 64, dtype=dtype)
+    for kernels, wide in ((fused, row), (reference, again)):
+        kernels.gelu(wide[..., 192:], Operand(wide[..., 128:]), before)
+    assert_same(Operand(row), Operand(again))
+
+
+@pytest.mark.parametrize("width", [64, 3072])
+def test_quantize_survives_zeros(fused, width: int) -> None:
+    x = part(2, 3, width, HALF)[0]
+    x[1, 1] = 0
+    ours, expected = (empty(2, 3, width, EIGHT, scaled=True) for _ in range(2))
+    fused.quantize(x, ours)
+    reference.quantize(x, expected)
+    assert_same(ours, expected)
+
+
+@pytest.mark.parametrize("heads", [2, 3, 24])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_rotate_leaves_values_alone(fused, heads: int, dtype: torch.dtype) -> None:
+    qkv = draw(2, 7, 3, heads, 128, dtype=dtype)
+    query_norm, key_norm = draw(2, 128, dtype=dtype)
+    angle = draw(5, 64)
+    ours, expected = qkv.clone(), qkv.clone()
+    for kernels, copy in ((fused, ours), (reference, expected)):
+        kernels.rotate(copy[:, 2:], query_norm, key_norm, angle.cos(), angle.sin())
+    assert torch.equal(ours[:, :2], qkv[:, :2])
+    assert torch.equal(ours[:, :, 2], qkv[:, :, 2])
+    assert_same(Operand(ours), Operand(expected))
+
+
+@pytest.mark.parametrize("shape", [(32, 8, 5, 7), (128, 32, 33, 17), (512, 32, 9, 8)])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_group_norm_by_strips(fused, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    channels, groups, height, width = shape
+    x = (draw(1, channels, height, width) + 3).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight, bias = draw(2, channels, dtype=dtype)
+    norm = F.silu(F.group_norm(x.float(), groups, weight.float(), bias.float(), reference.EPSILON)).to(dtype)
+    strips = [strip.contiguous(memory_format=torch.channels_last) for strip in x.split(2, dim=2)]
+    for kernels in (fused, reference):
+        mean, variance = reference.join_moments(torch.cat([kernels.group_moments(s, groups) for s in strips]))
+        scale = weight.float() * (variance + reference.EPSILON).rsqrt().repeat_interleave(channels // groups)
+        shift = bias.float() - mean.repeat_interleave(channels // groups) * scale
+        ours = [kernels.norm_silu(s, scale, shift, torch.full_like(s, torch.nan)) for s in strips]
+        if kernels is fused or dtype == torch.float32:
+            assert_same(Operand(torch.cat(ours, dim=2)), Operand(norm))
+        else:  # rounds once more, before SiLU, to spare a map in fp32
+            torch.testing.assert_close(torch.cat(ours, dim=2), norm, rtol=0.02, atol=0.005 if GPU else 0.002)
+
+
+def test_the_choice_of_kernels_says_why(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    caplog.set_level(logging.INFO, "vortex_core")
+    assert choose_kernels(torch.device("cpu")) is reference
+    assert "fused ones declined on cpu: they need CUDA, not cpu" in caplog.text
+    cuda = torch.device("cuda", 0)
+    for capability, words in (((7, 5), "compute capability 8.0"), ((8, 6), "Triton does not import")):
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda device, capability=capability: capability)
+        monkeypatch.setitem(sys.modules, "triton", None)
+        assert choose_kernels(cuda) is reference
+        assert words in caplog.text
+
+
+def test_fast_is_declined_where_there_is_no_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fp8_declined(torch.device("cpu")) == "they need CUDA, not cpu"
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr("vortex_core.linear.fused_declined", lambda device: None)
+    monkeypatch.setattr("vortex_core.linear._fp8_broken", lambda device: None)
+    for capability, declined in (((8, 6), "8.9, and this card has 8.6"), ((8, 9), None), ((9, 0), None)):
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda device, capability=capability: capability)
+        assert declined is None if (why := fp8_declined(cuda)) is None else declined in why
+
+
+def test_a_sample_product_in_fp8_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _fp8_broken.__wrapped__(torch.device("cpu")) is None
+
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("rowwise scaling is not supported\nmore")
+
+    monkeypatch.setattr("vortex_core.linear.product", fail)
+    assert "does not: rowwise scaling is not supported" in _fp8_broken.__wrapped__(torch.device("cpu"))
+    monkeypatch.setattr("vortex_core.linear.product", lambda *arguments: arguments[-1].zero_())
+    assert _fp8_broken.__wrapped__(torch.device("cpu")) == "a sample product is wrong"

@@ -1,0 +1,208 @@
+"""One step as a fixed sequence over given buffers: products, plans, and how far `fast` may be from `exact`."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vortex_core import Engine, load_flux_schnell, nf4, sampling
+from vortex_core.kernels import Operand, reference
+from vortex_core.kernels.operand import FP8
+from vortex_core.linear import NF4Linear, ReferenceBackend, multiply
+from vortex_core.planner import smallest_budget
+from vortex_core.plans import Plan, Plans, plan_bytes
+from vortex_core.transformer import Transformer
+from vortex_core.workspace import Workspace
+
+SIZES = [(64, 64, 1), (128, 80, 2), (64, 96, 3)]
+
+
+@pytest.fixture
+def transformer(engine: Engine) -> Transformer:
+    yield engine._transformer
+    engine._transformer.use(reference, fast=False)
+
+
+def rope(engine: Engine, height: int, width: int) -> tuple[Tensor, Tensor]:
+    return sampling.rope(sampling.positions(height, width, 256), engine._spec, torch.device("cpu"))
+
+
+def size_of(height: int, width: int, batch: int) -> tuple[int, int, int]:
+    return batch, 256, height // 16 * width // 16
+
+
+def request(
+    engine: Engine, height: int, width: int, batch: int
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+    draw = torch.Generator().manual_seed(height + width)
+    img = torch.randn(batch, height // 16 * width // 16, 64, generator=draw)
+    txt = torch.randn(batch, 256, engine._spec.hidden, generator=draw)
+    modulation = torch.randn(engine._spec.modulation_rows, engine._spec.hidden, generator=draw) / 4
+    return img, txt, modulation, rope(engine, height, width)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@torch.inference_mode()
+def test_plans_of_several_sizes_share_memory_and_stay_right(
+    engine: Engine, transformer: Transformer, fast: bool
+) -> None:
+    transformer.use(reference, fast=fast)
+    largest = max(plan_bytes(engine._spec, size_of(*size), torch.float32, fast=fast) for size in SIZES)
+    buffer = torch.empty(largest, dtype=torch.uint8)
+    plans = {size: Plan(transformer, size_of(*size), buffer) for size in SIZES}
+    for size in [*SIZES, *SIZES]:
+        arguments = request(engine, *size)
+        buffer.fill_(0xFF)  # NaN in every type
+        assert torch.equal(plans[size](*arguments), transformer(*arguments))
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@torch.inference_mode()
+def test_a_plan_takes_the_bytes_that_were_planned(engine: Engine, transformer: Transformer, fast: bool) -> None:
+    transformer.use(reference, fast=fast)
+    for height, width, batch in SIZES:
+        size = size_of(height, width, batch)
+        buffer = torch.empty(plan_bytes(engine._spec, size, torch.float32, fast=fast), dtype=torch.uint8)
+        Plan(transformer, size, buffer)(*request(engine, height, width, batch))
+        with pytest.raises(RuntimeError, match="shape"):
+            Plan(transformer, size, buffer[:-256])
+
+
+@torch.inference_mode()
+def test_plans_draw_slices_of_several_sizes_and_keep_nothing(engine: Engine, transformer: Transformer) -> None:
+    plans = Plans(transformer, Workspace(torch.device("cpu")))
+    img, txt, modulation, pe = request(engine, 128, 80, 3)
+    with plans.open(size_of(128, 80, 2)) as velocity:
+        parts = [velocity(part, txt[: len(part)], modulation, pe).clone() for part in img.split(2)]
+        buffer = weakref.ref(velocity(img[:1], txt[:1], modulation, pe).untyped_storage())
+        assert buffer() is not None
+    assert torch.equal(parts[1], transformer(img[2:], txt[:1], modulation, pe))
+    assert torch.equal(parts[0], transformer(img[:2], txt[:2], modulation, pe))
+    assert buffer() is None
+    assert plans.nbytes == 0
+
+
+@torch.inference_mode()
+def test_pictures_of_a_batch_equal_singles(engine: Engine, transformer: Transformer) -> None:
+    img, txt, modulation, pe = request(engine, 128, 80, 3)
+    together = transformer(img, txt, modulation, pe)
+    for i in range(3):
+        alone = transformer(img[i : i + 1], txt[i : i + 1], modulation, pe)
+        torch.testing.assert_close(together[i : i + 1], alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("bias", [False, True])
+def test_multiply_fills_a_part_of_a_wider_buffer(batch: int, bias: bool) -> None:
+    """As text and image write into one qkv buffer, and `linear2` reads a part of what `linear1` wrote."""
+    torch.manual_seed(0)
+    weight = nf4.quantize(torch.randn(24, 128))
+    linear = NF4Linear(weight, torch.randn(24) if bias else None, ReferenceBackend())
+    plain = nn.Linear(128, 24, bias=bias)
+    plain.weight.data = nf4.dequantize(weight, torch.float32)
+    plain.bias = None if linear.bias is None else nn.Parameter(linear.bias)
+    x = torch.randn(batch, 7, 192)[..., 64:]
+    expected = plain(x)
+    for module in (linear, plain.requires_grad_(False)):
+        whole = torch.full((batch, 10, 24), torch.nan)
+        multiply(module, Operand(x), whole[:, 2:9])
+        torch.testing.assert_close(whole[:, 2:9], expected)
+        assert whole[:, :2].isnan().all()
+        assert whole[:, 9:].isnan().all()
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_an_fp8_product_is_as_close_as_fp8_allows(batch: int) -> None:
+    torch.manual_seed(0)
+    weight = nf4.quantize(torch.randn(24, 128) * torch.logspace(-2, 2, 24)[:, None])
+    linear = NF4Linear(weight, torch.randn(24), ReferenceBackend())
+    linear.prepare_fp8()
+    x = torch.randn(batch, 7, 128) * torch.logspace(-2, 2, 7)[:, None]
+    operand = Operand(torch.empty(x.shape, dtype=FP8), torch.empty(x.shape[:2]))
+    reference.quantize(x, operand)
+    out = torch.full((batch, 7, 24), torch.nan)
+    multiply(linear, operand, out)
+    # both operands round to 3 bits, 2.6% each, in 128 terms that add up like noise: 0.3%, and four times that at worst
+    length = x.norm(dim=-1)[..., None] * nf4.dequantize(weight, torch.float32).norm(dim=1)
+    assert ((out - linear(x)).abs() / length).max() < 0.013
+
+
+def denoised(engine: Engine, seed: int, prompt: str) -> Tensor:
+    conditioning, img = engine.encode(prompt), sampling.pack(sampling.noise(seed, 1, 128, 128))
+    txt, pe = engine._transformer.txt_in(conditioning.txt), rope(engine, 128, 128)
+    return sampling.denoise(engine._transformer, img, txt, conditioning.modulation, pe)
+
+
+@torch.inference_mode()
+def test_fast_is_nearer_to_exact_than_nf4_is_to_16_bits(engine: Engine, transformer: Transformer) -> None:
+    """Final latents within half of NF4's own distance to the unquantized model."""
+    plain = load_flux_schnell("tiny", device="cpu", quantization="none")
+    from_fast, from_nf4 = 0.0, 0.0
+    for seed, prompt in enumerate(("a blue square", "a small green star above a large yellow ring", "two red circles")):
+        transformer.use(reference, fast=False)
+        exact = denoised(engine, seed, prompt)
+        from_nf4 += float((exact - denoised(plain, seed, prompt)).norm())
+        transformer.use(reference, fast=True)
+        from_fast += float((denoised(engine, seed, prompt) - exact).norm())
+    assert 0 < from_fast <= from_nf4 / 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+def test_replayed_steps_are_the_launched_ones_bit_for_bit(mode: str) -> None:
+    """Sizes, prompts and seeds take turns; then again without graphs, and after the weights were away."""
+    jobs = [
+        {"prompt": prompt, "seed": seed, "height": height, "width": width, "batch_size": batch}
+        for seed, (height, width, batch) in enumerate([(128, 128, 1), (64, 96, 2), (256, 128, 1)])
+        for prompt in ("a blue square", "two red circles")
+    ]
+    with load_flux_schnell("tiny", device="cuda", mode=mode) as engine:
+        assert engine.mode == mode
+        plans, workspace = engine._room.plans, engine._room.placement.workspace
+
+        def drawn() -> list[Tensor]:
+            return [engine.generate(**job) for job in jobs]
+
+        largest = engine.generate("a ring", seed=0, height=256, width=256, batch_size=2)  # so that the block stays
+        drawn()
+        kept, epoch = dict(plans._graphs), workspace.epoch
+        replayed = drawn()
+        assert len(kept) == 4
+        assert workspace.epoch == epoch
+        assert dict(plans._graphs) == kept  # nothing was captured again
+        engine.offload()
+        assert not plans._graphs
+        assert plans.nbytes == 0
+        assert all(map(torch.equal, drawn(), replayed))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Plans, "_capture", lambda *arguments: None)
+            plans.clear()
+            assert all(map(torch.equal, drawn(), replayed))
+        assert torch.equal(engine.generate("a ring", seed=0, height=256, width=256, batch_size=2), largest)
+
+
+@pytest.mark.gpu
+def test_a_captured_step_can_be_cancelled_between_steps() -> None:
+    def stop(i: int, n: int, clean: Tensor) -> None:
+        if i == 2:
+            raise KeyboardInterrupt
+
+    with load_flux_schnell("tiny", device="cuda") as engine:
+        engine.warmup()
+        expected = engine.generate("a blue square", seed=1)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate("a blue square", seed=1, on_step=stop)
+        assert torch.equal(engine.generate("a blue square", seed=1), expected)
+
+
+@pytest.mark.gpu
+def test_blocks_that_stream_are_not_captured_and_draw_the_same() -> None:
+    with load_flux_schnell("tiny", device="cuda") as engine:
+        expected = engine.generate("a blue square", seed=1)
+        engine._room.budget = smallest_budget(engine._model.pieces, engine._demand(128, 128, 1))
+        assert torch.equal(engine.generate("a blue square", seed=1), expected)
+        assert engine._room.placement.steps.units
+        assert not engine._room.plans._graphs

@@ -1,0 +1,264 @@
+"""What Vortex is compared with: the same weights in diffusers and in ComfyUI, drawn as their users draw.
+
+A contender draws one job again and again. It is alone on the device meanwhile.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .. import sampling
+from ..checkpoint.layout import SWAPPED, flux_sources
+from ..conditioning import Conditioning
+from ..latency import mark
+from ..linear import NF4Linear
+from ..nf4 import BLOCK, LEVELS, NF4Weight
+from ..spec import DEFAULT_STEPS
+
+if TYPE_CHECKING:
+    from diffusers import FluxPipeline, FluxTransformer2DModel
+
+    from ..engine import Engine
+
+Velocity = Callable[["Job", Tensor, Tensor], Tensor]  # (job, packed latents [1, S, 64], t [1]) to [1, S, 64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Job:
+    """One picture: noise `[1, 16, H/8, W/8]` in fp32, T5 embeddings `[1, N, context]`, CLIP's pooled `[1, vec]`."""
+
+    height: int
+    width: int
+    noise: Tensor
+    txt: Tensor
+    pooled: Tensor
+
+
+class Contender(Protocol):
+    """Someone who draws. Phases end with `latency.mark`: `step 1` to `step 4`, `decode`."""
+
+    def draw(self, job: Job) -> Tensor:
+        """The picture in 0..1 on the device."""
+        ...
+
+    def latents(self, job: Job) -> Tensor:
+        """What it decodes: clean latents `[1, 16, H/8, W/8]`."""
+        ...
+
+
+class Vortex:
+    """The engine, with its prompt cached, as when a seed is drawn anew."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._cache: dict[Job, Conditioning] = {}
+
+    def draw(self, job: Job, **options: Any) -> Tensor:
+        """See `Contender.draw`. `options` go to `Engine.generate`."""
+        if job not in self._cache:
+            self._cache[job] = self.engine.condition(job.txt, job.pooled)
+        return self.engine.generate(self._cache[job], seed=0, height=job.height, width=job.width, **options)
+
+    def latents(self, job: Job) -> Tensor:
+        """See `Contender.latents`."""
+        seen: list[Tensor] = []
+        self.draw(job, on_step=lambda i, n, clean: seen.append(clean.clone()))
+        return seen[-1]
+
+
+class Diffusers:
+    """`FluxPipeline` with embeddings given, which is what it does for a prompt that it has encoded before."""
+
+    def __init__(self, pipe: FluxPipeline, *, compiled: bool = False) -> None:
+        self._pipe = pipe
+        pipe.set_progress_bar_config(disable=True)
+        if compiled:
+            pipe.transformer.compile_repeated_blocks(fullgraph=True)
+
+    def draw(self, job: Job) -> Tensor:
+        """See `Contender.draw`."""
+        picture = self._run(job, "pt")
+        mark("decode")
+        return picture
+
+    def latents(self, job: Job) -> Tensor:
+        """See `Contender.latents`."""
+        return sampling.unpack(self._run(job, "latent"), job.height, job.width)
+
+    def _run(self, job: Job, output: str) -> Tensor:
+        def stepped(pipe: object, i: int, t: object, values: dict[str, Any]) -> dict[str, Any]:
+            mark(f"step {i + 1}")
+            return values
+
+        dtype = self._pipe.vae.dtype
+        return self._pipe(
+            prompt_embeds=job.txt.to(dtype),
+            pooled_prompt_embeds=job.pooled.to(dtype),
+            height=job.height,
+            width=job.width,
+            num_inference_steps=DEFAULT_STEPS,
+            guidance_scale=0.0,
+            latents=sampling.pack(job.noise).to(job.txt.device, dtype),
+            output_type=output,
+            callback_on_step_end=stepped,
+        ).images
+
+
+class Looped:
+    """A peer's transformer with the four Euler steps around it and a diffusers VAE; `graphed` replays a CUDA graph."""
+
+    def __init__(self, velocity: Velocity, vae: Any, *, graphed: bool = False) -> None:
+        self._velocity, self._vae, self._graphed = velocity, vae, graphed
+        self._graphs: dict[Job, tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]] = {}
+
+    def draw(self, job: Job) -> Tensor:
+        """See `Contender.draw`."""
+        latents = self.latents(job).to(job.txt.dtype)
+        scaled = latents / self._vae.config.scaling_factor + self._vae.config.shift_factor
+        picture = self._vae.decode(scaled).sample.float().mul(0.5).add(0.5).clamp(0, 1)
+        mark("decode")
+        return picture
+
+    def latents(self, job: Job) -> Tensor:
+        """See `Contender.latents`."""
+        img = sampling.pack(job.noise).to(job.txt.device)
+        for i, (now, following) in enumerate(pairwise(sampling.timesteps(DEFAULT_STEPS))):
+            given = img.to(job.txt.dtype)
+            img = img + (following - now) * self._step(job, given, torch.full((1,), now).to(given)).float()
+            mark(f"step {i + 1}")
+        return sampling.unpack(img, job.height, job.width)
+
+    def _step(self, job: Job, img: Tensor, t: Tensor) -> Tensor:
+        if not self._graphed:
+            return self._velocity(job, img, t)
+        if job not in self._graphs:
+            self._velocity(job, img, t)
+            torch.cuda.synchronize()
+            graph, given, at = torch.cuda.CUDAGraph(), img.clone(), t.clone()
+            with torch.cuda.graph(graph):
+                velocity = self._velocity(job, given, at)
+            self._graphs[job] = (graph, given, at, velocity)
+        graph, given, at, velocity = self._graphs[job]
+        given.copy_(img)
+        at.copy_(t)
+        graph.replay()
+        return velocity
+
+
+def diffusers_velocity(transformer: FluxTransformer2DModel) -> Velocity:
+    """The velocity of a diffusers transformer."""
+    ids: dict[tuple[int, int], Tensor] = {}
+
+    def velocity(job: Job, img: Tensor, t: Tensor) -> Tensor:
+        size = (job.height, job.width)
+        if size not in ids:
+            ids[size] = sampling.positions(*size, job.txt.shape[1]).to(img.device)
+        return transformer(
+            hidden_states=img,
+            encoder_hidden_states=job.txt,
+            pooled_projections=job.pooled,
+            timestep=t,
+            txt_ids=ids[size][: job.txt.shape[1]],
+            img_ids=ids[size][job.txt.shape[1] :],
+            return_dict=False,
+        )[0]
+
+    return velocity
+
+
+def nf4_transformer(
+    config: dict[str, Any], weights: dict[str, NF4Weight | Tensor], device: torch.device, dtype: torch.dtype
+) -> FluxTransformer2DModel:
+    """diffusers' transformer with bitsandbytes' `Linear4bit` over `weights`, by diffusers' names, on `device`."""
+    from bitsandbytes.functional import QuantState
+    from bitsandbytes.nn import Linear4bit, Params4bit
+    from diffusers import FluxTransformer2DModel
+
+    with torch.device("meta"):
+        model = FluxTransformer2DModel.from_config(config)
+    code = torch.tensor(LEVELS, device=device)
+    for path, child in list(model.named_modules()):
+        weight = weights.get(f"{path}.weight")
+        if isinstance(child, nn.Linear) and isinstance(weight, NF4Weight):
+            linear = Linear4bit(
+                child.in_features, child.out_features, child.bias is not None, dtype, False, "nf4", device="meta"
+            )
+            state = QuantState(weight.absmax.to(device).view(-1), torch.Size(weight.shape), code, BLOCK, "nf4", dtype)
+            linear.weight = Params4bit(
+                weight.packed.to(device).view(-1, 1), False, state, BLOCK, False, "nf4", module=linear,
+                bnb_quantized=True,
+            )  # fmt: skip
+            model.set_submodule(path, linear)
+    for path, parameter in list(model.named_parameters()):
+        if parameter.is_meta:
+            owner = model.get_submodule(path.rpartition(".")[0])
+            value = weights[path]
+            assert isinstance(value, Tensor)
+            setattr(owner, path.rpartition(".")[2], nn.Parameter(value.to(device, dtype), requires_grad=False))
+    return model.eval()
+
+
+def diffusers_weights(modules: list[nn.Module], rows: dict[str, int]) -> dict[str, NF4Weight | Tensor]:
+    """Vortex's transformer in host memory by diffusers' names, fused matrices cut up; `rows` are diffusers' sizes."""
+    weights: dict[str, NF4Weight | Tensor] = {}
+    for module in modules:
+        tensors: dict[str, NF4Weight | Tensor] = dict(module.named_parameters())
+        for path, part in module.named_modules():
+            if isinstance(part, NF4Linear):
+                tensors[f"{path}.weight"] = NF4Weight(part.packed, part.absmax)
+                if part.bias is not None:
+                    tensors[f"{path}.bias"] = part.bias
+        for name, tensor in tensors.items():
+            sources = flux_sources(name)
+            sizes = [rows[source] for source in sources]
+            swapped = name.startswith(SWAPPED)
+            if isinstance(tensor, NF4Weight):
+                pieces = zip(tensor.packed.cpu().split(sizes), tensor.absmax.cpu().split(sizes), strict=True)
+                parts: list[NF4Weight | Tensor] = [NF4Weight(*_swap(piece, swapped)) for piece in pieces]
+            else:
+                parts = [_swap((piece,), swapped)[0] for piece in tensor.cpu().split(sizes)]
+            weights.update(zip(sources, parts, strict=True))
+    return weights
+
+
+def _swap(tensors: tuple[Tensor, ...], swapped: bool) -> list[Tensor]:
+    return [torch.cat(t.chunk(2)[::-1]) if swapped else t for t in tensors]
+
+
+def comfy_velocity(tree: Path, config: dict[str, Any], state: dict[str, Tensor], device: torch.device) -> Velocity:
+    """The velocity of the ComfyUI in `tree`, its own Flux forward in bf16 over diffusers' `state`."""
+    sys.path.insert(0, str(tree))
+    # by name, since it is the named tree's: Vortex itself never imports ComfyUI
+    flux, ops = import_module("comfy.ldm.flux.model").Flux, import_module("comfy.ops").disable_weight_init
+
+    heads = config["num_attention_heads"]
+    with torch.device("meta"):
+        model = flux(
+            in_channels=config["in_channels"] // 4, out_channels=config["in_channels"] // 4, patch_size=2,
+            vec_in_dim=config["pooled_projection_dim"], context_in_dim=config["joint_attention_dim"],
+            hidden_size=heads * config["attention_head_dim"], mlp_ratio=4.0, num_heads=heads,
+            depth=config["num_layers"], depth_single_blocks=config["num_single_layers"],
+            axes_dim=list(config["axes_dims_rope"]), theta=10_000, qkv_bias=True, guidance_embed=False,
+            dtype=torch.bfloat16, operations=ops,
+        )  # fmt: skip
+    for name, parameter in list(model.named_parameters()):
+        pieces = [state[source] for source in flux_sources(name)]
+        value = torch.cat(_swap(tuple(pieces), name.startswith(SWAPPED)))
+        owner = model.get_submodule(name.rpartition(".")[0])
+        tensor = value.to(device, torch.bfloat16).view(parameter.shape)
+        setattr(owner, name.rpartition(".")[2], nn.Parameter(tensor, requires_grad=False))
+
+    def velocity(job: Job, img: Tensor, t: Tensor) -> Tensor:
+        latents = sampling.unpack(img, job.height, job.width)
+        return sampling.pack(model(latents, t, job.txt, job.pooled, guidance=None))
+
+    return velocity

@@ -1,0 +1,23 @@
+"""What products take: values, and in 8 bits their scales."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+SMALLEST = 1e-12  # a row of zeros is scaled by this instead of by zero
+
+
+class Operand(NamedTuple):
+    """`values` `[B, T, K]`, last dimension contiguous. In fp8, value times `scale` (fp32 `[B, T]`) is meant."""
+
+    values: Tensor
+    scale: Tensor | None = None
+
+    def tokens(self, start: int, stop: int) -> Operand:
+        """The part for tokens `start` to `stop`, as views."""
+        return Operand(self.values[:, start:stop], None if self.scale is None else self.scale[:, start:stop])

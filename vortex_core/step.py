@@ -1,0 +1,158 @@
+"""The buffers that one step works in: every intermediate of the transformer, laid out once for a size.
+
+Legend as in transformer.py. Text and image of a picture are rows of the same buffers, and what is dead gives its place
+to what comes next: the MLP's hidden values lie where q, k and v were. In 16 bits the MLP works in place, and
+what `linear2` takes is a part of what `linear1` wrote; in fp8 operands have buffers of their own, half as large.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from math import prod
+
+import torch
+from torch import Tensor
+
+from .kernels import Kernels, Operand
+from .kernels.operand import FP8
+from .spec import FluxSpec
+
+Rope = tuple[Tensor, Tensor]  # cos and sin, fp32, each [L, C/2]
+Take = Callable[[str, tuple[int, ...], torch.dtype], Tensor]  # gives an uninitialized tensor by name, shape and type
+
+
+@dataclass(slots=True)
+class Stream:
+    """One sequence's views into the buffers: text, image, or both (tokens `start` to `stop` of the joint one)."""
+
+    start: int
+    stop: int
+    x: Tensor  # [B, T, D], the residual stream
+    normal: Operand  # [B, T, D], its adaLN: what the next product takes
+    qkv: Tensor  # [B, T, 3, H, C]
+    wide: Tensor  # [B, T, M], inside the MLP
+    active: Operand  # [B, T, M] after the GELU; of both streams [B, T, D + M], attention in front
+    attn: Operand | None  # [B, T, D] in fp8; in 16 bits attention's output is taken as it is
+    y: Tensor  # [B, T, D], what is added to the residual stream
+    pe: Rope = field(init=False)  # of its tokens, set by `Step.place`
+
+    def pack(self, attn: Tensor, kernels: Kernels) -> Operand:
+        """This stream's part of attention's output `[B, L, D]`, as a product takes it."""
+        part = attn[:, self.start : self.stop]
+        if self.attn is None:
+            return Operand(part)
+        kernels.quantize(part, self.attn)
+        return self.attn
+
+
+class Step:
+    """Buffers for B pictures, N text and S image tokens, from `take`; `fast` for products in fp8."""
+
+    def __init__(
+        self,
+        spec: FluxSpec,
+        kernels: Kernels,
+        size: tuple[int, int, int],
+        dtype: torch.dtype,
+        take: Take,
+        *,
+        fast: bool,
+        side: torch.cuda.Stream | None = None,
+    ) -> None:
+        """`size`: B, N, S. `side`: a CUDA stream for the text, beside the image's."""
+        batch, txt_tokens, img_tokens = size
+        tokens, hidden, mlp = txt_tokens + img_tokens, spec.hidden, spec.mlp
+        head = (3, spec.heads, spec.head_dim)
+        flat = {name: take(name, (n,), kind) for name, (n, kind) in buffers(spec, size, dtype, fast=fast).items()}
+
+        def view(name: str, *shape: int, skip: int = 0) -> Tensor:
+            return flat[name][skip : skip + prod(shape)].view(shape)
+
+        def operand(name: str, rows: int, width: int, start: int = 0, skip: int = 0) -> Operand:
+            scale = view(f"{name}_scale", batch, rows, skip=_rounded(batch * start)) if fast else None
+            return Operand(view(name, batch, rows, width, skip=skip + batch * start * width), scale)
+
+        x = view("x", batch, tokens, hidden)
+        # side by side, without the MLP of linear1 between the rows
+        qkv = view("linear1", batch, tokens, *head)
+
+        def stream(start: int, stop: int) -> Stream:
+            # places of their own for text and image, which compute beside each other
+            rows = stop - start
+            wide = view("linear1", batch, rows, mlp, skip=batch * start * mlp)
+            return Stream(
+                start,
+                stop,
+                x=x[:, start:stop],
+                normal=operand("normal", rows, hidden, start),
+                qkv=qkv[:, start:stop],
+                wide=wide,
+                active=operand("active", rows, mlp, start) if fast else Operand(wide),
+                attn=operand("active", rows, hidden, start, skip=batch * tokens * mlp) if fast else None,
+                y=view("y", batch, rows, hidden, skip=batch * start * hidden),
+            )
+
+        self.kernels, self._side = kernels, side
+        self.qkv = qkv
+        self.linear1 = view("linear1", batch, tokens, 3 * hidden + mlp)
+        self.txt, self.img = stream(0, txt_tokens), stream(txt_tokens, tokens)
+        self.joint = replace(
+            stream(0, tokens),
+            qkv=self.linear1[..., : 3 * hidden].unflatten(-1, head),
+            wide=self.linear1[..., 3 * hidden :],
+            # in 16 bits attention's output goes where v was, next to the MLP
+            active=operand("active", tokens, hidden + mlp) if fast else Operand(self.linear1[..., 2 * hidden :]),
+        )
+        self.final = Operand(view("linear1", batch, img_tokens, hidden))
+        self.velocity = view("velocity", batch, img_tokens, spec.in_channels)
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """What is launched inside runs beside what is launched next, until `meet`."""
+        if self._side is None:
+            yield
+            return
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
+            yield
+
+    def meet(self) -> None:
+        """What is launched from now on runs after all that was beside it."""
+        if self._side is not None:
+            torch.cuda.current_stream().wait_stream(self._side)
+
+    @property
+    def txt_lane(self) -> int:
+        """The decode lane of the text: its own where it runs beside the image."""
+        return int(self._side is not None)
+
+    def place(self, pe: Rope) -> None:
+        """Set the positions of the tokens, `[L, C/2]`."""
+        for stream in (self.txt, self.img, self.joint):
+            stream.pe = (pe[0][stream.start : stream.stop], pe[1][stream.start : stream.stop])
+
+
+def buffers(
+    spec: FluxSpec, size: tuple[int, int, int], dtype: torch.dtype, *, fast: bool
+) -> dict[str, tuple[int, torch.dtype]]:
+    """Length and type of every buffer of a step for `size` = (pictures, text tokens, image tokens)."""
+    batch, txt_tokens, img_tokens = size
+    rows = batch * (txt_tokens + img_tokens)
+    lengths = {
+        "x": (rows * spec.hidden, dtype),
+        "y": (rows * spec.hidden, dtype),
+        "normal": (rows * spec.hidden, FP8 if fast else dtype),
+        "linear1": (rows * (3 * spec.hidden + spec.mlp), dtype),
+        "velocity": (batch * img_tokens * spec.in_channels, dtype),
+    }
+    if fast:
+        lengths["active"] = (rows * (spec.hidden + spec.mlp), FP8)
+        lengths["normal_scale"] = lengths["active_scale"] = (_rounded(rows) + 16, torch.float32)
+    return lengths
+
+
+def _rounded(rows: int) -> int:
+    """To where the library takes a vector of scales."""
+    return -(-rows // 16) * 16
