@@ -286,7 +286,7 @@ def test_an_unloaded_engine_holds_nothing(tiny_dir: Path) -> None:
             getattr(gone, ask)
 
 
-@pytest.mark.parametrize(("leftover", "emptied"), [(0, 0), (40 * 10**6, 0), (80 * 10**6, 1)])
+@pytest.mark.parametrize(("leftover", "emptied"), [(0, 0), (SLACK // 2, 0), (SLACK // 2 + 1, 1)])
 def test_what_other_sizes_left_cached_goes_where_it_does_not_fit(
     roomy: Engine, monkeypatch: pytest.MonkeyPatch, leftover: int, emptied: int
 ) -> None:

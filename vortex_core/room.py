@@ -151,7 +151,7 @@ class Room:
         memory, workspace = snapshot(self.device, process=False), self.placement.workspace
         others = memory.allocated - sum(self.components.values())
         growth = max(0, made.workspace - workspace.nbytes) + max(0, made.graphs - self.plans.nbytes)
-        if memory.reserved - others + growth > made.peak + self._excess(made):
+        if memory.reserved - others + growth > made.peak - SLACK // 2 + self._excess(made):
             torch.cuda.empty_cache()
 
     def _audit(self, made: Plan, before: int) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import VortexWarning
 
-PIECE = 2 * 2**20  # bytes; a weight is several, so that all threads have a share of it
+PIECE = 4 * 2**20  # bytes; a weight is several, so that all threads have a share of it
 THREADS = 8
 
 
