@@ -1,7 +1,8 @@
 """The example reports in docs/reports: latency at some sizes and the VRAM profile of the last, the model loaded twice.
 
     python tools/example_reports.py tiny docs/reports/tiny-cpu --device cpu --size 128
-    python tools/example_reports.py /dev/shm/random-schnell docs/reports/full-size      # 2 minutes; a quiet GPU
+    python tools/example_reports.py /dev/shm/random-schnell docs/reports/full-size --mode exact --mode fast
+                                                                                # 2 minutes; a quiet GPU
 
 What each folder holds, `vortex bench latency -o` and `vortex bench vram -o` write too, one at a time.
 """
@@ -81,12 +82,19 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", type=int, action="append", help="side in pixels (default 512 and 1024)")
     parser.add_argument("--device")
+    parser.add_argument(
+        "--mode", action="append", help="exact or fast: a folder each (default: one, the engine's own choice)"
+    )
     parser.add_argument("--iterations", type=int, default=50)
     parser.add_argument("--cold", type=int, default=5)
     arguments = parser.parse_args()
     options = {} if arguments.device is None else {"device": arguments.device}
     sizes = arguments.size or [512, 1024]
-    measure(arguments.model, arguments.folder, sizes, arguments.iterations, arguments.cold, options)
+    for mode in arguments.mode or [None]:
+        chosen, folder = (
+            (options, arguments.folder) if mode is None else (options | {"mode": mode}, arguments.folder / mode)
+        )
+        measure(arguments.model, folder, sizes, arguments.iterations, arguments.cold, chosen)
 
 
 if __name__ == "__main__":
