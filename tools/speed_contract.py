@@ -1,6 +1,7 @@
 """Speed and fidelity at full size, on a GPU: every promise measured in one process, on random weights.
 
     python tools/speed_contract.py docs/reports/speed                        # about 6 minutes on an H100
+    python tools/speed_contract.py docs/reports/speed/load --load            # after it: first pictures, Triton's cache warm
     python tools/speed_contract.py OUT --model FOLDER --device cpu --size 64 --size 128 --samples 2   # a rehearsal
 
 In order of worth: the peer with 16-bit weights (compiled), Vortex in both modes, fidelity, and the peers in NF4. Prints
@@ -271,9 +272,13 @@ def main() -> None:
     parser.add_argument("--size", type=int, action="append", help="sides (default 512 and 1024)")
     parser.add_argument("--samples", type=int, default=30, help="pictures of each contender and size")
     parser.add_argument("--many", type=int, default=100, help="pictures for P99 over P50")
-    contract = Contract(parser.parse_args())
+    parser.add_argument(
+        "--load", action="store_true", help="the first pictures alone: a second run finds Triton's cache warm"
+    )
+    arguments = parser.parse_args()
+    contract = Contract(arguments)
     parts = (contract.plain, contract.load, contract.vortex, contract.replay, contract.fidelity, contract.peers)
-    for work in parts:
+    for work in (contract.load,) if arguments.load else parts:
         contract.part(work)
     broken = [row["promise"] for row in contract.rows if not row["holds"]]
     print(json.dumps({"promises": contract.rows, "broken": broken}))
