@@ -1,7 +1,7 @@
 """Speed and fidelity at full size, on a GPU: every promise measured in one process, on random weights.
 
     python tools/speed_contract.py docs/reports/speed                        # about 6 minutes on an H100
-    python tools/speed_contract.py docs/reports/speed/load --load            # after it: first pictures, Triton's cache warm
+    python tools/speed_contract.py docs/reports/speed/load --load     # after it: first pictures, Triton's cache warm
     python tools/speed_contract.py OUT --model FOLDER --device cpu --size 64 --size 128 --samples 2   # a rehearsal
 
 In order of worth: the peer with 16-bit weights (compiled), Vortex in both modes, fidelity, and the peers in NF4. Prints
