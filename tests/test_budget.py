@@ -19,7 +19,7 @@ from vortex_core import (
     room,
 )
 from vortex_core.loading import check_budget
-from vortex_core.planner import BLOCKS, SLACK, Plan, placements, smallest_budget
+from vortex_core.planner import BLOCKS, LEFTOVERS, SLACK, Plan, placements, smallest_budget
 from vortex_core.vram import Holder, Snapshot
 
 GB = 1e9
@@ -286,7 +286,7 @@ def test_an_unloaded_engine_holds_nothing(tiny_dir: Path) -> None:
             getattr(gone, ask)
 
 
-@pytest.mark.parametrize(("leftover", "emptied"), [(0, 0), (SLACK // 2, 0), (SLACK // 2 + 1, 1)])
+@pytest.mark.parametrize(("leftover", "emptied"), [(0, 0), (LEFTOVERS, 0), (LEFTOVERS + 1, 1)])
 def test_what_other_sizes_left_cached_goes_where_it_does_not_fit(
     roomy: Engine, monkeypatch: pytest.MonkeyPatch, leftover: int, emptied: int
 ) -> None:

@@ -153,7 +153,7 @@ class Contract:
         self.check(f"{mode} {small}: P99 / P50 of {self.many}", p99 / statistics.median(times), 1.10)
 
     def _memory(self, engine: Engine, side: int) -> None:
-        """The peak of a picture whose prompt is new, so of text, steps and decoding."""
+        """The peak of a picture whose prompt is new, so of text, steps and decoding. Predictions: vram_contract.py."""
         if self.device.type != "cuda":
             return
         clean(self.device)
@@ -161,10 +161,6 @@ class Contract:
         engine.generate(f"never seen, {side}", seed=1, height=side, width=side)
         peak = torch.cuda.max_memory_reserved(self.device) / GB
         self.check(f"{engine.mode} {side}: peak reserved, text and decode included, GB", peak, 6.5, form="{:.2f}")
-        assert engine.plan is not None
-        over = engine.plan.peak / GB / peak
-        self.check(f"{engine.mode} {side}: predicted peak over the measured one", over, 1.03)
-        self.check(f"{engine.mode} {side}: and not below it", over, 1.0, least=True)
 
     def replay(self) -> None:
         """Captured steps draw what launched ones draw; prompts, seeds and sizes take turns."""

@@ -294,10 +294,10 @@ class Engine:
                     on_step(i, n, sampling.unpack(clean, height, width))
 
         with self._room.plans.open((at_once, tokens, rows * columns // 4), still=not place.steps.units) as velocity:
-            txt = self._transformer.txt_in(conditioning.txt.to(self.device, self.dtype))
-            modulation = conditioning.modulation.to(self.device, self.dtype)
+            txt = self._transformer.txt_in(conditioning.txt.to(self.device, self.dtype, non_blocking=True))
+            modulation = conditioning.modulation.to(self.device, self.dtype, non_blocking=True)
             cos, sin = sampling.rope_of(height, width, tokens, self._spec)
-            img = sampling.pack(noise).to(self.device)
+            img = sampling.pack(noise.to(self.device))
             pe = cos.to(self.device), sin.to(self.device)
             mark("prepare")
             with place.steps.open(conditioning.steps * -(-batch // at_once)):

@@ -16,7 +16,7 @@ from .kernels.operand import FP8
 from .loading import Setup
 from .model import Model
 from .placement import Placement
-from .planner import SLACK, Demand, Plan, plan, smallest_budget
+from .planner import LEFTOVERS, SLACK, Demand, Plan, plan, smallest_budget
 from .plans import Plans
 from .vram import Ledger, available, cap_process, snapshot
 
@@ -151,7 +151,7 @@ class Room:
         memory, workspace = snapshot(self.device, process=False), self.placement.workspace
         others = memory.allocated - sum(self.components.values())
         growth = max(0, made.workspace - workspace.nbytes) + max(0, made.graphs - self.plans.nbytes)
-        if memory.reserved - others + growth > made.peak - SLACK // 2 + self._excess(made):
+        if memory.reserved - others + growth > made.peak - SLACK + LEFTOVERS + self._excess(made):
             torch.cuda.empty_cache()
 
     def _audit(self, made: Plan, before: int) -> None:
