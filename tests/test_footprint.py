@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Conv2d
 from transformers import T5Config, T5EncoderModel
 
 from vortex_core import Engine, sampling
@@ -34,7 +35,7 @@ def test_what_lives_together_adds_up_and_what_is_gone_makes_room() -> None:
 
 def test_kernels_own_memory_is_counted_where_it_matters() -> None:
     with META:
-        conv = nn.Conv2d(4, 4, 3, padding=1, dtype=torch.bfloat16).requires_grad_(False)
+        conv = Conv2d(4, 4, 3, padding=1, dtype=torch.bfloat16).requires_grad_(False)
         x = torch.empty(1, 4, 1024, 1024, dtype=torch.bfloat16)  # 8 MiB
         q = torch.empty(1, 24, 4096, 128, dtype=torch.bfloat16)  # 24 MiB
         wide = torch.empty(1, 1, 4096, 512, dtype=torch.bfloat16)  # 4 MiB, 8 in fp32
@@ -65,7 +66,7 @@ def test_meta_tensors_take_what_real_ones_take(engine: Engine, batch: int) -> No
 
 def test_channels_last_takes_no_copies() -> None:
     with META:
-        conv = nn.Conv2d(4, 4, 3, padding=1, dtype=torch.bfloat16).requires_grad_(False)
+        conv = Conv2d(4, 4, 3, padding=1, dtype=torch.bfloat16).requires_grad_(False)
         x = torch.empty(1, 4, 1024, 1024, dtype=torch.bfloat16)  # 8 MiB
     conv.weight.data = conv.weight.data.contiguous(memory_format=torch.channels_last)
     assert footprint(lambda: conv(x)) // MIB == 8

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import Conv2d, LayerNorm, Linear
 
 from vortex_core import residency
 from vortex_core.errors import VortexWarning
@@ -19,7 +20,7 @@ def modules(count: int) -> list[nn.Module]:
     torch.manual_seed(0)
     made: list[nn.Module] = []
     for i in range(count):
-        mixed = nn.Sequential(nn.Linear(5, 5 + i), nn.LayerNorm(5 + i), nn.Linear(5 + i, 5)).requires_grad_(False)
+        mixed = nn.Sequential(Linear(5, 5 + i), LayerNorm(5 + i), Linear(5 + i, 5)).requires_grad_(False)
         mixed.register_buffer("bytes", torch.arange(3 + i, dtype=torch.uint8))
         made.append(mixed)
     return made
@@ -56,7 +57,7 @@ def test_streamed_units_compute_what_they_computed_at_home(device: str, count: i
 
 def test_a_unit_keeps_the_layout_of_its_tensors() -> None:
     """Convolutions' weights with their channels last stay so, wherever they move."""
-    conv = nn.Conv2d(6, 4, 3).requires_grad_(False)
+    conv = Conv2d(6, 4, 3).requires_grad_(False)
     conv.weight.data = conv.weight.data.contiguous(memory_format=torch.channels_last)
     expected = conv.weight.clone()
     unit = Unit("vae", "vae", conv)
@@ -178,5 +179,5 @@ def test_no_pinned_memory_warns_and_works(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_nbytes_counts_parameters_and_buffers() -> None:
-    assert nbytes(nn.Linear(3, 2)) == (6 + 2) * 4
+    assert nbytes(Linear(3, 2)) == (6 + 2) * 4
     assert nbytes(nn.BatchNorm1d(4)) == (4 * 4) * 4 + 8

@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import Linear
 
 from vortex_core import Engine, load_flux_schnell, nf4, sampling
 from vortex_core.kernels import Operand, reference
@@ -101,7 +102,7 @@ def test_multiply_fills_a_part_of_a_wider_buffer(batch: int, bias: bool) -> None
     torch.manual_seed(0)
     weight = nf4.quantize(torch.randn(24, 128))
     linear = NF4Linear(weight, torch.randn(24) if bias else None, ReferenceBackend())
-    plain = nn.Linear(128, 24, bias=bias)
+    plain = Linear(128, 24, bias=bias)
     plain.weight.data = nf4.dequantize(weight, torch.float32)
     plain.bias = None if linear.bias is None else nn.Parameter(linear.bias)
     x = torch.randn(batch, 7, 192)[..., 64:]

@@ -143,7 +143,7 @@ def measure_diffusers(folder: Path, repeats: int) -> dict[str, Any]:
     )
     started = time.perf_counter()
     pipe = FluxPipeline.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=quantization)
-    pipe.to("cuda").set_progress_bar_config(disable=True)
+    pipe.to(device="cuda").set_progress_bar_config(disable=True)
     torch.cuda.empty_cache()
     result: dict[str, Any] = {"load_seconds": time.perf_counter() - started, "loaded": memory()}
     encode = lambda prompt: pipe.encode_prompt(prompt, None, max_sequence_length=256)  # noqa: E731

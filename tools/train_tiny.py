@@ -40,6 +40,7 @@ import typer
 from einops import rearrange
 from masters import Captured, Masters, ticks
 from torch import Tensor, nn
+from torch.nn import Linear
 from training_data import CAPTIONS, SHORT, Data, captioned, ids_of, make_data
 
 SERVED = (1.0, 0.75, 0.5, 0.25)
@@ -184,7 +185,7 @@ class Reader(nn.Module):
     def __init__(self, width: int, questions: int = 10) -> None:
         super().__init__()
         self.questions = questions
-        self.from_t5, self.from_clip = (nn.Linear(width, questions * (scenes.ABSENT + 1)) for _ in range(2))
+        self.from_t5, self.from_clip = (Linear(width, questions * (scenes.ABSENT + 1)) for _ in range(2))
 
     def forward(self, txt: Tensor, vec: Tensor, t5_ids: Tensor, meaning: Tensor) -> Tensor:
         """The losses of T5 and of CLIP, [2]."""

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from torch.nn import Linear
 
 from .errors import VortexInputError
 from .sampling import timesteps
@@ -53,8 +54,8 @@ class Embedder(nn.Module):
 
     def __init__(self, inside: int, hidden: int) -> None:
         super().__init__()
-        self.in_layer = nn.Linear(inside, hidden)
-        self.out_layer = nn.Linear(hidden, hidden)
+        self.in_layer = Linear(inside, hidden)
+        self.out_layer = Linear(hidden, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., inside]` to `[..., D]`."""
@@ -66,7 +67,7 @@ class Rows(nn.Module):
 
     def __init__(self, hidden: int, count: int) -> None:
         super().__init__()
-        self.lin = nn.Linear(hidden, count * hidden)
+        self.lin = Linear(hidden, count * hidden)
 
 
 class DoubleModulation(nn.Module):
@@ -99,7 +100,7 @@ class FinalModulation(nn.Module):
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
-        self.adaLN_modulation = nn.Sequential(nn.Identity(), nn.Linear(hidden, 2 * hidden))
+        self.adaLN_modulation = nn.Sequential(nn.Identity(), Linear(hidden, 2 * hidden))
 
     def forward(self, vec: Tensor) -> Tensor:
         """`[steps, D]` to `[steps, 2 D]`."""

@@ -48,7 +48,7 @@ def windows(strips: Map, *, keep: bool = False) -> Iterator[Window]:
         yield window
 
 
-class GroupNorm(nn.GroupNorm):
+class SiluGroupNorm(nn.GroupNorm):
     """A GroupNorm that SiLU follows, computed with `kernels`; see `Norm`."""
 
     kernels: Kernels = reference
@@ -57,7 +57,7 @@ class GroupNorm(nn.GroupNorm):
 class Norm:
     """A GroupNorm and SiLU, with statistics of a whole map, to be applied to any of its rows."""
 
-    def __init__(self, norm: GroupNorm, strips: Map) -> None:
+    def __init__(self, norm: SiluGroupNorm, strips: Map) -> None:
         self._kernels = norm.kernels
         parts = torch.cat([self._kernels.group_moments(strip, norm.num_groups) for strip in strips])
         mean, variance = reference.join_moments(parts)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from torch.nn import Embedding
 
 from .checkpoint.materialize import Target, check, materialize
 from .checkpoint.tensors import Tensors
@@ -68,7 +69,7 @@ class T5:
             model = T5EncoderModel(T5Config.from_dict(dict(config))).eval()
         self._model: Any = model.encoder
         self._model.embed_tokens = None  # tied to `shared`, which is looked up here
-        self._table = nn.Embedding(model.config.vocab_size, model.config.d_model, device="meta")
+        self._table = Embedding(model.config.vocab_size, model.config.d_model, device="meta")
         self._device = HOST
 
     @property

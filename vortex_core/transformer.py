@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import Linear
 
 from .kernels import Kernels, Operand, reference
 from .linear import NF4Linear, multiply
@@ -58,9 +59,9 @@ class SelfAttention(nn.Module):
 
     def __init__(self, spec: FluxSpec) -> None:
         super().__init__()
-        self.qkv = nn.Linear(spec.hidden, 3 * spec.hidden)
+        self.qkv = Linear(spec.hidden, 3 * spec.hidden)
         self.norm = QKNorm(spec.head_dim)
-        self.proj = nn.Linear(spec.hidden, spec.hidden)
+        self.proj = Linear(spec.hidden, spec.hidden)
 
 
 class DoubleBlock(nn.Module):
@@ -95,8 +96,8 @@ class SingleBlock(nn.Module):
 
     def __init__(self, spec: FluxSpec) -> None:
         super().__init__()
-        self.linear1 = nn.Linear(spec.hidden, 3 * spec.hidden + spec.mlp)
-        self.linear2 = nn.Linear(spec.hidden + spec.mlp, spec.hidden)
+        self.linear1 = Linear(spec.hidden, 3 * spec.hidden + spec.mlp)
+        self.linear2 = Linear(spec.hidden + spec.mlp, spec.hidden)
         self.norm = QKNorm(spec.head_dim)
 
     def forward(self, step: Step, gate: Tensor, following: Next) -> None:
@@ -114,7 +115,7 @@ class FinalLayer(nn.Module):
 
     def __init__(self, spec: FluxSpec) -> None:
         super().__init__()
-        self.linear = nn.Linear(spec.hidden, spec.in_channels)
+        self.linear = Linear(spec.hidden, spec.in_channels)
 
 
 class Transformer(nn.Module):
@@ -126,8 +127,8 @@ class Transformer(nn.Module):
         self.kernels: Kernels = reference
         self.fast = False
         self.side: torch.cuda.Stream | None = None
-        self.img_in = nn.Linear(spec.in_channels, spec.hidden)
-        self.txt_in = nn.Linear(spec.context, spec.hidden)
+        self.img_in = Linear(spec.in_channels, spec.hidden)
+        self.txt_in = Linear(spec.context, spec.hidden)
         self.double_blocks = nn.ModuleList(DoubleBlock(spec) for _ in range(spec.double_blocks))
         self.single_blocks = nn.ModuleList(SingleBlock(spec) for _ in range(spec.single_blocks))
         self.final_layer = FinalLayer(spec)
@@ -196,9 +197,7 @@ class Transformer(nn.Module):
 
 def mlp(spec: FluxSpec) -> nn.Sequential:
     """FLUX's MLP; entries 0 and 2 carry the weights, as in the checkpoint's names."""
-    return nn.Sequential(
-        nn.Linear(spec.hidden, spec.mlp), nn.GELU(approximate="tanh"), nn.Linear(spec.mlp, spec.hidden)
-    )
+    return nn.Sequential(Linear(spec.hidden, spec.mlp), nn.GELU(approximate="tanh"), Linear(spec.mlp, spec.hidden))
 
 
 def branch(

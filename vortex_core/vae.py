@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import Conv2d, GroupNorm, Linear
 
 from .kernels import Kernels
 from .latency import mark
 from .spec import VaeSpec
-from .strips import GroupNorm, Map, Norm, convolve, windows
+from .strips import Map, Norm, SiluGroupNorm, convolve, windows
 
 
 class ResnetBlock(nn.Module):
@@ -24,12 +25,12 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, inside: int, outside: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = GroupNorm(groups, inside, eps=1e-6)
-        self.conv1 = nn.Conv2d(inside, outside, 3, padding=1)
-        self.norm2 = GroupNorm(groups, outside, eps=1e-6)
-        self.conv2 = nn.Conv2d(outside, outside, 3, padding=1)
+        self.norm1 = SiluGroupNorm(groups, inside, eps=1e-6)
+        self.conv1 = Conv2d(inside, outside, 3, padding=1)
+        self.norm2 = SiluGroupNorm(groups, outside, eps=1e-6)
+        self.conv2 = Conv2d(outside, outside, 3, padding=1)
         if inside != outside:
-            self.nin_shortcut = nn.Conv2d(inside, outside, 1)
+            self.nin_shortcut = Conv2d(inside, outside, 1)
 
     def forward(self, x: Map) -> Map:
         """`inside` channels to `outside`. `x` is written in place, or emptied where the width changes."""
@@ -54,11 +55,11 @@ class AttnBlock(nn.Module):
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.q = nn.Linear(channels, channels)
-        self.k = nn.Linear(channels, channels)
-        self.v = nn.Linear(channels, channels)
-        self.proj_out = nn.Linear(channels, channels)
+        self.norm = GroupNorm(groups, channels, eps=1e-6)
+        self.q = Linear(channels, channels)
+        self.k = Linear(channels, channels)
+        self.v = Linear(channels, channels)
+        self.proj_out = Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[1, C, h, w]`, same out."""
@@ -72,7 +73,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Map) -> Map:
         """Twice the height and width; a strip becomes two of as many rows. `x` is emptied."""
@@ -128,20 +129,20 @@ class Decoder(nn.Module):
         super().__init__()
         self.scale, self.shift = spec.scale, spec.shift
         lowest = spec.channels[-1]
-        self.conv_in = nn.Conv2d(spec.latent_channels, lowest, 3, padding=1)
+        self.conv_in = Conv2d(spec.latent_channels, lowest, 3, padding=1)
         self.mid = Mid(lowest, spec.groups)
         above = (*spec.channels[1:], lowest)  # the width that arrives at each level
         self.up = nn.ModuleList(
             UpLevel(arriving, width, spec, last=level == 0)
             for level, (arriving, width) in enumerate(zip(above, spec.channels, strict=True))
         )
-        self.norm_out = GroupNorm(spec.groups, spec.channels[0], eps=1e-6)
-        self.conv_out = nn.Conv2d(spec.channels[0], 3, 3, padding=1)
+        self.norm_out = SiluGroupNorm(spec.groups, spec.channels[0], eps=1e-6)
+        self.conv_out = Conv2d(spec.channels[0], 3, 3, padding=1)
 
     def use(self, kernels: Kernels) -> None:
         """Compute norms with `kernels`; the fused ones want `channels_last`."""
         for module in self.modules():
-            if isinstance(module, GroupNorm):
+            if isinstance(module, SiluGroupNorm):
                 module.kernels = kernels
 
     def channels_last(self) -> None:
