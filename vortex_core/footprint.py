@@ -2,8 +2,8 @@
 
 Every storage that an operation makes is seen when it comes and when it goes, and the trace is fitted into one block
 as torch's allocator would (allocator.py). What a kernel takes inside is not seen, so it is added where it matters:
-a convolution may turn its input, weight and output into channels last; attention keeps statistics, and an fp32
-copy of its output where heads are too wide for the fused kernels.
+a convolution may turn its input, weight and output into another layout, and takes about as much where they have their
+channels last; attention keeps statistics, and an fp32 copy of its output where heads are too wide for the fused kernels.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class _Recorder(TorchDispatchMode):
             ref = StorageWeakRef(tensor.untyped_storage())
             if ref.cdata not in self._known and ref.cdata not in self._live and tensor.untyped_storage().nbytes():
                 self._live[ref.cdata] = (self._take(tensor.untyped_storage().nbytes()), ref)
-        if convolves and not _channels_last(result):
+        if convolves:
             inside = sum(_nbytes(tensor) for tensor in (args[0], args[1], result))
             self.events.append((self._take(inside), 0))
         return result

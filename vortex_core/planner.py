@@ -16,8 +16,8 @@ from .allocator import LARGE_STEP, MEDIUM_SEGMENT, MIB, reserved, round_up
 ALWAYS = ("embedders", "vae")  # groups that never stream: small, and used in every picture
 BLOCKS = "blocks"
 PROMPT = ("modulation", "clip", "t5")  # groups of prompt time, the last to give way first
-LEFTOVERS = 32 * MIB  # what earlier calls may leave cached
-SLACK = LEFTOVERS + 64 * MIB  # and what no footprint sees: up to 55 MB on an H100
+LEFTOVERS = 24 * MIB  # what earlier calls may leave cached
+SLACK = LEFTOVERS + 24 * MIB  # and what no footprint sees: 13 MB on an H100
 
 
 @dataclass(frozen=True, slots=True)
