@@ -2,8 +2,8 @@
 
 Every storage that an operation makes is seen when it comes and when it goes, and the trace is fitted into one block
 as torch's allocator would (allocator.py). What a kernel takes inside is not seen, so it is added where it matters:
-a convolution may turn its input, weight and output into another layout, and takes about as much where they have their
-channels last; attention keeps statistics, and an fp32 copy of its output where heads are too wide for the fused kernels.
+a convolution may turn its input, weight and output into another layout, and takes about as much where they have
+channels last; attention keeps statistics, and an fp32 copy of its output where heads are too wide for fused kernels.
 """
 
 from __future__ import annotations
