@@ -299,11 +299,11 @@ def same(s: Section) -> None:
         side = latents.shape[-1] * 8
         out = torch.empty(1, side, side, 3, device=s.device)
         for decoder, what in ((engine._decoder, "in the engine's type"), (deepcopy(engine._decoder).float(), "fp32")):
-            strips = {rows: decode(decoder, latents, out, rows).clone() for rows in (None, 32, 16)}
-            others = {"16 against 32 rows": strips[16], "an eighth against 32 rows": strips[None]}
-            others["whole, torch's GroupNorm, against 32 rows"] = whole_decode(decoder, latents)
+            strips = {rows: decode(decoder, latents, out, rows).clone() for rows in (None, 128, 32)}
+            others = {"whole against 128 rows": strips[None], "32 against 128 rows": strips[32]}
+            others["whole, torch's GroupNorm, against 128 rows"] = whole_decode(decoder, latents)
             for name, other in others.items():
-                off = (other - strips[32]).abs() * 255
+                off = (other - strips[128]).abs() * 255
                 found = f"mean {off.mean():.4f}/255, max {off.max():.3f}/255"
                 s.row(f"same: decoding 512, {what}, {name}", found, off.mean() < 1 and off.max() < 4)
 

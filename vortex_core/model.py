@@ -32,7 +32,8 @@ Origin = tuple[str, str]  # the source of a module's tensors, and the prefix of 
 
 BLAS = 32 * MIB  # cuBLAS' workspace on Hopper; earlier cards take 8 MiB
 MOST_AT_ONCE = 8  # pictures; more fill the card no better
-STRIPS = (None, 32)  # rows of a strip of the VAE, None: an eighth of the picture; the lower, the slower
+STRIPS = (None, 256, 128, 64)  # most rows of a strip of the VAE, None: whole; the lower, the more launches
+TALL = 400_000_000  # bytes; what decoding may take, even where nothing else takes as much
 
 
 class _Nothing:
@@ -164,7 +165,7 @@ class Model:
             graphs = {number: graph_bytes(self.flux, size, self.dtype) for number, size in sizes.items()}
         # with its encoders streaming, whether they do or not: the height of strips is to depend on sizes alone
         prompt = self.t5.working_bytes + decoding
-        room = max(steps[-1][1], prompt + 2 * max(piece.nbytes for piece in self.pieces if piece.group == "t5"))
+        room = max(TALL, steps[-1][1], prompt + 2 * max(piece.nbytes for piece in self.pieces if piece.group == "t5"))
         for rows in STRIPS:
             decode = self._remember(self._decode, height, width, rows)
             if decode <= room:

@@ -59,13 +59,12 @@ class Proposal:
         """The rest, a line each."""
         made, demand = self.plan, self.plan.demand
         stages = ", ".join(f"{name} {size / GB:.2f}" for name, size in made.stages.items())
-        decoded = "an eighth of the picture" if demand.rows is None else f"{demand.rows} rows"
+        decoded = "whole" if demand.rows is None else f"in strips of {demand.rows} rows"
         batch = f"{demand.batch} pictures, {made.slice} at once" if demand.batch > 1 else "1 picture"
         return [
             f"{made.workspace / GB:6.2f} GB  working memory, the largest of: {stages}",
             f"{(sum(demand.fixed) + made.graphs) / GB:6.2f} GB  a decoded weight, cuBLAS, the captured step",
-            f"{demand.pictures / GB:6.2f} GB  {batch} of {demand.width} x {demand.height}, decoded in strips of "
-            f"{decoded}",
+            f"{demand.pictures / GB:6.2f} GB  {batch} of {demand.width} x {demand.height}, decoded {decoded}",
             f"{made.peak / GB:6.2f} GB  predicted peak of torch reserved, of {self.budget / GB:g} GB; "
             "the CUDA context comes on top",
             f"{made.hosted / GB:6.2f} GB  pinned host memory",

@@ -75,16 +75,20 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Map) -> Map:
-        """Twice the height and width; a strip becomes two of as many rows. `x` is emptied."""
+    def forward(self, x: Map, rows: int | None = None) -> Map:
+        """Twice the height and width; a strip becomes two where it would have more than `rows`. `x` is emptied."""
         out: Map = []
         for window in windows(x):
             doubled = F.interpolate(window.x, scale_factor=2.0, mode="nearest")
             # of the doubled rows beside the strip, the convolution sees the nearer ones
             first, last = int(window.above), doubled.shape[2] - int(window.below)
-            middle = 2 * first + window.strip.shape[2]
-            out.append(convolve(self.conv, doubled[:, :, first : middle + 1], above=window.above, below=True))
-            out.append(convolve(self.conv, doubled[:, :, middle - 1 : last], above=True, below=window.below))
+            height = window.strip.shape[2]
+            if rows is None or 2 * height <= rows:
+                out.append(convolve(self.conv, doubled[:, :, first:last], above=window.above, below=window.below))
+            else:
+                middle = 2 * first + height
+                out.append(convolve(self.conv, doubled[:, :, first : middle + 1], above=window.above, below=True))
+                out.append(convolve(self.conv, doubled[:, :, middle - 1 : last], above=True, below=window.below))
             del window, doubled
         return out
 
@@ -115,11 +119,11 @@ class UpLevel(nn.Module):
         if not last:
             self.upsample = Upsample(outside)
 
-    def forward(self, x: Map) -> Map:
-        """`inside` channels to `outside`, and to twice the height and width but at the last level."""
+    def forward(self, x: Map, rows: int | None = None) -> Map:
+        """`inside` channels to `outside`, and to twice the height and width but at the last level; see `Upsample`."""
         for block in self.block:
             x = block(x)
-        return self.upsample(x) if hasattr(self, "upsample") else x
+        return self.upsample(x, rows) if hasattr(self, "upsample") else x
 
 
 class Decoder(nn.Module):
@@ -154,11 +158,11 @@ class Decoder(nn.Module):
     def forward(self, latents: Tensor, rows: int | None = None) -> Iterator[Tensor]:
         """One picture's latents in the model's scale, `[1, 16, H/8, W/8]`, to strips `[1, 3, rows, W]`, about -1..1.
 
-        Top to bottom, in strips of `rows` rows of every map; None: whole, as one strip.
+        Top to bottom, in strips of at most `rows` rows of every map; None: whole, as one strip.
         """
         x: Map = list(self.mid(self.conv_in(latents / self.scale + self.shift)).split(rows or latents.shape[2], dim=2))
         for level in reversed(self.up):
-            x = level(x)
+            x = level(x, rows)
         norm = Norm(self.norm_out, x)
         for window in windows(x):
             yield convolve(self.conv_out, norm(window.x), above=window.above, below=window.below)
@@ -166,7 +170,7 @@ class Decoder(nn.Module):
 
 
 def decode(decoder: Decoder, latents: Tensor, out: Tensor, rows: int | None = None) -> Tensor:
-    """Write pictures into `out`, float32 `[B, H, W, 3]` in 0..1, and return it; in strips of `rows`, or whole.
+    """Write pictures into `out`, float32 `[B, H, W, 3]` in 0..1, and return it; in strips of at most `rows`, or whole.
 
     One picture at a time: activations of a batch would cost B times the memory and gain little.
     """
