@@ -16,7 +16,7 @@ NAMES = ["diffusers, 16 bits", "Vortex exact", "diffusers, bitsandbytes NF4"]
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_contenders_draw_the_same_picture(tiny_dir: Path, tmp_path: Path) -> None:
-    options = ["--model", str(tiny_dir), "--device", "cpu", "--size", "64", "--samples", "2", "-o", str(tmp_path)]
+    options = ["--model", str(tiny_dir), "--device", "cpu", "--size", "64x64", "--samples", "2", "-o", str(tmp_path)]
     result = CliRunner().invoke(app, ["compare", *options])
     assert result.exit_code == 0, result.output
     printed = json.loads(result.stdout.splitlines()[-1])
@@ -29,6 +29,21 @@ def test_contenders_draw_the_same_picture(tiny_dir: Path, tmp_path: Path) -> Non
     assert 0 < exact == pytest.approx(peer, rel=0.1)  # the same NF4 weights
     assert json.loads((tmp_path / "report.json").read_text())["rows"] == printed["rows"]
     assert (tmp_path / "compare.svg").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--device", "cpu"], "take 30 GB of VRAM, and there is no GPU here"),
+        (["--model", "nowhere"], "nowhere is no folder in the diffusers layout"),
+        (["--model", "tiny", "--size", "64"], "--size must look like 512x512"),
+        (["--model", "tiny", "--size", "65x64"], "65"),
+    ],
+)
+def test_what_cannot_be_compared_is_said_before_anything_is_loaded(options: list[str], sentence: str) -> None:
+    result = CliRunner().invoke(app, ["compare", *options])
+    assert result.exit_code == 2, result.output
+    assert sentence in " ".join(result.output.split())
 
 
 def test_the_card_counts_what_a_step_takes() -> None:

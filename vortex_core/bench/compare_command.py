@@ -9,23 +9,32 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from ..checkpoint.bundle import TINY
 from ..device import resolve_device
-from ..errors import GB
+from ..errors import GB, VortexInputError
+from ..spec import DEFAULT_STEPS
 from ..terminal import console, plain_errors
-from .options import Results, grouped
+from ..vram import available
+from .options import Results, check_size, grouped
 from .output import grid, milliseconds, write_folder
 
 if TYPE_CHECKING:
+    import torch
+
     from .compare import Result
+
+NEEDED = 30 * GB  # of VRAM: 24 of weights, and what they work in
 
 
 @grouped
 def compare(
     results: Results,
     model: Annotated[
-        Path | None, typer.Option(help="A folder in the diffusers layout. [default: random weights, real size]")
+        str | None, typer.Option(help="tiny, or a folder in the diffusers layout. [default: random weights, real size]")
     ] = None,
-    size: Annotated[list[int] | None, typer.Option(help="Sides of the pictures; may be repeated.")] = None,
+    size: Annotated[
+        list[str] | None, typer.Option(help="Such as 512x512; may be repeated. [default: that, 1024x1024]")
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Pictures of each contender and size.")] = 30,
     comfyui: Annotated[Path | None, typer.Option(help="A ComfyUI tree, to time its Flux forward too.")] = None,
     device: Annotated[str | None, typer.Option(help="[default: the first CUDA device, else the CPU]")] = None,
@@ -45,12 +54,32 @@ def compare(
 
     with plain_errors():
         results.check()
-        sizes = [(side, side) for side in size or (512, 1024)]
-        result = run(model, device=resolve_device(device), sizes=sizes, samples=samples, comfyui=comfyui, on_row=report)
+        sizes = [check_size(text, DEFAULT_STEPS) for text in size or ("512x512", "1024x1024")]
+        where = resolve_device(device)
+        folder = source(model, where)
+        shapes = [(height, width) for width, height in filter(None, sizes)]
+        result = run(folder, device=where, sizes=shapes, samples=samples, comfyui=comfyui, on_row=report)
         found = result.figures()
         if results.output:
             write_folder(results.output, found, {"compare": compare_plot(result)})
         results.finish(found, [table(result), floors(result)], [])
+
+
+def source(model: str | None, device: torch.device) -> Path | None:
+    """The model's folder, None for random weights. Raises `VortexInputError` where it is none, or has no room."""
+    if model is not None:
+        folder = TINY if model == "tiny" else Path(model).expanduser()
+        if not (folder / "model_index.json").is_file():
+            raise VortexInputError(f"{folder} is no folder in the diffusers layout: it has no model_index.json.")
+        return folder
+    room = available(device)
+    if room is None or room < NEEDED:
+        found = "there is no GPU here" if room is None else f"{device} has {room / GB:.1f} GB left"
+        raise VortexInputError(
+            f"Peers with 16-bit weights of the real size take {NEEDED / GB:.0f} GB of VRAM, and {found}. "
+            "`--model tiny` compares them on the miniature."
+        )
+    return None
 
 
 def table(result: Result) -> Table:
