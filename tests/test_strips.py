@@ -4,8 +4,9 @@ import pytest
 import torch
 from whole_vae import whole_decode
 
-from vortex_core import Engine
+from vortex_core import Engine, load_flux_schnell
 from vortex_core.footprint import META, footprint
+from vortex_core.kernels import reference
 from vortex_core.spec import VaeSpec
 from vortex_core.vae import Decoder, decode
 
@@ -49,6 +50,41 @@ def test_strips_at_flux_widths_are_the_whole() -> None:
     assert distance.mean() < 1
     assert distance.max() < 4
     assert rounding.mean() < 1
+
+
+class ChannelsLast:
+    """The reference, for maps as the fused kernels take them: these read memory, whatever the strides say."""
+
+    def group_moments(self, x: torch.Tensor, groups: int) -> torch.Tensor:
+        assert x.is_contiguous(memory_format=torch.channels_last)
+        return reference.group_moments(x, groups)
+
+    def norm_silu(self, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        assert x.is_contiguous(memory_format=torch.channels_last)
+        assert out.is_contiguous(memory_format=torch.channels_last)
+        return reference.norm_silu(x, scale, shift, out)
+
+
+@pytest.mark.parametrize("rows", [3, 8, 12, None])
+def test_every_norm_sees_its_channels_last(rows: int | None) -> None:
+    decoder, latents = random_decoder(), noise(1, 16, 8, 12)
+    with torch.inference_mode():
+        expected = in_strips(decoder, latents, rows)
+        decoder.channels_last()
+        decoder.use(ChannelsLast())
+        assert (expected - in_strips(decoder, latents, rows)).abs().max() < 1e-4
+
+
+@pytest.mark.gpu
+def test_an_engine_on_a_gpu_decodes_with_the_fused_norm() -> None:
+    latents = noise(2, 16, 16, 16)
+    with load_flux_schnell("tiny", device="cuda") as engine, torch.inference_mode():
+        assert engine._decoder.norm_out.kernels is not reference
+        whole = whole_decode(engine._decoder, latents.to(engine.device, engine.dtype))
+        off = (engine.decode(latents) - whole.float()).abs() * 255
+    print(f"\nfused norm against torch's: mean {off.mean():.3f}, max {off.max():.3f} of 255", end="")
+    assert off.mean() < 1
+    assert off.max() < 4
 
 
 def test_independent_tiles_would_not_pass(engine: Engine) -> None:
