@@ -31,7 +31,7 @@ from vortex_core.bench.peers import diffusers_velocity
 from vortex_core.bench.plots import compare_plot
 from vortex_core.conditioning import Modulation
 from vortex_core.device import resolve_device
-from vortex_core.latency import synchronize
+from vortex_core.latency import Stopwatch
 from vortex_core.linear import NF4Linear, ReferenceBackend
 from vortex_core.nf4 import NF4Weight
 from vortex_core.spec import T5_TOKENS, FluxSpec
@@ -90,11 +90,9 @@ class Contract:
 
     def seconds(self, work: Callable[[], object]) -> float:
         """Of one run."""
-        synchronize(self.device)
-        started = time.perf_counter()
-        work()
-        synchronize(self.device)
-        return time.perf_counter() - started
+        with Stopwatch(self.device) as watch:
+            work()
+        return watch.seconds
 
     def median(self, work: Callable[[], object], repeats: int = 10) -> float:
         return statistics.median(self.seconds(work) for _ in range(repeats))

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from vortex_core import Engine
+from vortex_core.latency import Stopwatch
 from vortex_core.planner import Plan
 from vortex_core.vram import process_memory
 
@@ -77,13 +78,9 @@ class Section:
         """Median milliseconds after one to warm up."""
         times = []
         for _ in range(repeats + 1):
-            if self.cuda:
-                torch.cuda.synchronize(self.device)
-            started = time.perf_counter()
-            work()
-            if self.cuda:
-                torch.cuda.synchronize(self.device)
-            times.append((time.perf_counter() - started) * 1e3)
+            with Stopwatch(self.device) as watch:
+                work()
+            times.append(watch.seconds * 1e3)
         return statistics.median(times[1:])
 
     def step_ms(self, engine: Any, side: int, pictures: int = 3) -> float:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from ..checkpoint.bundle import TINY
+from ..checkpoint.bundle import path_of
 from ..device import resolve_device
 from ..errors import GB, VortexInputError
 from ..spec import DEFAULT_STEPS
@@ -68,7 +68,7 @@ def compare(
 def source(model: str | None, device: torch.device) -> Path | None:
     """The model's folder, None for random weights. Raises `VortexInputError` where it is none, or has no room."""
     if model is not None:
-        folder = TINY if model == "tiny" else Path(model).expanduser()
+        folder = path_of(model)
         if not (folder / "model_index.json").is_file():
             raise VortexInputError(f"{folder} is no folder in the diffusers layout: it has no model_index.json.")
         return folder

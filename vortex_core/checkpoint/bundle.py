@@ -71,7 +71,7 @@ def open_bundle(
 
     Raises `VortexCheckpointError` that says what is missing, unsafe, or another model's.
     """
-    path = TINY if model == "tiny" else Path(model).expanduser()
+    path = path_of(model)
     parts, configs = find_parts(path, {"clip": clip, "t5": t5, "vae": vae})
     missing = [WORDS[kind] for kind in SUBFOLDERS if kind not in parts]
     if missing:
@@ -87,6 +87,11 @@ def open_bundle(
         return _bundle(name, parts, configs, *map(read_tokenizer, tokenizers))
     folder = Path(tokenizers).expanduser() if tokenizers is not None else path if path.is_dir() else None
     return _bundle(name, parts, configs, *find_tokenizers(folder))
+
+
+def path_of(model: str | Path) -> Path:
+    """Where a model lies, by its name (`"tiny"`) or path. It may not exist."""
+    return TINY if model == "tiny" else Path(model).expanduser()
 
 
 def open_pipeline(pipe: FluxPipeline) -> Bundle:
