@@ -20,7 +20,7 @@ from vortex_core import (
 )
 from vortex_core.loading import check_budget
 from vortex_core.planner import BLOCKS, LEFTOVERS, SLACK, Plan, placements, smallest_budget
-from vortex_core.vram import Holder, Snapshot
+from vortex_core.vram import Counters, Holder, Snapshot
 
 GB = 1e9
 PROMPT = "a green ring"
@@ -296,7 +296,7 @@ def test_what_other_sizes_left_cached_goes_where_it_does_not_fit(
     mine = sum(roomy._room.components.values())
     foreign = 10**9
     reserved = made.peak - SLACK + leftover + foreign
-    monkeypatch.setattr(room, "snapshot", lambda *a, **k: Snapshot(mine + foreign, reserved, None, 0, 0))
+    monkeypatch.setattr(room, "counters", lambda device: Counters(mine + foreign, reserved))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append(1))
     roomy._room._tidy(made)
     assert len(calls) == emptied
@@ -305,7 +305,7 @@ def test_what_other_sizes_left_cached_goes_where_it_does_not_fit(
 def test_the_cap_is_the_budget_beside_what_is_there(roomy: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[int | None] = []
     monkeypatch.setattr(room, "cap_process", lambda device, nbytes: told.append(nbytes))
-    monkeypatch.setattr(room, "snapshot", lambda device: Snapshot(0, 10**9, None, 0, 0))
+    monkeypatch.setattr(room, "counters", lambda device: Counters(0, 10**9))
     roomy._room.cap()  # on the CPU there is nothing to cap
     assert told == []
     monkeypatch.setattr(roomy._room, "device", torch.device("cuda", 0))
@@ -317,6 +317,6 @@ def test_the_cap_is_the_budget_beside_what_is_there(roomy: Engine, monkeypatch: 
 
 def test_what_was_not_planned_is_said(roomy: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     reserved = iter((10**9, 2 * 10**9, 2 * 10**9))
-    monkeypatch.setattr(room, "snapshot", lambda *a, **k: Snapshot(10**9, next(reserved), None, 0, 0))
+    monkeypatch.setattr(room, "counters", lambda device: Counters(10**9, next(reserved)))
     with pytest.warns(MemoryPressureWarning, match=r"reserve 1.00 GB more, which was not planned; now.*cached 1.00"):
         roomy.generate(PROMPT, seed=1, **SIZE)

@@ -15,8 +15,8 @@ from vortex_core.vram import Holder, Ledger, Sampler, Snapshot, available, cap_p
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
-class Counters:
-    """torch's counters of a device."""
+class Allocator:
+    """torch's counters of a device, flat and as its allocator gives them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.values = dict.fromkeys(
@@ -24,7 +24,15 @@ class Counters:
             0,
         )
         monkeypatch.setattr(vram.torch.cuda, "memory_stats", lambda device: dict(self.values))
+        monkeypatch.setattr(vram.torch.cuda, "memory_stats_as_nested_dict", lambda device: self.nested())
         monkeypatch.setattr(vram.torch.cuda, "mem_get_info", lambda device: (60, 100))
+
+    def nested(self) -> dict[str, dict[str, dict[str, int]]]:
+        found: dict[str, dict[str, dict[str, int]]] = {}
+        for key, value in self.values.items():
+            counter, pool, what = key.split(".")
+            found.setdefault(counter, {}).setdefault(pool, {})[what] = value
+        return found
 
     def change(self, by: int, kind: str = "reserved") -> None:
         self.values[f"{kind}_bytes.all.current"] += by
@@ -42,33 +50,33 @@ def test_the_cpu_has_no_vram() -> None:
 
 
 def test_scoped_peaks_nest_and_reset_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    counters = Counters(monkeypatch)
+    allocator = Allocator(monkeypatch)
     monkeypatch.setattr(vram.torch.cuda, "reset_peak_memory_stats", lambda *a: pytest.fail("reset somebody's peak"))
-    counters.change(50)
+    allocator.change(50)
     with peak(CUDA) as outer:
-        counters.change(20)
+        allocator.change(20)
         with peak(CUDA) as inner:
-            counters.change(5)
-            counters.change(-25)
-        counters.change(10)
+            allocator.change(5)
+            allocator.change(-25)
+        allocator.change(10)
     assert (inner.reserved, inner.exact) == (75, True)
     assert (outer.reserved, outer.exact) == (75, True)
     with peak(CUDA) as later:  # below the old peak, and nothing is freed: the end is the peak
-        counters.change(3)
+        allocator.change(3)
     assert (later.reserved, later.exact) == (63, True)
     with peak(CUDA) as hidden:  # below the old peak, and freed again: it cannot be told exactly
-        counters.change(3)
-        counters.change(-3)
+        allocator.change(3)
+        allocator.change(-3)
     assert (hidden.reserved, hidden.exact) == (63, False)
 
 
 def test_a_scope_that_fails_still_tells(monkeypatch: pytest.MonkeyPatch) -> None:
-    counters, found = Counters(monkeypatch), []
+    allocator, found = Allocator(monkeypatch), []
 
     def fail() -> None:
         with peak(CUDA) as scope:
             found.append(scope)
-            counters.change(9)
+            allocator.change(9)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -77,9 +85,9 @@ def test_a_scope_that_fails_still_tells(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_available_counts_what_could_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    counters = Counters(monkeypatch)
-    counters.change(30)
-    counters.change(25, "allocated")
+    allocator = Allocator(monkeypatch)
+    allocator.change(30)
+    allocator.change(25, "allocated")
     monkeypatch.setattr(vram.torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0, raising=False)
     assert available(CUDA) == 60 + 30 - 25
     assert available(CUDA, own=10) == 60 + 30 - 15
@@ -88,7 +96,7 @@ def test_available_counts_what_could_be_had(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_capping_sets_torchs_fraction(monkeypatch: pytest.MonkeyPatch) -> None:
-    Counters(monkeypatch)
+    Allocator(monkeypatch)
     told: list[float] = []
     monkeypatch.setattr(vram.torch.cuda, "set_per_process_memory_fraction", lambda share, device: told.append(share))
     for limit in (25, 300, None):
@@ -110,7 +118,7 @@ def test_a_ledger_adds_up(components: dict[str, int], others: int, cached: int) 
 
 
 def test_the_sampler_sees_what_comes_and_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    counters = Counters(monkeypatch)
+    allocator = Allocator(monkeypatch)
     monkeypatch.setattr(vram, "process_memory", lambda device: None)
     seen = threading.Event()
 
@@ -122,9 +130,9 @@ def test_the_sampler_sees_what_comes_and_goes(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(vram, "snapshot", look)
     with Sampler(CUDA, interval=0.001) as sampler:
-        counters.change(7)
+        allocator.change(7)
         assert seen.wait(10)
-        counters.change(-7)
+        allocator.change(-7)
     assert sampler.most("reserved") == 7
     assert sampler.most("process") is None
     assert sampler.least_free == 60

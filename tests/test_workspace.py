@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from vortex_core import workspace
+from vortex_core.vram import Counters
 from vortex_core.workspace import Workspace
 
 MB = 10**6
@@ -51,16 +52,17 @@ class Driver:
         self.reserved.clear()
         return SimpleNamespace()
 
-    def memory_reserved(self, device: object) -> int:
-        return sum(self.reserved.values())
+    def counters(self, device: object) -> Counters:
+        return Counters(0, sum(self.reserved.values()))
 
 
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     made = Driver()
     monkeypatch.setattr(workspace.torch, "empty", made.empty)
-    for name in ("use_mem_pool", "empty_cache", "MemPool", "memory_reserved"):
+    for name in ("use_mem_pool", "empty_cache", "MemPool"):
         monkeypatch.setattr(workspace.torch.cuda, name, getattr(made, name))
+    monkeypatch.setattr(workspace, "counters", made.counters)
     monkeypatch.setattr(workspace.torch.cuda, "get_allocator_backend", lambda: "native")
     monkeypatch.setattr(workspace.torch.cuda, "device", lambda device: contextmanager(lambda: (yield))())
     return made

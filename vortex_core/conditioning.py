@@ -19,10 +19,11 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import Linear
 
+from .device import host_buffer
 from .errors import VortexInputError
 from .sampling import timesteps
 from .spec import FluxSpec
-from .text import HOST, T5, Clip, tokenize_prompt
+from .text import T5, Clip, tokenize_prompt
 
 CACHED = 16  # prompts; about 10 MB of host memory each at full size, 18 pinned, as torch rounds it
 
@@ -180,9 +181,5 @@ class Conditioner:
         return Conditioning(self._hosted(txt), self._hosted(self.modulation(t, pooled)))
 
     def _hosted(self, tensor: Tensor) -> Tensor:
-        """In host memory; pinned where a GPU reads it for each picture, if there is any to be had."""
-        tensor = tensor.to(HOST)
-        try:
-            return tensor.pin_memory() if self.device.type == "cuda" else tensor
-        except RuntimeError:
-            return tensor
+        """In host memory, from where it is read for each picture."""
+        return host_buffer(tensor.shape, tensor.dtype, self.device).copy_(tensor)

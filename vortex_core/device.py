@@ -1,8 +1,9 @@
-"""The device to run on."""
+"""The device to run on, and host memory that it can read."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from .errors import VortexDeviceError
 
@@ -38,3 +39,11 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
             "needs native bf16, so 8.0 or higher (RTX 30 series and later)."
         )
     return torch.device("cuda", index)
+
+
+def host_buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Host memory, uninitialized; pinned where `device` is a GPU, so that nobody waits for copies, if there is any."""
+    try:
+        return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
+    except RuntimeError:
+        return torch.empty(shape, dtype=dtype)

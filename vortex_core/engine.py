@@ -241,8 +241,7 @@ class Engine:
             pictures = self._buffer(*request.shape) if out is None else out
             conditioning = self._conditioner(prompt, steps) if isinstance(prompt, str) else prompt
             mark("prompt")
-            noise = sampling.noise(seed, batch_size, height, width, self._spec.latent_channels)
-            latents = self._denoise(conditioning, noise, on_step, made.slice if made else None)
+            latents = self._denoise(conditioning, request, on_step, made.slice if made else None)
             return decode(self._decoder, latents, pictures, made.demand.rows if made else None)
 
         with self._lock:
@@ -277,28 +276,34 @@ class Engine:
         with self._lock:
             # latents from elsewhere may have sizes that no picture of ours has
             demand = self._demand(round_up(height, SIZE_MULTIPLE), round_up(width, SIZE_MULTIPLE), batch)
-            return self._room.use(demand and replace(demand, prompt=0, steps=((1, 0),), graphs={}), draw)
+            return self._room.use(demand and replace(demand, prompt=0, steps=((1, 0),), graphs=()), draw)
 
     def _denoise(
-        self, conditioning: Conditioning, noise: Tensor, on_step: OnStep | None, at_once: int | None
+        self, conditioning: Conditioning, request: Request, on_step: OnStep | None, at_once: int | None
     ) -> Tensor:
-        """Noise `[B, 16, H/8, W/8]` to clean latents of that shape, fp32 on the device."""
-        batch, _, rows, columns = noise.shape
-        height, width, at_once = rows * 8, columns * 8, at_once or batch
+        """Clean latents `[B, 16, H/8, W/8]`, fp32 on the device."""
+        batch, height, width = request.batch_size, request.height, request.width
+        at_once = at_once or batch
         place = self._room.placement
         tokens = conditioning.txt.shape[1]
+        size = (at_once, tokens, height // 16 * (width // 16))
+
+        def sent(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+            return tensor.to(self.device, dtype, non_blocking=True)
 
         def report(i: int, n: int, clean: Tensor) -> None:
             if on_step is not None:
                 with place.workspace.outside():
                     on_step(i, n, sampling.unpack(clean, height, width))
 
-        with self._room.plans.open((at_once, tokens, rows * columns // 4), still=not place.steps.units) as velocity:
-            txt = self._transformer.txt_in(conditioning.txt.to(self.device, self.dtype, non_blocking=True))
-            modulation = conditioning.modulation.to(self.device, self.dtype, non_blocking=True)
-            cos, sin = sampling.rope_of(height, width, tokens, self._spec)
-            img = sampling.pack(noise.to(self.device))
-            pe = cos.to(self.device), sin.to(self.device)
+        with self._room.plans.open(size, still=not place.steps.units) as velocity:
+            txt = self._transformer.txt_in(sent(conditioning.txt, self.dtype))
+            modulation = sent(conditioning.modulation, self.dtype)
+            cos, sin = sampling.rope_of(height, width, tokens, self._spec, self.device)
+            pe = sent(cos), sent(sin)
+            # last: the device copies the others while the host draws
+            noise = sampling.noise(request.seed, batch, height, width, self._spec.latent_channels, self.device)
+            img = sampling.pack(sent(noise))
             mark("prepare")
             with place.steps.open(conditioning.steps * -(-batch // at_once)):
                 sampling.denoise(velocity, img, txt, modulation, pe, report if on_step else None, at_once)

@@ -159,10 +159,10 @@ class Model:
         steps = tuple(
             (number, decoding + self._remember(self._steps, height, width, tokens, number)) for number in slices
         )
-        graphs: dict[int, int] = {}
+        graphs: tuple[tuple[int, int], ...] = ()
         if self.fused:
             sizes = {number: (number, tokens, height * width // 256) for number in slices}
-            graphs = {number: graph_bytes(self.flux, size, self.dtype) for number, size in sizes.items()}
+            graphs = tuple((number, graph_bytes(self.flux, size, self.dtype)) for number, size in sizes.items())
         # with its encoders streaming, whether they do or not: the height of strips is to depend on sizes alone
         prompt = self.t5.working_bytes + decoding
         room = max(TALL, steps[-1][1], prompt + 2 * max(piece.nbytes for piece in self.pieces if piece.group == "t5"))

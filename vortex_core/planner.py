@@ -8,8 +8,9 @@ allocator rounds them, the working memory of the largest stage, the finished pic
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 from .allocator import LARGE_STEP, MEDIUM_SEGMENT, MIB, reserved, round_up
 
@@ -48,7 +49,7 @@ class Demand:
     rows: int | None
     latents: int = 0
     fixed: tuple[int, ...] = ()
-    graphs: Mapping[int, int] = field(default_factory=dict)
+    graphs: tuple[tuple[int, int], ...] = ()
 
     @property
     def pictures(self) -> int:
@@ -56,7 +57,7 @@ class Demand:
         return self.batch * self.height * self.width * 3 * 4
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots: what follows is computed once
 class Plan:
     """Which pieces stream, how many pictures are drawn at once (`slice`), and the peak that follows."""
 
@@ -83,23 +84,23 @@ class Plan:
         sizes = [piece.nbytes for piece in self.pieces if piece.name in self.streamed and piece.group in groups]
         return min(2, len(sizes)) * max(sizes, default=0)
 
-    @property
+    @cached_property
     def workspace(self) -> int:
         """The one block that all stages work in."""
         return max(MEDIUM_SEGMENT, round_up(max(self.stages.values()), LARGE_STEP))
 
-    @property
+    @cached_property
     def peak(self) -> int:
         """The most that torch will have reserved, everything included."""
         weights = (piece.nbytes for piece in self.resident)
         kept = reserved((*self.demand.fixed, *weights, self.demand.pictures))
         return kept + self.workspace + self.graphs + SLACK
 
-    @property
+    @cached_property
     def graphs(self) -> int:
         """What captured steps keep besides the workspace; with blocks that stream, nothing is captured."""
         streams = any(piece.group == BLOCKS and piece.name in self.streamed for piece in self.pieces)
-        return 0 if streams else self.demand.graphs.get(self.slice, 0)
+        return 0 if streams else dict(self.demand.graphs).get(self.slice, 0)
 
     @property
     def breakdown(self) -> dict[str, int]:
@@ -117,7 +118,8 @@ class Plan:
         return sum(piece.nbytes for piece in self.pieces if piece.name in self.streamed)
 
 
-def plan(pieces: Sequence[Piece], demand: Demand, budget: float, keep: frozenset[str] | None = None) -> Plan | None:
+@lru_cache(maxsize=64)
+def plan(pieces: tuple[Piece, ...], demand: Demand, budget: float, keep: frozenset[str] | None = None) -> Plan | None:
     """The richest placement whose peak fits `budget`, or None where not even the poorest does.
 
     `keep` is what streams now: that placement stays if it fits and all its blocks are resident, since moving weights
@@ -128,9 +130,9 @@ def plan(pieces: Sequence[Piece], demand: Demand, budget: float, keep: frozenset
         candidates = [keep, *candidates]
     slices = [number for number, _ in demand.steps]
     for streamed in candidates:
-        made = Plan(tuple(pieces), demand, streamed, slices[-1])
+        made = Plan(pieces, demand, streamed, slices[-1])
         if made.peak <= budget:
-            larger = (Plan(made.pieces, demand, streamed, number) for number in slices)
+            larger = (Plan(pieces, demand, streamed, number) for number in slices)
             return next((other for other in larger if other.peak <= budget), made)
     return None
 

@@ -14,6 +14,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -41,14 +42,16 @@ class Plan:
         spec, dtype = transformer.spec, transformer.img_in.weight.dtype
         used = 0
 
-        def take(name: str, shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
+        def take(shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
             nonlocal used
             start, used = used, used + aligned(prod(shape) * kind.itemsize)
             return buffer[start : start + prod(shape) * kind.itemsize].view(kind).view(shape)
 
-        self._transformer = transformer
-        self._inputs = [take(name, shape, kind) for name, (shape, kind) in inputs(spec, size, dtype).items()]
-        self._step: Step = transformer.step(size, take)
+        self._transformer, self._size = transformer, size
+        self._inputs = [take(shape, kind) for shape, kind in inputs(spec, size, dtype).values()]
+        lengths = buffers(spec, size, dtype, fast=transformer.fast)
+        self._buffers = {name: take((length,), kind) for name, (length, kind) in lengths.items()}
+        self._velocity = self._buffers["velocity"].view(self._inputs[0].shape)
 
     def __call__(self, img: Tensor, txt: Tensor, modulation: Tensor, pe: Rope, graph: Any = None) -> Tensor:
         """As `Transformer`: the velocity `[B, S, 64]`, valid until the next call. Replays `graph` if there is one."""
@@ -58,7 +61,11 @@ class Plan:
             self.run()
         else:
             graph.replay()
-        return self._step.velocity
+        return self._velocity
+
+    @cached_property
+    def _step(self) -> Step:  # only where it is launched: a replay needs none of its many views
+        return self._transformer.step(self._size, lambda name, shape, kind: self._buffers[name])
 
     def run(self) -> None:
         """From the inputs to the velocity, launch by launch."""

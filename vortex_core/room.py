@@ -18,7 +18,7 @@ from .model import Model
 from .placement import Placement
 from .planner import LEFTOVERS, SLACK, Demand, Plan, plan, smallest_budget
 from .plans import Plans
-from .vram import Ledger, available, cap_process, snapshot
+from .vram import Ledger, available, cap_process, counters
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Room:
     def cap(self) -> None:
         """Have torch refuse more than the budget to the whole process, besides what it has now."""
         if self.budget is not None and self.device.type == "cuda":
-            cap_process(self.device, snapshot(self.device).reserved + self.budget)
+            cap_process(self.device, counters(self.device).reserved + self.budget)
             self._capped = True
 
     def uncap(self) -> None:
@@ -73,7 +73,7 @@ class Room:
         limit = float(self.budget)
         for final in (False, True):
             made = self._make(demand, limit)
-            before = snapshot(self.device, process=False).reserved
+            before = counters(self.device).reserved
             try:
                 with self.placement.workspace.use():
                     result = work(made)
@@ -148,7 +148,7 @@ class Room:
 
     def _tidy(self, made: Plan) -> None:
         """Give back what earlier pictures of other sizes left cached, where it does not fit beside this one."""
-        memory, workspace = snapshot(self.device, process=False), self.placement.workspace
+        memory, workspace = counters(self.device), self.placement.workspace
         others = memory.allocated - sum(self.components.values())
         growth = max(0, made.workspace - workspace.nbytes) + max(0, made.graphs - self.plans.nbytes)
         if memory.reserved - others + growth > made.peak - SLACK + LEFTOVERS + self._excess(made):
@@ -156,7 +156,7 @@ class Room:
 
     def _audit(self, made: Plan, before: int) -> None:
         """Warn where a call had torch reserve more than its plan says."""
-        grown = snapshot(self.device, process=False).reserved - before
+        grown = counters(self.device).reserved - before
         if grown > segment(made.demand.pictures) + made.graphs + SLACK:
             rows = ", ".join(f"{name} {size / GB:.2f}" for name, size in self.ledger.rows.items())
             warnings.warn(
@@ -187,7 +187,7 @@ class Room:
     @property
     def ledger(self) -> Ledger:
         """Who holds what torch has reserved on the device."""
-        memory = snapshot(self.device, process=False)
+        memory = counters(self.device)
         components = self.components if self.device.type == "cuda" else {}
         return Ledger(components, memory.allocated, memory.reserved)
 

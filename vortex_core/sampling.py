@@ -13,19 +13,25 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from .device import host_buffer
 from .latency import mark
 from .spec import FluxSpec
 from .transformer import Rope
 
+CPU = torch.device("cpu")
 
-def noise(seed: int, batch: int, height: int, width: int, channels: int = 16) -> Tensor:
-    """fp32 noise `[B, C, H/8, W/8]` on the CPU: picture i from its own generator, seeded with `seed + i`.
+
+def noise(seed: int, batch: int, height: int, width: int, channels: int = 16, device: torch.device = CPU) -> Tensor:
+    """fp32 noise `[B, C, H/8, W/8]` in host memory that `device` reads: picture i from a generator of `seed + i`.
 
     Drawn on the CPU, so that a seed means the same picture on every device, and the same noise as in ComfyUI's
-    KSampler; one generator a picture, so that a batch equals its singles.
+    KSampler; one generator a picture, so that a batch equals its singles. In place: torch shares a copy of this size
+    among all cores, and to wake them takes longer than drawing.
     """
-    shape = (channels, height // 8, width // 8)
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in range(batch)])
+    made = host_buffer((batch, channels, height // 8, width // 8), torch.float32, device)
+    for i, picture in enumerate(made):
+        picture.normal_(generator=torch.Generator().manual_seed(seed + i))
+    return made
 
 
 def pack(latents: Tensor) -> Tensor:
@@ -63,9 +69,13 @@ def rope(ids: Tensor, spec: FluxSpec, device: torch.device) -> Rope:
 
 
 @lru_cache(maxsize=8)
-def rope_of(height: int, width: int, tokens: int, spec: FluxSpec) -> Rope:
-    """The rotary tables of a size, in host memory: at most 4 MB each, and 10 ms to compute."""
-    return rope(positions(height, width, tokens), spec, torch.device("cpu"))
+def rope_of(height: int, width: int, tokens: int, spec: FluxSpec, device: torch.device = CPU) -> Rope:
+    """The rotary tables of a size, in host memory that `device` reads: at most 4 MB each, and 10 ms to compute."""
+    cos, sin = (
+        host_buffer(table.shape, table.dtype, device).copy_(table)
+        for table in rope(positions(height, width, tokens), spec, CPU)
+    )
+    return cos, sin
 
 
 def denoise(

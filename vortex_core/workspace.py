@@ -20,6 +20,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
+from .vram import counters
+
 
 class Workspace:
     """See the module. `nbytes` is the block's size, 0 while there is none; `epoch` counts the blocks there were."""
@@ -75,9 +77,9 @@ class Workspace:
             self.release()  # the traceback keeps tensors alive in the block
             raise
         self._leave()
-        before = torch.cuda.memory_reserved(self.device)
+        before = counters(self.device).reserved
         self._hold(self.nbytes)
-        if torch.cuda.memory_reserved(self.device) > before:  # something is still alive in the block
+        if counters(self.device).reserved > before:  # something is still alive in the block
             self.release()
 
     @contextmanager
