@@ -87,6 +87,18 @@ def test_a_model_loaded_small_draws_the_same(tiny_dir: Path, roomy: Engine) -> N
         assert torch.equal(small.generate(PROMPT, seed=1, **SIZE), roomy.generate(PROMPT, seed=1, **SIZE))
 
 
+def test_the_same_request_is_planned_once(roomy: Engine) -> None:
+    roomy.generate(PROMPT, seed=1, **SIZE)
+    made = roomy.plan
+    roomy.generate(PROMPT, seed=1, steps=1, height=128, width=128)
+    assert roomy.plan is not made
+    roomy.generate(PROMPT, seed=2, **SIZE)
+    assert roomy.plan is made
+    narrow(roomy)
+    roomy.generate(PROMPT, seed=2, **SIZE)
+    assert roomy.plan != made
+
+
 def test_batches_are_drawn_in_slices(roomy: Engine, engine: Engine) -> None:
     seen = []
     narrow(roomy, 3)

@@ -119,9 +119,12 @@ def test_pictures_of_a_batch_are_the_singles(engine: Engine) -> None:
     assert (batch - singles).abs().max() < 1 / 255
 
 
-def test_noise_is_what_comfyui_draws() -> None:
-    torch.manual_seed(123)
-    assert torch.equal(sampling.noise(123, 1, 128, 96), torch.randn(1, 16, 16, 12))
+@pytest.mark.parametrize(("height", "width"), [(128, 96), (64, 64), (1024, 1040)])
+def test_noise_is_what_comfyui_draws(height: int, width: int) -> None:
+    drawn = sampling.noise(123, 3, height, width)
+    for i, picture in enumerate(drawn):
+        torch.manual_seed(123 + i)
+        assert torch.equal(picture[None], torch.randn(1, 16, height // 8, width // 8))
 
 
 def test_a_drawn_seed_is_told_and_repeats_the_picture(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:

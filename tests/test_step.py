@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,6 +71,33 @@ def test_a_plan_takes_the_bytes_that_were_planned(engine: Engine, transformer: T
         Plan(transformer, size, buffer)(*request(engine, height, width, batch))
         with pytest.raises(RuntimeError, match="shape"):
             Plan(transformer, size, buffer[:-256])
+
+
+@torch.inference_mode()
+def test_a_replay_reads_its_inputs_and_lays_out_no_step(
+    engine: Engine, transformer: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size, (first, second) = size_of(128, 80, 2), [request(engine, 128, 80, 2) for _ in range(2)]
+    second[0].neg_()
+    buffer = torch.empty(plan_bytes(engine._spec, size, torch.float32, fast=False), dtype=torch.uint8)
+    captured = Plan(transformer, size, buffer)
+    captured(*first)
+    graph = SimpleNamespace(replay=captured.run)  # in that memory, whoever filled it
+    monkeypatch.setattr(Transformer, "step", lambda *arguments: pytest.fail("laid out"))
+    replayed = Plan(transformer, size, buffer)(*second, graph).clone()
+    monkeypatch.undo()
+    assert torch.equal(replayed, transformer(*second))
+
+
+@torch.inference_mode()
+def test_the_graphs_of_the_sizes_drawn_last_are_kept(engine: Engine, transformer: Transformer) -> None:
+    plans = Plans(transformer, Workspace(torch.device("cpu")))
+    one, two = size_of(128, 80, 1), size_of(128, 80, 2)
+    img, txt, modulation, pe = request(engine, 128, 80, 2)
+    with plans.open(two) as velocity:
+        plans._graphs.update(dict.fromkeys((one, two), SimpleNamespace(replay=lambda: None)))
+        velocity(img[:1], txt[:1], modulation, pe)
+        assert list(plans._graphs) == [two, one]
 
 
 @torch.inference_mode()
@@ -183,6 +211,25 @@ def test_replayed_steps_are_the_launched_ones_bit_for_bit(mode: str) -> None:
             plans.clear()
             assert all(map(torch.equal, drawn(), replayed))
         assert torch.equal(engine.generate("a ring", seed=0, height=256, width=256, batch_size=2), largest)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_the_host_waits_for_nothing_while_it_draws() -> None:
+    with load_flux_schnell("tiny", device="cuda") as engine:
+        expected = [engine.generate("a blue square", seed=1) for _ in range(2)][1]
+        conditioning, tables = (
+            engine.encode("a blue square"),
+            sampling.rope_of(128, 128, 256, engine._spec, engine.device),
+        )
+        noise = sampling.noise(1, 1, 128, 128, device=engine.device)
+        assert all(sent.is_pinned() for sent in (conditioning.txt, conditioning.modulation, *tables, noise))
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            picture = engine.generate("a blue square", seed=1)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(picture, expected)
 
 
 @pytest.mark.gpu

@@ -10,7 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vortex_core import clear_cuda_cache, vram
-from vortex_core.vram import Holder, Ledger, Sampler, Snapshot, available, cap_process, peak, snapshot
+from vortex_core.vram import (
+    Counters,
+    Holder,
+    Ledger,
+    Sampler,
+    Snapshot,
+    available,
+    cap_process,
+    counters,
+    peak,
+    snapshot,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -44,6 +55,7 @@ class Allocator:
 def test_the_cpu_has_no_vram() -> None:
     assert snapshot(CPU) == Snapshot(allocated=0, reserved=0, process=None, free=0, total=0)
     assert available(CPU) is None
+    assert counters(CPU) == Counters(allocated=0, reserved=0)
     with peak(CPU) as found:
         pass
     assert (found.reserved, found.exact) == (0, False)
@@ -93,6 +105,17 @@ def test_available_counts_what_could_be_had(monkeypatch: pytest.MonkeyPatch) -> 
     assert available(CUDA, own=10) == 60 + 30 - 15
     monkeypatch.setattr(vram.torch.cuda, "get_per_process_memory_fraction", lambda device: 0.5, raising=False)
     assert available(CUDA, own=10) == 50 - 15
+
+
+def test_the_counters_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocator = Allocator(monkeypatch)
+    allocator.change(30)
+    allocator.change(25, "allocated")
+    allocator.change(-5, "allocated")
+    assert counters(CUDA) == Counters(allocated=20, reserved=30)
+    assert snapshot(CUDA, process=False) == Snapshot(allocated=20, reserved=30, process=None, free=60, total=100)
+    monkeypatch.setattr(vram.torch.cuda, "memory_stats_as_nested_dict", lambda device: {})  # CUDA was not used yet
+    assert counters(CUDA) == Counters(allocated=0, reserved=0)
 
 
 def test_capping_sets_torchs_fraction(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,6 +204,8 @@ def test_the_counters_see_an_allocation() -> None:
     with peak(CUDA) as found:
         held = torch.empty(2**30, dtype=torch.uint8, device=CUDA)
     after = snapshot(CUDA)
+    assert after.allocated == torch.cuda.memory_allocated(CUDA)
+    assert after.reserved == torch.cuda.memory_reserved(CUDA)
     assert after.allocated - before.allocated == 2**30
     assert after.reserved - before.reserved >= 2**30
     assert after.free <= after.total - after.reserved  # less where others use the card, too

@@ -283,27 +283,21 @@ class Engine:
     ) -> Tensor:
         """Clean latents `[B, 16, H/8, W/8]`, fp32 on the device."""
         batch, height, width = request.batch_size, request.height, request.width
-        at_once = at_once or batch
-        place = self._room.placement
-        tokens = conditioning.txt.shape[1]
-        size = (at_once, tokens, height // 16 * (width // 16))
-
-        def sent(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-            return tensor.to(self.device, dtype, non_blocking=True)
+        place, tokens, at_once = self._room.placement, conditioning.txt.shape[1], at_once or batch
 
         def report(i: int, n: int, clean: Tensor) -> None:
             if on_step is not None:
                 with place.workspace.outside():
                     on_step(i, n, sampling.unpack(clean, height, width))
 
-        with self._room.plans.open(size, still=not place.steps.units) as velocity:
-            txt = self._transformer.txt_in(sent(conditioning.txt, self.dtype))
-            modulation = sent(conditioning.modulation, self.dtype)
+        with self._room.plans.open((at_once, tokens, height * width // 256), still=not place.steps.units) as velocity:
+            txt = self._transformer.txt_in(conditioning.txt.to(self.device, self.dtype, non_blocking=True))
+            modulation = conditioning.modulation.to(self.device, self.dtype, non_blocking=True)
             cos, sin = sampling.rope_of(height, width, tokens, self._spec, self.device)
-            pe = sent(cos), sent(sin)
+            pe = cos.to(self.device, non_blocking=True), sin.to(self.device, non_blocking=True)
             # last: the device copies the others while the host draws
             noise = sampling.noise(request.seed, batch, height, width, self._spec.latent_channels, self.device)
-            img = sampling.pack(sent(noise))
+            img = sampling.pack(noise.to(self.device, non_blocking=True))
             mark("prepare")
             with place.steps.open(conditioning.steps * -(-batch // at_once)):
                 sampling.denoise(velocity, img, txt, modulation, pe, report if on_step else None, at_once)

@@ -118,7 +118,7 @@ class Plan:
         return sum(piece.nbytes for piece in self.pieces if piece.name in self.streamed)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=64)  # every picture asks
 def plan(pieces: tuple[Piece, ...], demand: Demand, budget: float, keep: frozenset[str] | None = None) -> Plan | None:
     """The richest placement whose peak fits `budget`, or None where not even the poorest does.
 

@@ -113,6 +113,8 @@ class Plans:
             if size not in plans:
                 plans[size] = Plan(transformer, size, held[0])
             graph = self._graphs.get(size)
+            if graph is not None:
+                self._graphs.move_to_end(size)
             found = plans[size](img, txt, modulation, pe, graph)
             if captures and graph is None:  # that call also compiled the kernels and picked the library's
                 self._capture(size, plans[size])

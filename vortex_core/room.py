@@ -113,18 +113,15 @@ class Room:
 
     def _move(self, made: Plan, limit: float) -> None:
         workspace = self.placement.workspace
-        if made.streamed != self.placement.streamed:
-            self.plans.clear()  # weights move
+        if made.peak + self._excess(made) > limit:
+            workspace.release()
+        if made.streamed != self.placement.streamed or workspace.nbytes < made.workspace:
+            self.plans.clear()  # weights or the block move
         self.placement.place(made.streamed)
         self.arrived()
-        if made.peak + self._excess(made) > limit:
-            self.plans.clear()
-            workspace.release()
         if self.device.type == "cuda":
             self._warm_up()
             self._tidy(made)
-        if workspace.nbytes < made.workspace:
-            self.plans.clear()  # the block moves
         workspace.reserve(made.workspace)
 
     def _excess(self, made: Plan) -> int:

@@ -25,8 +25,8 @@ def noise(seed: int, batch: int, height: int, width: int, channels: int = 16, de
     """fp32 noise `[B, C, H/8, W/8]` in host memory that `device` reads: picture i from a generator of `seed + i`.
 
     Drawn on the CPU, so that a seed means the same picture on every device, and the same noise as in ComfyUI's
-    KSampler; one generator a picture, so that a batch equals its singles. In place: torch shares a copy of this size
-    among all cores, and to wake them takes longer than drawing.
+    KSampler; one generator a picture, so that a batch equals its singles. Drawn in place: torch would share a
+    copy of this size among all cores, and to wake those takes longer than drawing.
     """
     made = host_buffer((batch, channels, height // 8, width // 8), torch.float32, device)
     for i, picture in enumerate(made):
@@ -70,7 +70,7 @@ def rope(ids: Tensor, spec: FluxSpec, device: torch.device) -> Rope:
 
 @lru_cache(maxsize=8)
 def rope_of(height: int, width: int, tokens: int, spec: FluxSpec, device: torch.device = CPU) -> Rope:
-    """The rotary tables of a size, in host memory that `device` reads: at most 4 MB each, and 10 ms to compute."""
+    """The rotary tables of a size, in host memory that `device` reads: up to 4 MB each (8 pinned), 10 ms to compute."""
     cos, sin = (
         host_buffer(table.shape, table.dtype, device).copy_(table)
         for table in rope(positions(height, width, tokens), spec, CPU)

@@ -46,7 +46,7 @@ def counters(device: torch.device) -> Counters:
     if not stats:
         return Counters(allocated=0, reserved=0)
     # as it comes: `memory_stats` flattens and sorts all of it, for 0.4 ms
-    return Counters(*(stats[f"{kind}_bytes"]["all"]["current"] for kind in ("allocated", "reserved")))
+    return Counters(stats["allocated_bytes"]["all"]["current"], stats["reserved_bytes"]["all"]["current"])
 
 
 def snapshot(device: torch.device, *, process: bool = True) -> Snapshot:
