@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import Conv2d, GroupNorm, Linear
 
-from .kernels import Kernels
+from .kernels import Kernels, reference
 from .latency import mark
 from .spec import VaeSpec
 from .strips import Convolution, Map, Norm, SiluGroupNorm, Strip, halves, windows
@@ -58,6 +58,8 @@ class ResnetBlock(nn.Module):
 class AttnBlock(nn.Module):
     """One head of attention over all positions. The checkpoint's 1x1 convolutions are linears here."""
 
+    kernels: Kernels = reference
+
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
         self.norm = GroupNorm(groups, channels, eps=1e-6)
@@ -68,9 +70,9 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[1, C, h, w]`, same out."""
-        tokens = rearrange(self.norm(x), "b c h w -> b 1 (h w) c")
-        out = self.proj_out(F.scaled_dot_product_attention(self.q(tokens), self.k(tokens), self.v(tokens)))
-        return x + rearrange(out, "b 1 (h w) c -> b c h w", h=x.shape[2])
+        tokens = rearrange(self.norm(x), "1 c h w -> (h w) c")
+        out = self.proj_out(self.kernels.attend(self.q(tokens), self.k(tokens), self.v(tokens)))
+        return x + rearrange(out, "(h w) c -> 1 c h w", h=x.shape[2])
 
 
 class Upsample(nn.Module):
@@ -145,9 +147,9 @@ class Decoder(nn.Module):
         self.conv_out = Convolution(spec.channels[0], 3)
 
     def use(self, kernels: Kernels) -> None:
-        """Compute norms and convolutions with `kernels`; the fused ones want `channels_last`."""
+        """Compute norms, convolutions and attention with `kernels`; the fused ones want `channels_last`."""
         for module in self.modules():
-            if isinstance(module, SiluGroupNorm | Convolution):
+            if isinstance(module, SiluGroupNorm | Convolution | AttnBlock):
                 module.kernels = kernels
 
     def channels_last(self) -> None:

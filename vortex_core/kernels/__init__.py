@@ -79,6 +79,10 @@ class Kernels(Protocol):
         """A 3 x 3 convolution of a picture doubled in both directions, and its moments."""
         ...
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of one head."""
+        ...
+
 
 def fused_declined(device: torch.device) -> str | None:
     """Why the Triton kernels cannot run on `device`, or None."""

@@ -9,13 +9,13 @@ the pixels before, so four products of summed taps do instead of nine, a pixel.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .card import card
 
 ROW = 128  # bytes of a tile's row, which the copy engine takes at once
 STAGES = 3  # tiles on their way, as far as shared memory goes
@@ -107,7 +107,7 @@ def _launch(
     wide, itemsize = len(bias), x.element_size()
     inner = min(channels, ROW // itemsize)
     block = min(256, max(16, triton.next_power_of_2(wide)))
-    pixels, processors, shared = 128, *_card(x.device)
+    pixels, (processors, shared) = 128, card(x.device)
     columns = triton.cdiv(wide, block) * corners
     run = (height - 2) * width  # pixels with a border to their right
     if columns * triton.cdiv(run, pixels) < processors:
@@ -127,12 +127,3 @@ def _launch(
         num_stages=max(1, min(STAGES, shared // ((pixels + block) * inner * itemsize))),
     )  # fmt: skip
     return moments
-
-
-@cache
-def _card(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors, and bytes of shared memory that a program may take."""
-    if device.type != "cuda":  # the interpreter's
-        return 1, 1 << 16
-    card = torch.cuda.get_device_properties(device)
-    return card.multi_processor_count, card.shared_memory_per_block_optin  # type: ignore[attr-defined]

@@ -1,5 +1,6 @@
 """The kernels in Triton. `reference` says what each one computes; here it is one pass over memory each."""
 
+from .attention import attend
 from .convolution import convolve, convolve_doubled, corner_taps
 from .decode import decode
 from .groupnorm import bordered, group_moments, norm_silu, norm_terms
@@ -7,6 +8,7 @@ from .rotary import rotate
 from .rows import gelu, modulate, quantize, residual_modulate
 
 __all__ = [
+    "attend",
     "bordered",
     "convolve",
     "convolve_doubled",

@@ -120,6 +120,11 @@ def convolve_doubled(x: Tensor, taps: Tensor, bias: Tensor, groups: int = 0) -> 
     return convolve(doubled[:, :, 1:-1, 1:-1], taps, bias, groups=groups)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of one head over all positions, each `[L, C]`."""
+    return F.scaled_dot_product_attention(q[None, None], k[None, None], v[None, None])[0, 0]
+
+
 def _border(x: Tensor, window: Window) -> Tensor:
     return F.pad(x, (1, 1, int(window.above is None), int(window.below is None)))
 
