@@ -38,7 +38,7 @@ class Kernels(Protocol):
         ...
 
     def gelu(self, x: Tensor, out: Operand, before: Tensor | None = None) -> None:
-        """`before`, as it is, and then the GELU of `x`, side by side."""
+        """Per-token fp8 of `before` and the GELU of `x`, side by side."""
         ...
 
     def quantize(self, x: Tensor, out: Operand) -> None:
