@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vortex_core import nf4
-from vortex_core.kernels import Operand, choose_kernels, reference
+from vortex_core.kernels import Operand, Window, choose_kernels, reference
 from vortex_core.kernels.operand import FP8, FP8_MAX
 from vortex_core.linear import _fp8_broken, fp8_declined
 
@@ -135,26 +135,14 @@ def test_modulate(fused, width: int, dtype: torch.dtype, scaled: bool, residual:
 
 @pytest.mark.parametrize("widths", [(0, 192), (64, 192), (3072, 12288)])
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("scaled", [False, True])
-def test_gelu(fused, widths: tuple[int, int], dtype: torch.dtype, scaled: bool) -> None:
+def test_gelu(fused, widths: tuple[int, int], dtype: torch.dtype) -> None:
     first, wide = widths
     x = part(2, 3, wide, dtype)[0]
     before = part(2, 3, first, dtype)[0] if first else None
-    out = EIGHT if scaled else dtype
-    ours, expected = (empty(2, 3, first + wide, out, scaled=scaled) for _ in range(2))
+    ours, expected = (empty(2, 3, first + wide, EIGHT, scaled=True) for _ in range(2))
     fused.gelu(x, ours, before)
     reference.gelu(x, expected, before)
     assert_same(ours, expected)
-
-
-@pytest.mark.parametrize("dtype", TYPES)
-def test_gelu_works_in_place(fused, dtype: torch.dtype) -> None:
-    """As a single block has it: q, k, v and the MLP in a row, and attention goes where v was."""
-    row, again = part(2, 3, 3 * 64 + 256, dtype)
-    before = draw(2, 3, 64, dtype=dtype)
-    for kernels, wide in ((fused, row), (reference, again)):
-        kernels.gelu(wide[..., 192:], Operand(wide[..., 128:]), before)
-    assert_same(Operand(row), Operand(again))
 
 
 @pytest.mark.parametrize("width", [64, 3072])
@@ -181,23 +169,102 @@ def test_rotate_leaves_values_alone(fused, heads: int, dtype: torch.dtype) -> No
     assert_same(Operand(ours), Operand(expected))
 
 
+def picture(*shape: int, dtype: torch.dtype) -> Tensor:
+    return draw(*shape).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def strips(x: Tensor, height: int) -> list[Window]:
+    cut = x.split(height, dim=2)
+    above = [None, *(strip[:, :, -1:] for strip in cut[:-1])]
+    below = [*(strip[:, :, :1] for strip in cut[1:]), None]
+    return [Window(*parts) for parts in zip(above, cut, below, strict=True)]
+
+
 @pytest.mark.parametrize("shape", [(32, 8, 5, 7), (128, 32, 33, 17), (512, 32, 9, 8)])
 @pytest.mark.parametrize("dtype", TYPES)
 def test_group_norm_by_strips(fused, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     channels, groups, height, width = shape
-    x = (draw(1, channels, height, width) + 3).to(dtype).contiguous(memory_format=torch.channels_last)
+    x = picture(1, channels, height, width, dtype=dtype) + 3
     weight, bias = draw(2, channels, dtype=dtype)
     norm = F.silu(F.group_norm(x.float(), groups, weight.float(), bias.float(), reference.EPSILON)).to(dtype)
-    strips = [strip.contiguous(memory_format=torch.channels_last) for strip in x.split(2, dim=2)]
+    expected = F.pad(norm, (1, 1, 1, 1))
     for kernels in (fused, reference):
-        mean, variance = reference.join_moments(torch.cat([kernels.group_moments(s, groups) for s in strips]))
-        scale = weight.float() * (variance + reference.EPSILON).rsqrt().repeat_interleave(channels // groups)
-        shift = bias.float() - mean.repeat_interleave(channels // groups) * scale
-        ours = [kernels.norm_silu(s, scale, shift, torch.full_like(s, torch.nan)) for s in strips]
-        if kernels is fused or dtype == torch.float32:
-            assert_same(Operand(torch.cat(ours, dim=2)), Operand(norm))
-        else:  # rounds once more, before SiLU, to spare a map in fp32
-            torch.testing.assert_close(torch.cat(ours, dim=2), norm, rtol=0.02, atol=0.005 if GPU else 0.002)
+        moments = torch.cat([kernels.group_moments(window.strip, groups) for window in strips(x, 2)], dim=2)
+        terms = kernels.norm_terms(moments, weight, bias, reference.EPSILON)
+        for i, window in enumerate(strips(x, 2)):
+            ours = kernels.norm_silu(window, *terms)
+            assert ours.is_contiguous(memory_format=torch.channels_last)
+            theirs = expected[:, :, 2 * i : 2 * i + 4]
+            if kernels is fused or dtype == torch.float32:
+                assert_same(Operand(ours), Operand(theirs))
+            else:  # rounds once more, before SiLU, to spare a map in fp32
+                torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.005 if GPU else 0.002)
+
+
+@pytest.mark.parametrize("parts", [1, 3, 1500])
+def test_norm_terms_join_any_number_of_parts(fused, parts: int) -> None:
+    moments = torch.stack((draw(8, parts).abs() + 1, 5 + draw(8, parts), draw(8, parts).abs()))
+    moments[0, :, 1:2] = 0  # a part may be empty
+    weight, bias = draw(2, 32)
+    ours, theirs = (torch.stack(k.norm_terms(moments, weight, bias, 1e-6)) for k in (fused, reference))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("height", [1, 3, 20])
+def test_borders_are_neighbours_or_zeros(fused, height: int) -> None:
+    x = picture(1, 32, 7, 5, dtype=HALF)
+    for window in strips(x, height):
+        assert torch.equal(fused.bordered(window), reference.bordered(window))
+
+
+CONVOLUTIONS = [(32, 16, 5, 7), (32, 3, 20, 9), (64, 128, 11, 13), (128, 256, 6, 30)] + [(512, 512, 64, 64)] * GPU
+
+
+@pytest.mark.parametrize("shape", CONVOLUTIONS)
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("kind", ["", "onto", "doubled"])
+def test_convolutions(fused, shape: tuple[int, int, int, int], dtype: torch.dtype, kind: str) -> None:
+    channels, wide, height, width = shape
+    x = picture(1, channels, height + 2, width + 2, dtype=dtype)
+    weight = (draw(wide, channels, 3, 3) / (9 * channels) ** 0.5).to(dtype)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    bias = draw(wide, dtype=dtype)
+    groups = 8 if wide > 3 else 0
+    scale = 2 if kind == "doubled" else 1
+    skip = picture(1, wide, scale * height, scale * width, dtype=dtype) if kind == "onto" else None
+
+    def convolve(kernels, to: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        given = [t.to(to) for t in (x, weight, bias)]
+        if kind == "doubled":
+            return kernels.convolve_doubled(given[0], kernels.corner_taps(given[1]), given[2], groups)
+        return kernels.convolve(*given, None if skip is None else skip.to(to, copy=True), groups)
+
+    exact, _ = convolve(reference, torch.float64)
+    eager, _ = convolve(reference, dtype)
+    ours, moments = convolve(fused, dtype)
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    again, _ = convolve(fused, dtype)
+    assert torch.equal(ours, again)  # a race would show
+    rounding = max(torch.finfo(dtype).eps, 1e-6)  # of sums of thousands, in 32 bits, and of summed taps
+    off, theirs = (float((y.double() - exact).norm() / exact.norm()) for y in (ours, eager))
+    assert off <= max(1.05 * theirs, rounding)
+    assert float((ours.double() - exact).abs().max()) < 20 * rounding * float(exact.abs().max())
+    assert (moments is None) == (groups == 0)
+    if moments is not None:
+        weight, bias = draw(2, wide)
+        found = fused.norm_terms(moments, weight, bias, 1e-6)
+        expected = reference.norm_terms(reference.group_moments(ours, groups), weight, bias, 1e-6)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [1, 33, 200])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_attention_of_one_wide_head(fused, tokens: int, dtype: torch.dtype) -> None:
+    q, k, v = draw(3, tokens, 512 if GPU else 128).to(dtype)
+    exact = reference.attend(*(2 * q.double(), k.double(), v.double()))
+    ours, eager = (kernels.attend(2 * q, k, v) for kernels in (fused, reference))
+    off, theirs = (float((y.double() - exact).norm() / exact.norm()) for y in (ours, eager))
+    assert off <= max(1.5 * theirs, 1e-6)
 
 
 def test_the_choice_of_kernels_says_why(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,19 +7,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Linear
 
 from vortex_core import Engine, load_flux_schnell, nf4, sampling
 from vortex_core.kernels import Operand, reference
 from vortex_core.kernels.operand import FP8
-from vortex_core.linear import NF4Linear, ReferenceBackend, multiply
+from vortex_core.linear import NF4Linear, ReferenceBackend, multiply, product
 from vortex_core.planner import smallest_budget
 from vortex_core.plans import Plan, Plans, plan_bytes
 from vortex_core.transformer import Transformer
 from vortex_core.workspace import Workspace
 
 SIZES = [(64, 64, 1), (128, 80, 2), (64, 96, 3)]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.fixture
@@ -123,24 +125,61 @@ def test_pictures_of_a_batch_equal_singles(engine: Engine, transformer: Transfor
         torch.testing.assert_close(together[i : i + 1], alone, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("bias", [False, True])
-def test_multiply_fills_a_part_of_a_wider_buffer(batch: int, bias: bool) -> None:
-    """As text and image write into one qkv buffer, and `linear2` reads a part of what `linear1` wrote."""
+def twins(n: int, k: int, *, bias: bool) -> tuple[NF4Linear, Linear]:
+    """The same linear in NF4 and plain."""
     torch.manual_seed(0)
-    weight = nf4.quantize(torch.randn(24, 128))
-    linear = NF4Linear(weight, torch.randn(24) if bias else None, ReferenceBackend())
-    plain = Linear(128, 24, bias=bias)
+    weight = nf4.quantize(torch.randn(n, k))
+    linear = NF4Linear(weight, torch.randn(n) if bias else None, ReferenceBackend())
+    plain = Linear(k, n, bias=bias)
     plain.weight.data = nf4.dequantize(weight, torch.float32)
     plain.bias = None if linear.bias is None else nn.Parameter(linear.bias)
+    return linear, plain.requires_grad_(False)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("bias", [False, True])
+def test_multiply_fills_a_part_of_a_longer_buffer(batch: int, bias: bool) -> None:
+    """As text and image write into one qkv buffer, from rows that are part of wider ones."""
+    linear, plain = twins(24, 128, bias=bias)
     x = torch.randn(batch, 7, 192)[..., 64:]
     expected = plain(x)
-    for module in (linear, plain.requires_grad_(False)):
+    for module in (linear, plain):
         whole = torch.full((batch, 10, 24), torch.nan)
         multiply(module, Operand(x), whole[:, 2:9])
         torch.testing.assert_close(whole[:, 2:9], expected)
         assert whole[:, :2].isnan().all()
         assert whole[:, 9:].isnan().all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("bias", [False, True])
+@torch.inference_mode()
+def test_parts_lie_apart_and_are_meant_side_by_side(device: str, batch: int, bias: bool) -> None:
+    """As `linear1` writes q, k, v and the MLP, and `linear2` takes attention's output and the MLP."""
+    wide, narrow = twins(24 + 64, 128, bias=bias), twins(24, 64 + 64, bias=bias)
+    x, attn = torch.randn(2, batch, 10, 128, device=device)[:, :, 2:9]
+    for linear1, linear2 in zip(wide, narrow, strict=True):
+        linear1.to(device), linear2.to(device)
+        first, last, y = (torch.full((batch, 7, n), torch.nan, device=device) for n in (24, 64, 24))
+        multiply(linear1, Operand(x), [first, last], gelu=True)
+        whole = linear1(x)
+        torch.testing.assert_close(first, whole[..., :24], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(last, F.gelu(whole[..., 24:], approximate="tanh"), rtol=1e-4, atol=2**-10)
+        multiply(linear2, [Operand(attn[..., 64:]), Operand(last)], y)
+        torch.testing.assert_close(y, linear2(torch.cat((attn[..., 64:], last), dim=2)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_gelu_of_a_product_is_the_tanh_form(device: str, dtype: torch.dtype) -> None:
+    """To one rounding, and the hardware's tanh, which is good to 2^-11. The forms are farthest apart about -2.7."""
+    x = torch.cat((torch.linspace(-8, 8, 8192), torch.linspace(-3.2, -2.2, 8192))).view(128, 128).to(device, dtype)
+    out, one = torch.full_like(x, torch.nan), torch.eye(128, device=device, dtype=dtype)
+    product(x, None, one, None, torch.zeros_like(x[0]), out, gelu=True)
+    tanh, erf = (F.gelu(x.double(), approximate=form) for form in ("tanh", "none"))
+    torch.testing.assert_close(out.double(), tanh, rtol=torch.finfo(dtype).eps / 2, atol=2**-10)
+    assert (out - tanh)[64:].abs().mean() < (out - erf)[64:].abs().mean() / 2
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -177,6 +216,22 @@ def test_fast_is_nearer_to_exact_than_nf4_is_to_16_bits(engine: Engine, transfor
         transformer.use(reference, fast=True)
         from_fast += float((denoised(engine, seed, prompt) - exact).norm())
     assert 0 < from_fast <= from_nf4 / 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@torch.inference_mode()
+def test_a_fused_step_in_16_bits_is_as_near_to_32_as_the_reference_is(quantization: str) -> None:
+    velocities = []
+    for device, dtype in (("cpu", torch.float32), ("cpu", torch.bfloat16), ("cuda", torch.bfloat16)):
+        with load_flux_schnell("tiny", device=device, dtype=dtype, quantization=quantization, mode="exact") as engine:
+            assert engine._transformer.fused == (device == "cuda")
+            *tensors, pe = request(engine, 128, 80, 2)
+            placed = (tensor.to(device, dtype) for tensor in tensors)
+            velocity = engine._transformer(*placed, tuple(table.to(device) for table in pe))
+            velocities.append(velocity.float().cpu())
+    exact, expected, ours = velocities
+    assert 0 < (ours - exact).norm() < 1.25 * (expected - exact).norm()
 
 
 @pytest.mark.gpu

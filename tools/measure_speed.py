@@ -175,8 +175,6 @@ def rows() -> None:
                 )
                 for width in (d, mlp, d + mlp)
             )
-            if kind == BF16:
-                both = Operand(wide[..., 2 * d :])
             size, mlp_in = kind.itemsize, wide[..., 3 * d :]
             cases = {
                 "modulate": (partial(KERNELS.modulate, x, *mod[:2], normal), d * (2 + size)),
@@ -186,7 +184,8 @@ def rows() -> None:
                 "quantize": (partial(KERNELS.quantize, attn, normal), d * 3),
                 "rotate": (partial(KERNELS.rotate, qkv, *norm, angle.cos(), angle.sin()), d * 8),
             }
-            del cases["quantize" if kind == BF16 else "rotate"]
+            for name in ("gelu", "gelu after attention", "quantize") if kind == BF16 else ("rotate",):
+                del cases[name]
             for name, (call, moved) in cases.items():
                 timed(f"{name} {tokens} {str(kind)[6:14]}", bench(call, repeat=10), moved=tokens * moved)
 

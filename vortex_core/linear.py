@@ -8,6 +8,7 @@ numbers and allocates nothing. A backend is a way to decode; it is chosen once, 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from functools import cache
 from typing import Protocol
 
@@ -197,36 +198,56 @@ class NF4Linear(nn.Module):
         return f"in_features={half_k * 2}, out_features={n}, backend={self.backend.name}"
 
 
-def multiply(linear: nn.Module, x: Operand, out: Tensor, lane: int = 0) -> None:
+def multiply(
+    linear: nn.Module, x: Operand | list[Operand], out: Tensor | list[Tensor], lane: int = 0, *, gelu: bool = False
+) -> None:
     """`x @ W.T + b` of an `NF4Linear` or `nn.Linear` into `out` `[B, T, N]`, with fp32 accumulation.
 
-    `x` is an operand `[B, T, K]`, in fp8 if it has a scale; `lane` as in `Backend.decode`. Pictures that do not lie one
-    after another in memory take a product each.
+    `x` is an operand `[B, T, K]`, in fp8 if it has a scale; `lane` as in `Backend.decode`. A list holds parts that are
+    meant side by side, in K or in N. Each takes a product, as do pictures that do not lie one after another in memory.
+    Not in fp8: several parts of `x`, which add up in `out`; and `gelu` (tanh form) of `out`, of its last part alone.
     """
+    xs, outs = [x] if isinstance(x, Operand) else x, [out] if isinstance(out, Tensor) else out
     if isinstance(linear, NF4Linear):
-        row_scale = None if x.scale is None else linear.row_scale
-        weight = linear.backend.decode(linear.packed, linear.absmax, x.values.dtype, row_scale, lane)
+        row_scale = None if xs[0].scale is None else linear.row_scale
+        weight = linear.backend.decode(linear.packed, linear.absmax, xs[0].values.dtype, row_scale, lane)
     else:
         assert isinstance(linear, nn.Linear)
         row_scale, weight = None, linear.weight
-    if _lie_together(x.values) and _lie_together(out):
-        scale = None if x.scale is None else x.scale.flatten()
-        product(x.values.flatten(0, 1), scale, weight, row_scale, linear.bias, out.flatten(0, 1))
-    else:
-        for i, picture in enumerate(out):
-            scale = None if x.scale is None else x.scale[i]
-            product(x.values[i], scale, weight, row_scale, linear.bias, picture)
+    for part, rows in zip(outs, _side_by_side(outs), strict=True):
+        row_scales, bias = (None if whole is None else whole[rows] for whole in (row_scale, linear.bias))
+        for operand, columns in zip(xs, _side_by_side([x.values for x in xs]), strict=True):
+            last = rows.stop == weight.shape[0] and columns.stop == weight.shape[1]
+            for values, scale, y in _pictures(operand, part):
+                addend = y if columns.start else bias
+                product(values, scale, weight[rows, columns], row_scales, addend, y, gelu=gelu and last)
 
 
 def product(
-    x: Tensor, scale: Tensor | None, weight: Tensor, row_scale: Tensor | None, bias: Tensor | None, out: Tensor
+    x: Tensor,
+    scale: Tensor | None,
+    weight: Tensor,
+    row_scale: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    *,
+    gelu: bool = False,
 ) -> None:
-    """`x` `[M, K]` times `weight` `[N, K]`, with scales `[M]` and `[N]` in fp8, into `out` `[M, N]`."""
+    """`x` `[M, K]` times `weight` `[N, K]`, with scales `[M]` and `[N]` in fp8, into `out` `[M, N]`.
+
+    `bias` is `[N]`, or (not in fp8) `out` itself, to add to it. `gelu`, not in fp8: the tanh form, in place.
+    """
     if scale is None:
+        if gelu and x.is_cuda and bias is not None:
+            # in the library's product, before rounding; on other devices than CUDA it would be the erf form
+            torch.ops.aten._addmm_activation.out(bias, x, weight.t(), use_gelu=True, out=out)
+            return
         if bias is None:
             torch.mm(x, weight.t(), out=out)
         else:
             torch.addmm(bias, x, weight.t(), out=out)
+        if gelu:
+            torch.ops.aten.gelu_(out, approximate="tanh")
         return
     assert row_scale is not None
     if x.device.type == "cuda":
@@ -237,6 +258,23 @@ def product(
     else:  # the same numbers, so that fidelity can be judged anywhere
         y = (x.float() * scale[:, None]) @ (weight.float() * row_scale[:, None]).t()
         out.copy_(y if bias is None else y + bias)
+
+
+def _side_by_side(parts: list[Tensor]) -> Iterator[slice]:
+    """Where each part is in the last dimension of the whole."""
+    stop = 0
+    for part in parts:
+        start, stop = stop, stop + part.shape[-1]
+        yield slice(start, stop)
+
+
+def _pictures(x: Operand, out: Tensor) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+    """Values, scale and `out` of all pictures as one if they lie one after another in memory, else of each."""
+    if _lie_together(x.values) and _lie_together(out):
+        yield x.values.flatten(0, 1), None if x.scale is None else x.scale.flatten(), out.flatten(0, 1)
+    else:
+        for i, picture in enumerate(out):
+            yield x.values[i], None if x.scale is None else x.scale[i], picture
 
 
 def _lie_together(x: Tensor) -> bool:

@@ -1,8 +1,8 @@
 """The buffers that one step works in: every intermediate of the transformer, laid out once for a size.
 
 Legend as in transformer.py. Text and image of a picture are rows of the same buffers, and what is dead gives its place
-to what comes next: the MLP's hidden values lie where q, k and v were. In 16 bits the MLP works in place, and
-what `linear2` takes is a part of what `linear1` wrote; in fp8 operands have buffers of their own, half as large.
+to what comes next. In 16 bits the product that widens applies the GELU, and what the next product takes stays where it
+was written: q, k, v and the MLP lie apart. In fp8 operands have buffers of their own, half as large.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Stream:
     normal: Operand  # [B, T, D], its adaLN: what the next product takes
     qkv: Tensor  # [B, T, 3, H, C]
     wide: Tensor  # [B, T, M], inside the MLP
-    active: Operand  # [B, T, M] after the GELU; of both streams [B, T, D + M], attention in front
+    active: Operand | None  # in fp8, [B, T, M] after the GELU; of both streams [B, T, D + M], attention in front
     attn: Operand | None  # [B, T, D] in fp8; in 16 bits attention's output is taken as it is
     y: Tensor  # [B, T, D], what is added to the residual stream
     pe: Rope = field(init=False)  # of its tokens, set by `Step.place`
@@ -45,6 +45,16 @@ class Stream:
             return Operand(part)
         kernels.quantize(part, self.attn)
         return self.attn
+
+    def activate(self, kernels: Kernels, attn: Tensor | None = None) -> list[Operand]:
+        """Attention's output, if given, and the GELU of `wide`, as a product takes them side by side.
+
+        Without fp8 the product that wrote `wide` applied it.
+        """
+        if self.active is None:
+            return [Operand(part) for part in (attn, self.wide) if part is not None]
+        kernels.gelu(self.wide, self.active, before=attn)
+        return [self.active]
 
 
 class Step:
@@ -75,36 +85,36 @@ class Step:
             return Operand(view(name, batch, rows, width, skip=skip + batch * start * width), scale)
 
         x = view("x", batch, tokens, hidden)
-        # side by side, without the MLP of linear1 between the rows
         qkv = view("linear1", batch, tokens, *head)
 
         def stream(start: int, stop: int) -> Stream:
             # places of their own for text and image, which compute beside each other
             rows = stop - start
-            wide = view("linear1", batch, rows, mlp, skip=batch * start * mlp)
             return Stream(
                 start,
                 stop,
                 x=x[:, start:stop],
                 normal=operand("normal", rows, hidden, start),
                 qkv=qkv[:, start:stop],
-                wide=wide,
-                active=operand("active", rows, mlp, start) if fast else Operand(wide),
+                wide=view("linear1", batch, rows, mlp, skip=batch * (tokens * 3 * hidden + start * mlp)),
+                active=operand("active", rows, mlp, start) if fast else None,
                 attn=operand("active", rows, hidden, start, skip=batch * tokens * mlp) if fast else None,
                 y=view("y", batch, rows, hidden, skip=batch * start * hidden),
             )
 
         self.kernels, self._side = kernels, side
         self.qkv = qkv
-        self.linear1 = view("linear1", batch, tokens, 3 * hidden + mlp)
-        self.txt, self.img = stream(0, txt_tokens), stream(txt_tokens, tokens)
-        self.joint = replace(
-            stream(0, tokens),
-            qkv=self.linear1[..., : 3 * hidden].unflatten(-1, head),
-            wide=self.linear1[..., 3 * hidden :],
-            # in 16 bits attention's output goes where v was, next to the MLP
-            active=operand("active", tokens, hidden + mlp) if fast else Operand(self.linear1[..., 2 * hidden :]),
-        )
+        self.txt, self.img, self.joint = stream(0, txt_tokens), stream(txt_tokens, tokens), stream(0, tokens)
+        self.linear1 = [self.joint.qkv.flatten(2), self.joint.wide]
+        if fast:  # linear1 is one product, and linear2 takes one operand
+            whole = view("linear1", batch, tokens, 3 * hidden + mlp)
+            self.linear1 = [whole]
+            self.joint = replace(
+                self.joint,
+                qkv=whole[..., : 3 * hidden].unflatten(-1, head),
+                wide=whole[..., 3 * hidden :],
+                active=operand("active", tokens, hidden + mlp),
+            )
         self.final = Operand(view("linear1", batch, img_tokens, hidden))
         self.velocity = view("velocity", batch, img_tokens, spec.in_channels)
 

@@ -4,48 +4,56 @@ Independent tiles change the statistics of every GroupNorm and cut the attention
 norm takes its statistics over the whole map before it is applied, and a convolution sees the rows above and below its
 strip: strips of any height, and the whole map as one, compute the same but for the order of sums.
 
-A map is a list of strips, top to bottom, each `[1, C, rows, W]`. A strip is dropped as soon as the next map has it, so
-that about one map is in memory at a time.
+A map is a list of strips, top to bottom. A strip is dropped as soon as the next map has it, so that about one map is
+in memory at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernels import Kernels, reference
-
-Map = list[Tensor]
+from .kernels import Kernels, Window, reference
 
 
-class Window:
-    """Strip `i` of a map, and `x`, the same with its neighbours' nearest rows where it has any `above` and `below`."""
+@dataclass(slots=True)
+class Strip:
+    """Rows of a map, `[1, C, rows, W]`, and their `group_moments`, where a convolution found them on the way."""
 
-    __slots__ = ("above", "below", "strip", "x")
+    x: Tensor
+    moments: Tensor | None = None
 
-    def __init__(self, strips: Map, i: int) -> None:
-        self.above, self.below = i > 0, i + 1 < len(strips)
-        self.strip = strips[i]
-        parts = [strips[i - 1][:, :, -1:]] if self.above else []
-        parts.append(self.strip)
-        parts += [strips[i + 1][:, :, :1]] if self.below else []
-        self.x = torch.cat(parts, dim=2) if len(parts) > 1 else self.strip
+
+Map = list[Strip]
+_GONE = Strip(torch.empty(0))
 
 
 def windows(strips: Map, *, keep: bool = False) -> Iterator[Window]:
-    """The map's windows, top to bottom. Unless it is to be kept, the map is emptied on the way."""
-    gone = torch.empty(0)
-    for i in range(len(strips)):
-        window = Window(strips, i)
-        if not keep:
-            if window.above:
-                strips[i - 1] = gone
-            if not window.below:
-                strips[i] = gone
+    """The map's strips with their neighbours' rows, top to bottom. Unless it is to be kept, the map is emptied."""
+    for i, strip in enumerate(strips):
+        # a copy of the row above, which as a view would keep all of its strip
+        above = strips[i - 1].x[:, :, -1:].clone(memory_format=torch.preserve_format) if i else None
+        below = strips[i + 1].x[:, :, :1] if i + 1 < len(strips) else None
+        if not keep and i:
+            strips[i - 1] = _GONE
+        window = Window(above, strip.x, below)
+        del above, below
+        if not keep and i + 1 == len(strips):
+            strips[i] = _GONE
+        del strip
         yield window
+        del window
+
+
+def halves(window: Window) -> tuple[Window, Window]:
+    """A window of two rows or more, cut in the middle."""
+    x = window.strip
+    middle = (x.shape[2] + 1) // 2
+    upper = Window(window.above, x[:, :, :middle], x[:, :, middle : middle + 1])
+    return upper, Window(x[:, :, middle - 1 : middle], x[:, :, middle:], window.below)
 
 
 class SiluGroupNorm(nn.GroupNorm):
@@ -55,26 +63,35 @@ class SiluGroupNorm(nn.GroupNorm):
 
 
 class Norm:
-    """A GroupNorm and SiLU, with statistics of a whole map, to be applied to any of its rows."""
+    """A GroupNorm and SiLU, with statistics of a whole map, to be applied to any of its windows."""
 
     def __init__(self, norm: SiluGroupNorm, strips: Map) -> None:
-        self._kernels = norm.kernels
-        parts = torch.cat([self._kernels.group_moments(strip, norm.num_groups) for strip in strips])
-        mean, variance = reference.join_moments(parts)
-        channels = norm.num_channels // norm.num_groups
-        self._scale = norm.weight.float() * (variance + norm.eps).rsqrt().repeat_interleave(channels)
-        self._shift = norm.bias.float() - mean.repeat_interleave(channels) * self._scale
+        kernels = self._kernels = norm.kernels
+        found = [s.moments if s.moments is not None else kernels.group_moments(s.x, norm.num_groups) for s in strips]
+        moments = torch.cat(found, dim=2) if len(found) > 1 else found[0]
+        self._terms = kernels.norm_terms(moments, norm.weight, norm.bias, norm.eps)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """`[1, C, rows, W]`, same out."""
-        return self._kernels.norm_silu(x, self._scale, self._shift, torch.empty_like(x))
+    def __call__(self, window: Window) -> Tensor:
+        """Bordered for the next convolution: `[1, C, rows + 2, W + 2]`."""
+        return self._kernels.norm_silu(window, *self._terms)
 
 
-def convolve(conv: nn.Conv2d, x: Tensor, *, above: bool, below: bool) -> Tensor:
-    """The 3 x 3 convolution of rows that bring the row `above` and `below` along, and lose them here.
+class Convolution(nn.Conv2d):
+    """A 3 x 3 convolution of what is bordered, computed with `kernels`. `groups_after`: those of the norm after it."""
 
-    Where they do not, there is the map's border, beyond which the convolution sees zeros.
-    """
-    if not (above and below):
-        x = F.pad(x, (0, 0, int(not above), int(not below)))
-    return F.conv2d(x, conv.weight, conv.bias, padding=(0, 1))
+    kernels: Kernels = reference
+
+    def __init__(self, inside: int, outside: int, groups_after: int = 0) -> None:
+        super().__init__(inside, outside, 3, padding=1)
+        self.groups_after = groups_after
+
+    def strip(self, x: Tensor, onto: Strip | None = None) -> Strip:
+        """Of `x`, bordered; added to `onto`, in place, if that is given."""
+        assert self.bias is not None
+        out = None if onto is None else onto.x
+        return Strip(*self.kernels.convolve(x, self.weight, self.bias, out, self.groups_after))
+
+    def doubled(self, taps: Tensor, x: Tensor) -> Strip:
+        """Of `x`, bordered, with every pixel doubled in both directions; `taps` from `kernels.corner_taps`."""
+        assert self.bias is not None
+        return Strip(*self.kernels.convolve_doubled(x, taps, self.bias, self.groups_after))

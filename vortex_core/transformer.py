@@ -103,10 +103,9 @@ class SingleBlock(nn.Module):
     def forward(self, step: Step, gate: Tensor, following: Next) -> None:
         """From `normal` of the joint sequence to what follows, of its last tokens if that wants fewer. `gate` `[D]`."""
         joint, last = step.joint, following.out.values.shape[1]
-        multiply(self.linear1, joint.normal, step.linear1)
+        multiply(self.linear1, joint.normal, step.linear1, gelu=joint.active is None)
         out = attend(step, joint.qkv, ((joint, self.norm),))
-        step.kernels.gelu(joint.wide, joint.active, before=out)
-        multiply(self.linear2, joint.active, joint.y)
+        multiply(self.linear2, joint.activate(step.kernels, out), joint.y)
         step.kernels.residual_modulate(joint.x[:, -last:], joint.y[:, -last:], gate, *following)
 
 
@@ -208,9 +207,8 @@ def branch(
     wide, _, narrow = mlp.children()
     multiply(attn.proj, stream.pack(out, kernels), stream.y, lane)
     kernels.residual_modulate(stream.x, stream.y, gate, shift, scale, stream.normal)
-    multiply(wide, stream.normal, stream.wide, lane)
-    kernels.gelu(stream.wide, stream.active)
-    multiply(narrow, stream.active, stream.y, lane)
+    multiply(wide, stream.normal, stream.wide, lane, gelu=stream.active is None)
+    multiply(narrow, stream.activate(kernels), stream.y, lane)
 
 
 def attend(step: Step, qkv: Tensor, parts: Sequence[tuple[Stream, QKNorm]]) -> Tensor:

@@ -14,10 +14,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import Conv2d, GroupNorm, Linear
 
-from .kernels import Kernels
+from .kernels import Kernels, reference
 from .latency import mark
 from .spec import VaeSpec
-from .strips import Map, Norm, SiluGroupNorm, convolve, windows
+from .strips import Convolution, Map, Norm, SiluGroupNorm, Strip, halves, windows
 
 
 class ResnetBlock(nn.Module):
@@ -26,9 +26,9 @@ class ResnetBlock(nn.Module):
     def __init__(self, inside: int, outside: int, groups: int) -> None:
         super().__init__()
         self.norm1 = SiluGroupNorm(groups, inside, eps=1e-6)
-        self.conv1 = Conv2d(inside, outside, 3, padding=1)
+        self.conv1 = Convolution(inside, outside, groups)
         self.norm2 = SiluGroupNorm(groups, outside, eps=1e-6)
-        self.conv2 = Conv2d(outside, outside, 3, padding=1)
+        self.conv2 = Convolution(outside, outside, groups)
         if inside != outside:
             self.nin_shortcut = Conv2d(inside, outside, 1)
 
@@ -39,19 +39,26 @@ class ResnetBlock(nn.Module):
         h: Map = []
         out: Map = [] if changes else x
         for window in windows(x, keep=not changes):
-            h.append(convolve(self.conv1, norm(window.x), above=window.above, below=window.below))
+            h.append(self.conv1.strip(norm(window)))
             if changes:
-                out.append(self.nin_shortcut(window.strip))
+                out.append(Strip(self._shortcut(window.strip)))
             del window
         norm = Norm(self.norm2, h)
-        for skip, window in zip(out, windows(h), strict=True):
-            skip.add_(convolve(self.conv2, norm(window.x), above=window.above, below=window.below))
+        for i, window in enumerate(windows(h)):
+            out[i] = self.conv2.strip(norm(window), onto=out[i])
             del window
         return out
+
+    def _shortcut(self, x: Tensor) -> Tensor:
+        """The 1 x 1 convolution, which is a product."""
+        conv = self.nin_shortcut
+        return F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
 
 
 class AttnBlock(nn.Module):
     """One head of attention over all positions. The checkpoint's 1x1 convolutions are linears here."""
+
+    kernels: Kernels = reference
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
@@ -63,33 +70,29 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[1, C, h, w]`, same out."""
-        tokens = rearrange(self.norm(x), "b c h w -> b 1 (h w) c")
-        out = self.proj_out(F.scaled_dot_product_attention(self.q(tokens), self.k(tokens), self.v(tokens)))
-        return x + rearrange(out, "b 1 (h w) c -> b c h w", h=x.shape[2])
+        tokens = rearrange(self.norm(x), "1 c h w -> (h w) c")
+        out = self.proj_out(self.kernels.attend(self.q(tokens), self.k(tokens), self.v(tokens)))
+        return x + rearrange(out, "(h w) c -> 1 c h w", h=x.shape[2])
 
 
 class Upsample(nn.Module):
     """Nearest-neighbour doubling and a convolution."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.conv = Conv2d(channels, channels, 3, padding=1)
+        self.conv = Convolution(channels, channels, groups)
 
     def forward(self, x: Map, rows: int | None = None) -> Map:
         """Twice the height and width; a strip becomes two where it would have more than `rows`. `x` is emptied."""
-        out: Map = []
+        kernels, out = self.conv.kernels, []
+        taps = kernels.corner_taps(self.conv.weight)
         for window in windows(x):
-            doubled = F.interpolate(window.x, scale_factor=2.0, mode="nearest")
-            # of the doubled rows beside the strip, the convolution sees the nearer ones
-            first, last = int(window.above), doubled.shape[2] - int(window.below)
             height = window.strip.shape[2]
-            if rows is None or 2 * height <= rows:
-                out.append(convolve(self.conv, doubled[:, :, first:last], above=window.above, below=window.below))
-            else:
-                middle = 2 * first + height
-                out.append(convolve(self.conv, doubled[:, :, first : middle + 1], above=window.above, below=True))
-                out.append(convolve(self.conv, doubled[:, :, middle - 1 : last], above=True, below=window.below))
-            del window, doubled
+            cut = rows is not None and 2 * height > rows and height > 1
+            for part in halves(window) if cut else (window,):
+                out.append(self.conv.doubled(taps, kernels.bordered(part)))
+                del part
+            del window
         return out
 
 
@@ -104,9 +107,9 @@ class Mid(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[1, C, h, w]`, same out."""
-        (x,) = self.block_1([x])
-        (x,) = self.block_2([self.attn_1(x)])
-        return x
+        (strip,) = self.block_1([Strip(x)])
+        (strip,) = self.block_2([Strip(self.attn_1(strip.x))])
+        return strip.x
 
 
 class UpLevel(nn.Module):
@@ -117,7 +120,7 @@ class UpLevel(nn.Module):
         widths = [inside] + [outside] * spec.layers
         self.block = nn.ModuleList(ResnetBlock(width, outside, spec.groups) for width in widths)
         if not last:
-            self.upsample = Upsample(outside)
+            self.upsample = Upsample(outside, spec.groups)
 
     def forward(self, x: Map, rows: int | None = None) -> Map:
         """`inside` channels to `outside`, and to twice the height and width but at the last level; see `Upsample`."""
@@ -141,12 +144,12 @@ class Decoder(nn.Module):
             for level, (arriving, width) in enumerate(zip(above, spec.channels, strict=True))
         )
         self.norm_out = SiluGroupNorm(spec.groups, spec.channels[0], eps=1e-6)
-        self.conv_out = Conv2d(spec.channels[0], 3, 3, padding=1)
+        self.conv_out = Convolution(spec.channels[0], 3)
 
     def use(self, kernels: Kernels) -> None:
-        """Compute norms with `kernels`; the fused ones want `channels_last`."""
+        """Compute norms, convolutions and attention with `kernels`; the fused ones want `channels_last`."""
         for module in self.modules():
-            if isinstance(module, SiluGroupNorm):
+            if isinstance(module, SiluGroupNorm | Convolution | AttnBlock):
                 module.kernels = kernels
 
     def channels_last(self) -> None:
@@ -160,12 +163,14 @@ class Decoder(nn.Module):
 
         Top to bottom, in strips of at most `rows` rows of every map; None: whole, as one strip.
         """
-        x: Map = list(self.mid(self.conv_in(latents / self.scale + self.shift)).split(rows or latents.shape[2], dim=2))
+        h = self.mid(self.conv_in(latents / self.scale + self.shift))
+        x: Map = [Strip(part) for part in h.split(rows or h.shape[2], dim=2)]
+        del h
         for level in reversed(self.up):
             x = level(x, rows)
         norm = Norm(self.norm_out, x)
         for window in windows(x):
-            yield convolve(self.conv_out, norm(window.x), above=window.above, below=window.below)
+            yield self.conv_out.strip(norm(window)).x
             del window
 
 

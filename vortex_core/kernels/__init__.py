@@ -1,7 +1,8 @@
-"""What a step computes besides matrix products, as functions on raw tensors that write into buffers they are given.
+"""What a step computes besides matrix products, and what the VAE's decoder does, as functions on raw tensors.
 
 Two modules have the same functions: `reference` in plain torch, which runs anywhere and is the oracle, and `fused`
-in Triton. Neither allocates what it returns; `fused` allocates nothing. Shapes and meaning are told in `reference`.
+in Triton. A step's write into buffers they are given; `fused` allocates nothing but what the decoder's return. Shapes
+and meaning are told in `reference`.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .operand import Operand
+from .operand import Operand, Window
 
-__all__ = ["Kernels", "Operand", "choose_kernels", "fused_declined", "reference"]
+__all__ = ["Kernels", "Operand", "Window", "choose_kernels", "fused_declined", "reference"]
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class Kernels(Protocol):
         ...
 
     def gelu(self, x: Tensor, out: Operand, before: Tensor | None = None) -> None:
-        """`before`, as it is, and then the GELU of `x`, side by side."""
+        """Per-token fp8 of `before` and the GELU of `x`, side by side."""
         ...
 
     def quantize(self, x: Tensor, out: Operand) -> None:
@@ -52,8 +53,34 @@ class Kernels(Protocol):
         """What group norm needs to know of a strip."""
         ...
 
-    def norm_silu(self, x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> Tensor:
-        """SiLU of a scaled and shifted picture."""
+    def norm_terms(self, moments: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        """What group norm makes of each channel: a factor, and what is added."""
+        ...
+
+    def norm_silu(self, window: Window, scale: Tensor, shift: Tensor) -> Tensor:
+        """SiLU of a scaled and shifted window, bordered."""
+        ...
+
+    def bordered(self, window: Window) -> Tensor:
+        """A window with a border of one pixel."""
+        ...
+
+    def convolve(
+        self, x: Tensor, weight: Tensor, bias: Tensor, onto: Tensor | None = None, groups: int = 0
+    ) -> tuple[Tensor, Tensor | None]:
+        """A 3 x 3 convolution of what is bordered, and its moments."""
+        ...
+
+    def corner_taps(self, weight: Tensor) -> Tensor:
+        """A convolution's weight for `convolve_doubled`."""
+        ...
+
+    def convolve_doubled(self, x: Tensor, taps: Tensor, bias: Tensor, groups: int = 0) -> tuple[Tensor, Tensor | None]:
+        """A 3 x 3 convolution of a picture doubled in both directions, and its moments."""
+        ...
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of one head."""
         ...
 
 
@@ -72,18 +99,24 @@ def fused_declined(device: torch.device) -> str | None:
 
 @cache
 def _broken(device: torch.device) -> str | None:
-    """Why a sample is not decoded like the reference: Triton also needs a C compiler and a driver it knows."""
+    """Why samples do not come out like the reference's: Triton also needs a C compiler and a driver it knows."""
     from . import fused
 
     packed = torch.arange(256, dtype=torch.uint8, device=device).view(4, 64)
     absmax = torch.linspace(0.5, 2, 8, device=device).view(4, 2)
     ours, expected = torch.empty(2, 4, 128, device=device)
+    layout = torch.channels_last
+    x, weight = (
+        torch.ones(32, 32, 3, 3, dtype=torch.bfloat16, device=device).to(memory_format=layout) for _ in range(2)
+    )
     try:
         fused.decode(packed, absmax, ours)
+        convolved, _ = fused.convolve(x[:1], weight, weight[0, :, 0, 0])
     except Exception as error:  # of many kinds, and each only means: not these kernels
         return f"Triton does not run ({str(error).partition(chr(10))[0]})"
     reference.decode(packed, absmax, expected)
-    return None if torch.equal(ours, expected) else "a sample is decoded otherwise than by the reference"
+    right = torch.equal(ours, expected) and bool((convolved == 9 * 32 + 1).all())
+    return None if right else "a sample comes out otherwise than the reference's"
 
 
 def choose_kernels(device: torch.device) -> Kernels:

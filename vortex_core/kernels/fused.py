@@ -1,8 +1,25 @@
 """The kernels in Triton. `reference` says what each one computes; here it is one pass over memory each."""
 
+from .attention import attend
+from .convolution import convolve, convolve_doubled, corner_taps
 from .decode import decode
-from .groupnorm import group_moments, norm_silu
+from .groupnorm import bordered, group_moments, norm_silu, norm_terms
 from .rotary import rotate
 from .rows import gelu, modulate, quantize, residual_modulate
 
-__all__ = ["decode", "gelu", "group_moments", "modulate", "norm_silu", "quantize", "residual_modulate", "rotate"]
+__all__ = [
+    "attend",
+    "bordered",
+    "convolve",
+    "convolve_doubled",
+    "corner_taps",
+    "decode",
+    "gelu",
+    "group_moments",
+    "modulate",
+    "norm_silu",
+    "norm_terms",
+    "quantize",
+    "residual_modulate",
+    "rotate",
+]

@@ -1,8 +1,9 @@
-"""Group norm and SiLU of a channels-last picture: one pass for the statistics, one to apply them.
+"""Group norm and SiLU of a channels-last picture: its moments, what they make of a channel, and a pass to apply it.
 
 The library's norm reads a channels-last picture badly, and a separate SiLU is one more pass over maps of up to 500 MB.
-A program finds the moments of one tile, about the tile's own mean; `reference.join_moments` joins them in a fixed
-order. So nothing is a difference of large sums, strips and whole pictures agree, and results repeat bit for bit.
+A program finds the moments of one tile, about the tile's own mean (most come with a convolution), and they are joined
+in a fixed order. So nothing is a difference of large sums, strips and whole pictures agree, and results repeat bit
+for bit. The result has the border of zeros that the next convolution reads.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .operand import Window
+
 TILE = 16384  # values that a program takes
 WARPS = 8
+PARTS = 1024  # moments that are joined at once
 
 
 @triton.jit
-def _moments(x, parts, pixels, C: tl.constexpr, G: tl.constexpr, PIXELS: tl.constexpr):
+def _moments(x, moments, pixels, C: tl.constexpr, G: tl.constexpr, PIXELS: tl.constexpr):
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     mask = (pixel < pixels)[:, None]
     place = pixel.to(tl.int64)[:, None] * C + tl.arange(0, C)[None, :]
@@ -30,37 +34,113 @@ def _moments(x, parts, pixels, C: tl.constexpr, G: tl.constexpr, PIXELS: tl.cons
     square = tl.sum(tl.reshape(tl.sum(value * value, 0), [G, C // G]), 1)
     middle = tl.sum(mean, 1) / (C // G)
     square += count * tl.sum((mean - middle[:, None]) * (mean - middle[:, None]), 1)
-    place = parts + (tl.program_id(0) * G + tl.arange(0, G)) * 3
+    tiles = tl.num_programs(0)
+    place = moments + tl.arange(0, G) * tiles + tl.program_id(0)
     tl.store(place, count * (C // G) + tl.zeros([G], tl.float32))
-    tl.store(place + 1, middle)
-    tl.store(place + 2, square)
+    tl.store(place + G * tiles, middle)
+    tl.store(place + 2 * G * tiles, square)
 
 
 @triton.jit
-def _apply(x, scale, shift, out, pixels, C: tl.constexpr, PIXELS: tl.constexpr):
-    column = tl.arange(0, C)
+def _join(
+    moments, weight, bias, scale, shift, parts, epsilon, G: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr
+):
+    group = tl.program_id(0)
+    part = tl.arange(0, PARTS)
+    total, mean = tl.zeros([PARTS], tl.float32), tl.zeros([PARTS], tl.float32)
+    for first in range(0, parts, PARTS):
+        mask = first + part < parts
+        place = moments + group * parts + first + part
+        count = tl.load(place, mask=mask, other=0.0)
+        total += count
+        mean += count * tl.load(place + G * parts, mask=mask, other=0.0)
+    total = tl.sum(total, 0)
+    mean = tl.sum(mean, 0) / total
+    square = tl.zeros([PARTS], tl.float32)
+    for first in range(0, parts, PARTS):
+        mask = first + part < parts
+        place = moments + group * parts + first + part
+        off = tl.load(place + G * parts, mask=mask, other=0.0) - mean
+        square += tl.load(place + 2 * G * parts, mask=mask, other=0.0)
+        square += tl.load(place, mask=mask, other=0.0) * off * off
+    unit = tl.rsqrt(tl.sum(square, 0) / total + epsilon)
+    channel = group * WIDTH + tl.arange(0, WIDTH)
+    factor = tl.load(weight + channel).to(tl.float32) * unit
+    tl.store(scale + channel, factor)
+    tl.store(shift + channel, tl.load(bias + channel).to(tl.float32) - mean * factor)
+
+
+@triton.jit
+def _apply(
+    above, strip, below, scale, shift, out, height, width,
+    C: tl.constexpr, PIXELS: tl.constexpr, ABOVE: tl.constexpr, BELOW: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    channel = tl.arange(0, C)
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
-    place = pixel.to(tl.int64)[:, None] * C + column[None, :]
-    mask = (pixel < pixels)[:, None]
-    value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
-    value = value * tl.load(scale + column)[None, :] + tl.load(shift + column)[None, :]
-    value = value / (1 + tl.exp2(-1.4426950408889634 * value))
-    tl.store(out + place, value.to(out.dtype.element_ty), mask=mask)
+    row, across = pixel // (width + 2) - 1, pixel % (width + 2) - 1
+    inside = (across >= 0) & (across < width)
+    here = inside & (row >= 0) & (row < height)
+    place = (row.to(tl.int64) * width + across)[:, None] * C + channel[None, :]
+    value = tl.load(strip + place, mask=here[:, None], other=0.0)
+    place = across[:, None] * C + channel[None, :]
+    if ABOVE:
+        there = inside & (row == -1)
+        value = tl.where(there[:, None], tl.load(above + place, mask=there[:, None], other=0.0), value)
+        here = here | there
+    if BELOW:
+        there = inside & (row == height)
+        value = tl.where(there[:, None], tl.load(below + place, mask=there[:, None], other=0.0), value)
+        here = here | there
+    value = value.to(tl.float32)
+    if NORM:
+        value = value * tl.load(scale + channel)[None, :] + tl.load(shift + channel)[None, :]
+        value = value / (1 + tl.exp2(-1.4426950408889634 * value))
+    value = tl.where(here[:, None], value, 0.0)
+    place = pixel.to(tl.int64)[:, None] * C + channel[None, :]
+    tl.store(out + place, value.to(out.dtype.element_ty), mask=(row <= height)[:, None])
 
 
 def group_moments(x: Tensor, groups: int) -> Tensor:
     """See `reference.group_moments`. `x` is channels-last; C and `groups` are powers of two."""
     _, channels, height, width = x.shape
     tile = TILE // channels
-    parts = x.new_empty(triton.cdiv(height * width, tile), groups, 3, dtype=torch.float32)
-    _moments[(parts.shape[0],)](x, parts, height * width, C=channels, G=groups, PIXELS=tile, num_warps=WARPS)
-    return parts
+    moments = x.new_empty(3, groups, triton.cdiv(height * width, tile), dtype=torch.float32)
+    _moments[(moments.shape[2],)](x, moments, height * width, C=channels, G=groups, PIXELS=tile, num_warps=WARPS)
+    return moments
 
 
-def norm_silu(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> Tensor:
-    """See `reference.norm_silu`. `x` and `out` are channels-last."""
-    _, channels, height, width = x.shape
+def norm_terms(moments: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """See `reference.norm_terms`. A group's channels are a power of two."""
+    _, groups, parts = moments.shape
+    scale, shift = moments.new_empty(2, len(weight)).unbind()
+    _join[(groups,)](
+        moments, weight, bias, scale, shift, parts, epsilon, G=groups, WIDTH=len(weight) // groups, PARTS=PARTS,
+        num_warps=4,
+    )  # fmt: skip
+    return scale, shift
+
+
+def norm_silu(window: Window, scale: Tensor, shift: Tensor) -> Tensor:
+    """See `reference.norm_silu`. All channels-last."""
+    return _bordered(window, scale, shift)
+
+
+def bordered(window: Window) -> Tensor:
+    """See `reference.bordered`. All channels-last."""
+    return _bordered(window, None, None)
+
+
+def _bordered(window: Window, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    above, strip, below = window
+    _, channels, height, width = strip.shape
+    out = torch.empty(
+        (1, channels, height + 2, width + 2),
+        dtype=strip.dtype, device=strip.device, memory_format=torch.channels_last,
+    )  # fmt: skip
     tile = TILE // channels
-    grid = (triton.cdiv(height * width, tile),)
-    _apply[grid](x, scale, shift, out, height * width, C=channels, PIXELS=tile, num_warps=WARPS)
+    _apply[(triton.cdiv((height + 2) * (width + 2), tile),)](
+        above, strip, below, scale, shift, out, height, width,
+        C=channels, PIXELS=tile, ABOVE=above is not None, BELOW=below is not None, NORM=scale is not None,
+        num_warps=WARPS,
+    )  # fmt: skip
     return out

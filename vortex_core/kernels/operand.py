@@ -1,4 +1,4 @@
-"""What products take: values, and in 8 bits their scales."""
+"""What kernels take: values and in 8 bits their scales; a strip of a picture with what lies beside it."""
 
 from __future__ import annotations
 
@@ -21,3 +21,16 @@ class Operand(NamedTuple):
     def tokens(self, start: int, stop: int) -> Operand:
         """The part for tokens `start` to `stop`, as views."""
         return Operand(self.values[:, start:stop], None if self.scale is None else self.scale[:, start:stop])
+
+
+class Window(NamedTuple):
+    """A strip of a feature map, `[1, C, h, w]`, and the rows of its neighbours that touch it; None: there is none."""
+
+    above: Tensor | None
+    strip: Tensor
+    below: Tensor | None
+
+    def rows(self) -> Tensor:
+        """All of it as one map."""
+        parts = [part for part in self if part is not None]
+        return torch.cat(parts, dim=2) if len(parts) > 1 else self.strip

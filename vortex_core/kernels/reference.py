@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import nf4
-from .operand import FP8_MAX, SMALLEST, Operand
+from .operand import FP8_MAX, SMALLEST, Operand, Window
 
 EPSILON = 1e-6  # of every norm in FLUX
 
@@ -35,12 +35,7 @@ def residual_modulate(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: 
 
 
 def gelu(x: Tensor, out: Operand, before: Tensor | None = None) -> None:
-    """GELU (tanh form) of `x` `[B, T, W]`; `before` `[B, T, A]` goes in front of it, as it is. `out` may be `x`."""
-    if out.scale is None:  # torch's own computes in fp32 and rounds once; the widest map need not exist in fp32
-        out.values[..., -x.shape[-1] :].copy_(F.gelu(x, approximate="tanh"))
-        if before is not None:
-            out.values[..., : before.shape[-1]].copy_(before)
-        return
+    """GELU (tanh form) of `x` `[B, T, W]` to fp8 with a scale for each token, `before` `[B, T, A]` in front of it."""
     y = F.gelu(x.float(), approximate="tanh")
     _write(y if before is None else torch.cat((before.float(), y), dim=-1), out)
 
@@ -63,28 +58,70 @@ def rotate(qkv: Tensor, query_norm: Tensor, key_norm: Tensor, cos: Tensor, sin: 
 
 
 def group_moments(x: Tensor, groups: int) -> Tensor:
-    """fp32 `[parts, groups, 3]` of `x` `[1, C, h, w]`: count, mean and sum of squares about it, of each group and part.
+    """fp32 `[3, groups, parts]` of `x` `[1, C, h, w]`: count, mean and sum of squares about it, of each group and part.
 
-    However many parts there are, and of however many strips: `join_moments` makes one of them.
+    However many parts there are, and of however many strips: `norm_terms` joins them.
     """
     values = x.float().reshape(groups, -1)
     variance, mean = torch.var_mean(values, dim=1, correction=0)
     count = torch.full_like(mean, values.shape[1])
-    return torch.stack((count, mean, variance * count), dim=1)[None]
+    return torch.stack((count, mean, variance * count))[..., None]
 
 
-def join_moments(parts: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance `[groups]` of all that `group_moments` saw (Chan et al., 1979)."""
-    count, mean, square = parts.unbind(2)
-    total = count.sum(0)
-    joint = (count * mean).sum(0) / total
-    return joint, (square + count * (mean - joint).square()).sum(0) / total
+def norm_terms(moments: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Scale and shift, fp32 `[C]`, of the group norm whose map has `moments` (joined as in Chan et al., 1979)."""
+    count, mean, square = moments
+    total = count.sum(1)
+    joint = (count * mean).sum(1) / total
+    variance = (square + count * (mean - joint[:, None]).square()).sum(1) / total
+    channels = len(weight) // len(total)
+    scale = weight.float() * (variance + epsilon).rsqrt().repeat_interleave(channels)
+    return scale, bias.float() - joint.repeat_interleave(channels) * scale
 
 
-def norm_silu(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> Tensor:
-    """`silu(x * scale + shift)` of `x` `[1, C, h, w]` into `out`, which may be `x`; `scale`, `shift` fp32 `[C]`."""
-    torch.addcmul(shift[:, None, None], x, scale[:, None, None], out=out)  # no map in fp32, for one more rounding
-    return F.silu(out, inplace=True)
+def norm_silu(window: Window, scale: Tensor, shift: Tensor) -> Tensor:
+    """`silu(x * scale + shift)` of the window's rows, bordered; `scale`, `shift` fp32 `[C]`."""
+    x = window.rows()
+    out = torch.addcmul(shift[:, None, None], x, scale[:, None, None], out=torch.empty_like(x))  # no map in fp32
+    return _border(F.silu(out, inplace=True), window)
+
+
+def bordered(window: Window) -> Tensor:
+    """`[1, C, h + 2, w + 2]`: the window's strip, its neighbours' rows above and below, zeros beyond the picture."""
+    return _border(window.rows(), window)
+
+
+def convolve(
+    x: Tensor, weight: Tensor, bias: Tensor, onto: Tensor | None = None, groups: int = 0
+) -> tuple[Tensor, Tensor | None]:
+    """The 3 x 3 convolution of a bordered `x` `[1, C, h + 2, w + 2]`, `[1, N, h, w]`, and its `group_moments`.
+
+    It is added onto `onto`, in place, if that is given. No moments for 0 groups.
+    """
+    out = F.conv2d(x, weight, bias)
+    if onto is not None:
+        out = onto.add_(out)
+    return out, group_moments(out, groups) if groups else None
+
+
+def corner_taps(weight: Tensor) -> Tensor:
+    """`weight` `[N, C, 3, 3]` as `convolve_doubled` takes it."""
+    return weight
+
+
+def convolve_doubled(x: Tensor, taps: Tensor, bias: Tensor, groups: int = 0) -> tuple[Tensor, Tensor | None]:
+    """As `convolve`, of a bordered `x` whose pixels are doubled in both directions: `[1, N, 2 h, 2 w]`."""
+    doubled = F.interpolate(x, scale_factor=2.0, mode="nearest")
+    return convolve(doubled[:, :, 1:-1, 1:-1], taps, bias, groups=groups)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of one head over all positions, each `[L, C]`."""
+    return F.scaled_dot_product_attention(q[None, None], k[None, None], v[None, None])[0, 0]
+
+
+def _border(x: Tensor, window: Window) -> Tensor:
+    return F.pad(x, (1, 1, int(window.above is None), int(window.below is None)))
 
 
 def row_scales(absmax: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def _modulate(
 @triton.jit
 def _gelu(
     before, before_b, before_t, x, x_b, x_t, out, out_b, out_t, out_scale, scale_b, scale_t, T,
-    A: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr, QUANTIZE: tl.constexpr,
+    A: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)
     value = tl.load(_row(x, x_b, x_t, T) + column - A, mask=(column >= A) & (column < A + W), other=0.0)
@@ -69,7 +69,7 @@ def _gelu(
     if A > 0:
         first = tl.load(_row(before, before_b, before_t, T) + column, mask=column < A, other=0.0)
         value = tl.where(column < A, first.to(tl.float32), value)
-    _write(value, out, out_b, out_t, out_scale, scale_b, scale_t, T, column, column < A + W, QUANTIZE)
+    _write(value, out, out_b, out_t, out_scale, scale_b, scale_t, T, column, column < A + W, True)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, out: Operand) -> None:
@@ -109,7 +109,7 @@ def _launch_gelu(x: Tensor, out: Operand, before: Tensor | None, *, gelu: bool) 
     block = triton.next_power_of_2(first + width)
     _gelu[(batch * tokens,)](
         *_strided(before), *_strided(x), *_strided(out.values), *_strided(out.scale), tokens,
-        A=first, W=width, BLOCK=block, GELU=gelu, QUANTIZE=out.scale is not None,
+        A=first, W=width, BLOCK=block, GELU=gelu,
         num_warps=4 if block <= 4096 else 8 if before is None else 16,
     )  # fmt: skip
 

@@ -1,0 +1,24 @@
+"""What kernels ask about the card they run on."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+
+class Card(NamedTuple):
+    """Multiprocessors, and bytes of shared memory that one program may take."""
+
+    processors: int
+    shared: int
+
+
+@cache
+def card(device: torch.device) -> Card:
+    """Of a CUDA device; a modest one for any other, where Triton interprets."""
+    if device.type != "cuda":
+        return Card(1, 1 << 18)
+    found = torch.cuda.get_device_properties(device)
+    return Card(found.multi_processor_count, found.shared_memory_per_block_optin)  # type: ignore[attr-defined]

@@ -1,0 +1,129 @@
+"""The decoder's 3 x 3 convolutions of channels-last pictures, and those of pictures doubled by repeating pixels.
+
+A convolution is nine products, of the picture moved by one of nine offsets and that tap's weights. With a border of one
+pixel around the picture, a move is a number of pixels in memory: a tile is a run of pixels, border and all, which the
+bulk copy engine fetches (2 in W + 2 are computed for nothing). The moments that the next norm asks for are found while
+a tile is in registers. A doubled picture is never made: each of the four pixels that one becomes sees two by two of
+the pixels before, so four products of summed taps do instead of nine, a pixel.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .card import card
+
+ROW = 128  # bytes of a tile's row, which the copy engine takes at once
+STAGES = 3  # tiles on their way, as far as shared memory goes
+
+
+@triton.jit
+def _convolve(
+    x, weight, bias, out, moments, height, width, tiles,
+    C: tl.constexpr, N: tl.constexpr, GROUPS: tl.constexpr, TAPS: tl.constexpr, ADD: tl.constexpr,
+    PIXELS: tl.constexpr, BLOCK_N: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    BLOCKS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    UP: tl.constexpr = 4 - TAPS  # 2 where a pixel becomes four, and there are two by two taps
+    channel = tl.program_id(0) % BLOCKS * BLOCK_N
+    corner = tl.program_id(0) // BLOCKS
+    down, right = corner // 2, corner % 2
+    start = tl.program_id(1) * PIXELS
+    summed = tl.zeros([PIXELS, BLOCK_N], tl.float32)
+    STEPS: tl.constexpr = C // INNER
+    for i in range(TAPS * TAPS * STEPS):
+        tap, inner = i // STEPS, i % STEPS * INNER
+        pixels = x.load([start + (tap // TAPS + down) * (width + 2) + tap % TAPS + right, inner])
+        taps = weight.load([corner * N + channel, tap * C + inner])
+        summed = tl.dot(pixels, taps.T, summed, input_precision=PRECISION)
+    column = channel + tl.arange(0, BLOCK_N)
+    pixel = start + tl.arange(0, PIXELS)
+    row, across = pixel // (width + 2), pixel % (width + 2)
+    inside = (row < height) & (across < width)
+    mask = inside[:, None] & (column < N)[None, :]
+    place = ((row * UP + down).to(tl.int64) * (width * UP) + across * UP + right)[:, None] * N + column[None, :]
+    summed += tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
+    if ADD:
+        summed += tl.load(out + place, mask=mask, other=0.0).to(tl.float32)
+    value = summed.to(out.dtype.element_ty)
+    tl.store(out + place, value, mask=mask)
+    if GROUPS > 0:
+        WIDTH: tl.constexpr = N // GROUPS
+        HERE: tl.constexpr = BLOCK_N // WIDTH
+        value = tl.where(mask, value.to(tl.float32), 0.0)
+        count = tl.maximum(tl.sum(inside.to(tl.float32), 0), 1.0)
+        mean = tl.sum(value, 0) / count
+        value = tl.where(mask, value - mean[None, :], 0.0)
+        square = tl.sum(tl.reshape(tl.sum(value * value, 0), [HERE, WIDTH]), 1)
+        mean = tl.reshape(mean, [HERE, WIDTH])
+        middle = tl.sum(mean, 1) / WIDTH
+        square += count * tl.sum((mean - middle[:, None]) * (mean - middle[:, None]), 1)
+        count = tl.sum(inside.to(tl.float32), 0) * WIDTH
+        place = (channel // WIDTH + tl.arange(0, HERE)) * tiles + corner * tl.num_programs(1) + tl.program_id(1)
+        tl.store(moments + place, count + tl.zeros([HERE], tl.float32))
+        tl.store(moments + GROUPS * tiles + place, middle)
+        tl.store(moments + 2 * GROUPS * tiles + place, square)
+
+
+def convolve(
+    x: Tensor, weight: Tensor, bias: Tensor, onto: Tensor | None = None, groups: int = 0
+) -> tuple[Tensor, Tensor | None]:
+    """See `reference.convolve`. All channels-last; C is a power of two."""
+    out = _empty(x, len(bias), 1) if onto is None else onto
+    return out, _launch(x, weight.permute(0, 2, 3, 1).flatten(1), bias, out, groups, add=onto is not None)
+
+
+def corner_taps(weight: Tensor) -> Tensor:
+    """`weight` `[N, C, 3, 3]` as `convolve_doubled` takes it: `[4 N, 4 C]`, the sums of taps that see one pixel."""
+
+    def sums(w: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        first, middle, last = w.unbind(dim)
+        return torch.stack((first, middle + last), dim), torch.stack((first + middle, last), dim)
+
+    corners = [corner for rows in sums(weight.float(), 2) for corner in sums(rows, 3)]
+    return torch.cat([corner.permute(0, 2, 3, 1).flatten(1) for corner in corners]).to(weight.dtype)
+
+
+def convolve_doubled(x: Tensor, taps: Tensor, bias: Tensor, groups: int = 0) -> tuple[Tensor, Tensor | None]:
+    """See `reference.convolve_doubled`. All channels-last; C is a power of two."""
+    out = _empty(x, len(bias), 2)
+    return out, _launch(x, taps, bias, out, groups, corners=4)
+
+
+def _empty(x: Tensor, channels: int, scale: int) -> Tensor:
+    height, width = ((side - 2) * scale for side in x.shape[2:])
+    shape = (1, channels, height, width)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _launch(
+    x: Tensor, taps: Tensor, bias: Tensor, out: Tensor, groups: int, *, corners: int = 1, add: bool = False
+) -> Tensor | None:
+    _, channels, height, width = x.shape
+    wide, itemsize = len(bias), x.element_size()
+    inner = min(channels, ROW // itemsize)
+    block = min(256, max(16, triton.next_power_of_2(wide)))
+    pixels, (processors, shared) = 128, card(x.device)
+    columns = triton.cdiv(wide, block) * corners
+    run = (height - 2) * width  # pixels with a border to their right
+    if columns * triton.cdiv(run, pixels) < processors:
+        pixels = 64
+    if (pixels + block) * inner * itemsize * STAGES > shared:
+        block = min(block, 128)
+        columns = triton.cdiv(wide, block) * corners
+    across = triton.cdiv(run, pixels)
+    moments = x.new_empty(3, groups, across * corners, dtype=torch.float32) if groups else None
+    _convolve[(columns, across)](
+        TensorDescriptor.from_tensor(x[0].permute(1, 2, 0).flatten(0, 1), [pixels, inner]),
+        TensorDescriptor.from_tensor(taps, [block, inner]),
+        bias, out, moments, height - 2, width - 2, across * corners,
+        C=channels, N=wide, GROUPS=groups, TAPS=3 if corners == 1 else 2, ADD=add,
+        PIXELS=pixels, BLOCK_N=block, INNER=inner, PRECISION="ieee" if itemsize == 4 else "tf32",
+        num_warps=8 if pixels == 128 and block >= 128 else 4,
+        num_stages=max(1, min(STAGES, shared // ((pixels + block) * inner * itemsize))),
+    )  # fmt: skip
+    return moments
