@@ -15,6 +15,7 @@ from vortex_core import (
     VortexError,
     VortexInitializationError,
     VortexInputError,
+    device,
     load_flux_schnell,
     loading,
     sampling,
@@ -88,6 +89,22 @@ def test_old_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "RTX 2080")
     with pytest.raises(VortexDeviceError, match=r"RTX 2080 has compute capability 7.5; .* 8.0 or higher"):
         load_flux_schnell("tiny", device="cuda")
+
+
+def test_host_memory_is_pageable_where_none_can_be_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, empty = [], torch.empty
+
+    def refuse(shape: tuple[int, ...], *, dtype: torch.dtype, pin_memory: bool = False) -> torch.Tensor:
+        asked.append(pin_memory)
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory")
+        return empty(shape, dtype=dtype)
+
+    monkeypatch.setattr(device.torch, "empty", refuse)
+    on_gpu = sampling.noise(7, 2, 64, 96, device=torch.device("cuda", 0))
+    assert asked == [True, False]
+    assert torch.equal(on_gpu, sampling.noise(7, 2, 64, 96))
+    assert asked == [True, False, False]
 
 
 def test_running_out_of_memory_while_loading_says_so_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
