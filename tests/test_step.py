@@ -273,12 +273,10 @@ def test_replayed_steps_are_the_launched_ones_bit_for_bit(mode: str) -> None:
 def test_the_host_waits_for_nothing_while_it_draws() -> None:
     with load_flux_schnell("tiny", device="cuda") as engine:
         expected = [engine.generate("a blue square", seed=1) for _ in range(2)][1]
-        conditioning, tables = (
-            engine.encode("a blue square"),
-            sampling.rope_of(128, 128, 256, engine._spec, engine.device),
-        )
-        noise = sampling.noise(1, 1, 128, 128, device=engine.device)
-        assert all(sent.is_pinned() for sent in (conditioning.txt, conditioning.modulation, *tables, noise))
+        conditioning = engine.encode("a blue square")
+        sent = [conditioning.txt, conditioning.modulation, sampling.noise(1, 1, 128, 128, device=engine.device)]
+        sent += sampling.rope_of(128, 128, 256, engine._spec, engine.device)
+        assert all(tensor.is_pinned() for tensor in sent)
         torch.cuda.set_sync_debug_mode("error")
         try:
             picture = engine.generate("a blue square", seed=1)
