@@ -303,7 +303,7 @@ def profile(plan, arguments, name: str) -> None:
 
 
 def decoder() -> None:
-    """The VAE in strips of several heights, with torch's kernels and with the fused norm in channels last."""
+    """The VAE in strips of several heights, with torch's kernels and with the fused ones."""
     spec = VaeSpec(channels=(32, 32, 64, 128), layers=1, groups=8) if SMALL else VaeSpec()
     torch.manual_seed(0)
     plain, fused = (Decoder(spec).to(DEVICE, BF16).requires_grad_(False) for _ in range(2))
