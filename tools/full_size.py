@@ -30,6 +30,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 from torch import nn
 
+from vortex_core.bench.random_model import SIZES as REAL
 from vortex_core.checkpoint.bundle import TINY
 
 GB = 1e9
@@ -41,22 +42,7 @@ console = Console()
 
 def configs(tiny: Path) -> dict[str, dict[str, Any]]:
     """The miniature's config files with the released model's sizes; its tokenizers serve both."""
-    sizes: dict[str, dict[str, Any]] = {
-        "transformer": {
-            "num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24,
-            "joint_attention_dim": 4096, "pooled_projection_dim": 768,
-        },
-        "vae": {"block_out_channels": [128, 256, 512, 512], "norm_num_groups": 32, "sample_size": 1024},
-        "text_encoder": {
-            "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-            "projection_dim": 768, "vocab_size": 49408,
-        },
-        "text_encoder_2": {
-            "d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24,
-            "num_decoder_layers": 24, "vocab_size": 32128,
-        },
-    }  # fmt: skip
-    return {part: json.loads((tiny / part / "config.json").read_text()) | sizes[part] for part in sizes}
+    return {part: json.loads((tiny / part / "config.json").read_text()) | sizes for part, sizes in REAL.items()}
 
 
 def modules(config: dict[str, dict[str, Any]]) -> dict[str, nn.Module]:

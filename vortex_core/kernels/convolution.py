@@ -69,6 +69,20 @@ def _convolve(
         tl.store(moments + 2 * GROUPS * tiles + place, square)
 
 
+@triton.jit
+def _sum_taps(weight, taps, C: tl.constexpr):
+    channel = tl.arange(0, C)
+    corner, tap = tl.arange(0, 16) // 4, tl.arange(0, 16) % 4
+    summed = tl.zeros([16, C], tl.float32)
+    for old in range(9):
+        # the first of a doubled pixel's rows sees the pixel above by tap 0, and its own by 1 and 2; so with columns
+        here = ((old // 3 > corner // 2) == (tap // 2 == 1)) & ((old % 3 > corner % 2) == (tap % 2 == 1))
+        value = tl.load(weight + (tl.program_id(0) * 9 + old) * C + channel)
+        summed += tl.where(here[:, None], value.to(tl.float32)[None, :], 0.0)
+    row = corner * tl.num_programs(0) + tl.program_id(0)
+    tl.store(taps + (row * 4 + tap)[:, None] * C + channel[None, :], summed.to(taps.dtype.element_ty))
+
+
 def convolve(
     x: Tensor, weight: Tensor, bias: Tensor, onto: Tensor | None = None, groups: int = 0
 ) -> tuple[Tensor, Tensor | None]:
@@ -79,13 +93,10 @@ def convolve(
 
 def corner_taps(weight: Tensor) -> Tensor:
     """`weight` `[N, C, 3, 3]` as `convolve_doubled` takes it: `[4 N, 4 C]`, the sums of taps that see one pixel."""
-
-    def sums(w: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        first, middle, last = w.unbind(dim)
-        return torch.stack((first, middle + last), dim), torch.stack((first + middle, last), dim)
-
-    corners = [corner for rows in sums(weight.float(), 2) for corner in sums(rows, 3)]
-    return torch.cat([corner.permute(0, 2, 3, 1).flatten(1) for corner in corners]).to(weight.dtype)
+    wide, channels = weight.shape[:2]
+    taps = weight.new_empty(4 * wide, 4 * channels)
+    _sum_taps[(wide,)](weight, taps, C=channels, num_warps=4)
+    return taps
 
 
 def convolve_doubled(x: Tensor, taps: Tensor, bias: Tensor, groups: int = 0) -> tuple[Tensor, Tensor | None]:
