@@ -1,8 +1,8 @@
-"""The example reports in docs/reports: latency at some sizes and the VRAM profile of the last, the model loaded twice.
+"""The example reports in docs/reports: latency and the VRAM profile at some sizes, the model loaded anew for each profile.
 
     python tools/example_reports.py tiny docs/reports/tiny-cpu --device cpu --size 128
     python tools/example_reports.py /dev/shm/random-schnell docs/reports/full-size --mode exact --mode fast
-                                                                                # 2 minutes; a quiet GPU
+                                                                                # 3 minutes; a quiet GPU
 
 What each folder holds, `vortex bench latency -o` and `vortex bench vram -o` write too, one at a time.
 """
@@ -29,7 +29,7 @@ console = Console()
 
 
 def measure(model: str, folder: Path, sizes: list[int], iterations: int, cold: int, options: dict[str, Any]) -> None:
-    """Write one folder a size, `vram` and `leak`. A part that fails says so, and the others go on."""
+    """Write two folders a size, and `leak`. A part that fails says so, and the others go on."""
     load = partial(load_flux_schnell, model, **options)
     started = time.perf_counter()
     with load() as engine:
@@ -37,7 +37,8 @@ def measure(model: str, folder: Path, sizes: list[int], iterations: int, cold: i
         for size in sizes:
             attempt(partial(latency, engine, Workload(size, size, iterations=iterations, cold=cold), folder))
         attempt(partial(leaks, engine, sizes[0], iterations, folder))
-    attempt(partial(vram, load, resolve_device(options.get("device")), sizes[-1], folder))
+    for size in sizes:
+        attempt(partial(vram, load, resolve_device(options.get("device")), size, folder))
 
 
 def latency(engine: Any, workload: Workload, folder: Path) -> dict[str, Any]:
@@ -61,7 +62,7 @@ def leaks(engine: Any, size: int, iterations: int, folder: Path) -> dict[str, An
 
 def vram(load: Any, device: Any, size: int, folder: Path) -> dict[str, Any]:
     report = vram_report.run(load, device, size=(size, size))
-    write_folder(folder / "vram", report.figures(), {"vram": plots.vram_plot(report)})
+    write_folder(folder / f"vram-{size}", report.figures(), {"vram": plots.vram_plot(report)})
     return {verdict.what: f"{verdict.state}, {verdict.detail}" for verdict in report.verdicts}
 
 
