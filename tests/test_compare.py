@@ -1,8 +1,11 @@
 """`vortex bench compare` on the miniature: every contender that runs on a CPU, drawing the same picture."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
+import comfy_host
 import pytest
 from typer.testing import CliRunner
 
@@ -44,6 +47,45 @@ def test_what_cannot_be_compared_is_said_before_anything_is_loaded(options: list
     result = CliRunner().invoke(app, ["compare", *options])
     assert result.exit_code == 2, result.output
     assert sentence in " ".join(result.output.split())
+
+
+CORE = """
+import sys
+tree, folder = sys.argv.pop(), sys.argv.pop()
+sys.path.insert(0, tree)
+import comfy.options
+comfy.options.enable_args_parsing()  # for --cpu
+import torch
+from pathlib import Path
+from types import SimpleNamespace
+from diffusers import FluxTransformer2DModel
+from vortex_core import sampling
+from vortex_core.bench.peers import comfy_velocity
+
+torch.manual_seed(0)
+model = FluxTransformer2DModel.from_pretrained(folder).bfloat16()
+with torch.inference_mode():
+    ours = comfy_velocity(Path(tree), dict(model.config), model.state_dict(), torch.device("cpu"))
+    shapes = (1, 256, model.config.joint_attention_dim), (1, model.config.pooled_projection_dim), (1, 64, 64)
+    txt, pooled, img = (torch.randn(shape).bfloat16() for shape in shapes)
+    t = torch.ones(1).bfloat16()
+    ids = sampling.positions(128, 128, 256)
+    theirs = model(img, txt, pooled, t, img_ids=ids[256:], txt_ids=ids[:256], return_dict=False)[0]
+    found = ours(SimpleNamespace(height=128, width=128, txt=txt, pooled=pooled), img, t)
+print(float((found - theirs).norm() / theirs.norm()))
+"""
+
+
+@pytest.mark.comfyui
+@pytest.mark.parametrize("tree", comfy_host.trees(), ids=lambda tree: tree.name)
+def test_comfyui_core_computes_what_diffusers_does(tree: Path, tiny_dir: Path) -> None:
+    """Its class wants to be told other things from version to version."""
+    command = [sys.executable, "-c", CORE, "--cpu", str(tiny_dir / "transformer"), str(tree)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    if "No module named" in result.stderr and result.returncode:
+        pytest.skip(f"NOT RUN, ComfyUI's core: its packages are not installed here; {result.stderr.splitlines()[-1]}")
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout.splitlines()[-1]) < 0.03  # in bf16
 
 
 def test_the_card_counts_what_a_step_takes() -> None:

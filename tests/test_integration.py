@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from vortex_core import Engine, NoEffectWarning, PromptTruncatedWarning, load_flux_schnell
+from vortex_core.plans import Plan
 from vortex_core.vram import snapshot
 
 MB, GB = 10**6, 10**9
@@ -73,9 +74,10 @@ def test_standard_actor_generation(actor: Actor) -> None:
         assert torch.cuda.max_memory_reserved() < 6.5 * GB
 
 
-def test_negative_prompt_application(actor: Actor) -> None:
+def test_negative_prompt_application(actor: Actor, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = []
-    handle = actor.engine._transformer.register_forward_hook(lambda *_: passes.append(time.perf_counter()))
+    step = Plan.__call__
+    monkeypatch.setattr(Plan, "__call__", lambda *arguments: passes.append(1) or step(*arguments))  # or a replay
     plain = actor.draw()
     started = time.perf_counter()
     actor.draw()
@@ -84,7 +86,6 @@ def test_negative_prompt_application(actor: Actor) -> None:
     with pytest.warns(NoEffectWarning, match="no effect"):
         negative = actor.draw(negative_prompt="a blue square")
     overhead = (time.perf_counter() - started) / without - 1
-    handle.remove()
     print(f"\nnegative prompt: {overhead:+.1%} time", end="")
     assert torch.equal(plain, negative)
     assert len(passes) == 3 * 4  # no second pass a step; the time itself is for benchmarks to judge
@@ -158,13 +159,16 @@ def test_batch_generation_memory_leak(actor: Actor) -> None:
 
 @pytest.mark.gpu
 def test_offloading_frees_what_it_says_and_comes_back_the_same(tiny_dir: Path) -> None:
+    device = torch.device("cuda", 0)
+    empty = snapshot(device).allocated
     engine = load_flux_schnell(tiny_dir, device="cuda")
     expected = engine.generate(PROMPT, seed=1)
-    before = snapshot(engine.device).allocated
+    before = snapshot(device).allocated
     said = engine.device_bytes
     assert engine.offload() == said
-    freed = before - snapshot(engine.device).allocated
-    assert said <= freed < said * 1.05 + MB
+    after = snapshot(device).allocated
+    assert said <= before - after
+    assert after - empty < 110 * MB  # what cuBLAS keeps for three streams, and the picture
     assert not engine.resident
     assert engine.offload() == 0
     engine._conditioner._cache.clear()

@@ -1,4 +1,4 @@
-"""The example reports in docs/reports: latency and the VRAM profile at some sizes, the model loaded anew for each profile.
+"""The example reports in docs/reports: latency and the VRAM profile at some sizes, the model loaded for each profile.
 
     python tools/example_reports.py tiny docs/reports/tiny-cpu --device cpu --size 128
     python tools/example_reports.py /dev/shm/random-schnell docs/reports/full-size --mode exact --mode fast

@@ -9,7 +9,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from copy import deepcopy
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -20,7 +19,7 @@ from whole_vae import whole_decode
 
 from vortex_core import MemoryPressureError, VortexError, VortexInitializationError, VortexInputError, loading, room
 from vortex_core.planner import cost
-from vortex_core.vae import decode
+from vortex_core.vae import Decoder, decode
 from vortex_core.vram import Sampler, peak, snapshot
 
 
@@ -298,7 +297,9 @@ def same(s: Section) -> None:
         latents = seen["512 latents"][0].to(s.device)
         side = latents.shape[-1] * 8
         out = torch.empty(1, side, side, 3, device=s.device)
-        for decoder, what in ((engine._decoder, "in the engine's type"), (deepcopy(engine._decoder).float(), "fp32")):
+        exact = Decoder(engine._model.vae).to(s.device)  # in plain torch
+        exact.load_state_dict(engine._decoder.state_dict())
+        for decoder, what in ((engine._decoder, "in the engine's type"), (exact, "fp32")):
             strips = {rows: decode(decoder, latents, out, rows).clone() for rows in (None, 128, 32)}
             others = {"whole against 128 rows": strips[None], "32 against 128 rows": strips[32]}
             others["whole, torch's GroupNorm, against 128 rows"] = whole_decode(decoder, latents)
@@ -311,6 +312,9 @@ def same(s: Section) -> None:
 def errors(s: Section) -> None:
     """Refusals with numbers, and running out of memory."""
 
+    loading.Setup.check(
+        s.device, "nf4", None, None, None, "fast"
+    )  # trying the kernels out leaves cuBLAS' workspace, once a process
     before = s.allocated()
     for budget in (0.01, -1, math.nan, 10_000)[: None if s.cuda else 3]:
         with s.part(f"errors: a budget of {budget} GB is refused") as promise:

@@ -22,6 +22,8 @@ MEDIUM = 10 * MIB  # below it, large requests share segments
 MEDIUM_SEGMENT = 20 * MIB
 LARGE_STEP = 2 * MIB
 
+MORE = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # steps by which a block may turn out larger than it must be
+
 Event = tuple[int, int]  # an allocation's number, and its bytes: taken where positive, given back where 0
 
 
@@ -101,12 +103,14 @@ def reserved(sizes: tuple[int, ...]) -> int:
 def block_for(events: Sequence[Event]) -> int:
     """Bytes that one free block must have so that torch serves all `events` from it; a multiple of 2 MiB.
 
-    Requests for the small pool never come from it; what they take at most is added, since it is reserved beside it.
+    A larger block serves them, too (`MORE`), which does not go without saying: the smallest free block that holds a
+    request may be cut so that a large one fits nowhere any more. Requests for the small pool never come from the
+    block; what they take at most is added, since it is reserved beside it.
     """
     sizes = {number: round_up(size, ROUND) for number, size in events if size}
     small, large = _peak(events, sizes, small=True), _peak(events, sizes, small=False)
     block = round_up(large, LARGE_STEP)
-    while block and not _serves(block, events, sizes):
+    while block and not all(_serves(block + more * LARGE_STEP, events, sizes) for more in MORE):
         block += max(LARGE_STEP, round_up(block // 100, LARGE_STEP))
     return block + (round_up(small, SMALL_SEGMENT) + SMALL_SEGMENT if small else 0)
 

@@ -33,15 +33,15 @@ Origin = tuple[str, str]  # the source of a module's tensors, and the prefix of 
 BLAS = 32 * MIB  # cuBLAS' workspace on Hopper; earlier cards take 8 MiB
 MOST_AT_ONCE = 8  # pictures; more fill the card no better
 STRIPS = (None, 256, 128, 64)  # most rows of a strip of the VAE, None: whole; the lower, the more launches
-TILE = 64  # pixels, of which a convolution finds the moments, or more
+TILE = 128  # pixels of which a convolution finds the moments; fewer in small maps, where it does not matter
 TALL = 750_000_000  # bytes; what decoding may take, even where nothing else takes as much
 
 
 class _Shapes:
     """Stands for the fused kernels of the decoder where only what they return counts."""
 
-    def group_moments(self, x: Tensor, groups: int) -> Tensor:
-        return x.new_empty(3, groups, -(-x[0, 0].numel() // TILE), dtype=torch.float32)
+    def group_moments(self, x: Tensor, groups: int, tiles: int = 1) -> Tensor:
+        return x.new_empty(3, groups, tiles, dtype=torch.float32)
 
     def norm_terms(self, moments: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
         scale, shift = moments.new_empty(2, len(weight)).unbind()
@@ -59,7 +59,7 @@ class _Shapes:
     ) -> tuple[Tensor, Tensor | None]:
         _, _, height, width = x.shape
         out = x.new_empty(1, len(bias), height - 2, width - 2) if onto is None else onto
-        return out, self.group_moments(out, groups) if groups else None
+        return out, self.group_moments(out, groups, -(-(height - 2) * width // TILE)) if groups else None
 
     def corner_taps(self, weight: Tensor) -> Tensor:
         return weight.new_empty(16, *weight.shape[:2])
@@ -67,7 +67,7 @@ class _Shapes:
     def convolve_doubled(self, x: Tensor, taps: Tensor, bias: Tensor, groups: int = 0) -> tuple[Tensor, Tensor | None]:
         _, _, height, width = x.shape
         out = x.new_empty(1, len(bias), 2 * height - 4, 2 * width - 4)
-        return out, self.group_moments(out, groups) if groups else None
+        return out, self.group_moments(out, groups, 4 * -(-(height - 2) * width // TILE)) if groups else None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return torch.empty_like(q)

@@ -186,5 +186,6 @@ def decode(decoder: Decoder, latents: Tensor, out: Tensor, rows: int | None = No
             colours = rearrange(strip[0], "c h w -> h w c").float().mul_(0.5).add_(0.5).clamp_(0, 1)
             picture[top : top + len(colours)].copy_(colours)
             top += len(colours)
+            del strip, colours  # or they would lie in the next picture's way
     mark("decode")
     return out

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -238,11 +238,14 @@ def comfy_velocity(tree: Path, config: dict[str, Any], state: dict[str, Tensor],
     """The velocity of the ComfyUI in `tree`, its own Flux forward in bf16 over diffusers' `state`."""
     sys.path.insert(0, str(tree))
     # by name, since it is the named tree's: Vortex itself never imports ComfyUI
-    flux, ops = import_module("comfy.ldm.flux.model").Flux, import_module("comfy.ops").disable_weight_init
+    flux, ops = import_module("comfy.ldm.flux.model"), import_module("comfy.ops").disable_weight_init
 
     heads = config["num_attention_heads"]
+    newer: dict[str, Any] = {"txt_ids_dims": []}  # what some versions want to be told, too
+    known = {field.name for field in fields(flux.FluxParams)}
     with torch.device("meta"):
-        model = flux(
+        model = flux.Flux(
+            **{name: value for name, value in newer.items() if name in known},
             in_channels=config["in_channels"] // 4, out_channels=config["in_channels"] // 4, patch_size=2,
             vec_in_dim=config["pooled_projection_dim"], context_in_dim=config["joint_attention_dim"],
             hidden_size=heads * config["attention_head_dim"], mlp_ratio=4.0, num_heads=heads,
