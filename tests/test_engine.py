@@ -94,7 +94,7 @@ def test_old_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_host_memory_is_pageable_where_none_can_be_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     asked, empty = [], torch.empty
 
-    def refuse(shape: tuple[int, ...], *, dtype: torch.dtype, pin_memory: bool = False) -> torch.Tensor:
+    def refuse(shape: tuple[int, ...], *, dtype: torch.dtype, device: str, pin_memory: bool = False) -> torch.Tensor:
         asked.append(pin_memory)
         if pin_memory:
             raise RuntimeError("CUDA error: out of memory")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vortex_core import nf4
 from vortex_core.kernels import Operand, Window, choose_kernels, reference
+from vortex_core.kernels.card import card
 from vortex_core.kernels.operand import FP8, FP8_MAX
 from vortex_core.linear import _fp8_broken, fp8_declined
 
@@ -217,13 +218,25 @@ def test_borders_are_neighbours_or_zeros(fused, height: int) -> None:
         assert torch.equal(fused.bordered(window), reference.bordered(window))
 
 
+@pytest.fixture(params=[True, False], ids=["copied", "loaded"])
+def copies(fused, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Tiles come by the bulk copy engine, or, as on cards that have none, by loads."""
+    known = card(DEVICE)
+    if request.param and not known.copies:
+        pytest.skip("NOT RUN, the copy engine: this card has none")
+    for name in ("convolution", "attention"):
+        module = sys.modules[f"vortex_core.kernels.{name}"]
+        monkeypatch.setattr(module, "card", lambda device: known._replace(copies=request.param))
+    return bool(request.param)
+
+
 CONVOLUTIONS = [(32, 16, 5, 7), (32, 3, 20, 9), (64, 128, 11, 13), (128, 256, 6, 30)] + [(512, 512, 64, 64)] * GPU
 
 
 @pytest.mark.parametrize("shape", CONVOLUTIONS)
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("kind", ["", "onto", "doubled"])
-def test_convolutions(fused, shape: tuple[int, int, int, int], dtype: torch.dtype, kind: str) -> None:
+def test_convolutions(fused, copies: bool, shape: tuple[int, int, int, int], dtype: torch.dtype, kind: str) -> None:
     channels, wide, height, width = shape
     x = picture(1, channels, height + 2, width + 2, dtype=dtype)
     weight = (draw(wide, channels, 3, 3) / (9 * channels) ** 0.5).to(dtype)
@@ -259,7 +272,7 @@ def test_convolutions(fused, shape: tuple[int, int, int, int], dtype: torch.dtyp
 
 @pytest.mark.parametrize("tokens", [1, 33, 200])
 @pytest.mark.parametrize("dtype", TYPES)
-def test_attention_of_one_wide_head(fused, tokens: int, dtype: torch.dtype) -> None:
+def test_attention_of_one_wide_head(fused, copies: bool, tokens: int, dtype: torch.dtype) -> None:
     q, k, v = draw(3, tokens, 512 if GPU else 128).to(dtype)
     exact = reference.attend(*(2 * q.double(), k.double(), v.double()))
     ours, eager = (kernels.attend(2 * q, k, v) for kernels in (fused, reference))

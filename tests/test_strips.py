@@ -10,6 +10,7 @@ from whole_vae import whole_decode
 from vortex_core import Engine, load_flux_schnell
 from vortex_core.footprint import META, footprint
 from vortex_core.kernels import reference
+from vortex_core.model import _Shapes
 from vortex_core.spec import VaeSpec
 from vortex_core.vae import Decoder, decode
 
@@ -56,11 +57,14 @@ def test_strips_at_flux_widths_are_the_whole() -> None:
 
 
 class ChannelsLast:
-    """The reference, for maps as the fused kernels take them: these read memory, whatever the strides say."""
+    """Kernels, for maps as the fused ones take them: these read memory, whatever the strides say."""
+
+    def __init__(self, kernels: object = reference) -> None:
+        self._kernels = kernels
 
     def __getattr__(self, name: str) -> Callable[..., object]:
         def checked(*arguments: object, **options: object) -> object:
-            found = getattr(reference, name)(*arguments, **options)
+            found = getattr(self._kernels, name)(*arguments, **options)
             for tensor in tree_leaves((arguments, options, found)):
                 if isinstance(tensor, torch.Tensor) and tensor.ndim == 4:
                     assert tensor.is_contiguous(memory_format=torch.channels_last), name
@@ -77,6 +81,16 @@ def test_every_kernel_sees_its_channels_last(rows: int | None) -> None:
         decoder.channels_last()
         decoder.use(ChannelsLast())
         assert (expected - in_strips(decoder, latents, rows)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("rows", [3, None])
+def test_planned_maps_have_their_channels_last(rows: int | None) -> None:
+    """Or what a call takes would be planned with copies in it that the card never makes."""
+    with META, torch.inference_mode():
+        decoder = Decoder(VaeSpec())
+        decoder.channels_last()
+        decoder.use(ChannelsLast(_Shapes()))
+        decode(decoder, torch.empty(1, 16, 8, 12), torch.empty(1, 64, 96, 3), rows)
 
 
 @pytest.mark.gpu

@@ -312,9 +312,8 @@ def same(s: Section) -> None:
 def errors(s: Section) -> None:
     """Refusals with numbers, and running out of memory."""
 
-    loading.Setup.check(
-        s.device, "nf4", None, None, None, "fast"
-    )  # trying the kernels out leaves cuBLAS' workspace, once a process
+    # trying the kernels out leaves cuBLAS' workspace, once a process
+    loading.Setup.check(s.device, "nf4", None, None, None, "fast")
     before = s.allocated()
     for budget in (0.01, -1, math.nan, 10_000)[: None if s.cuda else 3]:
         with s.part(f"errors: a budget of {budget} GB is refused") as promise:

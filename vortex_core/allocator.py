@@ -103,9 +103,9 @@ def reserved(sizes: tuple[int, ...]) -> int:
 def block_for(events: Sequence[Event]) -> int:
     """Bytes that one free block must have so that torch serves all `events` from it; a multiple of 2 MiB.
 
-    A larger block serves them, too (`MORE`), which does not go without saying: the smallest free block that holds a
-    request may be cut so that a large one fits nowhere any more. Requests for the small pool never come from the
-    block; what they take at most is added, since it is reserved beside it.
+    Larger blocks serve them, too (those of `MORE`), which does not go without saying: the smallest free block that
+    holds a request may be cut so that a large one fits nowhere any more. Requests for the small pool never come from
+    the block; what they take at most is added, since it is reserved beside it.
     """
     sizes = {number: round_up(size, ROUND) for number, size in events if size}
     small, large = _peak(events, sizes, small=True), _peak(events, sizes, small=False)

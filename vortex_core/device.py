@@ -44,6 +44,6 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
 def host_buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Host memory, uninitialized; pinned where `device` is a GPU, so that nobody waits for copies, if there is any."""
     try:
-        return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
+        return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
     except RuntimeError:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")

@@ -117,7 +117,8 @@ def build(bundle: Bundle, setup: Setup) -> Model:
     )
     side = torch.cuda.Stream(setup.device) if fast else None
     model.transformer.use(setup.kernels, fast=fast, side=side)
-    model.decoder.use(setup.kernels)
+    if model.decodes_fused:
+        model.decoder.use(setup.kernels)
     return model
 
 

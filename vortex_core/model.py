@@ -52,13 +52,13 @@ class _Shapes:
 
     def bordered(self, window: Window) -> Tensor:
         _, channels, height, width = window.strip.shape
-        return window.strip.new_empty(1, channels, height + 2, width + 2)
+        return self._map(window.strip, channels, height + 2, width + 2)
 
     def convolve(
         self, x: Tensor, weight: Tensor, bias: Tensor, onto: Tensor | None = None, groups: int = 0
     ) -> tuple[Tensor, Tensor | None]:
         _, _, height, width = x.shape
-        out = x.new_empty(1, len(bias), height - 2, width - 2) if onto is None else onto
+        out = self._map(x, len(bias), height - 2, width - 2) if onto is None else onto
         return out, self.group_moments(out, groups, -(-(height - 2) * width // TILE)) if groups else None
 
     def corner_taps(self, weight: Tensor) -> Tensor:
@@ -66,18 +66,23 @@ class _Shapes:
 
     def convolve_doubled(self, x: Tensor, taps: Tensor, bias: Tensor, groups: int = 0) -> tuple[Tensor, Tensor | None]:
         _, _, height, width = x.shape
-        out = x.new_empty(1, len(bias), 2 * height - 4, 2 * width - 4)
+        out = self._map(x, len(bias), 2 * height - 4, 2 * width - 4)
         return out, self.group_moments(out, groups, 4 * -(-(height - 2) * width // TILE)) if groups else None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return torch.empty_like(q)
+
+    def _map(self, like: Tensor, *shape: int) -> Tensor:
+        # channels last, or what follows would copy it here and not on the card
+        layout = torch.channels_last
+        return torch.empty((1, *shape), dtype=like.dtype, device=like.device, memory_format=layout)
 
 
 class Model:
     """The modules of one FLUX.1-schnell; `units` of them in the order they run, `pieces` as the planner sees those.
 
     Products are in `dtype`, linears in NF4 where `quantized`; the blocks' products in fp8 where `fast`. `fused`: with
-    Triton's kernels, which allocate nothing, and a step that is captured.
+    Triton's kernels, which allocate nothing in a step, and a step that is captured.
     """
 
     def __init__(
@@ -94,6 +99,7 @@ class Model:
     ) -> None:
         self.flux, self.vae, self.dtype, self.quantized = flux, vae, dtype, quantized
         self.fast, self.fused = fast, fused
+        self.decodes_fused = fused and vae.powers_of_two
         self.clip, self.t5 = Clip(clip), T5(t5)
         with META:
             self.transformer, self.modulation, self.decoder = Transformer(flux), Modulation(flux), Decoder(vae)
@@ -151,7 +157,7 @@ class Model:
             # CLIP and the VAE are small, and stay as they are
             how = target if source in ("transformer", "t5") else replace(target, backend=None)
             materialize(module, sources[source], how, prefix=prefix)
-        if self.fused and unit.group == "vae":
+        if self.decodes_fused and unit.group == "vae":
             self.decoder.channels_last()
         if self.fast and unit.group == BLOCKS:
             for linear in (part for module in unit.modules for part in module.modules()):
@@ -262,7 +268,7 @@ class Model:
     def _decode(self, height: int, width: int, rows: int | None) -> int:
         with META:
             decoder = Decoder(self.vae).to(self.dtype).requires_grad_(False)
-            if self.fused:
+            if self.decodes_fused:
                 decoder.channels_last()
                 decoder.use(cast(Kernels, _Shapes()))
             latents = torch.empty(1, self.flux.latent_channels, height // 8, width // 8)

@@ -97,8 +97,9 @@ class Room:
             and (demand, limit) == (made.demand, self._limit)
             and self.resident
             and made.streamed == self.placement.streamed
-            and self.placement.workspace.nbytes == made.workspace
-            and self.plans.nbytes == made.graphs
+            and self.placement.workspace.nbytes >= made.workspace > 0
+            and self.plans.nbytes >= made.graphs
+            and made.peak + self._excess(made) <= limit
             and hasattr(self._warm, "done")
         )
         return made if stands else None

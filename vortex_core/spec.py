@@ -123,6 +123,11 @@ class VaeSpec:
                 "not say how many it has, so FLUX's 32 are taken: give vae= the VAE's folder, which does."
             )
 
+    @property
+    def powers_of_two(self) -> bool:
+        """Whether all widths are powers of two from 16 on, as FLUX's are and the fused kernels want them."""
+        return all(width >= 16 and width.bit_count() == 1 for width in self.channels)
+
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> VaeSpec:
         """Read `vae/config.json`."""

@@ -144,7 +144,7 @@ class Transformer(nn.Module):
 
     @property
     def fused(self) -> bool:
-        """Whether the kernels are Triton's, which allocate nothing."""
+        """Whether the kernels are Triton's, which allocate nothing in a step."""
         return self.kernels is not reference
 
     def linears(self) -> Iterator[NF4Linear]:

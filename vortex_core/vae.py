@@ -135,6 +135,7 @@ class Decoder(nn.Module):
     def __init__(self, spec: VaeSpec) -> None:
         super().__init__()
         self.scale, self.shift = spec.scale, spec.shift
+        self._layout = torch.contiguous_format
         lowest = spec.channels[-1]
         self.conv_in = Conv2d(spec.latent_channels, lowest, 3, padding=1)
         self.mid = Mid(lowest, spec.groups)
@@ -154,16 +155,18 @@ class Decoder(nn.Module):
 
     def channels_last(self) -> None:
         """Keep the convolutions' weights, and so all maps, with their channels last."""
+        self._layout = torch.channels_last
         for parameter in self.parameters():
             if parameter.ndim == 4:
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+                parameter.data = parameter.data.contiguous(memory_format=self._layout)
 
     def forward(self, latents: Tensor, rows: int | None = None) -> Iterator[Tensor]:
         """One picture's latents in the model's scale, `[1, 16, H/8, W/8]`, to strips `[1, 3, rows, W]`, about -1..1.
 
         Top to bottom, in strips of at most `rows` rows of every map; None: whole, as one strip.
         """
-        h = self.mid(self.conv_in(latents / self.scale + self.shift))
+        h = self.conv_in(latents / self.scale + self.shift)
+        h = self.mid(h.contiguous(memory_format=self._layout))  # as cuDNN returns it; other libraries may not
         x: Map = [Strip(part) for part in h.split(rows or h.shape[2], dim=2)]
         del h
         for level in reversed(self.up):

@@ -9,16 +9,18 @@ import torch
 
 
 class Card(NamedTuple):
-    """Multiprocessors, and bytes of shared memory that one program may take."""
+    """Multiprocessors, bytes of shared memory that one program may take, whether there is a bulk copy engine."""
 
     processors: int
     shared: int
+    copies: bool
 
 
 @cache
 def card(device: torch.device) -> Card:
     """Of a CUDA device; a modest one for any other, where Triton interprets."""
     if device.type != "cuda":
-        return Card(1, 1 << 18)
+        return Card(1, 1 << 18, copies=True)
     found = torch.cuda.get_device_properties(device)
-    return Card(found.multi_processor_count, found.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+    shared: int = found.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return Card(found.multi_processor_count, shared, copies=found.major >= 9)

@@ -23,7 +23,7 @@ STAGES = 3  # tiles on their way, as far as shared memory goes
 
 @triton.jit
 def _convolve(
-    x, weight, bias, out, moments, height, width, tiles,
+    x, weight, bias, out, moments, height, width, tiles, COPIES: tl.constexpr,
     C: tl.constexpr, N: tl.constexpr, GROUPS: tl.constexpr, TAPS: tl.constexpr, ADD: tl.constexpr,
     PIXELS: tl.constexpr, BLOCK_N: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -37,8 +37,18 @@ def _convolve(
     STEPS: tl.constexpr = C // INNER
     for i in range(TAPS * TAPS * STEPS):
         tap, inner = i // STEPS, i % STEPS * INNER
-        pixels = x.load([start + (tap // TAPS + down) * (width + 2) + tap % TAPS + right, inner])
-        taps = weight.load([corner * N + channel, tap * C + inner])
+        first = start + (tap // TAPS + down) * (width + 2) + tap % TAPS + right
+        if COPIES:
+            pixels = x.load([first, inner])
+            taps = weight.load([corner * N + channel, tap * C + inner])
+        else:
+            k = inner + tl.arange(0, INNER)[None, :]
+            row = first + tl.arange(0, PIXELS)
+            inside = (row < (height + 2) * (width + 2))[:, None]
+            pixels = tl.load(x + row.to(tl.int64)[:, None] * C + k, mask=inside, other=0.0)
+            row = channel + tl.arange(0, BLOCK_N)
+            place = (corner * N + row)[:, None] * (TAPS * TAPS * C) + tap * C + k
+            taps = tl.load(weight + place, mask=(row < N)[:, None], other=0.0)
         summed = tl.dot(pixels, taps.T, summed, input_precision=PRECISION)
     column = channel + tl.arange(0, BLOCK_N)
     pixel = start + tl.arange(0, PIXELS)
@@ -117,8 +127,10 @@ def _launch(
     _, channels, height, width = x.shape
     wide, itemsize = len(bias), x.element_size()
     inner = min(channels, ROW // itemsize)
-    block = min(256, max(16, triton.next_power_of_2(wide)))
-    pixels, (processors, shared) = 128, card(x.device)
+    processors, shared, copies = card(x.device)
+    pixels, block = 128, min(256, max(16, triton.next_power_of_2(wide)))
+    if itemsize == 4:  # computed without the matrix units, out of registers
+        pixels, block = 64, min(block, 64)
     columns = triton.cdiv(wide, block) * corners
     run = (height - 2) * width  # pixels with a border to their right
     if columns * triton.cdiv(run, pixels) < processors:
@@ -128,10 +140,11 @@ def _launch(
         columns = triton.cdiv(wide, block) * corners
     across = triton.cdiv(run, pixels)
     moments = x.new_empty(3, groups, across * corners, dtype=torch.float32) if groups else None
+    rows = x[0].permute(1, 2, 0).flatten(0, 1)
     _convolve[(columns, across)](
-        TensorDescriptor.from_tensor(x[0].permute(1, 2, 0).flatten(0, 1), [pixels, inner]),
-        TensorDescriptor.from_tensor(taps, [block, inner]),
-        bias, out, moments, height - 2, width - 2, across * corners,
+        TensorDescriptor.from_tensor(rows, [pixels, inner]) if copies else rows,
+        TensorDescriptor.from_tensor(taps, [block, inner]) if copies else taps,
+        bias, out, moments, height - 2, width - 2, across * corners, COPIES=copies,
         C=channels, N=wide, GROUPS=groups, TAPS=3 if corners == 1 else 2, ADD=add,
         PIXELS=pixels, BLOCK_N=block, INNER=inner, PRECISION="ieee" if itemsize == 4 else "tf32",
         num_warps=8 if pixels == 128 and block >= 128 else 4,
