@@ -9,8 +9,7 @@ from whole_vae import whole_decode
 
 from vortex_core import Engine, load_flux_schnell
 from vortex_core.footprint import META, footprint
-from vortex_core.kernels import reference
-from vortex_core.model import _Shapes
+from vortex_core.kernels import reference, shapes
 from vortex_core.spec import VaeSpec
 from vortex_core.vae import Decoder, decode
 
@@ -89,7 +88,7 @@ def test_planned_maps_have_their_channels_last(rows: int | None) -> None:
     with META, torch.inference_mode():
         decoder = Decoder(VaeSpec())
         decoder.channels_last()
-        decoder.use(ChannelsLast(_Shapes()))
+        decoder.use(ChannelsLast(shapes))
         decode(decoder, torch.empty(1, 16, 8, 12), torch.empty(1, 64, 96, 3), rows)
 
 

@@ -30,7 +30,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 from torch import nn
 
-from vortex_core.bench.random_model import SIZES as REAL
+from vortex_core.bench.random_model import configs, modules
 from vortex_core.checkpoint.bundle import TINY
 
 GB = 1e9
@@ -40,30 +40,11 @@ PROMPTS = ("a red circle on a white background", "a blue square above a green st
 console = Console()
 
 
-def configs(tiny: Path) -> dict[str, dict[str, Any]]:
-    """The miniature's config files with the released model's sizes; its tokenizers serve both."""
-    return {part: json.loads((tiny / part / "config.json").read_text()) | sizes for part, sizes in REAL.items()}
-
-
-def modules(config: dict[str, dict[str, Any]]) -> dict[str, nn.Module]:
-    """Each part as its owners' own class, on `meta`: names and shapes come from them, not from Vortex."""
-    from diffusers import AutoencoderKL, FluxTransformer2DModel
-    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
-
-    with torch.device("meta"):
-        return {
-            "transformer": FluxTransformer2DModel.from_config(config["transformer"]),
-            "vae": AutoencoderKL.from_config(config["vae"]),
-            "text_encoder": CLIPTextModel(CLIPTextConfig.from_dict(config["text_encoder"])),
-            "text_encoder_2": T5EncoderModel(T5Config.from_dict(config["text_encoder_2"])),
-        }
-
-
 def build(folder: Path, seed: int = 0) -> None:
     """Write a whole diffusers folder of random bf16 weights, 34 GB."""
     if folder.exists():
         raise SystemExit(f"{folder} exists; remove it or choose another name.")
-    config = configs(TINY)
+    config = configs()
     shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(seed)

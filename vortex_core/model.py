@@ -16,7 +16,7 @@ from .checkpoint.materialize import Target, check, is_quantized, materialize
 from .checkpoint.tensors import Tensors
 from .conditioning import Modulation
 from .footprint import META, footprint
-from .kernels import Kernels, Window
+from .kernels import Kernels, shapes
 from .linear import Backend, NF4Linear
 from .nf4 import BLOCK, NF4Weight
 from .planner import BLOCKS, Demand, Piece
@@ -33,49 +33,7 @@ Origin = tuple[str, str]  # the source of a module's tensors, and the prefix of 
 BLAS = 32 * MIB  # cuBLAS' workspace on Hopper; earlier cards take 8 MiB
 MOST_AT_ONCE = 8  # pictures; more fill the card no better
 STRIPS = (None, 256, 128, 64)  # most rows of a strip of the VAE, None: whole; the lower, the more launches
-TILE = 128  # pixels of which a convolution finds the moments; fewer in small maps, where it does not matter
 TALL = 750_000_000  # bytes; what decoding may take, even where nothing else takes as much
-
-
-class _Shapes:
-    """Stands for the fused kernels of the decoder where only what they return counts."""
-
-    def group_moments(self, x: Tensor, groups: int, tiles: int = 1) -> Tensor:
-        return x.new_empty(3, groups, tiles, dtype=torch.float32)
-
-    def norm_terms(self, moments: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-        scale, shift = moments.new_empty(2, len(weight)).unbind()
-        return scale, shift
-
-    def norm_silu(self, window: Window, scale: Tensor, shift: Tensor) -> Tensor:
-        return self.bordered(window)
-
-    def bordered(self, window: Window) -> Tensor:
-        _, channels, height, width = window.strip.shape
-        return self._map(window.strip, channels, height + 2, width + 2)
-
-    def convolve(
-        self, x: Tensor, weight: Tensor, bias: Tensor, onto: Tensor | None = None, groups: int = 0
-    ) -> tuple[Tensor, Tensor | None]:
-        _, _, height, width = x.shape
-        out = self._map(x, len(bias), height - 2, width - 2) if onto is None else onto
-        return out, self.group_moments(out, groups, -(-(height - 2) * width // TILE)) if groups else None
-
-    def corner_taps(self, weight: Tensor) -> Tensor:
-        return weight.new_empty(16, *weight.shape[:2])
-
-    def convolve_doubled(self, x: Tensor, taps: Tensor, bias: Tensor, groups: int = 0) -> tuple[Tensor, Tensor | None]:
-        _, _, height, width = x.shape
-        out = self._map(x, len(bias), 2 * height - 4, 2 * width - 4)
-        return out, self.group_moments(out, groups, 4 * -(-(height - 2) * width // TILE)) if groups else None
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return torch.empty_like(q)
-
-    def _map(self, like: Tensor, *shape: int) -> Tensor:
-        # channels last, or what follows would copy it here and not on the card
-        layout = torch.channels_last
-        return torch.empty((1, *shape), dtype=like.dtype, device=like.device, memory_format=layout)
 
 
 class Model:
@@ -270,7 +228,7 @@ class Model:
             decoder = Decoder(self.vae).to(self.dtype).requires_grad_(False)
             if self.decodes_fused:
                 decoder.channels_last()
-                decoder.use(cast(Kernels, _Shapes()))
+                decoder.use(cast(Kernels, shapes))
             latents = torch.empty(1, self.flux.latent_channels, height // 8, width // 8)
             out = torch.empty(1, height, width, 3)
         return footprint(lambda: decode(decoder, latents, out, rows))

@@ -35,7 +35,7 @@ def windows(strips: Map, *, keep: bool = False) -> Iterator[Window]:
     """The map's strips with their neighbours' rows, top to bottom. Unless it is to be kept, the map is emptied."""
     for i, strip in enumerate(strips):
         # a copy of the row above, which as a view would keep all of its strip
-        above = strips[i - 1].x[:, :, -1:].clone(memory_format=torch.preserve_format) if i else None
+        above = strips[i - 1].x[:, :, -1:].clone() if i else None
         below = strips[i + 1].x[:, :, :1] if i + 1 < len(strips) else None
         if not keep and i:
             strips[i - 1] = _GONE

@@ -6,7 +6,6 @@ Speed and memory do not ask what is drawn.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,24 +34,36 @@ SIZES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def random_pipeline(device: torch.device, seed: int = 0) -> FluxPipeline:
-    """bf16; transformer and VAE on `device`, text encoders in host memory. The miniature's tokenizers and scheduler.
+def configs() -> dict[str, dict[str, Any]]:
+    """The miniature's config files with the released model's sizes; its tokenizers serve both."""
+    return {part: json.loads((TINY / part / "config.json").read_text()) | sizes for part, sizes in SIZES.items()}
 
-    Weights are drawn so that values keep their size from layer to layer: variance 1 / fan-in, norms 1.
-    """
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
-    config = {part: _config(TINY / part) | sizes for part, sizes in SIZES.items()}
+def modules(config: dict[str, dict[str, Any]]) -> dict[str, nn.Module]:
+    """Each part as its owners' own class, on `meta`: names and shapes come from them, not from Vortex."""
+    from diffusers import AutoencoderKL, FluxTransformer2DModel
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
     with torch.device("meta"):
-        modules: dict[str, nn.Module] = {
+        return {
             "transformer": FluxTransformer2DModel.from_config(config["transformer"]),
             "vae": AutoencoderKL.from_config(config["vae"]),
             "text_encoder": CLIPTextModel(CLIPTextConfig.from_dict(config["text_encoder"])),
             "text_encoder_2": T5EncoderModel(T5Config.from_dict(config["text_encoder_2"])),
         }
+
+
+def random_pipeline(device: torch.device, seed: int = 0) -> FluxPipeline:
+    """bf16; transformer and VAE on `device`, text encoders in host memory. The miniature's tokenizers and scheduler.
+
+    Weights are drawn so that values keep their size from layer to layer: variance 1 / fan-in, norms 1.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+    from transformers import CLIPTokenizer, T5TokenizerFast
+
+    parts = modules(configs())
     generator = torch.Generator(device).manual_seed(seed)
-    for part, module in modules.items():
+    for part, module in parts.items():
         module.to(torch.bfloat16).to_empty(device=device).requires_grad_(False).eval()
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
             if name.endswith("position_ids"):
@@ -67,10 +78,5 @@ def random_pipeline(device: torch.device, seed: int = 0) -> FluxPipeline:
         scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(TINY / "scheduler"),
         tokenizer=CLIPTokenizer.from_pretrained(TINY / "tokenizer"),
         tokenizer_2=T5TokenizerFast.from_pretrained(TINY / "tokenizer_2"),
-        **modules,
+        **parts,
     )
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    return config

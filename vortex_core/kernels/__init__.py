@@ -14,10 +14,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, shapes
 from .operand import Operand, Window
 
-__all__ = ["Kernels", "Operand", "Window", "choose_kernels", "fused_declined", "reference"]
+__all__ = ["Kernels", "Operand", "Window", "choose_kernels", "fused_declined", "reference", "shapes"]
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import reference
+from . import reference, tile
 from .card import card
 
 LAYOUTS = ((64, 8, 1, 2), (32, 4, 2, 3))  # queries and keys at once, warps, stages; and tiles in shared memory
@@ -19,30 +18,20 @@ BESIDE = 2560  # bytes of shared memory besides the tiles
 
 
 @triton.jit
-def _load(x, first, tokens, C: tl.constexpr, ROWS: tl.constexpr, COPIES: tl.constexpr):
-    if COPIES:
-        tile = x.load([first, 0])
-    else:
-        row = first + tl.arange(0, ROWS)
-        tile = tl.load(x + row[:, None] * C + tl.arange(0, C)[None, :], mask=(row < tokens)[:, None], other=0.0)
-    return tile
-
-
-@triton.jit
 def _attend(q, k, v, out, tokens, factor, C: tl.constexpr, ROWS: tl.constexpr, COPIES: tl.constexpr):
     start = tl.program_id(0) * ROWS
-    query = _load(q, start, tokens, C, ROWS, COPIES)
+    query = tile.load(q, start, 0, tokens, C, ROWS, C, COPIES)
     summed = tl.zeros([ROWS, C], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     most = tl.full([ROWS], -float("inf"), tl.float32)
     for first in range(0, tokens, ROWS):
-        score = tl.dot(query, _load(k, first, tokens, C, ROWS, COPIES).T) * factor
+        score = tl.dot(query, tile.load(k, first, 0, tokens, C, ROWS, C, COPIES).T) * factor
         score = tl.where((first + tl.arange(0, ROWS) < tokens)[None, :], score, -float("inf"))
         now = tl.maximum(most, tl.max(score, 1))
         weight = tl.exp2(score - now[:, None])
         shrink = tl.exp2(most - now)
         total = total * shrink + tl.sum(weight, 1)
-        value = _load(v, first, tokens, C, ROWS, COPIES)
+        value = tile.load(v, first, 0, tokens, C, ROWS, C, COPIES)
         summed = tl.dot(weight.to(value.dtype), value, summed * shrink[:, None])
         most = now
     row = start + tl.arange(0, ROWS)
@@ -53,15 +42,15 @@ def _attend(q, k, v, out, tokens, factor, C: tl.constexpr, ROWS: tl.constexpr, C
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """See `reference.attend`. C is a power of two; in 32 bits, and where a card has no room for it, the library's."""
     tokens, channels = q.shape
-    copies = card(q.device).copies
-    room = (card(q.device).shared - BESIDE) // (channels * q.element_size())
+    _, shared, copies = card(q.device)
+    room = (shared - BESIDE) // (channels * q.element_size())
     fitting = [layout for layout in LAYOUTS if layout[0] * layout[3] <= room and q.element_size() == 2]
     if not fitting:
         return reference.attend(q, k, v)
     rows, warps, stages, _ = fitting[0]
     out = torch.empty_like(q)
     _attend[(triton.cdiv(tokens, rows),)](
-        *(TensorDescriptor.from_tensor(x, [rows, channels]) if copies else x for x in (q, k, v)),
+        *(tile.source(x, rows, channels, copies=copies) for x in (q, k, v)),
         out, tokens, 1.4426950408889634 * channels**-0.5,
         C=channels, ROWS=rows, COPIES=copies, num_warps=warps, num_stages=stages,
     )  # fmt: skip

@@ -13,9 +13,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import tile
 from .card import card
+from .groupnorm import write_moments
+from .operand import empty_map
 
 ROW = 128  # bytes of a tile's row, which the copy engine takes at once
 STAGES = 3  # tiles on their way, as far as shared memory goes
@@ -38,17 +40,9 @@ def _convolve(
     for i in range(TAPS * TAPS * STEPS):
         tap, inner = i // STEPS, i % STEPS * INNER
         first = start + (tap // TAPS + down) * (width + 2) + tap % TAPS + right
-        if COPIES:
-            pixels = x.load([first, inner])
-            taps = weight.load([corner * N + channel, tap * C + inner])
-        else:
-            k = inner + tl.arange(0, INNER)[None, :]
-            row = first + tl.arange(0, PIXELS)
-            inside = (row < (height + 2) * (width + 2))[:, None]
-            pixels = tl.load(x + row.to(tl.int64)[:, None] * C + k, mask=inside, other=0.0)
-            row = channel + tl.arange(0, BLOCK_N)
-            place = (corner * N + row)[:, None] * (TAPS * TAPS * C) + tap * C + k
-            taps = tl.load(weight + place, mask=(row < N)[:, None], other=0.0)
+        pixels = tile.load(x, first, inner, (height + 2) * (width + 2), C, PIXELS, INNER, COPIES)
+        row = corner * N + channel
+        taps = tile.load(weight, row, tap * C + inner, UP * UP * N, TAPS * TAPS * C, BLOCK_N, INNER, COPIES)
         summed = tl.dot(pixels, taps.T, summed, input_precision=PRECISION)
     column = channel + tl.arange(0, BLOCK_N)
     pixel = start + tl.arange(0, PIXELS)
@@ -65,18 +59,9 @@ def _convolve(
         WIDTH: tl.constexpr = N // GROUPS
         HERE: tl.constexpr = BLOCK_N // WIDTH
         value = tl.where(mask, value.to(tl.float32), 0.0)
-        count = tl.maximum(tl.sum(inside.to(tl.float32), 0), 1.0)
-        mean = tl.sum(value, 0) / count
-        value = tl.where(mask, value - mean[None, :], 0.0)
-        square = tl.sum(tl.reshape(tl.sum(value * value, 0), [HERE, WIDTH]), 1)
-        mean = tl.reshape(mean, [HERE, WIDTH])
-        middle = tl.sum(mean, 1) / WIDTH
-        square += count * tl.sum((mean - middle[:, None]) * (mean - middle[:, None]), 1)
-        count = tl.sum(inside.to(tl.float32), 0) * WIDTH
+        count = tl.sum(inside.to(tl.float32), 0)
         place = (channel // WIDTH + tl.arange(0, HERE)) * tiles + corner * tl.num_programs(1) + tl.program_id(1)
-        tl.store(moments + place, count + tl.zeros([HERE], tl.float32))
-        tl.store(moments + GROUPS * tiles + place, middle)
-        tl.store(moments + 2 * GROUPS * tiles + place, square)
+        write_moments(moments + place, GROUPS * tiles, value, mask, count, HERE, WIDTH)
 
 
 @triton.jit
@@ -97,7 +82,8 @@ def convolve(
     x: Tensor, weight: Tensor, bias: Tensor, onto: Tensor | None = None, groups: int = 0
 ) -> tuple[Tensor, Tensor | None]:
     """See `reference.convolve`. All channels-last; C is a power of two."""
-    out = _empty(x, len(bias), 1) if onto is None else onto
+    _, _, height, width = x.shape
+    out = empty_map(x, len(bias), height - 2, width - 2) if onto is None else onto
     return out, _launch(x, weight.permute(0, 2, 3, 1).flatten(1), bias, out, groups, add=onto is not None)
 
 
@@ -111,14 +97,9 @@ def corner_taps(weight: Tensor) -> Tensor:
 
 def convolve_doubled(x: Tensor, taps: Tensor, bias: Tensor, groups: int = 0) -> tuple[Tensor, Tensor | None]:
     """See `reference.convolve_doubled`. All channels-last; C is a power of two."""
-    out = _empty(x, len(bias), 2)
+    _, _, height, width = x.shape
+    out = empty_map(x, len(bias), 2 * height - 4, 2 * width - 4)
     return out, _launch(x, taps, bias, out, groups, corners=4)
-
-
-def _empty(x: Tensor, channels: int, scale: int) -> Tensor:
-    height, width = ((side - 2) * scale for side in x.shape[2:])
-    shape = (1, channels, height, width)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _launch(
@@ -142,8 +123,7 @@ def _launch(
     moments = x.new_empty(3, groups, across * corners, dtype=torch.float32) if groups else None
     rows = x[0].permute(1, 2, 0).flatten(0, 1)
     _convolve[(columns, across)](
-        TensorDescriptor.from_tensor(rows, [pixels, inner]) if copies else rows,
-        TensorDescriptor.from_tensor(taps, [block, inner]) if copies else taps,
+        tile.source(rows, pixels, inner, copies=copies), tile.source(taps, block, inner, copies=copies),
         bias, out, moments, height - 2, width - 2, across * corners, COPIES=copies,
         C=channels, N=wide, GROUPS=groups, TAPS=3 if corners == 1 else 2, ADD=add,
         PIXELS=pixels, BLOCK_N=block, INNER=inner, PRECISION="ieee" if itemsize == 4 else "tf32",

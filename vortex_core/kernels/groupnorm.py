@@ -13,11 +13,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .operand import Window
+from .operand import Window, empty_map
 
 TILE = 16384  # values that a program takes
 WARPS = 8
 PARTS = 1024  # moments that are joined at once
+
+
+@triton.jit
+def write_moments(place, plane, value, mask, count, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
+    """The moments of `count` pixels, of GROUPS groups of WIDTH channels: three numbers a `plane` apart, at `place`."""
+    # a channel's moments first: its values lie in few threads, and a group's are joined from them
+    mean = tl.sum(value, 0) / tl.maximum(count, 1.0)
+    value = tl.where(mask, value - mean[None, :], 0.0)
+    mean = tl.reshape(mean, [GROUPS, WIDTH])
+    square = tl.sum(tl.reshape(tl.sum(value * value, 0), [GROUPS, WIDTH]), 1)
+    middle = tl.sum(mean, 1) / WIDTH
+    square += count * tl.sum((mean - middle[:, None]) * (mean - middle[:, None]), 1)
+    tl.store(place, count * WIDTH + tl.zeros([GROUPS], tl.float32))
+    tl.store(place + plane, middle)
+    tl.store(place + 2 * plane, square)
 
 
 @triton.jit
@@ -27,18 +42,9 @@ def _moments(x, moments, pixels, C: tl.constexpr, G: tl.constexpr, PIXELS: tl.co
     place = pixel.to(tl.int64)[:, None] * C + tl.arange(0, C)[None, :]
     value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
     count = tl.minimum(pixels - tl.program_id(0) * PIXELS, PIXELS).to(tl.float32)
-    # a channel's moments first: its values lie in few threads, and a group's are joined from them
-    mean = tl.sum(value, 0) / count
-    value = tl.where(mask, value - mean[None, :], 0.0)
-    mean = tl.reshape(mean, [G, C // G])
-    square = tl.sum(tl.reshape(tl.sum(value * value, 0), [G, C // G]), 1)
-    middle = tl.sum(mean, 1) / (C // G)
-    square += count * tl.sum((mean - middle[:, None]) * (mean - middle[:, None]), 1)
     tiles = tl.num_programs(0)
     place = moments + tl.arange(0, G) * tiles + tl.program_id(0)
-    tl.store(place, count * (C // G) + tl.zeros([G], tl.float32))
-    tl.store(place + G * tiles, middle)
-    tl.store(place + 2 * G * tiles, square)
+    write_moments(place, G * tiles, value, mask, count, G, C // G)
 
 
 @triton.jit
@@ -133,10 +139,7 @@ def bordered(window: Window) -> Tensor:
 def _bordered(window: Window, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     above, strip, below = window
     _, channels, height, width = strip.shape
-    out = torch.empty(
-        (1, channels, height + 2, width + 2),
-        dtype=strip.dtype, device=strip.device, memory_format=torch.channels_last,
-    )  # fmt: skip
+    out = empty_map(strip, channels, height + 2, width + 2)
     tile = TILE // channels
     _apply[(triton.cdiv((height + 2) * (width + 2), tile),)](
         above, strip, below, scale, shift, out, height, width,

@@ -34,3 +34,9 @@ class Window(NamedTuple):
         """All of it as one map."""
         parts = [part for part in self if part is not None]
         return torch.cat(parts, dim=2) if len(parts) > 1 else self.strip
+
+
+def empty_map(like: Tensor, channels: int, height: int, width: int) -> Tensor:
+    """A feature map as the fused kernels make them: channels last, in the type and on the device of `like`."""
+    shape = (1, channels, height, width)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)

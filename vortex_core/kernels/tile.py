@@ -1,0 +1,25 @@
+"""Tiles of a matrix: by the bulk copy engine, which wants descriptors, where a card has one, else by loads."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+@triton.jit
+def load(x, row, column, limit, STRIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, COPIES: tl.constexpr):
+    """`[ROWS, COLUMNS]` from `row` and `column` on; zeros from row `limit` on."""
+    if COPIES:
+        tile = x.load([row, column])
+    else:
+        rows = row + tl.arange(0, ROWS)
+        place = rows.to(tl.int64)[:, None] * STRIDE + column + tl.arange(0, COLUMNS)[None, :]
+        tile = tl.load(x + place, mask=(rows < limit)[:, None], other=0.0)
+    return tile
+
+
+def source(x: Tensor, rows: int, columns: int, *, copies: bool) -> Tensor | TensorDescriptor:
+    """A contiguous matrix as `load` takes it, for tiles of `rows` and `columns`."""
+    return TensorDescriptor.from_tensor(x, [rows, columns]) if copies else x
