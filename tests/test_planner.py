@@ -124,11 +124,11 @@ def test_slices_are_as_large_as_fits() -> None:
     assert plan(pieces, replace(demand, decode=10**9), 10**9) is None
 
 
-def test_captured_steps_count_unless_blocks_stream() -> None:
+def test_captured_steps_count() -> None:
     pieces = (Piece("single_blocks.0", BLOCKS, 100 * MIB), Piece("t5.0", "t5", 30 * MIB))
     demand = Demand(64, 64, 2, 0, ((2, 40 * MIB), (1, 20 * MIB)), 0, None, graphs=((2, 8 * MIB), (1, 4 * MIB)))
     plain = replace(demand, graphs=())
-    for streamed, number, kept in (((), 2, 8), (("t5.0",), 1, 4), (("t5.0", "single_blocks.0"), 2, 0)):
+    for streamed, number, kept in (((), 2, 8), (("t5.0",), 1, 4), (("t5.0", "single_blocks.0"), 2, 8)):
         made = Plan(pieces, demand, frozenset(streamed), number)
         assert made.graphs == kept * MIB
         assert made.peak == Plan(pieces, plain, frozenset(streamed), number).peak + kept * MIB

@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -110,6 +111,31 @@ def test_copies_run_one_unit_ahead_and_no_more_often_than_needed(count: int, rou
     copies = count if count <= 2 else rounds * count - (rounds - 1) * (count == 3)
     assert len(lane.told) == copies
     assert not lane.pending  # the buffers are free when they are given back
+
+
+def test_what_is_due_between_units_can_be_done_later() -> None:
+    made = modules(3)
+    units, lane = hosted(made), Script()
+    stager = Stager(units, torch.device("cpu"), lane)
+    x = torch.randn(3, 5)
+    expected = [module(x) for module in modules(3)]
+    acts: list[Callable[[], None]] = []
+    with stager.open(rounds=2):
+        first = stager.place
+        assert len(first) == 2
+        with stager.handed(acts.append):
+            for module in made:
+                module(x)
+        assert len(lane.told) == 2  # only those that were fetched ahead
+        assert len(acts) == 6
+        for _ in range(2):
+            due = iter(acts)
+            for module, result in zip(made, expected, strict=True):
+                next(due)()
+                assert torch.equal(module.forward(x), result)  # without hooks, as a captured step runs
+                next(due)()
+    assert len(lane.told) == 5
+    assert stager.place == ()
 
 
 @pytest.mark.parametrize("device", DEVICES)

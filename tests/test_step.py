@@ -16,10 +16,12 @@ from vortex_core.kernels import Operand, reference
 from vortex_core.kernels.operand import FP8
 from vortex_core.linear import NF4Linear, ReferenceBackend, multiply, product
 from vortex_core.planner import smallest_budget
-from vortex_core.plans import Plan, Plans, plan_bytes
+from vortex_core.plans import Plan, Plans, Recording, plan_bytes
+from vortex_core.residency import Stager
 from vortex_core.transformer import Transformer
 from vortex_core.workspace import Workspace
 
+CPU = torch.device("cpu")
 SIZES = [(64, 64, 1), (128, 80, 2), (64, 96, 3)]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -93,20 +95,52 @@ def test_a_replay_reads_its_inputs_and_lays_out_no_step(
 
 @torch.inference_mode()
 def test_the_graphs_of_the_sizes_drawn_last_are_kept(engine: Engine, transformer: Transformer) -> None:
-    plans = Plans(transformer, Workspace(torch.device("cpu")))
+    plans = Plans(transformer, Workspace(CPU))
     one, two = size_of(128, 80, 1), size_of(128, 80, 2)
     img, txt, modulation, pe = request(engine, 128, 80, 2)
-    with plans.open(two) as velocity:
+    with plans.open(two, Stager([], CPU)) as velocity:
         plans._graphs.update(dict.fromkeys((one, two), SimpleNamespace(replay=lambda: None)))
         velocity(img[:1], txt[:1], modulation, pe)
         assert list(plans._graphs) == [two, one]
 
 
+def test_a_recording_replays_graphs_and_what_the_host_does_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+
+    class Graph:
+        names = iter("abc")
+
+        def capture_begin(self, pool: str, capture_error_mode: str) -> None:
+            self.name = next(self.names)
+            told.append(f"{pool}: {self.name} begins")
+
+        def capture_end(self) -> None:
+            told.append(f"{self.name} ends")
+
+        def replay(self) -> None:
+            told.append(self.name)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    recording = Recording("pool")
+    with recording.capture():
+        recording.between(lambda: told.append("fetch"))
+        recording.between(lambda: told.append("leave"))
+    assert told == ["pool: a begins", "a ends", "pool: b begins", "b ends", "pool: c begins", "c ends"]
+    told.clear()
+    recording.replay()
+    recording.replay()
+    assert told == ["a", "fetch", "b", "leave", "c"] * 2
+    Graph.names = iter("d")
+    with pytest.raises(RuntimeError, match="no"), Recording("pool").capture():
+        raise RuntimeError("no")
+    assert told[-1] == "d ends"  # or nothing else could be captured
+
+
 @torch.inference_mode()
 def test_plans_draw_slices_of_several_sizes_and_keep_nothing(engine: Engine, transformer: Transformer) -> None:
-    plans = Plans(transformer, Workspace(torch.device("cpu")))
+    plans = Plans(transformer, Workspace(CPU))
     img, txt, modulation, pe = request(engine, 128, 80, 3)
-    with plans.open(size_of(128, 80, 2)) as velocity:
+    with plans.open(size_of(128, 80, 2), Stager([], CPU)) as velocity:
         parts = [velocity(part, txt[: len(part)], modulation, pe).clone() for part in img.split(2)]
         buffer = weakref.ref(velocity(img[:1], txt[:1], modulation, pe).untyped_storage())
         assert buffer() is not None
@@ -300,10 +334,26 @@ def test_a_captured_step_can_be_cancelled_between_steps() -> None:
 
 
 @pytest.mark.gpu
-def test_blocks_that_stream_are_not_captured_and_draw_the_same() -> None:
+@pytest.mark.filterwarnings("error:.*CUDA Graph is empty")
+def test_blocks_that_stream_are_captured_in_parts_and_draw_the_same() -> None:
+    jobs = [{"seed": seed, "height": side, "width": side} for seed, side in enumerate((128, 64, 128, 64))]
+
+    def stop(i: int, n: int, clean: Tensor) -> None:
+        if i == 2:
+            raise KeyboardInterrupt
+
     with load_flux_schnell("tiny", device="cuda") as engine:
-        expected = engine.generate("a blue square", seed=1)
+        expected = [engine.generate("a blue square", **job) for job in jobs]
         engine._room.budget = smallest_budget(engine._model.pieces, engine._demand(128, 128, 1))
-        assert torch.equal(engine.generate("a blue square", seed=1), expected)
-        assert engine._room.placement.steps.units
-        assert not engine._room.plans._graphs
+        for _ in range(3):
+            assert all(
+                torch.equal(engine.generate("a blue square", **job), e) for job, e in zip(jobs, expected, strict=True)
+            )
+        steps = engine._room.placement.steps
+        assert len(steps.units) > 1
+        assert {len(recording._parts) for recording in engine._room.plans._graphs.values()} == {
+            4 * len(steps.units) + 1
+        }
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate("a blue square", **jobs[0], on_step=stop)
+        assert torch.equal(engine.generate("a blue square", **jobs[0]), expected[0])

@@ -25,6 +25,7 @@ from vortex_core.kernels import Operand, choose_kernels, reference
 from vortex_core.kernels.operand import FP8
 from vortex_core.linear import NF4Linear, TritonBackend, product
 from vortex_core.plans import Plans, plan_bytes
+from vortex_core.residency import Stager
 from vortex_core.spec import FluxSpec, VaeSpec
 from vortex_core.transformer import Transformer
 from vortex_core.vae import Decoder
@@ -250,7 +251,7 @@ def steps() -> None:
             workspace = Workspace(DEVICE)
             workspace.reserve(arena + 256 * 2**20)
             plans = Plans(model, workspace)
-            with workspace.use(), plans.open(size) as plan:
+            with workspace.use(), plans.open(size, Stager([], DEVICE)) as plan:
                 velocities[mode] = step(plan, (img, txt, table, pe), name, velocities["reference"])
             plans.clear()
             workspace.release()

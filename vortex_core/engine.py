@@ -290,7 +290,8 @@ class Engine:
                 with place.workspace.outside():
                     on_step(i, n, sampling.unpack(clean, height, width))
 
-        with self._room.plans.open((at_once, tokens, height * width // 256), still=not place.steps.units) as velocity:
+        size, rounds = (at_once, tokens, height * width // 256), conditioning.steps * -(-batch // at_once)
+        with place.steps.open(rounds), self._room.plans.open(size, place.steps) as velocity:
             txt = self._transformer.txt_in(conditioning.txt.to(self.device, self.dtype, non_blocking=True))
             modulation = conditioning.modulation.to(self.device, self.dtype, non_blocking=True)
             cos, sin = sampling.rope_of(height, width, tokens, self._spec, self.device)
@@ -299,8 +300,7 @@ class Engine:
             noise = sampling.noise(request.seed, batch, height, width, self._spec.latent_channels, self.device)
             img = sampling.pack(noise.to(self.device, non_blocking=True))
             mark("prepare")
-            with place.steps.open(conditioning.steps * -(-batch // at_once)):
-                sampling.denoise(velocity, img, txt, modulation, pe, report if on_step else None, at_once)
+            sampling.denoise(velocity, img, txt, modulation, pe, report if on_step else None, at_once)
             return sampling.unpack(img, height, width)
 
     def _buffer(self, *shape: int) -> Tensor:
@@ -345,7 +345,7 @@ class Engine:
     @property
     def device_bytes(self) -> int:
         """Bytes on a CUDA device between calls, and so what `offload` frees: weights and working memory."""
-        return sum(self._room.components.values()) if self.device.type == "cuda" and self.resident else 0
+        return self._room.nbytes if self.device.type == "cuda" and self.resident else 0
 
     @property
     def pinned_bytes(self) -> int:

@@ -98,9 +98,8 @@ class Plan:
 
     @cached_property
     def graphs(self) -> int:
-        """What captured steps keep besides the workspace; with blocks that stream, nothing is captured."""
-        streams = any(piece.group == BLOCKS and piece.name in self.streamed for piece in self.pieces)
-        return 0 if streams else dict(self.demand.graphs).get(self.slice, 0)
+        """What captured steps keep besides the workspace."""
+        return dict(self.demand.graphs).get(self.slice, 0)
 
     @property
     def breakdown(self) -> dict[str, int]:

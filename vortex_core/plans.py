@@ -1,7 +1,8 @@
 """Static plans: the step of one size between fixed buffers, captured once as a CUDA graph and replayed.
 
 At 512 x 512 Python and its launches take longer than the GPU's work. A replay is one launch. A graph holds one
-step, not four: pictures can be cancelled and previewed between steps, and any number of steps works.
+step, not four: pictures can be cancelled and previewed between steps, and any number of steps works. Where blocks
+stream, a step is cut around each of them, and the host fetches their weights between graphs.
 
 The buffers lie at the start of the memory that calls work in (workspace.py), so that every size has them at the same
 address and they take no memory between calls. A graph stays valid as long as that address, the weights and the
@@ -11,6 +12,7 @@ decode workspace stay where they are. What the library's attention allocates is 
 from __future__ import annotations
 
 import logging
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .allocator import reserved
-from .residency import aligned
+from .residency import Act, Stager, aligned
 from .spec import FluxSpec
 from .step import Rope, Step, buffers
 from .transformer import Transformer
@@ -73,6 +75,45 @@ class Plan:
         self._transformer(img, txt, modulation, (cos, sin), self._step)
 
 
+class Recording:
+    """A captured step: CUDA graphs in one pool, and what the host does between them."""
+
+    def __init__(self, pool: Any) -> None:
+        self._pool = pool
+        self._parts: list[Act] = []
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        """Capture what the current stream is given inside."""
+        self._begin()
+        try:
+            yield
+        finally:
+            self._end()
+
+    def between(self, act: Act) -> None:
+        """While it captures: `act` is to be done here in each replay."""
+        self._end()
+        self._parts.append(act)
+        self._begin()
+
+    def replay(self) -> None:
+        """Launch it all on the current stream."""
+        for part in self._parts:
+            part()
+
+    def _begin(self) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        # thread_local: what other threads of the process do with CUDA must not break the capture
+        self._graph.capture_begin(self._pool, capture_error_mode="thread_local")
+
+    def _end(self) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The CUDA Graph is empty")  # two streamed blocks follow each other
+            self._graph.capture_end()
+        self._parts.append(self._graph.replay)
+
+
 class Plans:
     """The graphs of the sizes drawn last. `nbytes` is what they keep on the device besides the workspace.
 
@@ -83,27 +124,27 @@ class Plans:
         """`allocates`: weights are decoded into fresh memory, which is not to become a graph's own."""
         self.nbytes = 0
         self._transformer, self._workspace, self._allocates = transformer, workspace, allocates
-        self._graphs: OrderedDict[Size, Any] = OrderedDict()
-        self._place: tuple[int, int] | None = None
+        self._graphs: OrderedDict[Size, Recording] = OrderedDict()
+        self._place: tuple[int, ...] | None = None
         self._pool: Any = None
         self.stream = torch.cuda.Stream(workspace.device) if workspace.device.type == "cuda" else None
 
     @contextmanager
-    def open(self, size: Size, *, still: bool = True) -> Iterator[Velocity]:
+    def open(self, size: Size, stager: Stager) -> Iterator[Velocity]:
         """The velocity for pictures of `size` and for fewer at once.
 
-        To be opened before anything else is allocated in the workspace. On CUDA the first call of a size is captured,
-        and the others replay it, where fused kernels run and all weights keep `still`.
+        To be opened just after `stager`, which brings the blocks that stream, and before anything else is allocated in
+        the workspace. On CUDA the first call of a size is captured, and the others replay it, where fused kernels run.
         """
         transformer = self._transformer
         weight = transformer.img_in.weight
         needed = plan_bytes(transformer.spec, size, weight.dtype, fast=transformer.fast)
         buffer = torch.empty(needed, dtype=torch.uint8, device=weight.device)
-        place = (self._workspace.epoch, buffer.data_ptr())
+        place = (self._workspace.epoch, buffer.data_ptr(), *stager.place)
         if place != self._place:
             self.clear()
             self._place = place
-        captures = still and transformer.fused and not self._allocates and self._workspace.nbytes > 0
+        captures = transformer.fused and not self._allocates and self._workspace.nbytes > 0
         plans: dict[Size, Plan] = {}
         held = [buffer]
         del buffer
@@ -117,7 +158,7 @@ class Plans:
                 self._graphs.move_to_end(size)
             found = plans[size](img, txt, modulation, pe, graph)
             if captures and graph is None:  # that call also compiled the kernels and picked the library's
-                self._capture(size, plans[size])
+                self._capture(size, plans[size], stager)
             return found
 
         try:
@@ -126,7 +167,7 @@ class Plans:
             plans.clear()  # nothing may stay alive in the workspace
             held.clear()
 
-    def _capture(self, size: Size, plan: Plan) -> None:
+    def _capture(self, size: Size, plan: Plan, stager: Stager) -> None:
         needed = graph_bytes(self._transformer.spec, size, self._transformer.img_in.weight.dtype)
         with self._workspace.outside():
             if needed > self.nbytes:  # all in a pool as large as the largest needs
@@ -134,11 +175,11 @@ class Plans:
                 self.nbytes = needed
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
-            graph = torch.cuda.CUDAGraph()
-            # thread_local: what other threads of the process do with CUDA must not break the capture
-            with torch.cuda.graph(graph, self._pool, self.stream, capture_error_mode="thread_local"):
+            recording = Recording(self._pool)
+            torch.cuda.synchronize(self._workspace.device)
+            with torch.cuda.stream(self.stream), stager.handed(recording.between), recording.capture():
                 plan.run()
-        self._graphs[size] = graph
+        self._graphs[size] = recording
         if len(self._graphs) > KEPT:
             self._graphs.popitem(last=False)
         log.info("Captured the step of %d x (%d + %d) tokens", *size)

@@ -12,8 +12,9 @@ import contextlib
 import logging
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from mmap import PAGESIZE
 from typing import Any, Protocol
 
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 from .errors import VortexWarning
 
 log = logging.getLogger(__name__)
+
+Act = Callable[[], None]
 
 ALIGN = 256  # bytes; what the CUDA allocator itself guarantees, so no kernel sees a stranger alignment
 
@@ -212,12 +215,13 @@ class Stager:
         self._inside: list[int | None] = [None, None]  # the unit in each buffer
         self._copied: list[Any] = [None, None]
         self._left = 0  # rounds to come
+        self._take: Callable[[Act], None] = lambda act: act()
         self._hooks = [
             hook
             for k, unit in enumerate(self.units)
             for hook in (
-                unit.modules[0].register_forward_pre_hook(lambda *_, k=k: self._arrive(k)),
-                unit.modules[0].register_forward_hook(lambda *_, k=k: self._leave(k)),
+                unit.modules[0].register_forward_pre_hook(lambda *_, k=k: self._take(partial(self._arrive, k))),
+                unit.modules[0].register_forward_hook(lambda *_, k=k: self._take(partial(self._leave, k))),
             )
         ]
 
@@ -245,6 +249,20 @@ class Stager:
                 assert unit.host is not None
                 unit.bind(unit.host)
             self._buffers, self._inside, self._copied = [], [None, None], [None, None]
+
+    @contextmanager
+    def handed(self, take: Callable[[Act], None]) -> Iterator[None]:
+        """Inside, what is due before and after each unit is not done: `take` gets it, in order, to do it later."""
+        at_once, self._take = self._take, take
+        try:
+            yield
+        finally:
+            self._take = at_once
+
+    @property
+    def place(self) -> tuple[int, ...]:
+        """Where the buffers are; the units' weights with them."""
+        return tuple(buffer.data_ptr() for buffer in self._buffers)
 
     def close(self) -> None:
         """Let go of the units."""

@@ -193,16 +193,21 @@ class Room:
 
     @property
     def components(self) -> dict[str, int]:
-        """Bytes on the device between calls, by component."""
+        """Bytes of tensors on the device between calls, by component."""
         decoded = self.backend.nbytes if self.backend else 0
-        return {**self.placement.resident_bytes, "decoded weight": decoded, "graphs": self.plans.nbytes}
+        return {**self.placement.resident_bytes, "decoded weight": decoded}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device between calls: the components, and what graphs keep."""
+        return sum(self.components.values()) + self.plans.nbytes
 
     @property
     def ledger(self) -> Ledger:
         """Who holds what torch has reserved on the device."""
         memory = counters(self.device)
         components = self.components if self.device.type == "cuda" else {}
-        return Ledger(components, memory.allocated, memory.reserved)
+        return Ledger(components, memory.allocated, memory.reserved, self.plans.nbytes)
 
     @torch.inference_mode()
     def offload(self) -> None:

@@ -128,13 +128,15 @@ def cap_process(device: torch.device, nbytes: int | None) -> None:
 class Ledger:
     """Who holds what torch has reserved on a device, in bytes; `rows` add up to `reserved`.
 
-    `components` are Vortex'. `others` is what is allocated besides: pictures and tensors of callers, other models.
-    `cached` is what torch has reserved and nobody holds, the rounding of segments among it.
+    `components` are Vortex'. `graphs` keep memory that no tensor has, so it is reserved only. `others` is what is
+    allocated besides: pictures and tensors of callers, other models. `cached` is what torch has reserved and nobody
+    holds, the rounding of segments among it.
     """
 
     components: Mapping[str, int]
     allocated: int
     reserved: int
+    graphs: int = 0
 
     @property
     def others(self) -> int:
@@ -144,12 +146,12 @@ class Ledger:
     @property
     def cached(self) -> int:
         """Reserved and free."""
-        return self.reserved - self.allocated
+        return self.reserved - self.allocated - self.graphs
 
     @property
     def rows(self) -> dict[str, int]:
-        """Every component, then `others` and `cached`."""
-        return {**self.components, "others": self.others, "cached": self.cached}
+        """Every component, then `graphs`, `others` and `cached`."""
+        return {**self.components, "graphs": self.graphs, "others": self.others, "cached": self.cached}
 
 
 @dataclass(slots=True)
