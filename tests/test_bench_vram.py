@@ -52,6 +52,10 @@ def test_every_stage_has_its_verdict(report: VramReport, reserved: tuple[float, 
     verdicts = replace(report, stages=stages).verdicts
     assert [v.what.partition(" at most")[0] for v in verdicts if v.state == "fail"] == failing
     assert exit_code(verdicts) == (1 if failing else 0)
+    larger = replace(report, stages=stages, size=(512, 528)).verdicts
+    assert [v.what.partition(" at most")[0] for v in larger if v.state == "fail"] == [
+        what for what in failing if what != "generation adds"
+    ]
 
 
 @pytest.mark.gpu

@@ -1,12 +1,12 @@
 """Speed and fidelity at full size, on a GPU: every promise measured in one process, on random weights.
 
-    python tools/speed_contract.py docs/reports/speed                        # about 6 minutes on an H100
+    python tools/speed_contract.py docs/reports/speed                        # about 9 minutes on an H100
     python tools/speed_contract.py docs/reports/speed/load --load     # after it: first pictures, Triton's cache warm
     python tools/speed_contract.py OUT --model FOLDER --device cpu --size 64 --size 128 --samples 2   # a rehearsal
 
 In order of worth: the peer with 16-bit weights (compiled), Vortex in both modes, fidelity, and the peers in NF4. Prints
-a row for each promise as it is checked; `report.json` and the plot are written after every part, so that a run that is
-cut off leaves what it had. Ends with one JSON line; exits with 1 where a promise is broken.
+a row for each promise as it is checked; `report.json` is written after every contender, the plot after every part, so
+that a run that is cut off leaves what it had. Ends with one JSON line; exits with 1 where a promise is broken.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import traceback
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from vortex_core import Engine, sampling
-from vortex_core.bench.compare import COMFY, COMPILED, GRAPH, NF4, PLAIN, Contest, clean, distance
+from vortex_core.bench.compare import COMFY, COMPILED, GRAPH, NF4, PLAIN, Contest, Row, clean, distance
 from vortex_core.bench.output import write_folder
 from vortex_core.bench.peers import diffusers_velocity
 from vortex_core.bench.plots import compare_plot
@@ -36,6 +36,9 @@ from vortex_core.linear import NF4Linear, ReferenceBackend
 from vortex_core.nf4 import NF4Weight
 from vortex_core.spec import T5_TOKENS, FluxSpec
 from vortex_core.transformer import Transformer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 GATE = 1.5e-2  # relative error of one transformer call in bf16, on the same NF4 weights
 GOALS = {"exact": {512: 0.155, 1024: 0.490}, "fast": {512: 0.090, 1024: 0.300}}  # seconds of a picture
@@ -55,15 +58,22 @@ class Contract:
         self.device, self.folder, self.comfyui = resolve_device(arguments.device), arguments.folder, arguments.comfyui
         self.sides = arguments.size or [512, 1024]
         self.contest = Contest(arguments.model, self.device, [(s, s) for s in self.sides], arguments.samples)
-        self.contest.on_row = lambda row: print(
+        self.contest.on_row = self._tell
+        self.many = arguments.many
+        self.rows: list[dict[str, Any]] = []
+        self.engines: dict[str, Engine] = {}
+
+    def _tell(self, row: Row) -> None:
+        print(
             f"{row.contender} {row.width}: {1e3 * row.picture.percentile(50).seconds:.1f} ms, a step "
             f"{1e3 * row.step.percentile(50).seconds:.2f}, decode {1e3 * row.decode.percentile(50).seconds:.2f}, "
             f"{row.peak / GB:.2f} GB, off {row.off:.4f}",
             flush=True,
         )
-        self.many = arguments.many
-        self.rows: list[dict[str, Any]] = []
-        self.engines: dict[str, Engine] = {}
+        self._write({})
+
+    def _write(self, plots: dict[str, Figure]) -> None:
+        write_folder(self.folder, self.contest.result.figures() | {"promises": self.rows}, plots)
 
     def check(self, promise: str, found: float, wanted: float, *, least: bool = False, form: str = "{:.3f}") -> None:
         """A row: `found` must be at most `wanted`, or with `least` at least."""
@@ -85,8 +95,7 @@ class Contract:
             traceback.print_exc()
             self.rows.append({"promise": work.__name__, "found": repr(error)[:300], "wanted": None, "holds": False})
         print(f"== {work.__name__}: {time.perf_counter() - started:.0f} s", flush=True)
-        found = self.contest.result.figures() | {"promises": self.rows}
-        write_folder(self.folder, found, {"compare": compare_plot(self.contest.result)})
+        self._write({"compare": compare_plot(self.contest.result)})
 
     def seconds(self, work: Callable[[], object]) -> float:
         """Of one run."""

@@ -34,7 +34,7 @@ def write_folder(folder: Path, figures: Mapping[str, Any], plots: Mapping[str, F
     (folder / "report.json").write_text(json.dumps(figures, indent=1) + "\n")
     for name, figure in plots.items():
         save(figure, folder / name)
-    console.print(f"[green]{folder}[/]  report.json, {', '.join(f'{name}.png, .svg' for name in plots)}")
+    console.print(f"[green]{folder}[/]  {', '.join(['report.json', *(f'{name}.png, .svg' for name in plots)])}")
 
 
 def milliseconds(seconds: float) -> str:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from ..engine import Engine
 
 MODEL, GENERATION, TOTAL = 6.5 * GB, 0.5 * GB, 7.0 * GB  # bytes of torch reserved, at most
+SMALL = 512 * 512  # pixels up to which what generation adds is judged; more take more, by design
 REMAINS = 0.11 * GB  # cuBLAS keeps 34 MB for each stream that ever multiplied, of which there are up to three
 PICTURES = 4
 BASELINE, LOADED, PEAK, AFTER = "baseline", "loaded", "peak", "after clean-up"
@@ -67,9 +69,10 @@ class VramReport(Report):
         """One a stage, of torch reserved, which is what a budget bounds; undecided where there is no GPU."""
         reserved = [stage.counters.get(RESERVED) for stage in self.stages]
         baseline, loaded, peak, after = (value or 0 for value in reserved)
+        generation = (("generation adds", peak - loaded, GENERATION),) if prod(self.size) <= SMALL else ()
         judged = (
             ("model", loaded - baseline, MODEL),
-            ("generation adds", peak - loaded, GENERATION),
+            *generation,
             ("peak in all", peak, TOTAL),
             ("after clean-up, over the baseline", after - baseline, REMAINS),
         )

@@ -103,14 +103,16 @@ def _broken(device: torch.device) -> str | None:
     packed = torch.arange(256, dtype=torch.uint8, device=device).view(4, 64)
     absmax = torch.linspace(0.5, 2, 8, device=device).view(4, 2)
     decoded, expected = torch.empty(2, 4, 128, device=device)
-    draw = torch.Generator(device).manual_seed(0)
-    x = torch.randn(1, 128, 18, 18, generator=draw, device=device).bfloat16().to(memory_format=torch.channels_last)
-    weight = torch.randn(128, 128, 3, 3, generator=draw, device=device).bfloat16().to(memory_format=torch.channels_last)
-    tokens = x.permute(0, 2, 3, 1).flatten(0, 2)
     try:
         from . import fused
 
-        fused.decode(packed, absmax, decoded)
+        fused.decode(packed, absmax, decoded)  # before the larger samples: its table stays, and would lie among them
+        draw = torch.Generator(device).manual_seed(0)
+        x, weight = (
+            torch.randn(shape, generator=draw, device=device).bfloat16().to(memory_format=torch.channels_last)
+            for shape in ((1, 128, 18, 18), (128, 128, 3, 3))
+        )
+        tokens = x.permute(0, 2, 3, 1).flatten(0, 2)
         found = [fused.convolve(x, weight, tokens[0])[0], fused.attend(tokens, tokens, tokens)]
     except Exception as error:  # of many kinds, and each only means: not these kernels
         return f"Triton does not run ({str(error).partition(chr(10))[0]})"
