@@ -306,8 +306,11 @@ def test_what_other_sizes_left_cached_goes_where_it_does_not_fit(
     made, space, calls = roomy.plan, roomy._room.placement.workspace, []
     monkeypatch.setattr(space, "nbytes", made.workspace)
     mine = sum(roomy._room.components.values())
+    kept = 2**21
+    monkeypatch.setattr(roomy._room.plans, "nbytes", kept)
+    assert roomy._room.nbytes == mine + kept
     foreign = 10**9
-    reserved = made.peak - SLACK + leftover + foreign
+    reserved = made.peak + kept - made.graphs - SLACK + leftover + foreign
     monkeypatch.setattr(room, "counters", lambda device: Counters(mine + foreign, reserved))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append(1))
     roomy._room._tidy(made)

@@ -130,10 +130,21 @@ def test_a_recording_replays_graphs_and_what_the_host_does_between(monkeypatch: 
     recording.replay()
     recording.replay()
     assert told == ["a", "fetch", "b", "leave", "c"] * 2
-    Graph.names = iter("d")
-    with pytest.raises(RuntimeError, match="no"), Recording("pool").capture():
-        raise RuntimeError("no")
+    Graph.names = iter("de")
+    with pytest.raises(ValueError, match="no"), Recording("pool").capture():
+        raise ValueError("no")
     assert told[-1] == "d ends"  # or nothing else could be captured
+
+    errors = iter(["it is broken", "nothing is captured"])
+
+    def fails(graph: Graph) -> None:
+        raise RuntimeError(next(errors))
+
+    monkeypatch.setattr(Graph, "capture_end", fails)
+    recording = Recording("pool")
+    with pytest.raises(RuntimeError, match="it is broken"), recording.capture():
+        recording.between(lambda: None)
+    assert next(errors, None) is None
 
 
 @torch.inference_mode()
@@ -343,17 +354,23 @@ def test_blocks_that_stream_are_captured_in_parts_and_draw_the_same() -> None:
             raise KeyboardInterrupt
 
     with load_flux_schnell("tiny", device="cuda") as engine:
-        expected = [engine.generate("a blue square", **job) for job in jobs]
+        graphs = engine._room.plans._graphs
+
+        def drawn() -> list[Tensor]:
+            return [engine.generate("a blue square", **job) for job in jobs]
+
+        expected = drawn()
         engine._room.budget = smallest_budget(engine._model.pieces, engine._demand(128, 128, 1))
-        for _ in range(3):
-            assert all(
-                torch.equal(engine.generate("a blue square", **job), e) for job, e in zip(jobs, expected, strict=True)
-            )
-        steps = engine._room.placement.steps
+        assert all(map(torch.equal, drawn(), expected))
+        steps, kept = engine._room.placement.steps, dict(graphs)
+        assert len(kept) == 2
         assert len(steps.units) > 1
-        assert {len(recording._parts) for recording in engine._room.plans._graphs.values()} == {
-            4 * len(steps.units) + 1
-        }
+        assert {len(recording._parts) for recording in kept.values()} == {4 * len(steps.units) + 1}
+        assert all(map(torch.equal, drawn(), expected))
+        assert graphs == kept  # nothing was captured again
+        engine.offload()
+        assert not graphs
+        assert all(map(torch.equal, drawn(), expected))
         with pytest.raises(KeyboardInterrupt):
             engine.generate("a blue square", **jobs[0], on_step=stop)
         assert torch.equal(engine.generate("a blue square", **jobs[0]), expected[0])

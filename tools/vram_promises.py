@@ -81,7 +81,10 @@ def default(s: Section) -> None:
         s.row(
             "the ledger adds up to torch's reserved",
             {k: round(v / GB, 3) for k, v in ledger.rows.items()},
-            sum(ledger.rows.values()) == s.reserved() and 0 <= ledger.others < 0.1 * GB,  # cuBLAS' own
+            # others: cuBLAS' own, which is planned as buffers beside the decoded weight
+            0 <= ledger.others < sum(engine.plan.demand.fixed) - ledger.components.get("decoded weight", 0) + 0.02 * GB
+            and ledger.cached >= 0
+            and sum(ledger.rows.values()) == s.reserved(),
         )
         before = s.peak()
         with peak(s.device) as outer:
@@ -150,6 +153,10 @@ def tight(s: Section) -> None:
     )
     s.row("4.5 GB: reserved <= 4.5 GB, load included", f"{s.peak() / GB:.3f} GB", s.peak() <= 4.5 * GB)
     s.predicted("4.5 GB", plan, budget=4.5, process=sampler.most("process"))
+    captured = dict(engine._room.plans._graphs)
+    s.draw(engine, 512)
+    same = bool(captured) and captured == engine._room.plans._graphs
+    s.row("4.5 GB: the next picture replays what was captured", f"{len(captured)} size", same if s.cuda else None)
 
 
 def speed(s: Section) -> None:

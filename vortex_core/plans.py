@@ -4,9 +4,10 @@ At 512 x 512 Python and its launches take longer than the GPU's work. A replay i
 step, not four: pictures can be cancelled and previewed between steps, and any number of steps works. Where blocks
 stream, a step is cut around each of them, and the host fetches their weights between graphs.
 
-The buffers lie at the start of the memory that calls work in (workspace.py), so that every size has them at the same
-address and they take no memory between calls. A graph stays valid as long as that address, the weights and the
-decode workspace stay where they are. What the library's attention allocates is a graph's own, in one pool for all.
+The buffers lie at the start of the memory that calls work in (workspace.py), after those that blocks stream through, so
+that every size has them at the same address and they take no memory between calls. A graph stays valid as long as
+these, the weights and the decode workspace stay where they are. What the library's attention allocates is a graph's
+own, in one pool for all.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import logging
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -32,7 +33,7 @@ from .workspace import Workspace
 
 log = logging.getLogger(__name__)
 
-KEPT = 8  # graphs; a megabyte or so each
+KEPT = 8  # recordings; a megabyte or so each, more where they are cut
 Size = tuple[int, int, int]  # pictures, text tokens, image tokens
 Velocity = Callable[[Tensor, Tensor, Tensor, Rope], Tensor]  # as `Transformer`
 
@@ -55,7 +56,9 @@ class Plan:
         self._buffers = {name: take((length,), kind) for name, (length, kind) in lengths.items()}
         self._velocity = self._buffers["velocity"].view(self._inputs[0].shape)
 
-    def __call__(self, img: Tensor, txt: Tensor, modulation: Tensor, pe: Rope, graph: Any = None) -> Tensor:
+    def __call__(
+        self, img: Tensor, txt: Tensor, modulation: Tensor, pe: Rope, graph: Recording | None = None
+    ) -> Tensor:
         """As `Transformer`: the velocity `[B, S, 64]`, valid until the next call. Replays `graph` if there is one."""
         for kept, given in zip(self._inputs, (img, txt, modulation, *pe), strict=True):
             kept.copy_(given)
@@ -88,8 +91,11 @@ class Recording:
         self._begin()
         try:
             yield
-        finally:
-            self._end()
+        except BaseException:
+            with suppress(RuntimeError):  # what went wrong is told, not that the capture did with it
+                self._graph.capture_end()
+            raise
+        self._end()
 
     def between(self, act: Act) -> None:
         """While it captures: `act` is to be done here in each replay."""
@@ -172,13 +178,13 @@ class Plans:
         with self._workspace.outside():
             if needed > self.nbytes:  # all in a pool as large as the largest needs
                 self._drop()
-                self.nbytes = needed
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
             recording = Recording(self._pool)
             torch.cuda.synchronize(self._workspace.device)
             with torch.cuda.stream(self.stream), stager.handed(recording.between), recording.capture():
                 plan.run()
+        self.nbytes = max(self.nbytes, needed)
         self._graphs[size] = recording
         if len(self._graphs) > KEPT:
             self._graphs.popitem(last=False)

@@ -136,7 +136,7 @@ class Ledger:
     components: Mapping[str, int]
     allocated: int
     reserved: int
-    graphs: int = 0
+    graphs: int
 
     @property
     def others(self) -> int:

@@ -5,8 +5,8 @@ from that block and goes back to it, so ordinary torch code runs in memory of a 
 not grow, and no tensor of the caller's can lie in the middle of the block and break it up. Between calls the block is
 held as one tensor, so that it counts as allocated, and nobody takes it for a cache to be emptied.
 
-The first allocation inside `use` lies at the block's start: what was captured there (a CUDA graph) stays valid until
-`epoch` changes.
+The first allocations inside `use` lie at the block's start, one after the other: what was captured there (a CUDA graph)
+stays valid until `epoch` changes, if calls begin with the same ones.
 
 Needs the allocator's native backend. Under cudaMallocAsync (ComfyUI's default on many cards) pools are not supported:
 calls then allocate as usual, and the plan is an estimate.

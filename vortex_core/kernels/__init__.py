@@ -114,6 +114,8 @@ def _broken(device: torch.device) -> str | None:
         )
         tokens = x.permute(0, 2, 3, 1).flatten(0, 2)
         found = [fused.convolve(x, weight, tokens[0])[0], fused.attend(tokens, tokens, tokens)]
+    except torch.OutOfMemoryError:  # which says nothing of the kernels, and is not to be remembered
+        raise
     except Exception as error:  # of many kinds, and each only means: not these kernels
         return f"Triton does not run ({str(error).partition(chr(10))[0]})"
     reference.decode(packed, absmax, expected)
