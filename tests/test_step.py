@@ -314,6 +314,20 @@ def test_replayed_steps_are_the_launched_ones_bit_for_bit(mode: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+def test_pictures_of_another_size_compile_nothing(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    knobs = pytest.importorskip("triton.knobs", reason="NOT RUN: Triton is not installed here")
+    compiled: list[str] = []
+    monkeypatch.setattr(knobs.compilation, "listener", lambda *, src, **others: compiled.append(src.name))
+    with load_flux_schnell("tiny", device="cuda", mode=mode) as engine:
+        engine.generate("a blue square", seed=1, height=128, width=128)
+        compiled.clear()
+        for height, width in ((112, 144), (80, 176), (64, 64)):  # tokens and pixels that are no multiple of 16
+            engine.generate("a blue square", seed=1, height=height, width=width)
+    assert not compiled
+
+
+@pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_the_host_waits_for_nothing_while_it_draws() -> None:
     with load_flux_schnell("tiny", device="cuda") as engine:

@@ -125,11 +125,14 @@ def _broken(device: torch.device) -> str | None:
 
 
 def choose_kernels(device: torch.device) -> Kernels:
-    """The fastest kernels that run on `device`. Logs why the fused ones were declined."""
+    """The fastest kernels that run on `device`. Logs which, and why the fused ones were declined."""
     declined = fused_declined(device)
     if declined is None:
         from . import fused
 
+        log.info(
+            "Kernels: Triton. They are compiled for the first picture on a machine, which takes up to half a minute."
+        )
         return fused
     log.log(
         logging.WARNING if device.type == "cuda" else logging.INFO,

@@ -17,7 +17,7 @@ LAYOUTS = ((64, 8, 1, 2), (32, 4, 2, 3))  # queries and keys at once, warps, sta
 BESIDE = 2560  # bytes of shared memory besides the tiles
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _attend(q, k, v, out, tokens, factor, C: tl.constexpr, ROWS: tl.constexpr, COPIES: tl.constexpr):
     start = tl.program_id(0) * ROWS
     query = tile.load(q, start, 0, tokens, C, ROWS, C, COPIES)

@@ -23,7 +23,7 @@ ROW = 128  # bytes of a tile's row, which the copy engine takes at once
 STAGES = 3  # tiles on their way, as far as shared memory goes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "tiles"])
 def _convolve(
     x, weight, bias, out, moments, height, width, tiles, COPIES: tl.constexpr,
     C: tl.constexpr, N: tl.constexpr, GROUPS: tl.constexpr, TAPS: tl.constexpr, ADD: tl.constexpr,

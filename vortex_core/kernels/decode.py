@@ -45,7 +45,8 @@ def decode(packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None
     words = packed.numel() // 4
     _decode[(triton.cdiv(words, WORDS),)](
         packed.view(torch.int32), absmax, row_scale, _levels(packed.device), out, words,
-        WORDS_A_ROW=packed.shape[1] // 4, SCALED=row_scale is not None, WORDS=WORDS, num_warps=WARPS,
+        WORDS_A_ROW=1 if row_scale is None else packed.shape[1] // 4, SCALED=row_scale is not None, WORDS=WORDS,
+        num_warps=WARPS,
     )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ def write_moments(place, plane, value, mask, count, GROUPS: tl.constexpr, WIDTH:
     tl.store(place + 2 * plane, square)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def _moments(x, moments, pixels, C: tl.constexpr, G: tl.constexpr, PIXELS: tl.constexpr):
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     mask = (pixel < pixels)[:, None]
@@ -47,7 +47,7 @@ def _moments(x, moments, pixels, C: tl.constexpr, G: tl.constexpr, PIXELS: tl.co
     write_moments(place, G * tiles, value, mask, count, G, C // G)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _join(
     moments, weight, bias, scale, shift, parts, epsilon, G: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr
 ):
@@ -76,7 +76,7 @@ def _join(
     tl.store(shift + channel, tl.load(bias + channel).to(tl.float32) - mean * factor)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width"])
 def _apply(
     above, strip, below, scale, shift, out, height, width,
     C: tl.constexpr, PIXELS: tl.constexpr, ABOVE: tl.constexpr, BELOW: tl.constexpr, NORM: tl.constexpr,

@@ -14,7 +14,7 @@ from .reference import EPSILON
 _EPSILON = tl.constexpr(EPSILON)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _rotate(
     qkv, stride_b, stride_t, query_norm, key_norm, cos, sin, T,
     H: tl.constexpr, C: tl.constexpr, BLOCK_H: tl.constexpr,

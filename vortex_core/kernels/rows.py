@@ -32,7 +32,7 @@ def _write(y, out, out_b, out_t, scale, scale_b, scale_t, T, column, mask, QUANT
     tl.store(_row(out, out_b, out_t, T) + column, y.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale_b", "T"])
 def _modulate(
     x, x_b, x_t, y, y_b, y_t, gate, shift, scale, out, out_b, out_t, out_scale, scale_b, scale_t, T,
     D: tl.constexpr, BLOCK: tl.constexpr, RESIDUAL: tl.constexpr, QUANTIZE: tl.constexpr,
@@ -54,7 +54,7 @@ def _modulate(
     _write(value, out, out_b, out_t, out_scale, scale_b, scale_t, T, column, mask, QUANTIZE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale_b", "T"])
 def _gelu(
     before, before_b, before_t, x, x_b, x_t, out, out_b, out_t, out_scale, scale_b, scale_t, T,
     A: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr,
