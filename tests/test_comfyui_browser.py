@@ -174,7 +174,8 @@ def put_the_checkpoint(page: Page, name: str) -> None:
     target.unlink(missing_ok=True)
     page.js("return app.refreshComboInNodes()")
     page.open_template(name)
-    page.until(lambda: workflows.CHECKPOINT in page.dialog())
+    # a dialog in older front ends, a warning beside the graph in newer ones
+    page.until(lambda: workflows.CHECKPOINT in page.dialog() or f"{workflows.CHECKPOINT} is missing" in page.text())
     page.js("document.querySelectorAll('.p-dialog-close-button').forEach(e => e.click())")
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(page.host.base.parent / workflows.CHECKPOINT, target)
