@@ -33,7 +33,7 @@ def transformer(engine: Engine) -> Transformer:
 
 
 def rope(engine: Engine, height: int, width: int) -> tuple[Tensor, Tensor]:
-    return sampling.rope(sampling.positions(height, width, 256), engine._spec, torch.device("cpu"))
+    return sampling.rope(sampling.positions(height, width, 256), engine._spec, CPU)
 
 
 def size_of(height: int, width: int, batch: int) -> tuple[int, int, int]:

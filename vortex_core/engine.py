@@ -290,7 +290,8 @@ class Engine:
                 with place.workspace.outside():
                     on_step(i, n, sampling.unpack(clean, height, width))
 
-        size, rounds = (at_once, tokens, height * width // 256), conditioning.steps * -(-batch // at_once)
+        size = (at_once, tokens, sampling.image_tokens(height, width))
+        rounds = conditioning.steps * -(-batch // at_once)
         with place.steps.open(rounds), self._room.plans.open(size, place.steps) as velocity:
             txt = self._transformer.txt_in(conditioning.txt.to(self.device, self.dtype, non_blocking=True))
             modulation = conditioning.modulation.to(self.device, self.dtype, non_blocking=True)

@@ -152,7 +152,7 @@ class Model:
         )
         graphs: tuple[tuple[int, int], ...] = ()
         if self.fused:
-            sizes = {number: (number, tokens, height * width // 256) for number in slices}
+            sizes = {number: (number, tokens, sampling.image_tokens(height, width)) for number in slices}
             graphs = tuple((number, graph_bytes(self.flux, size, self.dtype)) for number, size in sizes.items())
         # with its encoders streaming, whether they do or not: the height of strips is to depend on sizes alone
         prompt = self.t5.working_bytes + decoding
@@ -196,7 +196,7 @@ class Model:
 
         def steps() -> None:
             with META:
-                count = height * width // 256
+                count = sampling.image_tokens(height, width)
                 img = torch.empty(batch, count, self.flux.in_channels)
                 txt = torch.empty(1, tokens, self.flux.context, dtype=self.dtype)
                 table = torch.empty(MAX_STEPS, self.flux.modulation_rows, self.flux.hidden, dtype=self.dtype)

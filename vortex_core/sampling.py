@@ -34,6 +34,11 @@ def noise(seed: int, batch: int, height: int, width: int, channels: int = 16, de
     return made
 
 
+def image_tokens(height: int, width: int) -> int:
+    """How many tokens a picture of so many pixels is: one for each 16 x 16."""
+    return height // 16 * (width // 16)
+
+
 def pack(latents: Tensor) -> Tensor:
     """`[B, 16, H/8, W/8]` to tokens `[B, S, 64]`."""
     return rearrange(latents, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=2, pw=2)

@@ -232,8 +232,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 def card(spec: FluxSpec, height: int, width: int) -> dict[str, float]:
     """What a step takes at least: floating-point operations, and bytes of weights read."""
-    image = height // 16 * width // 16
-    tokens = image + T5_TOKENS
+    tokens = sampling.image_tokens(height, width) + T5_TOKENS
     hidden, mlp = spec.hidden, spec.mlp
     block = 4 * hidden * hidden + 2 * hidden * mlp  # weights of one stream of a double block, and of a single block
     products = 2 * tokens * block * (spec.double_blocks + spec.single_blocks)
