@@ -80,9 +80,10 @@ def test_a_step_of_fused_kernels_takes_its_buffers_and_attention() -> None:
     for model in (exact, fast):
         size = (2, T5_TOKENS, 4096)
         buffers = plan_bytes(model.flux, size, torch.bfloat16, fast=model.fast)
-        attention = graph_bytes(model.flux, size, torch.bfloat16)
+        attention = graph_bytes(model.flux, size, torch.bfloat16, fast=model.fast)
         demand = model.demand(1024, 1024, 2)
         assert dict(demand.graphs)[2] == attention
+        assert (attention == 0) == model.fast  # in fp8 it is in the buffers
         others = dict(demand.steps)[2] - buffers - attention
         assert 16 * MIB < others < 32 * MIB  # modulation of all steps is 16 MiB; text, latents, velocity, positions
     assert sum(fast.demand(64, 64, 1).fixed) > sum(exact.demand(64, 64, 1).fixed)

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vortex_core import nf4
-from vortex_core.kernels import Operand, Window, choose_kernels, reference
+from vortex_core.kernels import Heads, Operand, Window, choose_kernels, heads_broken, reference
 from vortex_core.kernels.card import card
-from vortex_core.kernels.operand import FP8, FP8_MAX
+from vortex_core.kernels.operand import FP8, FP8_MAX, TILE
 from vortex_core.linear import _fp8_broken, fp8_declined
 
 GPU = torch.cuda.is_available()
@@ -170,6 +170,90 @@ def test_rotate_leaves_values_alone(fused, heads: int, dtype: torch.dtype) -> No
     assert_same(Operand(ours), Operand(expected))
 
 
+def heads_for(qkv: Tensor) -> Heads:
+    """Full of NaN, in fp8 or what stands for it."""
+    batch, tokens, _, count, channels = qkv.shape
+    tiles = -(-tokens // TILE)
+
+    def full(*shape: int, dtype: torch.dtype = EIGHT) -> Tensor:
+        return torch.full(shape, torch.nan, device=DEVICE).to(dtype)
+
+    q, k = (full(batch, tokens, count, channels) for _ in range(2))
+    v = full(batch, count, channels, tiles * TILE)
+    return Heads(q, k, v, full(batch, count, tiles, dtype=torch.float32), full(2, dtype=torch.float32))
+
+
+def queries_keys_values(heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
+    """What is meant, each `[B, L, H, C]` in fp64, by the words of `Heads`."""
+    q, k = (x.double() * unit for x, unit in zip((heads.q, heads.k), heads.unit, strict=True))
+    v = heads.v.double() * heads.v_scale.double().repeat_interleave(TILE, dim=2)[:, :, None]
+    place = [
+        16 * n + 4 * j + 2 * i + e for n in range(v.shape[-1] // 16) for i in (0, 1) for j in range(4) for e in (0, 1)
+    ]
+    return q, k, v[..., place].permute(0, 3, 1, 2)[:, : q.shape[1]]
+
+
+HEADS = [(1, 1, 2, 0), (2, 37, 3, 5), (1, 128, 2, 128), (2, 300, 2, 130)] + [(2, 1300, 24, 256)] * GPU
+
+
+@pytest.mark.parametrize(("batch", "tokens", "count", "boundary"), HEADS)
+def test_heads_are_packed(fused, batch: int, tokens: int, count: int, boundary: int) -> None:
+    check_packing(fused, batch, tokens, count, boundary)
+
+
+@pytest.mark.parametrize(("batch", "tokens", "count", "boundary"), HEADS)
+def test_heads_are_packed_without_triton(batch: int, tokens: int, count: int, boundary: int) -> None:
+    check_packing(reference, batch, tokens, count, boundary)
+
+
+def check_packing(kernels, batch: int, tokens: int, count: int, boundary: int) -> None:
+    qkv = draw(batch, tokens, 3, count, 128, dtype=HALF)
+    qkv[-1, -1, 2, -1] = 0
+    norms = [norm * scale for norm, scale in zip(draw(4, 128, dtype=HALF), (1, 0.1, 3, 30), strict=True)]
+    angle = draw(tokens, 64)
+    cos, sin = angle.cos(), angle.sin()
+    heads = heads_for(qkv)
+    kernels.pack_heads(qkv, norms, boundary, cos, sin, heads)
+    found = queries_keys_values(heads)
+    exact = qkv.double()
+    for part, (query, key) in ((slice(boundary), norms[:2]), (slice(boundary, None), norms[2:])):
+        reference.rotate(exact[:, part], query, key, cos[part], sin[part])
+    step = torch.finfo(EIGHT).eps if EIGHT == FP8 else 1e-4
+    bound = 128**0.5 * max(float(norm.abs().max()) for norm in norms)
+    for ours, theirs, largest in zip(
+        found, exact.unbind(2), (bound, bound, float(exact[:, :, 2].abs().max())), strict=True
+    ):
+        assert torch.isfinite(ours).all()
+        torch.testing.assert_close(ours, theirs, rtol=step / 2 + 1e-3, atol=largest / FP8_MAX * 2**-9)
+    assert float(heads.q.float().abs().max()) <= FP8_MAX
+
+
+@pytest.mark.parametrize(("batch", "tokens", "count", "boundary"), HEADS)
+def test_attention_of_packed_heads(fused, copies: bool, batch: int, tokens: int, count: int, boundary: int) -> None:
+    # weights are rounded to three bits
+    check_attention(fused, batch, tokens, count, boundary, rounding=0.03 if EIGHT == FP8 else 2e-3)
+
+
+@pytest.mark.parametrize(("batch", "tokens", "count", "boundary"), HEADS)
+def test_attention_of_packed_heads_without_triton(batch: int, tokens: int, count: int, boundary: int) -> None:
+    check_attention(reference, batch, tokens, count, boundary, rounding=3e-3)
+
+
+def check_attention(kernels, batch: int, tokens: int, count: int, boundary: int, rounding: float) -> None:
+    qkv = draw(batch, tokens, 3, count, 128, dtype=HALF)
+    qkv[:, tokens // 2 :, 2] *= 8  # tiles of values with scales of their own
+    norms, angle = list(2 * draw(4, 128).abs().to(HALF)), draw(tokens, 64)
+    heads = heads_for(qkv)
+    reference.pack_heads(qkv, norms, boundary, angle.cos(), angle.sin(), heads)
+    out = qkv[:, :, 0]
+    others = qkv[:, :, 1:].clone()
+    kernels.attend_heads(heads, out)
+    q, k, v = (x.transpose(1, 2) for x in queries_keys_values(heads))
+    exact = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    assert float((out.double() - exact).norm() / exact.norm()) < rounding
+    assert torch.equal(qkv[:, :, 1:], others)
+
+
 def picture(*shape: int, dtype: torch.dtype) -> Tensor:
     return draw(*shape).to(dtype).contiguous(memory_format=torch.channels_last)
 
@@ -224,7 +308,7 @@ def copies(fused, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     known = card(DEVICE)
     if request.param and not known.copies:
         pytest.skip("NOT RUN, the copy engine: this card has none")
-    for name in ("convolution", "attention"):
+    for name in ("convolution", "attention", "heads"):
         module = sys.modules[f"vortex_core.kernels.{name}"]
         monkeypatch.setattr(module, "card", lambda device: known._replace(copies=request.param))
     return bool(request.param)
@@ -296,10 +380,21 @@ def test_fast_is_declined_where_there_is_no_fp8(monkeypatch: pytest.MonkeyPatch)
     assert fp8_declined(torch.device("cpu")) == "they need CUDA, not cpu"
     cuda = torch.device("cuda", 0)
     monkeypatch.setattr("vortex_core.linear.fused_declined", lambda device: None)
-    monkeypatch.setattr("vortex_core.linear._fp8_broken", lambda device: None)
+    for sample in ("_fp8_broken", "heads_broken"):
+        monkeypatch.setattr(f"vortex_core.linear.{sample}", lambda device: None)
     for capability, declined in (((8, 6), "8.9, and this card has 8.6"), ((8, 9), None), ((9, 0), None)):
         monkeypatch.setattr("torch.cuda.get_device_capability", lambda device, capability=capability: capability)
         assert declined is None if (why := fp8_declined(cuda)) is None else declined in why
+
+
+@pytest.mark.gpu
+def test_attention_in_fp8_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = pytest.importorskip("vortex_core.kernels.fused")
+    assert heads_broken.__wrapped__(DEVICE) is None
+    monkeypatch.setattr(fused, "attend_heads", lambda heads, out: out.zero_())
+    assert "otherwise than the reference's" in heads_broken.__wrapped__(DEVICE)
+    monkeypatch.setattr(fused, "attend_heads", lambda heads, out: 1 / 0)
+    assert "(division by zero)" in heads_broken.__wrapped__(DEVICE)
 
 
 def test_a_sample_product_in_fp8_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:

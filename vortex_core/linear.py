@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import nf4
 from .errors import VortexInputError
-from .kernels import Operand, fused_declined
+from .kernels import Operand, fused_declined, heads_broken
 from .kernels.operand import FP8
 from .kernels.reference import row_scales
 from .nf4 import BLOCK, NF4Weight
@@ -287,7 +287,7 @@ def fp8_declined(device: torch.device) -> str | None:
     if declined is None and torch.cuda.get_device_capability(device) < (8, 9):
         major, minor = torch.cuda.get_device_capability(device)
         return f"fp8 needs compute capability 8.9, and this card has {major}.{minor}"
-    return declined or _fp8_broken(device)
+    return declined or _fp8_broken(device) or heads_broken(device)
 
 
 @cache
@@ -298,6 +298,8 @@ def _fp8_broken(device: torch.device) -> str | None:
     out = torch.empty(16, 32, dtype=torch.bfloat16, device=device)
     try:
         product(x, scales[0], weight, scales[1], torch.zeros_like(out[0]), out)
+    except torch.OutOfMemoryError:  # which says nothing of this torch, and is not to be remembered
+        raise
     except (AttributeError, RuntimeError, TypeError) as error:
         return f"torch {torch.__version__} does not: {str(error).partition(chr(10))[0]}"
     return None if bool((out == 64).all()) else "a sample product is wrong"

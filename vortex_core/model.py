@@ -153,7 +153,9 @@ class Model:
         graphs: tuple[tuple[int, int], ...] = ()
         if self.fused:
             sizes = {number: (number, tokens, sampling.image_tokens(height, width)) for number in slices}
-            graphs = tuple((number, graph_bytes(self.flux, size, self.dtype)) for number, size in sizes.items())
+            graphs = tuple(
+                (number, graph_bytes(self.flux, size, self.dtype, fast=self.fast)) for number, size in sizes.items()
+            )
         # with its encoders streaming, whether they do or not: the height of strips is to depend on sizes alone
         prompt = self.t5.working_bytes + decoding
         room = max(TALL, steps[-1][1], prompt + 2 * max(piece.nbytes for piece in self.pieces if piece.group == "t5"))
@@ -212,10 +214,12 @@ class Model:
         return footprint(steps)
 
     def _attention(self, size: tuple[int, int, int]) -> Velocity:
-        """A step's own allocations where kernels are fused: attention's output."""
+        """A step's own allocations where kernels are fused: the library's attention, in 16 bits."""
         batch, txt_tokens, img_tokens = size
 
         def velocity(img: Tensor, txt: Tensor, modulation: Tensor, pe: Rope) -> Tensor:
+            if self.fast:
+                return img
             q = torch.empty(batch, self.flux.heads, 1, self.flux.head_dim, dtype=self.dtype, device=META)
             q = q.expand(-1, -1, txt_tokens + img_tokens, -1)
             F.scaled_dot_product_attention(q, q, q)

@@ -2,7 +2,8 @@
 
 Legend as in transformer.py. Text and image of a picture are rows of the same buffers, and what is dead gives its place
 to what comes next. In 16 bits the product that widens applies the GELU, and what the next product takes stays where it
-was written: q, k, v and the MLP lie apart. In fp8 operands have buffers of their own, half as large.
+was written: q, k, v and the MLP lie apart. In fp8 operands have buffers of their own, half as large; attention takes
+its heads from where the MLP's will be.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .kernels import Kernels, Operand
-from .kernels.operand import FP8
+from .kernels import Heads, Kernels, Operand
+from .kernels.operand import FP8, TILE
 from .spec import FluxSpec
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, fp32, each [L, C/2]
@@ -115,6 +116,17 @@ class Step:
                 wide=whole[..., 3 * hidden :],
                 active=operand("active", tokens, hidden + mlp),
             )
+        self.heads: Heads | None = None
+        if fast:
+            each = batch * tokens * hidden
+            small = batch * spec.heads * (_tiled(tokens) // TILE)
+            self.heads = Heads(
+                view("active", batch, tokens, *head[1:]),
+                view("active", batch, tokens, *head[1:], skip=each),
+                view("active", batch, *head[1:], _tiled(tokens), skip=2 * each),
+                view("v_scale", batch, spec.heads, _tiled(tokens) // TILE),
+                view("v_scale", 2, skip=small),
+            )
         self.final = Operand(view("linear1", batch, img_tokens, hidden))
         self.velocity = view("velocity", batch, img_tokens, spec.in_channels)
 
@@ -158,7 +170,10 @@ def buffers(
         "velocity": (batch * img_tokens * spec.in_channels, dtype),
     }
     if fast:
-        lengths["active"] = (rows * (spec.hidden + spec.mlp), FP8)
+        # the MLP's, or heads with the values' tokens in whole tiles
+        values = batch * _tiled(txt_tokens + img_tokens)
+        lengths["active"] = (max(rows * (spec.hidden + spec.mlp), (2 * rows + values) * spec.hidden), FP8)
+        lengths["v_scale"] = (values // TILE * spec.heads + 2, torch.float32)
         lengths["normal_scale"] = lengths["active_scale"] = (_rounded(rows) + 16, torch.float32)
     return lengths
 
@@ -166,3 +181,8 @@ def buffers(
 def _rounded(rows: int) -> int:
     """To where the library takes a vector of scales."""
     return -(-rows // 16) * 16
+
+
+def _tiled(tokens: int) -> int:
+    """To whole tiles of attention."""
+    return -(-tokens // TILE) * TILE

@@ -214,8 +214,15 @@ def branch(
 def attend(step: Step, qkv: Tensor, parts: Sequence[tuple[Stream, QKNorm]]) -> Tensor:
     """Attention over `qkv` `[B, L, 3, H, C]`, made of one or two streams with norms of their own; `[B, L, D]`.
 
-    It is the library's, in memory of its own.
+    In fp8 the result is where the queries were. In 16 bits attention is the library's, in memory of its own.
     """
+    if step.heads is not None:
+        ends = (parts[0][1], parts[-1][1])
+        norms = [weight.scale for norm in ends for weight in (norm.query_norm, norm.key_norm)]
+        step.kernels.pack_heads(qkv, norms, parts[-1][0].start, *step.joint.pe, step.heads)
+        out = qkv[:, :, 0]
+        step.kernels.attend_heads(step.heads, out)
+        return out.flatten(2)
     for stream, norm in parts:
         cos, sin = stream.pe
         step.kernels.rotate(stream.qkv, norm.query_norm.scale, norm.key_norm.scale, cos, sin)

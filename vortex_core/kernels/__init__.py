@@ -8,6 +8,7 @@ and meaning are told in `reference`.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import cache
 from typing import Protocol
 
@@ -15,9 +16,19 @@ import torch
 from torch import Tensor
 
 from . import reference, shapes
-from .operand import Operand, Window
+from .operand import FP8, TILE, Heads, Operand, Window
 
-__all__ = ["Kernels", "Operand", "Window", "choose_kernels", "fused_declined", "reference", "shapes"]
+__all__ = [
+    "Heads",
+    "Kernels",
+    "Operand",
+    "Window",
+    "choose_kernels",
+    "fused_declined",
+    "heads_broken",
+    "reference",
+    "shapes",
+]
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +58,16 @@ class Kernels(Protocol):
 
     def rotate(self, qkv: Tensor, query_norm: Tensor, key_norm: Tensor, cos: Tensor, sin: Tensor) -> None:
         """RMS norm and rotary embedding of q and k, in place."""
+        ...
+
+    def pack_heads(
+        self, qkv: Tensor, norms: Sequence[Tensor], boundary: int, cos: Tensor, sin: Tensor, heads: Heads
+    ) -> None:
+        """RMS norm and rotary embedding of q and k, and q, k and v to fp8."""
+        ...
+
+    def attend_heads(self, heads: Heads, out: Tensor) -> None:
+        """Attention of every head, in fp8."""
         ...
 
     def group_moments(self, x: Tensor, groups: int) -> Tensor:
@@ -122,6 +143,32 @@ def _broken(device: torch.device) -> str | None:
     wanted = [reference.convolve(x, weight, tokens[0])[0], reference.attend(tokens, tokens, tokens)]
     near = all((a.float() - b.float()).norm() < 0.02 * b.float().norm() for a, b in zip(found, wanted, strict=True))
     return None if torch.equal(decoded, expected) and near else "a sample comes out otherwise than the reference's"
+
+
+@cache
+def heads_broken(device: torch.device) -> str | None:
+    """Why attention in fp8 does not come out like the reference's on `device`, or None."""
+    tokens, count, channels = TILE + 3, 2, 128
+    draw = torch.Generator(device).manual_seed(0)
+    qkv = torch.randn(1, tokens, 3, count, channels, generator=draw, device=device).bfloat16()
+    norms, still = [torch.ones_like(qkv[0, 0, 0, 0])] * 4, torch.zeros(tokens, channels // 2, device=device)
+    outs = []
+    try:
+        from . import fused
+
+        for kernels in (fused, reference):
+            q, k = torch.empty(2, 1, tokens, count, channels, device=device).to(FP8)
+            v = torch.empty(1, count, channels, 2 * TILE, device=device).to(FP8)
+            heads = Heads(q, k, v, qkv.new_empty(1, count, 2, dtype=torch.float32), still.new_empty(2))
+            kernels.pack_heads(qkv, norms, 0, still.cos(), still, heads)
+            outs.append(torch.empty_like(qkv[:, :, 0]))
+            kernels.attend_heads(heads, outs[-1])
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return f"Triton does not run attention in fp8 ({str(error).partition(chr(10))[0]})"
+    off = float((outs[0].float() - outs[1].float()).norm() / outs[1].float().norm())
+    return None if off < 0.05 else "attention in fp8 comes out otherwise than the reference's"
 
 
 def choose_kernels(device: torch.device) -> Kernels:

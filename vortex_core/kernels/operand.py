@@ -1,4 +1,4 @@
-"""What kernels take: values and in 8 bits their scales; a strip of a picture with what lies beside it."""
+"""What kernels take: values and in 8 bits their scales; heads; a strip of a picture and what lies beside it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 SMALLEST = 1e-12  # a row of zeros is scaled by this instead of by zero
+TILE = 128  # keys of a head whose values share a scale
 
 
 class Operand(NamedTuple):
@@ -21,6 +22,20 @@ class Operand(NamedTuple):
     def tokens(self, start: int, stop: int) -> Operand:
         """The part for tokens `start` to `stop`, as views."""
         return Operand(self.values[:, start:stop], None if self.scale is None else self.scale[:, start:stop])
+
+
+class Heads(NamedTuple):
+    """Queries, keys and values of every head in fp8, as `attend_heads` takes them.
+
+    `q`, `k` `[B, L, H, C]`, times `unit` `[2]`. `v` `[B, H, C, P]`, P = L rounded up to whole tiles, times `v_scale`
+    `[B, H, P / TILE]`, with keys in another order: of each 16, key 8 i + 2 j + e (i, e < 2, j < 4) is at 4 j + 2 i + e.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    v_scale: Tensor
+    unit: Tensor
 
 
 class Window(NamedTuple):

@@ -5,12 +5,14 @@ Legend: B pictures, T tokens of one stream, D hidden, H heads, C channels of a h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import nf4
-from .operand import FP8_MAX, SMALLEST, Operand, Window
+from .operand import FP8_MAX, SMALLEST, TILE, Heads, Operand, Window
 
 EPSILON = 1e-6  # of every norm in FLUX
 
@@ -55,6 +57,37 @@ def rotate(qkv: Tensor, query_norm: Tensor, key_norm: Tensor, cos: Tensor, sin: 
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[:, None, None], sin[:, None, None]
     qkv[:, :, :2] = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+
+
+def pack_heads(qkv: Tensor, norms: Sequence[Tensor], boundary: int, cos: Tensor, sin: Tensor, heads: Heads) -> None:
+    """`rotate` of `qkv` `[B, L, 3, H, C]`, and all of it to fp8.
+
+    `norms` are those of queries and keys of the tokens before `boundary`, and those of the others. Queries and keys are
+    scaled by what none of them can exceed, so that nobody need look for the largest; values by the largest of a tile.
+    """
+    whole = qkv.to(torch.float32, copy=True)
+    rotate(whole[:, :boundary], norms[0], norms[1], cos[:boundary], sin[:boundary])
+    rotate(whole[:, boundary:], norms[2], norms[3], cos[boundary:], sin[boundary:])
+    q, k, v = whole.unbind(2)
+    largest = torch.stack([norm.float().abs().amax() for norm in norms]).view(2, 2).amax(0)
+    heads.unit.copy_((largest * q.shape[-1] ** 0.5).clamp_min(SMALLEST) / FP8_MAX)
+    heads.q.copy_(q / heads.unit[0])
+    heads.k.copy_(k / heads.unit[1])
+    v = F.pad(v.permute(0, 2, 3, 1), (0, heads.v.shape[-1] - v.shape[1])).unflatten(-1, (-1, TILE))
+    heads.v_scale.copy_(v.abs().amax(dim=(2, 4)).clamp_min(SMALLEST) / FP8_MAX)
+    v = (v / heads.v_scale[:, :, None, :, None]).flatten(-2)
+    heads.v.copy_(v.unflatten(-1, (-1, 2, 4, 2)).transpose(-3, -2).flatten(-4))
+
+
+def attend_heads(heads: Heads, out: Tensor) -> None:
+    """Attention of what `pack_heads` packed, to `out` `[B, L, H, C]`.
+
+    Here weights stay in fp32. `fused` rounds them to fp8, and sums in fp32 what it multiplies.
+    """
+    v = heads.v.float().unflatten(-1, (-1, TILE)) * heads.v_scale[:, :, None, :, None]
+    v = v.flatten(-2).unflatten(-1, (-1, 4, 2, 2)).transpose(-3, -2).flatten(-4)[..., : out.shape[1]].mT
+    q, k = ((x.float() * unit).transpose(1, 2) for x, unit in zip((heads.q, heads.k), heads.unit, strict=True))
+    out.copy_(F.scaled_dot_product_attention(q, k, v).transpose(1, 2))
 
 
 def group_moments(x: Tensor, groups: int) -> Tensor:

@@ -14,6 +14,16 @@ from .reference import EPSILON
 _EPSILON = tl.constexpr(EPSILON)
 
 
+@triton.jit
+def rotated(x, weight, cos, sin, position, C: tl.constexpr, BLOCK_H: tl.constexpr):
+    """fp32 `[BLOCK_H, C]`, the heads of one token, with norm and rotation."""
+    x *= tl.rsqrt(tl.sum(x * x, 1) / C + _EPSILON)[:, None] * weight[None, :]
+    even, odd = tl.split(tl.reshape(x, [BLOCK_H, C // 2, 2]))
+    pair = position * (C // 2) + tl.arange(0, C // 2)
+    c, s = tl.load(cos + pair)[None, :], tl.load(sin + pair)[None, :]
+    return tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), [BLOCK_H, C])
+
+
 @triton.jit(do_not_specialize=["T"])
 def _rotate(
     qkv, stride_b, stride_t, query_norm, key_norm, cos, sin, T,
@@ -28,12 +38,7 @@ def _rotate(
     place = qkv + token // T * stride_b + token % T * stride_t + tl.program_id(1) * (H * C)
     place += head[:, None] * C + channel[None, :]
     x = tl.load(place, mask=mask, other=0.0).to(tl.float32)
-    x *= tl.rsqrt(tl.sum(x * x, 1) / C + _EPSILON)[:, None]
-    x *= tl.load(norm + channel).to(tl.float32)[None, :]
-    even, odd = tl.split(tl.reshape(x, [BLOCK_H, C // 2, 2]))
-    pair = token % T * (C // 2) + tl.arange(0, C // 2)
-    c, s = tl.load(cos + pair)[None, :], tl.load(sin + pair)[None, :]
-    x = tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), [BLOCK_H, C])
+    x = rotated(x, tl.load(norm + channel).to(tl.float32), cos, sin, token % T, C, BLOCK_H)
     tl.store(place, x.to(qkv.dtype.element_ty), mask=mask)
 
 

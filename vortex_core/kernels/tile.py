@@ -9,13 +9,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @triton.jit
-def load(x, row, column, limit, STRIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, COPIES: tl.constexpr):
+def load(x, row, column, limit, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, COPIES: tl.constexpr):
     """`[ROWS, COLUMNS]` from `row` and `column` on; zeros from row `limit` on."""
     if COPIES:
         tile = x.load([row, column])
     else:
         rows = row + tl.arange(0, ROWS)
-        place = rows.to(tl.int64)[:, None] * STRIDE + column + tl.arange(0, COLUMNS)[None, :]
+        place = rows.to(tl.int64)[:, None] * stride + column + tl.arange(0, COLUMNS)[None, :]
         tile = tl.load(x + place, mask=(rows < limit)[:, None], other=0.0)
     return tile
 
