@@ -59,6 +59,7 @@ def untouched(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
         ({"seed": -1}, "seed must be a whole number"),
         ({"seed": 2**64}, "seed must be a whole number"),
         ({"seed": "7"}, "seed must be a whole number"),
+        ({"out": torch.empty(1, 64, 3, 64).mT}, "out must be contiguous"),
         ({"out": torch.empty(1, 64, 64, 4)}, r"out must be \(1, 64, 64, 3\).*found \(1, 64, 64, 4\)"),
         ({"out": torch.empty(1, 64, 64, 3, dtype=torch.float16)}, "found .* torch.float16"),
         ({"out": torch.empty(1, 64, 64, 3, device="meta")}, "on meta"),

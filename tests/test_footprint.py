@@ -1,5 +1,10 @@
 """What a call allocates, told by `meta` tensors: the same as real ones take."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,13 +13,18 @@ from torch.nn import Conv2d
 from transformers import T5Config, T5EncoderModel
 
 from vortex_core import Engine, sampling
-from vortex_core.allocator import MIB
-from vortex_core.footprint import META, footprint
+from vortex_core.allocator import MIB, serves
+from vortex_core.conditioning import Conditioning
+from vortex_core.footprint import META, footprint, trace
+from vortex_core.kernels import shapes
 from vortex_core.model import Model
+from vortex_core.planner import Plan
 from vortex_core.plans import graph_bytes, plan_bytes
+from vortex_core.request import Request
 from vortex_core.spec import CLIP_L, T5_TOKENS, T5_XXL, FluxSpec, VaeSpec
 from vortex_core.text import T5
 from vortex_core.transformer import Transformer
+from vortex_core.vae import Decoder, decode
 
 
 def ones(mib: int, device: torch.device = META) -> Tensor:
@@ -87,6 +97,68 @@ def test_a_step_of_fused_kernels_takes_its_buffers_and_attention() -> None:
         others = dict(demand.steps)[2] - buffers - attention
         assert 16 * MIB < others < 32 * MIB  # modulation of all steps is 16 MiB; text, latents, velocity, positions
     assert sum(fast.demand(64, 64, 1).fixed) > sum(exact.demand(64, 64, 1).fixed)
+
+
+SIZES = [
+    (512, 512, 8),
+    (768, 768, 4),
+    (1024, 1024, 1),
+    (1024, 1024, 4),
+    (832, 1216, 8),
+    (720, 1280, 2),
+    (1280, 1280, 3),
+]
+
+
+@pytest.mark.parametrize(("height", "width", "batch"), SIZES)
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "exact"])
+def test_a_whole_call_fits_the_block_that_is_planned_for_its_stages(
+    monkeypatch: pytest.MonkeyPatch, height: int, width: int, batch: int, fast: bool
+) -> None:
+    """What one stage leaves behind must not lie in the way of the next."""
+    model = Model(FluxSpec(), VaeSpec(), CLIP_L, T5_XXL, torch.bfloat16, quantized=True, fast=fast, fused=True)
+    demand = model.demand(height, width, batch)
+    flux = model.flux
+    with META:
+        decoder = Decoder(model.vae).to(torch.bfloat16).requires_grad_(False)
+        text = torch.nn.Linear(flux.context, flux.hidden, dtype=torch.bfloat16).requires_grad_(False)
+        pictures = torch.empty(batch, height, width, 3)
+    decoder.channels_last()
+    decoder.use(shapes)
+    sampling.rope_of(height, width, T5_TOKENS, flux, META)  # kept in host memory
+    conditioning = Conditioning(
+        torch.empty(1, T5_TOKENS, flux.context, dtype=torch.bfloat16),
+        torch.empty(4, flux.modulation_rows, flux.hidden, dtype=torch.bfloat16),
+    )
+    noise = (batch, flux.latent_channels, height // 8, width // 8)
+    monkeypatch.setattr(sampling, "noise", lambda *arguments: torch.empty(noise, device=META))
+
+    @contextmanager
+    def opened(size: tuple[int, int, int], stager: object) -> Iterator[Callable[..., Tensor]]:
+        held = [torch.empty(plan_bytes(flux, size, torch.bfloat16, fast=fast), dtype=torch.uint8, device=META)]
+        allocates = model._attention(size)
+
+        def velocity(img: Tensor, *others: Tensor) -> Tensor:
+            allocates(img, *others)
+            return held[0].view(img.dtype)[: img.numel()].view(img.shape)
+
+        yield velocity
+        held.clear()
+
+    for number, _ in demand.steps:
+        made = Plan(model.pieces, demand, frozenset(), number)
+        room = SimpleNamespace(
+            placement=SimpleNamespace(steps=SimpleNamespace(open=nullcontext)), plans=SimpleNamespace(open=opened)
+        )
+        engine: Any = SimpleNamespace(
+            _room=room, _transformer=SimpleNamespace(txt_in=text), device=META, dtype=torch.bfloat16, _spec=flux
+        )
+
+        def draw(number: int = number, engine: Any = engine) -> None:
+            latents = Engine._denoise(engine, conditioning, Request(0, height, width, 4, batch), None, number, pictures)
+            decode(decoder, latents, pictures, demand.rows)
+
+        assert serves(made.workspace, trace(draw))
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -392,7 +392,7 @@ def test_attention_in_fp8_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     fused = pytest.importorskip("vortex_core.kernels.fused")
     assert heads_broken.__wrapped__(DEVICE) is None
     monkeypatch.setattr(fused, "attend_heads", lambda heads, out: out.zero_())
-    assert "otherwise than the reference's" in heads_broken.__wrapped__(DEVICE)
+    assert "comes out wrong" in heads_broken.__wrapped__(DEVICE)
     monkeypatch.setattr(fused, "attend_heads", lambda heads, out: 1 / 0)
     assert "(division by zero)" in heads_broken.__wrapped__(DEVICE)
 

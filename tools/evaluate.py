@@ -57,7 +57,7 @@ def vortex_draw(model: Path, nf4: bool, device: str, mode: str = "exact") -> Dra
     def draw(prompts: list[str], seeds: list[int]) -> Tensor:
         each = (engine.generate(p, seed=s, height=side, width=side, steps=4)
                 for p, s in zip(prompts, seeds, strict=True))  # fmt: skip
-        return torch.cat(list(each))
+        return torch.cat(list(each)).cpu()
 
     return draw
 

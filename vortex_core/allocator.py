@@ -107,16 +107,20 @@ def block_for(events: Sequence[Event]) -> int:
     holds a request may be cut so that a large one fits nowhere any more. Requests for the small pool never come from
     the block; what they take at most is added, since it is reserved beside it.
     """
-    sizes = {number: round_up(size, ROUND) for number, size in events if size}
-    small, large = _peak(events, sizes, small=True), _peak(events, sizes, small=False)
+    small, large = _peak(events, small=True), _peak(events, small=False)
     block = round_up(large, LARGE_STEP)
-    while block and not all(_serves(block + more * LARGE_STEP, events, sizes) for more in MORE):
+    while block and not all(serves(block + more * LARGE_STEP, events) for more in MORE):
         block += max(LARGE_STEP, round_up(block // 100, LARGE_STEP))
     return block + (round_up(small, SMALL_SEGMENT) + SMALL_SEGMENT if small else 0)
 
 
-def _peak(events: Sequence[Event], sizes: dict[int, int], *, small: bool) -> int:
+def _sizes(events: Sequence[Event]) -> dict[int, int]:
+    return {number: round_up(size, ROUND) for number, size in events if size}
+
+
+def _peak(events: Sequence[Event], *, small: bool) -> int:
     now = most = 0
+    sizes = _sizes(events)
     for number, size in events:
         if (sizes[number] <= SMALL) is small:
             now += sizes[number] if size else -sizes[number]
@@ -124,8 +128,9 @@ def _peak(events: Sequence[Event], sizes: dict[int, int], *, small: bool) -> int
     return most
 
 
-def _serves(block: int, events: Sequence[Event], sizes: dict[int, int]) -> bool:
-    pool = Pool(small=False, block=block)
+def serves(block: int, events: Sequence[Event]) -> bool:
+    """Whether torch serves all large `events` from one free block of so many bytes."""
+    pool, sizes = Pool(small=False, block=block), _sizes(events)
     taken: dict[int, tuple[int, int]] = {}
     for number, size in events:
         if sizes[number] <= SMALL:

@@ -208,9 +208,9 @@ class Engine:
 
         `seed`: None draws one, logs it and leaves it in `last_seed`; picture i starts from the noise of `seed + i`.
         `height`, `width`: pixels, multiples of 16 from 64 to 2048; default the model's native size. `steps`: 1 to 8.
-        `negative_prompt` has no effect at guidance 0 and says so. `out`: a buffer the caller owns; it is checked,
-        written in place and returned. `on_step(i, n, latents)` is called after step i of n with the clean latents
-        predicted so far, `[B, 16, H/8, W/8]`; it may raise to cancel, and the next call works.
+        `negative_prompt` has no effect at guidance 0 and says so. `out`: a contiguous buffer the caller owns; it is
+        checked, written in place and returned. `on_step(i, n, latents)` is called after step i of n with the clean
+        latents predicted so far, `[B, 16, H/8, W/8]`; it may raise to cancel, and the next call works.
 
         Raises `VortexInputError` before any work, and `MemoryPressureError` where the pictures do not fit the budget,
         or the card's memory ran out twice; the engine stays usable.
@@ -241,7 +241,7 @@ class Engine:
             pictures = self._buffer(*request.shape) if out is None else out
             conditioning = self._conditioner(prompt, steps) if isinstance(prompt, str) else prompt
             mark("prompt")
-            latents = self._denoise(conditioning, request, on_step, made.slice if made else None)
+            latents = self._denoise(conditioning, request, on_step, made.slice if made else None, pictures)
             return decode(self._decoder, latents, pictures, made.demand.rows if made else None)
 
         with self._lock:
@@ -279,9 +279,17 @@ class Engine:
             return self._room.use(demand and replace(demand, prompt=0, steps=((1, 0),), graphs=()), draw)
 
     def _denoise(
-        self, conditioning: Conditioning, request: Request, on_step: OnStep | None, at_once: int | None
+        self,
+        conditioning: Conditioning,
+        request: Request,
+        on_step: OnStep | None,
+        at_once: int | None,
+        pictures: Tensor,
     ) -> Tensor:
-        """Clean latents `[B, 16, H/8, W/8]`, fp32 on the device."""
+        """Clean latents `[B, 16, H/8, W/8]`, fp32, at the start of the memory of `pictures`, which are still to come.
+
+        In the workspace they would lie behind the buffers of the steps, in the middle of what decoding needs.
+        """
         batch, height, width = request.batch_size, request.height, request.width
         place, tokens, at_once = self._room.placement, conditioning.txt.shape[1], at_once or batch
 
@@ -302,7 +310,8 @@ class Engine:
             img = sampling.pack(noise.to(self.device, non_blocking=True))
             mark("prepare")
             sampling.denoise(velocity, img, txt, modulation, pe, report if on_step else None, at_once)
-            return sampling.unpack(img, height, width)
+            latents = sampling.unpack(img, height, width)
+            return pictures.view(-1)[: latents.numel()].view(latents.shape).copy_(latents)
 
     def _buffer(self, *shape: int) -> Tensor:
         """A buffer that is handed out, so not in the workspace."""

@@ -31,11 +31,16 @@ def footprint(call: Callable[[], object]) -> int:
 
     Not for inference mode: composed operations come as one there, and what they take inside is not seen.
     """
+    return block_for(trace(call))
+
+
+def trace(call: Callable[[], object]) -> list[Event]:
+    """What `call` takes and gives back on `meta`, in order, but its result."""
     recorder = _Recorder()
     with torch.no_grad(), _Attention(), recorder, unmeasured():
         result = call()
     del result
-    return block_for(recorder.events)
+    return recorder.events
 
 
 class _Recorder(TorchDispatchMode):

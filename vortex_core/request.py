@@ -46,6 +46,8 @@ class Request:
 
     def check_out(self, out: Tensor, device: torch.device) -> None:
         """Raise `VortexInputError` unless `out` can take these pictures in place."""
+        if not out.is_contiguous():
+            raise VortexInputError("out must be contiguous.")
         found = (tuple(out.shape), out.dtype, out.device)
         if found != (self.shape, torch.float32, device):
             raise VortexInputError(

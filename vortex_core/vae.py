@@ -183,7 +183,8 @@ def decode(decoder: Decoder, latents: Tensor, out: Tensor, rows: int | None = No
     One picture at a time: activations of a batch would cost B times the memory and gain little.
     """
     dtype = decoder.conv_in.weight.dtype
-    for picture, latent in zip(out, latents.to(dtype), strict=True):
+    # a copy in any case: they may lie where the pictures go
+    for picture, latent in zip(out, latents.to(dtype, copy=True), strict=True):
         top = 0
         for strip in decoder(latent[None], rows):
             colours = rearrange(strip[0], "c h w -> h w c").float().mul_(0.5).add_(0.5).clamp_(0, 1)

@@ -147,28 +147,31 @@ def _broken(device: torch.device) -> str | None:
 
 @cache
 def heads_broken(device: torch.device) -> str | None:
-    """Why attention in fp8 does not come out like the reference's on `device`, or None."""
+    """Why attention in fp8 does not find a sample's values again on `device`, or None.
+
+    Each query is its own key, so each place must get its own value, but for a thousandth and what fp8 rounds. Nothing
+    is computed in torch: libraries that are loaded for a moment stay in host memory.
+    """
     tokens, count, channels = TILE + 3, 2, 128
     draw = torch.Generator(device).manual_seed(0)
-    qkv = torch.randn(1, tokens, 3, count, channels, generator=draw, device=device).bfloat16()
-    norms, still = [torch.ones_like(qkv[0, 0, 0, 0])] * 4, torch.zeros(tokens, channels // 2, device=device)
-    outs = []
+    x = torch.randn(1, tokens, 3, count, channels, generator=draw, device=device).bfloat16()
+    x[:, :, 1] = x[:, :, 0]
+    norms, still = [torch.ones_like(x[0, 0, 0, 0])] * 4, torch.zeros(tokens, channels // 2, device=device)
+    q, k = (torch.empty_like(x[:, :, 0], dtype=FP8) for _ in range(2))
+    v = torch.empty(1, count, channels, 2 * TILE, dtype=FP8, device=device)
+    heads = Heads(q, k, v, still.new_empty(1, count, 2), still.new_empty(2))
     try:
         from . import fused
 
-        for kernels in (fused, reference):
-            q, k = torch.empty(2, 1, tokens, count, channels, device=device).to(FP8)
-            v = torch.empty(1, count, channels, 2 * TILE, device=device).to(FP8)
-            heads = Heads(q, k, v, qkv.new_empty(1, count, 2, dtype=torch.float32), still.new_empty(2))
-            kernels.pack_heads(qkv, norms, 0, still.cos(), still, heads)
-            outs.append(torch.empty_like(qkv[:, :, 0]))
-            kernels.attend_heads(heads, outs[-1])
+        fused.pack_heads(x, norms, 0, still + 1, still, heads)
+        fused.attend_heads(heads, x[:, :, 0])
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         return f"Triton does not run attention in fp8 ({str(error).partition(chr(10))[0]})"
-    off = float((outs[0].float() - outs[1].float()).norm() / outs[1].float().norm())
-    return None if off < 0.05 else "attention in fp8 comes out otherwise than the reference's"
+    found, value = x[:, :, 0].float(), x[:, :, 2].float()
+    off = float((found - value).norm() / value.norm())
+    return None if off < 0.1 else "attention in fp8 comes out wrong"
 
 
 def choose_kernels(device: torch.device) -> Kernels:
