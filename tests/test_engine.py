@@ -271,6 +271,10 @@ def test_warming_up_draws_and_leaves_no_trace(engine: Engine) -> None:
         engine.warmup(height=63)
 
 
+def out_of_memory(*arguments: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
 def test_fast_is_exact_where_it_cannot_be_and_says_why(
     engine: Engine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,12 +285,16 @@ def test_fast_is_exact_where_it_cannot_be_and_says_why(
     for declined, dtype, backend, words in [
         ("no fp8 here", half, triton, "no fp8 here"),
         (None, half, None, "multiplies NF4 weights"),
-        (None, half, other, "reference was asked for"),
+        ("late", half, other, "they need CUDA, not cpu"),
         (None, torch.float32, triton, "float32 was asked for"),
     ]:
         monkeypatch.setattr(loading, "fp8_declined", lambda device, declined=declined: declined)
         assert loading.choose_mode("fast", cpu, dtype, backend) == "exact"
         assert words in caplog.text
     assert loading.choose_mode("fast", cpu, half, triton) == "fast"
+    with monkeypatch.context() as context:
+        context.setattr(loading, "choose_kernels", out_of_memory)
+        with pytest.raises(VortexInitializationError, match="no room to try the kernels on cpu"):
+            load_flux_schnell("tiny", device="cpu")
     with pytest.raises(VortexInputError, match="Unknown mode 'quick'; choose from fast, exact"):
         load_flux_schnell("tiny", device="cpu", mode="quick")

@@ -99,21 +99,21 @@ def test_a_step_of_fused_kernels_takes_its_buffers_and_attention() -> None:
     assert sum(fast.demand(64, 64, 1).fixed) > sum(exact.demand(64, 64, 1).fixed)
 
 
-SIZES = [
-    (512, 512, 8),
-    (768, 768, 4),
-    (1024, 1024, 1),
-    (1024, 1024, 4),
-    (832, 1216, 8),
-    (720, 1280, 2),
-    (1280, 1280, 3),
+CALLS = [  # height, width, pictures, whether each step is previewed
+    (512, 512, 8, False),
+    (768, 768, 4, True),
+    (1024, 1024, 1, True),
+    (1024, 1024, 4, False),
+    (832, 1216, 8, False),
+    (720, 1280, 2, True),
+    (2048, 2048, 2, False),
 ]
 
 
-@pytest.mark.parametrize(("height", "width", "batch"), SIZES)
+@pytest.mark.parametrize(("height", "width", "batch", "watched"), CALLS)
 @pytest.mark.parametrize("fast", [True, False], ids=["fast", "exact"])
 def test_a_whole_call_fits_the_block_that_is_planned_for_its_stages(
-    monkeypatch: pytest.MonkeyPatch, height: int, width: int, batch: int, fast: bool
+    monkeypatch: pytest.MonkeyPatch, height: int, width: int, batch: int, watched: bool, fast: bool
 ) -> None:
     """What one stage leaves behind must not lie in the way of the next."""
     model = Model(FluxSpec(), VaeSpec(), CLIP_L, T5_XXL, torch.bfloat16, quantized=True, fast=fast, fused=True)
@@ -145,17 +145,23 @@ def test_a_whole_call_fits_the_block_that_is_planned_for_its_stages(
         yield velocity
         held.clear()
 
+    on_step = (lambda i, n, clean: None) if watched else None
     for number, _ in demand.steps:
         made = Plan(model.pieces, demand, frozenset(), number)
         room = SimpleNamespace(
-            placement=SimpleNamespace(steps=SimpleNamespace(open=nullcontext)), plans=SimpleNamespace(open=opened)
+            placement=SimpleNamespace(
+                steps=SimpleNamespace(open=nullcontext), workspace=SimpleNamespace(outside=nullcontext)
+            ),
+            plans=SimpleNamespace(open=opened),
         )
         engine: Any = SimpleNamespace(
             _room=room, _transformer=SimpleNamespace(txt_in=text), device=META, dtype=torch.bfloat16, _spec=flux
         )
 
         def draw(number: int = number, engine: Any = engine) -> None:
-            latents = Engine._denoise(engine, conditioning, Request(0, height, width, 4, batch), None, number, pictures)
+            latents = Engine._denoise(
+                engine, conditioning, Request(0, height, width, 4, batch), on_step, number, pictures
+            )
             decode(decoder, latents, pictures, demand.rows)
 
         assert serves(made.workspace, trace(draw))

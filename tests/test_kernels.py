@@ -19,7 +19,7 @@ from torch import Tensor
 from vortex_core import nf4
 from vortex_core.kernels import Heads, Operand, Window, choose_kernels, heads_broken, reference
 from vortex_core.kernels.card import card
-from vortex_core.kernels.operand import FP8, FP8_MAX, TILE
+from vortex_core.kernels.operand import FP8, FP8_MAX, TILE, empty_heads
 from vortex_core.linear import _fp8_broken, fp8_declined
 
 GPU = torch.cuda.is_available()
@@ -172,15 +172,10 @@ def test_rotate_leaves_values_alone(fused, heads: int, dtype: torch.dtype) -> No
 
 def heads_for(qkv: Tensor) -> Heads:
     """Full of NaN, in fp8 or what stands for it."""
-    batch, tokens, _, count, channels = qkv.shape
-    tiles = -(-tokens // TILE)
-
-    def full(*shape: int, dtype: torch.dtype = EIGHT) -> Tensor:
-        return torch.full(shape, torch.nan, device=DEVICE).to(dtype)
-
-    q, k = (full(batch, tokens, count, channels) for _ in range(2))
-    v = full(batch, count, channels, tiles * TILE)
-    return Heads(q, k, v, full(batch, count, tiles, dtype=torch.float32), full(2, dtype=torch.float32))
+    heads = empty_heads(qkv, EIGHT)
+    for part in heads:
+        part.copy_(torch.full(part.shape, torch.nan))
+    return heads
 
 
 def queries_keys_values(heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,6 +191,12 @@ def queries_keys_values(heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
 HEADS = [(1, 1, 2, 0), (2, 37, 3, 5), (1, 128, 2, 128), (2, 300, 2, 130)] + [(2, 1300, 24, 256)] * GPU
 
 
+def draw_heads(batch: int, tokens: int, count: int) -> Tensor:
+    """`[B, L, 3, H, C]` as a single block has it: in the front of wider rows."""
+    width = 3 * count * 128
+    return draw(batch, tokens, width + 64, dtype=HALF)[..., :width].unflatten(-1, (3, count, 128))
+
+
 @pytest.mark.parametrize(("batch", "tokens", "count", "boundary"), HEADS)
 def test_heads_are_packed(fused, batch: int, tokens: int, count: int, boundary: int) -> None:
     check_packing(fused, batch, tokens, count, boundary)
@@ -207,7 +208,7 @@ def test_heads_are_packed_without_triton(batch: int, tokens: int, count: int, bo
 
 
 def check_packing(kernels, batch: int, tokens: int, count: int, boundary: int) -> None:
-    qkv = draw(batch, tokens, 3, count, 128, dtype=HALF)
+    qkv = draw_heads(batch, tokens, count)
     qkv[-1, -1, 2, -1] = 0
     norms = [norm * scale for norm, scale in zip(draw(4, 128, dtype=HALF), (1, 0.1, 3, 30), strict=True)]
     angle = draw(tokens, 64)
@@ -240,7 +241,7 @@ def test_attention_of_packed_heads_without_triton(batch: int, tokens: int, count
 
 
 def check_attention(kernels, batch: int, tokens: int, count: int, boundary: int, rounding: float) -> None:
-    qkv = draw(batch, tokens, 3, count, 128, dtype=HALF)
+    qkv = draw_heads(batch, tokens, count)
     qkv[:, tokens // 2 :, 2] *= 8  # tiles of values with scales of their own
     norms, angle = list(2 * draw(4, 128).abs().to(HALF)), draw(tokens, 64)
     heads = heads_for(qkv)
@@ -385,6 +386,21 @@ def test_fast_is_declined_where_there_is_no_fp8(monkeypatch: pytest.MonkeyPatch)
     for capability, declined in (((8, 6), "8.9, and this card has 8.6"), ((8, 9), None), ((9, 0), None)):
         monkeypatch.setattr("torch.cuda.get_device_capability", lambda device, capability=capability: capability)
         assert declined is None if (why := fp8_declined(cuda)) is None else declined in why
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1280, 16640])
+def test_sums_over_many_tokens_lose_nothing(tokens: int) -> None:
+    """What fp8 products are added up in is short; values with a mean would come out too small."""
+    fused = pytest.importorskip("vortex_core.kernels.fused")
+    qkv = draw_heads(1, tokens, 2)
+    qkv[:, :, 2] += draw(2, 128)
+    heads, still = empty_heads(qkv), torch.zeros(tokens, 64, device=DEVICE)
+    fused.pack_heads(qkv, [torch.ones_like(qkv[0, 0, 0, 0])] * 4, 0, still + 1, still, heads)
+    fused.attend_heads(heads, qkv[:, :, 0])
+    q, k, v = (x.float().transpose(1, 2) for x in queries_keys_values(heads))
+    exact = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    assert float((qkv[:, :, 0] * exact).sum() / exact.square().sum()) == pytest.approx(1, abs=0.005)
 
 
 @pytest.mark.gpu

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from vortex_core import nf4, sampling
 from vortex_core.checkpoint.materialize import is_quantized
 from vortex_core.kernels import Operand, choose_kernels, reference
-from vortex_core.kernels.operand import FP8
+from vortex_core.kernels.operand import FP8, empty_heads
 from vortex_core.linear import NF4Linear, TritonBackend, product
 from vortex_core.plans import Plans, plan_bytes
 from vortex_core.residency import Stager
@@ -192,7 +192,7 @@ def rows() -> None:
 
 
 def attention() -> None:
-    """The library's attention in the layouts of a single and a double block."""
+    """The library's attention and ours in fp8, in the layouts of a single and a double block."""
     h, c, d = SPEC.heads, SPEC.head_dim, SPEC.hidden
     for tokens in [40] if SMALL else [1280, 4352]:
         flops = 4 * tokens**2 * d
@@ -202,6 +202,12 @@ def attention() -> None:
         for layout, qkv in (("single", single), ("double", double)):
             q, k, v = qkv.transpose(1, 3).unbind(2)
             timed(f"attention {tokens} {layout}", bench(partial(F.scaled_dot_product_attention, q, k, v)), flops=flops)
+            heads, norms = empty_heads(qkv), [torch.ones(c, device=DEVICE, dtype=BF16)] * 4
+            angle = torch.randn(tokens, c // 2, device=DEVICE)
+            pack = partial(KERNELS.pack_heads, qkv, norms, 0, angle.cos(), angle.sin(), heads)
+            timed(f"packing heads {tokens} {layout}", bench(pack, repeat=10), moved=tokens * d * 9)
+            attend = partial(KERNELS.attend_heads, heads, torch.empty_like(qkv[:, :, 0]))
+            timed(f"attention {tokens} {layout} fp8", bench(attend), flops=flops)
 
 
 def transformer() -> Transformer:

@@ -282,7 +282,7 @@ def _lie_together(x: Tensor) -> bool:
 
 
 def fp8_declined(device: torch.device) -> str | None:
-    """Why `fast` products cannot run on `device`, or None."""
+    """Why `fast` cannot run on `device`, or None."""
     declined = fused_declined(device)
     if declined is None and torch.cuda.get_device_capability(device) < (8, 9):
         major, minor = torch.cuda.get_device_capability(device)

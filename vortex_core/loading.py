@@ -15,7 +15,7 @@ from .checkpoint.cache import Cache
 from .checkpoint.materialize import Target
 from .device import resolve_device
 from .errors import GB, VortexInitializationError, VortexInputError
-from .kernels import Kernels, choose_kernels, reference
+from .kernels import Kernels, choose_kernels, fused_declined, reference
 from .latency import Stopwatch, mark
 from .linear import Backend, choose_backend, fp8_declined
 from .model import Model, Sources
@@ -57,7 +57,7 @@ class Setup:
         vram_budget: float | None,
         mode: str,
     ) -> Setup:
-        """Check `Engine.load`'s options; takes no memory. Raises `VortexInputError` and `VortexDeviceError`."""
+        """Check `Engine.load`'s options, and try samples of the kernels. Raises what `Engine.load` does."""
         where = resolve_device(device)
         if quantization not in QUANTIZATIONS:
             raise VortexInputError(f"Unknown quantization {quantization!r}; choose from {', '.join(QUANTIZATIONS)}.")
@@ -66,23 +66,26 @@ class Setup:
         total = snapshot(where).total if where.type == "cuda" else None
         dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
         budget = check_budget(vram_budget, total)
-        decoder = choose_backend(where, backend) if quantization == "nf4" else None
-        return cls(
-            where, quantization, dtype, decoder, budget, choose_mode(mode, where, dtype, decoder), choose_kernels(where)
-        )
+        try:
+            decoder = choose_backend(where, backend) if quantization == "nf4" else None
+            mode, kernels = choose_mode(mode, where, dtype, decoder), choose_kernels(where)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory("There is no room to try the kernels", where, None) from error.with_traceback(None)
+        return cls(where, quantization, dtype, decoder, budget, mode, kernels)
 
 
 def choose_mode(mode: str, device: torch.device, dtype: torch.dtype, backend: Backend | None) -> str:
     """`mode`, or `exact` where `fast` cannot be, and why in the log."""
     if mode == "exact":
         return mode
-    declined = fp8_declined(device)
     if backend is None:
-        declined = "it multiplies NF4 weights, and these are not"
-    elif declined is None and backend.name != "triton":
-        declined = f"only the triton backend decodes to fp8, and {backend.name} was asked for"
-    elif declined is None and dtype != torch.bfloat16:
+        declined: str | None = "it multiplies NF4 weights, and these are not"
+    elif backend.name != "triton":
+        declined = fused_declined(device) or f"only the triton backend decodes to fp8, and it is {backend.name}"
+    elif dtype != torch.bfloat16:
         declined = f"products in fp8 end in bf16, and {dtype} was asked for"
+    else:
+        declined = fp8_declined(device)  # last: kernels are compiled for it
     if declined is None:
         return mode
     log.log(logging.WARNING if device.type == "cuda" else logging.INFO, "Mode: exact; fast declined: %s", declined)

@@ -39,8 +39,8 @@ TALL = 750_000_000  # bytes; what decoding may take, even where nothing else tak
 class Model:
     """The modules of one FLUX.1-schnell; `units` of them in the order they run, `pieces` as the planner sees those.
 
-    Products are in `dtype`, linears in NF4 where `quantized`; the blocks' products in fp8 where `fast`. `fused`: with
-    Triton's kernels, which allocate nothing in a step, and a step that is captured.
+    Products are in `dtype`, linears in NF4 where `quantized`; the blocks' products and attention in fp8 where `fast`.
+    `fused`: with Triton's kernels, which allocate nothing in a step, and a step that is captured.
     """
 
     def __init__(

@@ -59,7 +59,7 @@ class Stream:
 
 
 class Step:
-    """Buffers for B pictures, N text and S image tokens, from `take`; `fast` for products in fp8."""
+    """Buffers for B pictures, N text and S image tokens, from `take`; `fast` for products and attention in fp8."""
 
     def __init__(
         self,

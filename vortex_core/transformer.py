@@ -133,7 +133,7 @@ class Transformer(nn.Module):
         self.final_layer = FinalLayer(spec)
 
     def use(self, kernels: Kernels, *, fast: bool, side: torch.cuda.Stream | None = None) -> None:
-        """Compute with `kernels`; `fast` multiplies in fp8, and takes NF4 weights only.
+        """Compute with `kernels`; `fast` multiplies and attends in fp8, and takes NF4 weights only.
 
         `side`: a CUDA stream for the text of double blocks, which fills what the image's last tiles leave idle.
         """

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import reference, shapes
-from .operand import FP8, TILE, Heads, Operand, Window
+from .operand import TILE, Heads, Operand, Window, empty_heads
 
 __all__ = [
     "Heads",
@@ -157,9 +157,7 @@ def heads_broken(device: torch.device) -> str | None:
     x = torch.randn(1, tokens, 3, count, channels, generator=draw, device=device).bfloat16()
     x[:, :, 1] = x[:, :, 0]
     norms, still = [torch.ones_like(x[0, 0, 0, 0])] * 4, torch.zeros(tokens, channels // 2, device=device)
-    q, k = (torch.empty_like(x[:, :, 0], dtype=FP8) for _ in range(2))
-    v = torch.empty(1, count, channels, 2 * TILE, dtype=FP8, device=device)
-    heads = Heads(q, k, v, still.new_empty(1, count, 2), still.new_empty(2))
+    heads = empty_heads(x)
     try:
         from . import fused
 

@@ -90,10 +90,11 @@ def _part(
     fade = tl.exp2(most - now)
     total = total * fade + tl.sum(weight, 1)
     unit = tl.load(v_scale + plane * parts + part)
-    # sums are in units of the values' scale: where that changes, so do they
-    summed *= (fade * (before / unit))[:, None]
     value = tile.load(v, plane * C, part * TILE, (plane + 1) * C, parts * TILE, C, TILE, COPIES)
-    summed = tl.dot(_reordered(weight.to(value.dtype), ROWS, TILE), value.T, summed)
+    product = tl.dot(_reordered(weight.to(value.dtype), ROWS, TILE), value.T)
+    # Added here, in fp32: tensor cores cut what they add up in fp8 to some 14 bits, which over many tiles is a loss.
+    # Sums are in units of the values' scale: where that changes, so do they.
+    summed = product + summed * (fade * (before / unit))[:, None]
     return summed, total, now, unit
 
 

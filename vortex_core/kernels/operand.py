@@ -51,6 +51,16 @@ class Window(NamedTuple):
         return torch.cat(parts, dim=2) if len(parts) > 1 else self.strip
 
 
+def empty_heads(qkv: Tensor, dtype: torch.dtype = FP8) -> Heads:
+    """For `qkv` `[B, L, 3, H, C]`, uninitialized."""
+    batch, tokens, _, count, channels = qkv.shape
+    tiles = -(-tokens // TILE)
+    q, k = (qkv.new_empty(batch, tokens, count, channels, dtype=dtype) for _ in range(2))
+    v = qkv.new_empty(batch, count, channels, tiles * TILE, dtype=dtype)
+    v_scale, unit = (qkv.new_empty(shape, dtype=torch.float32) for shape in ((batch, count, tiles), (2,)))
+    return Heads(q, k, v, v_scale, unit)
+
+
 def empty_map(like: Tensor, channels: int, height: int, width: int) -> Tensor:
     """A feature map as the fused kernels make them: channels last, in the type and on the device of `like`."""
     shape = (1, channels, height, width)

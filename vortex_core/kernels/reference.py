@@ -82,7 +82,7 @@ def pack_heads(qkv: Tensor, norms: Sequence[Tensor], boundary: int, cos: Tensor,
 def attend_heads(heads: Heads, out: Tensor) -> None:
     """Attention of what `pack_heads` packed, to `out` `[B, L, H, C]`.
 
-    Here weights stay in fp32. `fused` rounds them to fp8, and sums in fp32 what it multiplies.
+    Here weights stay in fp32. `fused` rounds them to fp8, and sums tiles in fp32.
     """
     v = heads.v.float().unflatten(-1, (-1, TILE)) * heads.v_scale[:, :, None, :, None]
     v = v.flatten(-2).unflatten(-1, (-1, 4, 2, 2)).transpose(-3, -2).flatten(-4)[..., : out.shape[1]].mT
