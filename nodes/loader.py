@@ -50,8 +50,8 @@ class NF4FluxLoader:
                 "mode": (
                     ["fast", "exact"],
                     {
-                        "tooltip": "fast: products and attention in fp8 on cards that have it (compute capability 8.9, "
-                        "RTX 40 and later); elsewhere exact. exact: in 16 bits, as diffusers with bitsandbytes. "
+                        "tooltip": "fast: products in fp8 on cards that have it (compute capability 8.9, RTX 40 and "
+                        "later); elsewhere exact. exact: products in 16 bits, as diffusers with bitsandbytes has them. "
                         "Pictures differ slightly; another mode loads the model again."
                     },
                 ),

@@ -26,6 +26,8 @@ from vortex_core.text import T5
 from vortex_core.transformer import Transformer
 from vortex_core.vae import Decoder, decode
 
+KINDS = {"exact": (False, False), "fast": (True, False), "fp8 attention": (True, True)}
+
 
 def ones(mib: int, device: torch.device = META) -> Tensor:
     return torch.ones(mib * MIB // 4, device=device)
@@ -84,16 +86,17 @@ def test_kernels_take_as_much_where_channels_are_last() -> None:
 
 def test_a_step_of_fused_kernels_takes_its_buffers_and_attention() -> None:
     parts = (FluxSpec(), VaeSpec(), CLIP_L, T5_XXL)
-    exact, fast = (
-        Model(*parts, torch.bfloat16, quantized=True, fast=mode == "fast", fused=True) for mode in ("exact", "fast")
+    exact, plain, fast = (
+        Model(*parts, torch.bfloat16, quantized=True, fused=True, fast=fast, fp8_attention=fp8_attention)
+        for fast, fp8_attention in KINDS.values()
     )
-    for model in (exact, fast):
+    for model in (exact, plain, fast):
         size = (2, T5_TOKENS, 4096)
         buffers = plan_bytes(model.flux, size, torch.bfloat16, fast=model.fast)
-        attention = graph_bytes(model.flux, size, torch.bfloat16, fast=model.fast)
+        attention = graph_bytes(model.flux, size, torch.bfloat16, fp8_attention=model.fp8_attention)
         demand = model.demand(1024, 1024, 2)
         assert dict(demand.graphs)[2] == attention
-        assert (attention == 0) == model.fast  # in fp8 it is in the buffers
+        assert (attention == 0) == model.fp8_attention  # then it is in the buffers
         others = dict(demand.steps)[2] - buffers - attention
         assert 16 * MIB < others < 32 * MIB  # modulation of all steps is 16 MiB; text, latents, velocity, positions
     assert sum(fast.demand(64, 64, 1).fixed) > sum(exact.demand(64, 64, 1).fixed)
@@ -111,12 +114,19 @@ CALLS = [  # height, width, pictures, whether each step is previewed
 
 
 @pytest.mark.parametrize(("height", "width", "batch", "watched"), CALLS)
-@pytest.mark.parametrize("fast", [True, False], ids=["fast", "exact"])
+@pytest.mark.parametrize(("fast", "fp8_attention"), KINDS.values(), ids=KINDS)
 def test_a_whole_call_fits_the_block_that_is_planned_for_its_stages(
-    monkeypatch: pytest.MonkeyPatch, height: int, width: int, batch: int, watched: bool, fast: bool
+    monkeypatch: pytest.MonkeyPatch,
+    height: int,
+    width: int,
+    batch: int,
+    watched: bool,
+    fast: bool,
+    fp8_attention: bool,
 ) -> None:
     """What one stage leaves behind must not lie in the way of the next."""
-    model = Model(FluxSpec(), VaeSpec(), CLIP_L, T5_XXL, torch.bfloat16, quantized=True, fast=fast, fused=True)
+    parts = (FluxSpec(), VaeSpec(), CLIP_L, T5_XXL)
+    model = Model(*parts, torch.bfloat16, quantized=True, fused=True, fast=fast, fp8_attention=fp8_attention)
     demand = model.demand(height, width, batch)
     flux = model.flux
     with META:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vortex_core import nf4
-from vortex_core.kernels import Heads, Operand, Window, choose_kernels, heads_broken, reference
+from vortex_core.kernels import Heads, Operand, Window, _heads_broken, attends_in_fp8, choose_kernels, reference
 from vortex_core.kernels.card import card
 from vortex_core.kernels.operand import FP8, FP8_MAX, TILE, empty_heads
 from vortex_core.linear import _fp8_broken, fp8_declined
@@ -381,8 +381,7 @@ def test_fast_is_declined_where_there_is_no_fp8(monkeypatch: pytest.MonkeyPatch)
     assert fp8_declined(torch.device("cpu")) == "they need CUDA, not cpu"
     cuda = torch.device("cuda", 0)
     monkeypatch.setattr("vortex_core.linear.fused_declined", lambda device: None)
-    for sample in ("_fp8_broken", "heads_broken"):
-        monkeypatch.setattr(f"vortex_core.linear.{sample}", lambda device: None)
+    monkeypatch.setattr("vortex_core.linear._fp8_broken", lambda device: None)
     for capability, declined in (((8, 6), "8.9, and this card has 8.6"), ((8, 9), None), ((9, 0), None)):
         monkeypatch.setattr("torch.cuda.get_device_capability", lambda device, capability=capability: capability)
         assert declined is None if (why := fp8_declined(cuda)) is None else declined in why
@@ -403,14 +402,26 @@ def test_sums_over_many_tokens_lose_nothing(tokens: int) -> None:
     assert float((qkv[:, :, 0] * exact).sum() / exact.square().sum()) == pytest.approx(1, abs=0.005)
 
 
+def test_attention_is_in_fp8_where_it_was_measured(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "vortex_core")
+    monkeypatch.setattr("vortex_core.kernels._heads_broken", lambda device: None)
+    for capability, runs in (((8, 9), False), ((9, 0), True), ((12, 0), False)):
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda device, capability=capability: capability)
+        assert attends_in_fp8(torch.device("cuda", 0)) is runs
+    assert "alone, and this card has 8.9" in caplog.text
+    assert "alone, and this card has 12.0" in caplog.text
+
+
 @pytest.mark.gpu
 def test_attention_in_fp8_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     fused = pytest.importorskip("vortex_core.kernels.fused")
-    assert heads_broken.__wrapped__(DEVICE) is None
+    assert _heads_broken.__wrapped__(DEVICE) is None
     monkeypatch.setattr(fused, "attend_heads", lambda heads, out: out.zero_())
-    assert "comes out wrong" in heads_broken.__wrapped__(DEVICE)
+    assert "comes out wrong" in _heads_broken.__wrapped__(DEVICE)
     monkeypatch.setattr(fused, "attend_heads", lambda heads, out: 1 / 0)
-    assert "(division by zero)" in heads_broken.__wrapped__(DEVICE)
+    assert "(division by zero)" in _heads_broken.__wrapped__(DEVICE)
 
 
 def test_a_sample_product_in_fp8_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,7 @@ def request(
 def test_plans_of_several_sizes_share_memory_and_stay_right(
     engine: Engine, transformer: Transformer, fast: bool
 ) -> None:
-    transformer.use(reference, fast=fast)
+    transformer.use(reference, fast=fast, fp8_attention=fast)
     largest = max(plan_bytes(engine._spec, size_of(*size), torch.float32, fast=fast) for size in SIZES)
     buffer = torch.empty(largest, dtype=torch.uint8)
     plans = {size: Plan(transformer, size_of(*size), buffer) for size in SIZES}
@@ -68,7 +68,7 @@ def test_plans_of_several_sizes_share_memory_and_stay_right(
 @pytest.mark.parametrize("fast", [False, True])
 @torch.inference_mode()
 def test_a_plan_takes_the_bytes_that_were_planned(engine: Engine, transformer: Transformer, fast: bool) -> None:
-    transformer.use(reference, fast=fast)
+    transformer.use(reference, fast=fast, fp8_attention=fast)
     for height, width, batch in SIZES:
         size = size_of(height, width, batch)
         buffer = torch.empty(plan_bytes(engine._spec, size, torch.float32, fast=fast), dtype=torch.uint8)
@@ -250,7 +250,10 @@ def denoised(engine: Engine, seed: int, prompt: str) -> Tensor:
 
 
 @torch.inference_mode()
-def test_fast_is_nearer_to_exact_than_nf4_is_to_16_bits(engine: Engine, transformer: Transformer) -> None:
+@pytest.mark.parametrize("fp8_attention", [False, True])
+def test_fast_is_nearer_to_exact_than_nf4_is_to_16_bits(
+    engine: Engine, transformer: Transformer, fp8_attention: bool
+) -> None:
     """Final latents within half of NF4's own distance to the unquantized model."""
     plain = load_flux_schnell("tiny", device="cpu", quantization="none")
     from_fast, from_nf4 = 0.0, 0.0
@@ -258,7 +261,7 @@ def test_fast_is_nearer_to_exact_than_nf4_is_to_16_bits(engine: Engine, transfor
         transformer.use(reference, fast=False)
         exact = denoised(engine, seed, prompt)
         from_nf4 += float((exact - denoised(plain, seed, prompt)).norm())
-        transformer.use(reference, fast=True)
+        transformer.use(reference, fast=True, fp8_attention=fp8_attention)
         from_fast += float((denoised(engine, seed, prompt) - exact).norm())
     assert 0 < from_fast <= from_nf4 / 2
 

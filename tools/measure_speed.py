@@ -243,7 +243,8 @@ def steps() -> None:
         for mode in ("reference", *modes):
             fast = mode.startswith("fast")
             kernels = reference if mode == "reference" else KERNELS
-            model.use(kernels, fast=fast, side=torch.cuda.Stream() if GPU and mode.endswith("beside") else None)
+            side = torch.cuda.Stream() if GPU and mode.endswith("beside") else None
+            model.use(kernels, fast=fast, fp8_attention=fast, side=side)
             if GPU:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import nf4
 from .errors import VortexInputError
-from .kernels import Operand, fused_declined, heads_broken
+from .kernels import Operand, fused_declined
 from .kernels.operand import FP8
 from .kernels.reference import row_scales
 from .nf4 import BLOCK, NF4Weight
@@ -282,12 +282,12 @@ def _lie_together(x: Tensor) -> bool:
 
 
 def fp8_declined(device: torch.device) -> str | None:
-    """Why `fast` cannot run on `device`, or None."""
+    """Why `fast` products cannot run on `device`, or None."""
     declined = fused_declined(device)
     if declined is None and torch.cuda.get_device_capability(device) < (8, 9):
         major, minor = torch.cuda.get_device_capability(device)
         return f"fp8 needs compute capability 8.9, and this card has {major}.{minor}"
-    return declined or _fp8_broken(device) or heads_broken(device)
+    return declined or _fp8_broken(device)
 
 
 @cache

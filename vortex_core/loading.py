@@ -15,7 +15,7 @@ from .checkpoint.cache import Cache
 from .checkpoint.materialize import Target
 from .device import resolve_device
 from .errors import GB, VortexInitializationError, VortexInputError
-from .kernels import Kernels, choose_kernels, fused_declined, reference
+from .kernels import Kernels, attends_in_fp8, choose_kernels, fused_declined, reference
 from .latency import Stopwatch, mark
 from .linear import Backend, choose_backend, fp8_declined
 from .model import Model, Sources
@@ -114,12 +114,21 @@ def check_budget(vram_budget: object, total: int | None) -> int | None:
 def build(bundle: Bundle, setup: Setup) -> Model:
     """The modules on `meta`, ready for the weights."""
     fast, quantized = setup.mode == "fast", setup.backend is not None
+    fp8_attention = fast and attends_in_fp8(setup.device)
     flux, vae, clip, t5 = bundle.flux, bundle.vae, bundle.clip, bundle.t5
     model = Model(
-        flux, vae, clip, t5, setup.dtype, quantized=quantized, fast=fast, fused=setup.kernels is not reference
+        flux,
+        vae,
+        clip,
+        t5,
+        setup.dtype,
+        quantized=quantized,
+        fast=fast,
+        fp8_attention=fp8_attention,
+        fused=setup.kernels is not reference,
     )
     side = torch.cuda.Stream(setup.device) if fast else None
-    model.transformer.use(setup.kernels, fast=fast, side=side)
+    model.transformer.use(setup.kernels, fast=fast, fp8_attention=fp8_attention, side=side)
     if model.decodes_fused:
         model.decoder.use(setup.kernels)
     return model

@@ -39,8 +39,9 @@ TALL = 750_000_000  # bytes; what decoding may take, even where nothing else tak
 class Model:
     """The modules of one FLUX.1-schnell; `units` of them in the order they run, `pieces` as the planner sees those.
 
-    Products are in `dtype`, linears in NF4 where `quantized`; the blocks' products and attention in fp8 where `fast`.
-    `fused`: with Triton's kernels, which allocate nothing in a step, and a step that is captured.
+    Products are in `dtype`, linears in NF4 where `quantized`; the blocks' products in fp8 where `fast`, and their
+    attention where `fp8_attention`. `fused`: with Triton's kernels, which allocate nothing in a step, and a step that
+    is captured.
     """
 
     def __init__(
@@ -53,10 +54,11 @@ class Model:
         *,
         quantized: bool,
         fast: bool = False,
+        fp8_attention: bool = False,
         fused: bool = False,
     ) -> None:
         self.flux, self.vae, self.dtype, self.quantized = flux, vae, dtype, quantized
-        self.fast, self.fused = fast, fused
+        self.fast, self.fp8_attention, self.fused = fast, fp8_attention, fused
         self.decodes_fused = fused and vae.powers_of_two
         self.clip, self.t5 = Clip(clip), T5(t5)
         with META:
@@ -154,7 +156,8 @@ class Model:
         if self.fused:
             sizes = {number: (number, tokens, sampling.image_tokens(height, width)) for number in slices}
             graphs = tuple(
-                (number, graph_bytes(self.flux, size, self.dtype, fast=self.fast)) for number, size in sizes.items()
+                (number, graph_bytes(self.flux, size, self.dtype, fp8_attention=self.fp8_attention))
+                for number, size in sizes.items()
             )
         # with its encoders streaming, whether they do or not: the height of strips is to depend on sizes alone
         prompt = self.t5.working_bytes + decoding
@@ -214,11 +217,11 @@ class Model:
         return footprint(steps)
 
     def _attention(self, size: tuple[int, int, int]) -> Velocity:
-        """A step's own allocations where kernels are fused: the library's attention, in 16 bits."""
+        """A step's own allocations where kernels are fused: the library's attention."""
         batch, txt_tokens, img_tokens = size
 
         def velocity(img: Tensor, txt: Tensor, modulation: Tensor, pe: Rope) -> Tensor:
-            if self.fast:
+            if self.fp8_attention:
                 return img
             q = torch.empty(batch, self.flux.heads, 1, self.flux.head_dim, dtype=self.dtype, device=META)
             q = q.expand(-1, -1, txt_tokens + img_tokens, -1)

@@ -6,8 +6,8 @@ stream, a step is cut around each of them, and the host fetches their weights be
 
 The buffers lie at the start of the memory that calls work in (workspace.py), after those that blocks stream through, so
 that every size has them at the same address and they take no memory between calls. A graph stays valid as long as
-these, the weights and the decode workspace stay where they are. What the library's attention allocates, in 16 bits, is
-a graph's own, in one pool for all.
+these, the weights and the decode workspace stay where they are. What the library's attention allocates is a graph's
+own, in one pool for all.
 """
 
 from __future__ import annotations
@@ -175,7 +175,9 @@ class Plans:
 
     def _capture(self, size: Size, plan: Plan, stager: Stager) -> None:
         transformer = self._transformer
-        needed = graph_bytes(transformer.spec, size, transformer.img_in.weight.dtype, fast=transformer.fast)
+        needed = graph_bytes(
+            transformer.spec, size, transformer.img_in.weight.dtype, fp8_attention=transformer.fp8_attention
+        )
         with self._workspace.outside():
             if needed > self.nbytes:  # all in a pool as large as the largest needs
                 self._drop()
@@ -218,14 +220,14 @@ def inputs(spec: FluxSpec, size: Size, dtype: torch.dtype) -> dict[str, tuple[tu
 
 
 def plan_bytes(spec: FluxSpec, size: Size, dtype: torch.dtype, *, fast: bool) -> int:
-    """Bytes of buffer that a plan of `size` takes, exactly. What attention returns in 16 bits comes on top."""
+    """Bytes of buffer that a plan of `size` takes, exactly. What the library's attention returns comes on top."""
     given = sum(aligned(prod(shape) * kind.itemsize) for shape, kind in inputs(spec, size, dtype).values())
     return given + sum(aligned(n * kind.itemsize) for n, kind in buffers(spec, size, dtype, fast=fast).values())
 
 
-def graph_bytes(spec: FluxSpec, size: Size, dtype: torch.dtype, *, fast: bool) -> int:
+def graph_bytes(spec: FluxSpec, size: Size, dtype: torch.dtype, *, fp8_attention: bool) -> int:
     """Bytes that a graph of `size` keeps: what the library's attention returns, and its statistics in fp32."""
-    if fast:  # its attention writes into the step's buffers
+    if fp8_attention:  # which writes into the step's buffers
         return 0
     batch, txt_tokens, img_tokens = size
     tokens = batch * (txt_tokens + img_tokens)

@@ -59,7 +59,7 @@ class Stream:
 
 
 class Step:
-    """Buffers for B pictures, N text and S image tokens, from `take`; `fast` for products and attention in fp8."""
+    """Buffers for B pictures, N text and S image tokens, from `take`; `fast` for products in fp8."""
 
     def __init__(
         self,
@@ -70,9 +70,10 @@ class Step:
         take: Take,
         *,
         fast: bool,
+        fp8_attention: bool = False,
         side: torch.cuda.Stream | None = None,
     ) -> None:
-        """`size`: B, N, S. `side`: a CUDA stream for the text, beside the image's."""
+        """`size`: B, N, S. `fp8_attention`: only where `fast`. `side`: a CUDA stream for the text, beside."""
         batch, txt_tokens, img_tokens = size
         tokens, hidden, mlp = txt_tokens + img_tokens, spec.hidden, spec.mlp
         head = (3, spec.heads, spec.head_dim)
@@ -117,7 +118,7 @@ class Step:
                 active=operand("active", tokens, hidden + mlp),
             )
         self.heads: Heads | None = None
-        if fast:
+        if fp8_attention:
             each = batch * tokens * hidden
             small = batch * spec.heads * (_tiled(tokens) // TILE)
             self.heads = Heads(

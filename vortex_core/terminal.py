@@ -38,7 +38,7 @@ Vram = Annotated[
 
 Mode = Annotated[
     str,
-    typer.Option(help="'fast': products and attention in fp8 where the card has it, else exact; 'exact': in 16 bits."),
+    typer.Option(help="'fast': products in fp8 where the card has them, else exact; 'exact': products in 16 bits."),
 ]
 
 

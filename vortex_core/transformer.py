@@ -124,7 +124,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.spec = spec
         self.kernels: Kernels = reference
-        self.fast = False
+        self.fast = self.fp8_attention = False
         self.side: torch.cuda.Stream | None = None
         self.img_in = Linear(spec.in_channels, spec.hidden)
         self.txt_in = Linear(spec.context, spec.hidden)
@@ -132,12 +132,20 @@ class Transformer(nn.Module):
         self.single_blocks = nn.ModuleList(SingleBlock(spec) for _ in range(spec.single_blocks))
         self.final_layer = FinalLayer(spec)
 
-    def use(self, kernels: Kernels, *, fast: bool, side: torch.cuda.Stream | None = None) -> None:
-        """Compute with `kernels`; `fast` multiplies and attends in fp8, and takes NF4 weights only.
+    def use(
+        self,
+        kernels: Kernels,
+        *,
+        fast: bool,
+        fp8_attention: bool = False,
+        side: torch.cuda.Stream | None = None,
+    ) -> None:
+        """Compute with `kernels`; `fast` multiplies in fp8, and takes NF4 weights only.
 
-        `side`: a CUDA stream for the text of double blocks, which fills what the image's last tiles leave idle.
+        `fp8_attention`: only where `fast`. `side`: a CUDA stream for the text of double blocks, which fills what the
+        image's last tiles leave idle.
         """
-        self.kernels, self.fast, self.side = kernels, fast, side
+        self.kernels, self.fast, self.fp8_attention, self.side = kernels, fast, fp8_attention, side
         for linear in self.linears():
             if fast:
                 linear.prepare_fp8()
@@ -158,7 +166,8 @@ class Transformer(nn.Module):
         def fresh(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=weight.device)
 
-        return Step(self.spec, self.kernels, size, weight.dtype, take or fresh, fast=self.fast, side=self.side)
+        how = {"fast": self.fast, "fp8_attention": self.fp8_attention}
+        return Step(self.spec, self.kernels, size, weight.dtype, take or fresh, **how, side=self.side)
 
     def forward(self, img: Tensor, txt: Tensor, modulation: Tensor, pe: Rope, step: Step | None = None) -> Tensor:
         """The velocity `[B, S, 64]` of packed latents `img [B, S, 64]` at one step.
@@ -214,7 +223,7 @@ def branch(
 def attend(step: Step, qkv: Tensor, parts: Sequence[tuple[Stream, QKNorm]]) -> Tensor:
     """Attention over `qkv` `[B, L, 3, H, C]`, made of one or two streams with norms of their own; `[B, L, D]`.
 
-    In fp8 the result is where the queries were. In 16 bits attention is the library's, in memory of its own.
+    In fp8 the result is where the queries were. Else attention is the library's, in memory of its own.
     """
     if step.heads is not None:
         ends = (parts[0][1], parts[-1][1])

@@ -23,9 +23,9 @@ __all__ = [
     "Kernels",
     "Operand",
     "Window",
+    "attends_in_fp8",
     "choose_kernels",
     "fused_declined",
-    "heads_broken",
     "reference",
     "shapes",
 ]
@@ -145,8 +145,22 @@ def _broken(device: torch.device) -> str | None:
     return None if torch.equal(decoded, expected) and near else "a sample comes out otherwise than the reference's"
 
 
+def attends_in_fp8(device: torch.device) -> bool:
+    """Whether attention in fp8 runs on `device`, which multiplies in fp8, and is known to be faster. Logs why not."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability == (9, 0):
+        declined = _heads_broken(device)
+    else:
+        declined = (
+            f"it was measured on compute capability 9.0 alone, and this card has {'.'.join(map(str, capability))}"
+        )
+    if declined is not None:
+        log.info("Attention: the library's; fp8 declined: %s", declined)
+    return declined is None
+
+
 @cache
-def heads_broken(device: torch.device) -> str | None:
+def _heads_broken(device: torch.device) -> str | None:
     """Why attention in fp8 does not find a sample's values again on `device`, or None.
 
     Each query is its own key, so each place must get its own value, but for a thousandth and what fp8 rounds. Nothing
