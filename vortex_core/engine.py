@@ -101,12 +101,12 @@ class Engine:
         default the first CUDA device, else the CPU. `vram_budget`: GB (10^9 bytes) that torch may reserve for this
         engine at its peak, everything included; default 6.5, or what a smaller card has but 1. `cap_process`: have
         torch refuse more to the whole process, so that the budget holds whatever happens; only for a process that is
-        yours. `mode`: `"fast"` multiplies in fp8 where the card can (compute capability 8.9), and attends in fp8 where
-        that is known to be faster (9.0); elsewhere, and the log says why, it is `"exact"`, with 16-bit products.
-        `quantization`: `"nf4"`, or `"none"` to keep 16-bit weights.
-        `dtype`: of the products; default bf16 on CUDA, fp32 on the CPU. `backend`: `"triton"`, `"bitsandbytes"` or
-        `"reference"`; default the fastest that works. `cache_dir`: where quantized weights are kept; default
-        `$VORTEX_CACHE` or the user's cache folder. `on_progress(done, total)` is told bytes.
+        yours. `mode`: `"fast"` multiplies in fp8 where the card can (compute capability 8.9); elsewhere, and the log
+        says why, it is `"exact"`, with 16-bit products. It attends in fp8, too, where that is known to be faster (9.0).
+        `quantization`: `"nf4"`, or `"none"` to keep 16-bit weights. `dtype`: of the products; default bf16 on CUDA,
+        fp32 on the CPU. `backend`: `"triton"`, `"bitsandbytes"` or `"reference"`; default the fastest that works.
+        `cache_dir`: where quantized weights are kept; default `$VORTEX_CACHE` or the user's cache folder.
+        `on_progress(done, total)` is told bytes.
 
         Raises `VortexInputError`, `VortexDeviceError` and `VortexCheckpointError` before any device memory is
         taken, and `VortexInitializationError` (with figures) when memory runs out; then nothing stays behind.

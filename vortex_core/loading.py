@@ -46,6 +46,7 @@ class Setup:
     budget: int | None
     mode: str
     kernels: Kernels
+    fp8_attention: bool
 
     @classmethod
     def check(
@@ -69,9 +70,10 @@ class Setup:
         try:
             decoder = choose_backend(where, backend) if quantization == "nf4" else None
             mode, kernels = choose_mode(mode, where, dtype, decoder), choose_kernels(where)
+            fp8_attention = mode == "fast" and attends_in_fp8(where)
         except torch.OutOfMemoryError as error:
             raise out_of_memory("There is no room to try the kernels", where, None) from error.with_traceback(None)
-        return cls(where, quantization, dtype, decoder, budget, mode, kernels)
+        return cls(where, quantization, dtype, decoder, budget, mode, kernels, fp8_attention)
 
 
 def choose_mode(mode: str, device: torch.device, dtype: torch.dtype, backend: Backend | None) -> str:
@@ -114,7 +116,6 @@ def check_budget(vram_budget: object, total: int | None) -> int | None:
 def build(bundle: Bundle, setup: Setup) -> Model:
     """The modules on `meta`, ready for the weights."""
     fast, quantized = setup.mode == "fast", setup.backend is not None
-    fp8_attention = fast and attends_in_fp8(setup.device)
     flux, vae, clip, t5 = bundle.flux, bundle.vae, bundle.clip, bundle.t5
     model = Model(
         flux,
@@ -124,11 +125,11 @@ def build(bundle: Bundle, setup: Setup) -> Model:
         setup.dtype,
         quantized=quantized,
         fast=fast,
-        fp8_attention=fp8_attention,
+        fp8_attention=setup.fp8_attention,
         fused=setup.kernels is not reference,
     )
     side = torch.cuda.Stream(setup.device) if fast else None
-    model.transformer.use(setup.kernels, fast=fast, fp8_attention=fp8_attention, side=side)
+    model.transformer.use(setup.kernels, fast=fast, fp8_attention=setup.fp8_attention, side=side)
     if model.decodes_fused:
         model.decoder.use(setup.kernels)
     return model
