@@ -114,31 +114,28 @@ def block_for(events: Sequence[Event]) -> int:
     return block + (round_up(small, SMALL_SEGMENT) + SMALL_SEGMENT if small else 0)
 
 
-def _sizes(events: Sequence[Event]) -> dict[int, int]:
-    return {number: round_up(size, ROUND) for number, size in events if size}
-
-
 def _peak(events: Sequence[Event], *, small: bool) -> int:
+    taken: dict[int, int] = {}
     now = most = 0
-    sizes = _sizes(events)
     for number, size in events:
-        if (sizes[number] <= SMALL) is small:
-            now += sizes[number] if size else -sizes[number]
+        if size and (size <= SMALL) is small:
+            taken[number] = round_up(size, ROUND)
+            now += taken[number]
             most = max(most, now)
+        elif number in taken:
+            now -= taken.pop(number)
     return most
 
 
 def serves(block: int, events: Sequence[Event]) -> bool:
     """Whether torch serves all large `events` from one free block of so many bytes."""
-    pool, sizes = Pool(small=False, block=block), _sizes(events)
+    pool = Pool(small=False, block=block)
     taken: dict[int, tuple[int, int]] = {}
     for number, size in events:
-        if sizes[number] <= SMALL:
-            continue
-        if size:
-            taken[number] = pool.take(sizes[number])
+        if size > SMALL:
+            taken[number] = pool.take(round_up(size, ROUND))
             if pool.reserved > block:
                 return False
-        else:
+        elif number in taken:
             pool.give(*taken.pop(number))
     return True

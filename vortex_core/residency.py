@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .allocator import round_up
 from .errors import VortexWarning
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ ALIGN = 256  # bytes; what the CUDA allocator itself guarantees, so no kernel se
 
 def aligned(size: int) -> int:
     """`size` with the room to the next tensor."""
-    return -(-size // ALIGN) * ALIGN
+    return round_up(size, ALIGN)
 
 
 def nbytes(*modules: nn.Module) -> int:

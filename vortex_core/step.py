@@ -16,6 +16,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from .allocator import round_up
 from .kernels import Heads, Kernels, Operand
 from .kernels.operand import FP8, TILE
 from .spec import FluxSpec
@@ -119,14 +120,13 @@ class Step:
             )
         self.heads: Heads | None = None
         if fp8_attention:
-            each = batch * tokens * hidden
-            small = batch * spec.heads * (_tiled(tokens) // TILE)
+            each, padded = batch * tokens * hidden, round_up(tokens, TILE)
             self.heads = Heads(
                 view("active", batch, tokens, *head[1:]),
                 view("active", batch, tokens, *head[1:], skip=each),
-                view("active", batch, *head[1:], _tiled(tokens), skip=2 * each),
-                view("v_scale", batch, spec.heads, _tiled(tokens) // TILE),
-                view("v_scale", 2, skip=small),
+                view("active", batch, *head[1:], padded, skip=2 * each),
+                view("v_scale", batch, spec.heads, padded // TILE),
+                view("v_scale", 2, skip=batch * spec.heads * (padded // TILE)),
             )
         self.final = Operand(view("linear1", batch, img_tokens, hidden))
         self.velocity = view("velocity", batch, img_tokens, spec.in_channels)
@@ -172,7 +172,7 @@ def buffers(
     }
     if fast:
         # the MLP's, or heads with the values' tokens in whole tiles
-        values = batch * _tiled(txt_tokens + img_tokens)
+        values = batch * round_up(txt_tokens + img_tokens, TILE)
         lengths["active"] = (max(rows * (spec.hidden + spec.mlp), (2 * rows + values) * spec.hidden), FP8)
         lengths["v_scale"] = (values // TILE * spec.heads + 2, torch.float32)
         lengths["normal_scale"] = lengths["active_scale"] = (_rounded(rows) + 16, torch.float32)
@@ -181,9 +181,4 @@ def buffers(
 
 def _rounded(rows: int) -> int:
     """To where the library takes a vector of scales."""
-    return -(-rows // 16) * 16
-
-
-def _tiled(tokens: int) -> int:
-    """To whole tiles of attention."""
-    return -(-tokens // TILE) * TILE
+    return round_up(rows, 16)

@@ -166,8 +166,16 @@ class Transformer(nn.Module):
         def fresh(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=weight.device)
 
-        how = {"fast": self.fast, "fp8_attention": self.fp8_attention}
-        return Step(self.spec, self.kernels, size, weight.dtype, take or fresh, **how, side=self.side)
+        return Step(
+            self.spec,
+            self.kernels,
+            size,
+            weight.dtype,
+            take or fresh,
+            fast=self.fast,
+            fp8_attention=self.fp8_attention,
+            side=self.side,
+        )
 
     def forward(self, img: Tensor, txt: Tensor, modulation: Tensor, pe: Rope, step: Step | None = None) -> Tensor:
         """The velocity `[B, S, 64]` of packed latents `img [B, S, 64]` at one step.

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..allocator import round_up
+
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 SMALLEST = 1e-12  # a row of zeros is scaled by this instead of by zero
@@ -54,10 +56,10 @@ class Window(NamedTuple):
 def empty_heads(qkv: Tensor, dtype: torch.dtype = FP8) -> Heads:
     """For `qkv` `[B, L, 3, H, C]`, uninitialized."""
     batch, tokens, _, count, channels = qkv.shape
-    tiles = -(-tokens // TILE)
+    padded = round_up(tokens, TILE)
     q, k = (qkv.new_empty(batch, tokens, count, channels, dtype=dtype) for _ in range(2))
-    v = qkv.new_empty(batch, count, channels, tiles * TILE, dtype=dtype)
-    v_scale, unit = (qkv.new_empty(shape, dtype=torch.float32) for shape in ((batch, count, tiles), (2,)))
+    v = qkv.new_empty(batch, count, channels, padded, dtype=dtype)
+    v_scale, unit = (qkv.new_empty(shape, dtype=torch.float32) for shape in ((batch, count, padded // TILE), (2,)))
     return Heads(q, k, v, v_scale, unit)
 
 
