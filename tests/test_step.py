@@ -318,6 +318,24 @@ def test_replayed_steps_are_the_launched_ones_bit_for_bit(mode: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["exact", "fast"])
+def test_kernels_that_are_launched_early_draw_what_those_in_turn_do(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vortex_core.kernels import launch
+
+    if not launch.early(torch.empty(0, device="cuda"))["EARLY"]:
+        pytest.skip("this card, or this Triton, launches no kernel early")
+    with load_flux_schnell("tiny", device="cuda", mode=mode) as engine:
+
+        def drawn() -> list[Tensor]:
+            engine._room.plans.clear()
+            return [engine.generate("a ring", seed=seed, height=256, width=192, batch_size=2) for seed in range(4)]
+
+        early = drawn()
+        monkeypatch.setattr(launch, "_KNOWN", False)
+        assert all(map(torch.equal, drawn(), early))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["exact", "fast"])
 def test_pictures_of_another_size_compile_nothing(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     knobs = pytest.importorskip("triton.knobs", reason="NOT RUN: Triton is not installed here")
     compiled: list[str] = []

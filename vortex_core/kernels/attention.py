@@ -12,13 +12,17 @@ from torch import Tensor
 
 from . import reference, tile
 from .card import card
+from .launch import early, follow
 
 LAYOUTS = ((64, 8, 1, 2), (32, 4, 2, 3))  # queries and keys at once, warps, stages; and tiles in shared memory
 BESIDE = 2560  # bytes of shared memory besides the tiles
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _attend(q, k, v, out, tokens, factor, C: tl.constexpr, ROWS: tl.constexpr, COPIES: tl.constexpr):
+def _attend(
+    q, k, v, out, tokens, factor, C: tl.constexpr, ROWS: tl.constexpr, COPIES: tl.constexpr, EARLY: tl.constexpr
+):
+    follow(EARLY)
     start = tl.program_id(0) * ROWS
     query = tile.load(q, start, 0, tokens, C, ROWS, C, COPIES)
     summed = tl.zeros([ROWS, C], tl.float32)
@@ -42,7 +46,7 @@ def _attend(q, k, v, out, tokens, factor, C: tl.constexpr, ROWS: tl.constexpr, C
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """See `reference.attend`. C is a power of two; in 32 bits, and where a card has no room for it, the library's."""
     tokens, channels = q.shape
-    _, shared, copies = card(q.device)
+    _, shared, copies, _ = card(q.device)
     room = (shared - BESIDE) // (channels * q.element_size())
     fitting = [layout for layout in LAYOUTS if layout[0] * layout[3] <= room and q.element_size() == 2]
     if not fitting:
@@ -52,6 +56,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     _attend[(triton.cdiv(tokens, rows),)](
         *(tile.source(x, rows, channels, copies=copies) for x in (q, k, v)),
         out, tokens, 1.4426950408889634 * channels**-0.5,
-        C=channels, ROWS=rows, COPIES=copies, num_warps=warps, num_stages=stages,
+        C=channels, ROWS=rows, COPIES=copies, num_warps=warps, num_stages=stages, **early(q),
     )  # fmt: skip
     return out

@@ -9,18 +9,21 @@ import torch
 
 
 class Card(NamedTuple):
-    """Multiprocessors, bytes of shared memory that one program may take, whether there is a bulk copy engine."""
+    """Multiprocessors, bytes of shared memory that one program may take; whether there is a bulk copy engine, and
+    whether kernels can be launched early.
+    """
 
     processors: int
     shared: int
     copies: bool
+    early: bool
 
 
 @cache
 def card(device: torch.device) -> Card:
     """Of a CUDA device; a modest one for any other, where Triton interprets."""
     if device.type != "cuda":
-        return Card(1, 1 << 18, copies=True)
+        return Card(1, 1 << 18, copies=True, early=False)
     found = torch.cuda.get_device_properties(device)
     shared: int = found.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    return Card(found.multi_processor_count, shared, copies=found.major >= 9)
+    return Card(found.multi_processor_count, shared, copies=found.major >= 9, early=found.major >= 9)

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from . import tile
 from .card import card
+from .launch import early, follow
 from .operand import FP8_MAX, SMALLEST, TILE, Heads
 from .rotary import rotated
 
 _FP8_MAX = tl.constexpr(FP8_MAX)
 _SMALLEST = tl.constexpr(SMALLEST)
 _LIFT = tl.constexpr(8)  # weights are 2**8 times as large, to use fp8's range
-ROWS = 64  # queries of a program; two programs share a multiprocessor
+ROWS = 64  # queries of a program
 BESIDE = 4096  # bytes of shared memory besides the tiles
 LOG2_E = 1.4426950408889634
 
@@ -36,8 +37,9 @@ def _reordered(x, ROWS: tl.constexpr, KEYS: tl.constexpr):
 @triton.jit(do_not_specialize=["boundary", "T"])
 def _pack_rotated(
     qkv, stride_b, stride_t, first_q, first_k, second_q, second_k, boundary, cos, sin, q, k, unit, T,
-    H: tl.constexpr, C: tl.constexpr, BLOCK_H: tl.constexpr,
+    H: tl.constexpr, C: tl.constexpr, BLOCK_H: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    follow(EARLY)
     token, kind = tl.program_id(0).to(tl.int64), tl.program_id(1)
     first, second, out = first_q, second_q, q
     if kind == 1:
@@ -59,8 +61,10 @@ def _pack_rotated(
 
 @triton.jit(do_not_specialize=["T"])
 def _pack_values(
-    qkv, stride_b, stride_t, v, v_scale, T, H: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr,
+    qkv, stride_b, stride_t, v, v_scale, T,
+    H: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    follow(EARLY)
     part, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     token, channel = part * TILE + tl.arange(0, TILE), tl.arange(0, C)
     row = qkv + batch * stride_b + token.to(tl.int64)[:, None] * stride_t + (2 * H + head) * C
@@ -101,8 +105,10 @@ def _part(
 @triton.jit(do_not_specialize=["T", "limit"])
 def _attend(
     q, k, v, v_scale, unit, out, out_b, out_t, T, limit, factor,
-    H: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, COPIES: tl.constexpr,
+    H: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    COPIES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    follow(EARLY)
     start, head, batch = tl.program_id(0) * ROWS, tl.program_id(1), tl.program_id(2)
     plane, first = batch * H + head, batch * T
     query = tile.load(q, first + start, head * C, limit, H * C, ROWS, C, COPIES)
@@ -131,23 +137,27 @@ def pack_heads(qkv: Tensor, norms: Sequence[Tensor], boundary: int, cos: Tensor,
     strides = qkv.stride(0), qkv.stride(1)
     _pack_rotated[(batch * tokens, 2)](
         qkv, *strides, *norms, boundary, cos, sin, heads.q, heads.k, heads.unit, tokens,
-        H=count, C=channels, BLOCK_H=triton.next_power_of_2(count), num_warps=4,
+        H=count, C=channels, BLOCK_H=triton.next_power_of_2(count), num_warps=4, **early(qkv),
     )  # fmt: skip
     _pack_values[(heads.v_scale.shape[2], count, batch)](
-        qkv, *strides, heads.v, heads.v_scale, tokens, H=count, C=channels, TILE=TILE, num_warps=8
+        qkv, *strides, heads.v, heads.v_scale, tokens, H=count, C=channels, TILE=TILE, num_warps=8, **early(qkv)
     )
 
 
 def attend_heads(heads: Heads, out: Tensor) -> None:
     """See `reference.attend_heads`."""
     batch, tokens, count, channels = heads.q.shape
-    _, shared, copies = card(out.device)
+    processors, shared, copies, _ = card(out.device)
     pair = 2 * TILE * channels * heads.k.element_size()
-    stages = 3 if ROWS * channels * heads.q.element_size() + 3 * pair + BESIDE <= shared else 2
+    programs = triton.cdiv(tokens, ROWS) * count * batch
+    fits = ROWS * channels * heads.q.element_size() + 3 * pair + BESIDE <= shared
+    # with 2 stages three programs share a multiprocessor, and a round of them takes 4/3 of the time of one of two
+    three, two = (triton.cdiv(programs, processors * share) for share in (3, 2))
+    stages = 3 if fits and 3 * two <= 4 * three else 2
     q, k = (x.flatten(0, 1).flatten(1) for x in (heads.q, heads.k))
     _attend[(triton.cdiv(tokens, ROWS), count, batch)](
         tile.source(q, ROWS, channels, copies=copies), tile.source(k, TILE, channels, copies=copies),
         tile.source(heads.v.flatten(0, 2), channels, TILE, copies=copies), heads.v_scale, heads.unit,
         out, out.stride(0), out.stride(1), tokens, batch * tokens, channels**-0.5 * LOG2_E,
-        H=count, C=channels, ROWS=ROWS, TILE=TILE, COPIES=copies, num_warps=4, num_stages=stages,
+        H=count, C=channels, ROWS=ROWS, TILE=TILE, COPIES=copies, num_warps=4, num_stages=stages, **early(out),
     )  # fmt: skip

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import early, follow
 from .operand import FP8_MAX, SMALLEST, Operand
 from .reference import EPSILON
 
@@ -35,8 +36,9 @@ def _write(y, out, out_b, out_t, scale, scale_b, scale_t, T, column, mask, QUANT
 @triton.jit(do_not_specialize=["scale_b", "T"])
 def _modulate(
     x, x_b, x_t, y, y_b, y_t, gate, shift, scale, out, out_b, out_t, out_scale, scale_b, scale_t, T,
-    D: tl.constexpr, BLOCK: tl.constexpr, RESIDUAL: tl.constexpr, QUANTIZE: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, RESIDUAL: tl.constexpr, QUANTIZE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    follow(EARLY)
     column = tl.arange(0, BLOCK)
     mask = column < D
     x = _row(x, x_b, x_t, T)
@@ -57,8 +59,9 @@ def _modulate(
 @triton.jit(do_not_specialize=["scale_b", "T"])
 def _gelu(
     before, before_b, before_t, x, x_b, x_t, out, out_b, out_t, out_scale, scale_b, scale_t, T,
-    A: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr,
+    A: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    follow(EARLY)
     column = tl.arange(0, BLOCK)
     value = tl.load(_row(x, x_b, x_t, T) + column - A, mask=(column >= A) & (column < A + W), other=0.0)
     value = value.to(tl.float32)
@@ -99,7 +102,7 @@ def _launch_modulate(
     _modulate[(batch * tokens,)](
         *_strided(x), *_strided(y), gate, shift, scale, *_strided(out.values), *_strided(out.scale), tokens,
         D=width, BLOCK=triton.next_power_of_2(width), RESIDUAL=y is not None, QUANTIZE=out.scale is not None,
-        num_warps=4,
+        num_warps=4, **early(x),
     )  # fmt: skip
 
 
@@ -110,7 +113,7 @@ def _launch_gelu(x: Tensor, out: Operand, before: Tensor | None, *, gelu: bool) 
     _gelu[(batch * tokens,)](
         *_strided(before), *_strided(x), *_strided(out.values), *_strided(out.scale), tokens,
         A=first, W=width, BLOCK=block, GELU=gelu,
-        num_warps=4 if block <= 4096 else 8 if before is None else 16,
+        num_warps=4 if block <= 4096 else 8 if before is None else 16, **early(x),
     )  # fmt: skip
 
 

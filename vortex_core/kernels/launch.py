@@ -1,0 +1,35 @@
+"""Launching a kernel while the one before it still ends (programmatic dependent launch, Hopper and later).
+
+A step has some 700 kernels, and between two of them a card idles for about a microsecond. A kernel that is launched
+early is set up meanwhile, and waits inside.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.backends.nvidia.compiler import CUDAOptions
+
+from .card import card
+
+_KNOWN = hasattr(CUDAOptions, "launch_pdl")  # to Triton 3.3 and later
+
+
+@triton.jit
+def follow(EARLY: tl.constexpr):
+    """Wait for all that was launched before, and let the next kernel be set up.
+
+    Before it, a kernel reads only what no kernel of the sequence writes, and writes nothing.
+    """
+    if EARLY:  # as in triton.language.extra.cuda, which does not compile in Triton 3.4
+        tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], tl.int32, is_pure=False, pack=1)
+        tl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], tl.int32, is_pure=False, pack=1)
+
+
+def early(x: Tensor) -> dict[str, bool]:
+    """Arguments of a launch on the device of `x`, for a kernel that calls `follow`."""
+    return {"EARLY": True, "launch_pdl": True} if _KNOWN and card(x.device).early else LATE
+
+
+LATE = {"EARLY": False}
