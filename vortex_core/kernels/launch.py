@@ -1,6 +1,6 @@
 """Launching a kernel while the one before it still ends (programmatic dependent launch, Hopper and later).
 
-A step has some 700 kernels, and between two of them a card idles for about a microsecond. A kernel that is launched
+A step has some 800 kernels, and between two of them a card idles for a microsecond or two. A kernel that is launched
 early is set up meanwhile, and waits inside.
 """
 
