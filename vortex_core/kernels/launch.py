@@ -9,11 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.backends.nvidia.compiler import CUDAOptions
 
 from .card import card
-
-_KNOWN = hasattr(CUDAOptions, "launch_pdl")  # to Triton 3.3 and later
 
 
 @triton.jit
@@ -29,7 +26,7 @@ def follow(EARLY: tl.constexpr):
 
 def early(x: Tensor) -> dict[str, bool]:
     """Arguments of a launch on the device of `x`, for a kernel that calls `follow`."""
-    return {"EARLY": True, "launch_pdl": True} if _KNOWN and card(x.device).early else LATE
+    return {"EARLY": True, "launch_pdl": True} if card(x.device).early else LATE
 
 
 LATE = {"EARLY": False}
