@@ -388,12 +388,12 @@ def test_fast_is_declined_where_there_is_no_fp8(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [1280, 16640])
-def test_sums_over_many_tokens_lose_nothing(tokens: int) -> None:
+@pytest.mark.parametrize(("tokens", "count"), [(1280, 2), (4352, 24), (16640, 2)])
+def test_sums_over_many_tokens_lose_nothing(tokens: int, count: int) -> None:
     """What fp8 products are added up in is short; values with a mean would come out too small."""
     fused = pytest.importorskip("vortex_core.kernels.fused")
-    qkv = draw_heads(1, tokens, 2)
-    qkv[:, :, 2] += draw(2, 128)
+    qkv = draw_heads(1, tokens, count)
+    qkv[:, :, 2] += draw(count, 128)
     heads, still = empty_heads(qkv), torch.zeros(tokens, 64, device=DEVICE)
     fused.pack_heads(qkv, [torch.ones_like(qkv[0, 0, 0, 0])] * 4, 0, still + 1, still, heads)
     fused.attend_heads(heads, qkv[:, :, 0])

@@ -46,16 +46,16 @@ def _attend(
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """See `reference.attend`. C is a power of two; in 32 bits, and where a card has no room for it, the library's."""
     tokens, channels = q.shape
-    _, shared, copies, _ = card(q.device)
-    room = (shared - BESIDE) // (channels * q.element_size())
+    known = card(q.device)
+    room = (known.shared - BESIDE) // (channels * q.element_size())
     fitting = [layout for layout in LAYOUTS if layout[0] * layout[3] <= room and q.element_size() == 2]
     if not fitting:
         return reference.attend(q, k, v)
     rows, warps, stages, _ = fitting[0]
     out = torch.empty_like(q)
     _attend[(triton.cdiv(tokens, rows),)](
-        *(tile.source(x, rows, channels, copies=copies) for x in (q, k, v)),
+        *(tile.source(x, rows, channels, copies=known.copies) for x in (q, k, v)),
         out, tokens, 1.4426950408889634 * channels**-0.5,
-        C=channels, ROWS=rows, COPIES=copies, num_warps=warps, num_stages=stages, **early(q),
+        C=channels, ROWS=rows, COPIES=known.copies, num_warps=warps, num_stages=stages, **early(q),
     )  # fmt: skip
     return out

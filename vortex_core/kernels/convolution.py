@@ -110,26 +110,26 @@ def _launch(
     _, channels, height, width = x.shape
     wide, itemsize = len(bias), x.element_size()
     inner = min(channels, ROW // itemsize)
-    processors, shared, copies, _ = card(x.device)
+    known = card(x.device)
     pixels, block = 128, min(256, max(16, triton.next_power_of_2(wide)))
     if itemsize == 4:  # computed without the matrix units, out of registers
         pixels, block = 64, min(block, 64)
     columns = triton.cdiv(wide, block) * corners
     run = (height - 2) * width  # pixels with a border to their right
-    if columns * triton.cdiv(run, pixels) < processors:
+    if columns * triton.cdiv(run, pixels) < known.processors:
         pixels = 64
-    if (pixels + block) * inner * itemsize * STAGES > shared:
+    if (pixels + block) * inner * itemsize * STAGES > known.shared:
         block = min(block, 128)
         columns = triton.cdiv(wide, block) * corners
     across = triton.cdiv(run, pixels)
     moments = x.new_empty(3, groups, across * corners, dtype=torch.float32) if groups else None
     rows = x[0].permute(1, 2, 0).flatten(0, 1)
     _convolve[(columns, across)](
-        tile.source(rows, pixels, inner, copies=copies), tile.source(taps, block, inner, copies=copies),
-        bias, out, moments, height - 2, width - 2, across * corners, COPIES=copies,
+        tile.source(rows, pixels, inner, copies=known.copies), tile.source(taps, block, inner, copies=known.copies),
+        bias, out, moments, height - 2, width - 2, across * corners, COPIES=known.copies,
         C=channels, N=wide, GROUPS=groups, TAPS=3 if corners == 1 else 2, ADD=add,
         PIXELS=pixels, BLOCK_N=block, INNER=inner, PRECISION="ieee" if itemsize == 4 else "tf32",
         num_warps=8 if pixels == 128 and block >= 128 else 4,
-        num_stages=max(1, min(STAGES, shared // ((pixels + block) * inner * itemsize))), **early(x),
+        num_stages=max(1, min(STAGES, known.shared // ((pixels + block) * inner * itemsize))), **early(x),
     )  # fmt: skip
     return moments

@@ -147,17 +147,17 @@ def pack_heads(qkv: Tensor, norms: Sequence[Tensor], boundary: int, cos: Tensor,
 def attend_heads(heads: Heads, out: Tensor) -> None:
     """See `reference.attend_heads`."""
     batch, tokens, count, channels = heads.q.shape
-    processors, shared, copies, _ = card(out.device)
+    known = card(out.device)
     pair = 2 * TILE * channels * heads.k.element_size()
     programs = triton.cdiv(tokens, ROWS) * count * batch
-    fits = ROWS * channels * heads.q.element_size() + 3 * pair + BESIDE <= shared
+    fits = ROWS * channels * heads.q.element_size() + 3 * pair + BESIDE <= known.shared
     # with 2 stages three programs share a multiprocessor, and a round of them takes 4/3 of the time of one of two
-    three, two = (triton.cdiv(programs, processors * share) for share in (3, 2))
-    stages = 3 if fits and 3 * two <= 4 * three else 2
+    rounds_of_three, rounds_of_two = (triton.cdiv(programs, known.processors * share) for share in (3, 2))
+    stages = 3 if fits and 3 * rounds_of_two <= 4 * rounds_of_three else 2
     q, k = (x.flatten(0, 1).flatten(1) for x in (heads.q, heads.k))
     _attend[(triton.cdiv(tokens, ROWS), count, batch)](
-        tile.source(q, ROWS, channels, copies=copies), tile.source(k, TILE, channels, copies=copies),
-        tile.source(heads.v.flatten(0, 2), channels, TILE, copies=copies), heads.v_scale, heads.unit,
+        tile.source(q, ROWS, channels, copies=known.copies), tile.source(k, TILE, channels, copies=known.copies),
+        tile.source(heads.v.flatten(0, 2), channels, TILE, copies=known.copies), heads.v_scale, heads.unit,
         out, out.stride(0), out.stride(1), tokens, batch * tokens, channels**-0.5 * LOG2_E,
-        H=count, C=channels, ROWS=ROWS, TILE=TILE, COPIES=copies, num_warps=4, num_stages=stages, **early(out),
+        H=count, C=channels, ROWS=ROWS, TILE=TILE, COPIES=known.copies, num_warps=4, num_stages=stages, **early(out),
     )  # fmt: skip
