@@ -8,6 +8,7 @@ registers, are what the second takes. So threads exchange nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import triton
 import triton.language as tl
@@ -149,13 +150,13 @@ def attend_heads(heads: Heads, out: Tensor) -> None:
     batch, tokens, count, channels = heads.q.shape
     known = card(out.device)
     pair = 2 * TILE * channels * heads.k.element_size()
-    programs = triton.cdiv(tokens, ROWS) * count * batch
+    grid = (triton.cdiv(tokens, ROWS), count, batch)
     fits = ROWS * channels * heads.q.element_size() + 3 * pair + BESIDE <= known.shared
     # with 2 stages three programs share a multiprocessor, and a round of them takes 4/3 of the time of one of two
-    rounds_of_three, rounds_of_two = (triton.cdiv(programs, known.processors * share) for share in (3, 2))
+    rounds_of_three, rounds_of_two = (triton.cdiv(prod(grid), known.processors * share) for share in (3, 2))
     stages = 3 if fits and 3 * rounds_of_two <= 4 * rounds_of_three else 2
     q, k = (x.flatten(0, 1).flatten(1) for x in (heads.q, heads.k))
-    _attend[(triton.cdiv(tokens, ROWS), count, batch)](
+    _attend[grid](
         tile.source(q, ROWS, channels, copies=known.copies), tile.source(k, TILE, channels, copies=known.copies),
         tile.source(heads.v.flatten(0, 2), channels, TILE, copies=known.copies), heads.v_scale, heads.unit,
         out, out.stride(0), out.stride(1), tokens, batch * tokens, channels**-0.5 * LOG2_E,
