@@ -317,14 +317,13 @@ def test_replayed_steps_are_the_launched_ones_bit_for_bit(mode: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("mode", ["exact", "fast"])
-def test_kernels_that_are_launched_early_draw_what_those_in_turn_do(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_that_are_launched_early_draw_what_those_in_turn_do(monkeypatch: pytest.MonkeyPatch) -> None:
     from vortex_core.kernels import launch
     from vortex_core.kernels.card import card
 
     if not card(torch.device("cuda", 0)).early:
         pytest.skip("this card launches no kernel early")
-    with load_flux_schnell("tiny", device="cuda", mode=mode) as engine:
+    with load_flux_schnell("tiny", device="cuda", mode="fast") as engine:
 
         def drawn() -> list[Tensor]:
             engine._room.plans.clear()
@@ -342,9 +341,10 @@ def test_pictures_of_another_size_compile_nothing(mode: str, monkeypatch: pytest
     compiled: list[str] = []
     monkeypatch.setattr(knobs.compilation, "listener", lambda *, src, **others: compiled.append(src.name))
     with load_flux_schnell("tiny", device="cuda", mode=mode) as engine:
-        engine.generate("a blue square", seed=1, height=128, width=128)
+        for side in (64, 128):  # a convolution takes a smaller tile of a small picture
+            engine.generate("a blue square", seed=1, height=side, width=side)
         compiled.clear()
-        for height, width in ((112, 144), (80, 176), (64, 64)):  # tokens and pixels that are no multiple of 16
+        for height, width in ((112, 144), (80, 176), (64, 112)):  # tokens and pixels that are no multiple of 16
             engine.generate("a blue square", seed=1, height=height, width=width)
     assert not compiled
 

@@ -12,17 +12,13 @@ from torch import Tensor
 
 from . import reference, tile
 from .card import card
-from .launch import early, follow
 
 LAYOUTS = ((64, 8, 1, 2), (32, 4, 2, 3))  # queries and keys at once, warps, stages; and tiles in shared memory
 BESIDE = 2560  # bytes of shared memory besides the tiles
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _attend(
-    q, k, v, out, tokens, factor, C: tl.constexpr, ROWS: tl.constexpr, COPIES: tl.constexpr, EARLY: tl.constexpr
-):
-    follow(EARLY)
+def _attend(q, k, v, out, tokens, factor, C: tl.constexpr, ROWS: tl.constexpr, COPIES: tl.constexpr):
     start = tl.program_id(0) * ROWS
     query = tile.load(q, start, 0, tokens, C, ROWS, C, COPIES)
     summed = tl.zeros([ROWS, C], tl.float32)
@@ -56,6 +52,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     _attend[(triton.cdiv(tokens, rows),)](
         *(tile.source(x, rows, channels, copies=known.copies) for x in (q, k, v)),
         out, tokens, 1.4426950408889634 * channels**-0.5,
-        C=channels, ROWS=rows, COPIES=known.copies, num_warps=warps, num_stages=stages, **early(q),
+        C=channels, ROWS=rows, COPIES=known.copies, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out

@@ -17,7 +17,6 @@ from torch import Tensor
 from . import tile
 from .card import card
 from .groupnorm import write_moments
-from .launch import early, follow
 from .operand import empty_map
 
 ROW = 128  # bytes of a tile's row, which the copy engine takes at once
@@ -28,9 +27,8 @@ STAGES = 3  # tiles on their way, as far as shared memory goes
 def _convolve(
     x, weight, bias, out, moments, height, width, tiles, COPIES: tl.constexpr,
     C: tl.constexpr, N: tl.constexpr, GROUPS: tl.constexpr, TAPS: tl.constexpr, ADD: tl.constexpr,
-    PIXELS: tl.constexpr, BLOCK_N: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    PIXELS: tl.constexpr, BLOCK_N: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    follow(EARLY)
     BLOCKS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     UP: tl.constexpr = 4 - TAPS  # 2 where a pixel becomes four, and there are two by two taps
     channel = tl.program_id(0) % BLOCKS * BLOCK_N
@@ -130,6 +128,6 @@ def _launch(
         C=channels, N=wide, GROUPS=groups, TAPS=3 if corners == 1 else 2, ADD=add,
         PIXELS=pixels, BLOCK_N=block, INNER=inner, PRECISION="ieee" if itemsize == 4 else "tf32",
         num_warps=8 if pixels == 128 and block >= 128 else 4,
-        num_stages=max(1, min(STAGES, known.shared // ((pixels + block) * inner * itemsize))), **early(x),
+        num_stages=max(1, min(STAGES, known.shared // ((pixels + block) * inner * itemsize))),
     )  # fmt: skip
     return moments

@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import early, follow
 from .operand import Window, empty_map
 
 TILE = 16384  # values that a program takes
@@ -37,8 +36,7 @@ def write_moments(place, plane, value, mask, count, GROUPS: tl.constexpr, WIDTH:
 
 
 @triton.jit(do_not_specialize=["pixels"])
-def _moments(x, moments, pixels, C: tl.constexpr, G: tl.constexpr, PIXELS: tl.constexpr, EARLY: tl.constexpr):
-    follow(EARLY)
+def _moments(x, moments, pixels, C: tl.constexpr, G: tl.constexpr, PIXELS: tl.constexpr):
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     mask = (pixel < pixels)[:, None]
     place = pixel.to(tl.int64)[:, None] * C + tl.arange(0, C)[None, :]
@@ -51,10 +49,8 @@ def _moments(x, moments, pixels, C: tl.constexpr, G: tl.constexpr, PIXELS: tl.co
 
 @triton.jit(do_not_specialize=["parts"])
 def _join(
-    moments, weight, bias, scale, shift, parts, epsilon,
-    G: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    follow(EARLY)
+    moments, weight, bias, scale, shift, parts, epsilon, G: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr
+):
     group = tl.program_id(0)
     part = tl.arange(0, PARTS)
     total, mean = tl.zeros([PARTS], tl.float32), tl.zeros([PARTS], tl.float32)
@@ -84,9 +80,7 @@ def _join(
 def _apply(
     above, strip, below, scale, shift, out, height, width,
     C: tl.constexpr, PIXELS: tl.constexpr, ABOVE: tl.constexpr, BELOW: tl.constexpr, NORM: tl.constexpr,
-    EARLY: tl.constexpr,
 ):  # fmt: skip
-    follow(EARLY)
     channel = tl.arange(0, C)
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     row, across = pixel // (width + 2) - 1, pixel % (width + 2) - 1
@@ -117,9 +111,7 @@ def group_moments(x: Tensor, groups: int) -> Tensor:
     _, channels, height, width = x.shape
     tile = TILE // channels
     moments = x.new_empty(3, groups, triton.cdiv(height * width, tile), dtype=torch.float32)
-    _moments[(moments.shape[2],)](
-        x, moments, height * width, C=channels, G=groups, PIXELS=tile, num_warps=WARPS, **early(x)
-    )
+    _moments[(moments.shape[2],)](x, moments, height * width, C=channels, G=groups, PIXELS=tile, num_warps=WARPS)
     return moments
 
 
@@ -129,7 +121,7 @@ def norm_terms(moments: Tensor, weight: Tensor, bias: Tensor, epsilon: float) ->
     scale, shift = moments.new_empty(2, len(weight)).unbind()
     _join[(groups,)](
         moments, weight, bias, scale, shift, parts, epsilon, G=groups, WIDTH=len(weight) // groups, PARTS=PARTS,
-        num_warps=4, **early(moments),
+        num_warps=4,
     )  # fmt: skip
     return scale, shift
 
@@ -152,6 +144,6 @@ def _bordered(window: Window, scale: Tensor | None, shift: Tensor | None) -> Ten
     _apply[(triton.cdiv((height + 2) * (width + 2), tile),)](
         above, strip, below, scale, shift, out, height, width,
         C=channels, PIXELS=tile, ABOVE=above is not None, BELOW=below is not None, NORM=scale is not None,
-        num_warps=WARPS, **early(strip),
+        num_warps=WARPS,
     )  # fmt: skip
     return out

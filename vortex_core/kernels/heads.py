@@ -138,10 +138,10 @@ def pack_heads(qkv: Tensor, norms: Sequence[Tensor], boundary: int, cos: Tensor,
     strides = qkv.stride(0), qkv.stride(1)
     _pack_rotated[(batch * tokens, 2)](
         qkv, *strides, *norms, boundary, cos, sin, heads.q, heads.k, heads.unit, tokens,
-        H=count, C=channels, BLOCK_H=triton.next_power_of_2(count), num_warps=4, **early(qkv),
+        H=count, C=channels, BLOCK_H=triton.next_power_of_2(count), num_warps=4, **early(heads.q),
     )  # fmt: skip
     _pack_values[(heads.v_scale.shape[2], count, batch)](
-        qkv, *strides, heads.v, heads.v_scale, tokens, H=count, C=channels, TILE=TILE, num_warps=8, **early(qkv)
+        qkv, *strides, heads.v, heads.v_scale, tokens, H=count, C=channels, TILE=TILE, num_warps=8, **early(heads.v)
     )
 
 
@@ -160,5 +160,6 @@ def attend_heads(heads: Heads, out: Tensor) -> None:
         tile.source(q, ROWS, channels, copies=known.copies), tile.source(k, TILE, channels, copies=known.copies),
         tile.source(heads.v.flatten(0, 2), channels, TILE, copies=known.copies), heads.v_scale, heads.unit,
         out, out.stride(0), out.stride(1), tokens, batch * tokens, channels**-0.5 * LOG2_E,
-        H=count, C=channels, ROWS=ROWS, TILE=TILE, COPIES=known.copies, num_warps=4, num_stages=stages, **early(out),
+        H=count, C=channels, ROWS=ROWS, TILE=TILE, COPIES=known.copies,
+        num_warps=4, num_stages=stages, **early(heads.q),
     )  # fmt: skip

@@ -1,7 +1,8 @@
 """Launching a kernel while the one before it still ends (programmatic dependent launch, on Hopper).
 
 A step has some 800 kernels, and between two of them a card idles for a microsecond or two. A kernel that is launched
-early is set up meanwhile, and waits inside.
+early is set up meanwhile, and waits inside. That pays in fp8 alone: in 16 bits there is less idling for the work, and a
+step at 1024 x 1024 took 0.8 % longer by it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .card import card
+from .operand import FP8
 
 
 @triton.jit
@@ -24,6 +26,7 @@ def follow(EARLY: tl.constexpr):
         tl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], tl.int32, is_pure=False, pack=1)
 
 
-def early(x: Tensor, *, pays: bool = True) -> dict[str, bool]:
-    """Arguments of a launch on the device of `x`, for a kernel that calls `follow`; in its turn unless that `pays`."""
-    return {"EARLY": True, "launch_pdl": True} if pays and card(x.device).early else {"EARLY": False}
+def early(operand: Tensor) -> dict[str, bool]:
+    """Arguments of a launch for a kernel that calls `follow` and takes or makes `operand`: early if that is fp8."""
+    pays = operand.dtype == FP8 and card(operand.device).early
+    return {"EARLY": True, "launch_pdl": True} if pays else {"EARLY": False}

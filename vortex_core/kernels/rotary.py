@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import early, follow
 from .reference import EPSILON
 
 _EPSILON = tl.constexpr(EPSILON)
@@ -28,9 +27,8 @@ def rotated(x, weight, cos, sin, position, C: tl.constexpr, BLOCK_H: tl.constexp
 @triton.jit(do_not_specialize=["T"])
 def _rotate(
     qkv, stride_b, stride_t, query_norm, key_norm, cos, sin, T,
-    H: tl.constexpr, C: tl.constexpr, BLOCK_H: tl.constexpr, EARLY: tl.constexpr,
+    H: tl.constexpr, C: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    follow(EARLY)
     token = tl.program_id(0).to(tl.int64)
     norm = query_norm
     if tl.program_id(1) == 1:
@@ -49,5 +47,5 @@ def rotate(qkv: Tensor, query_norm: Tensor, key_norm: Tensor, cos: Tensor, sin: 
     batch, tokens, _, heads, channels = qkv.shape
     _rotate[(batch * tokens, 2)](
         qkv, qkv.stride(0), qkv.stride(1), query_norm, key_norm, cos, sin, tokens,
-        H=heads, C=channels, BLOCK_H=triton.next_power_of_2(heads), num_warps=4, **early(qkv),
+        H=heads, C=channels, BLOCK_H=triton.next_power_of_2(heads), num_warps=4,
     )  # fmt: skip

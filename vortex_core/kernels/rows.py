@@ -102,7 +102,7 @@ def _launch_modulate(
     _modulate[(batch * tokens,)](
         *_strided(x), *_strided(y), gate, shift, scale, *_strided(out.values), *_strided(out.scale), tokens,
         D=width, BLOCK=triton.next_power_of_2(width), RESIDUAL=y is not None, QUANTIZE=out.scale is not None,
-        num_warps=4, **early(x),
+        num_warps=4, **early(out.values),
     )  # fmt: skip
 
 
@@ -113,7 +113,7 @@ def _launch_gelu(x: Tensor, out: Operand, before: Tensor | None, *, gelu: bool) 
     _gelu[(batch * tokens,)](
         *_strided(before), *_strided(x), *_strided(out.values), *_strided(out.scale), tokens,
         A=first, W=width, BLOCK=block, GELU=gelu,
-        num_warps=4 if block <= 4096 else 8 if before is None else 16, **early(x),
+        num_warps=4 if block <= 4096 else 8 if before is None else 16, **early(out.values),
     )  # fmt: skip
 
 
