@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from vortex_core import Engine, VortexCheckpointError, load_flux_schnell
 from vortex_core.checkpoint.bundle import open_bundle, open_pipeline
+from vortex_core.checkpoint.files import MAPPED, SafetensorsFiles
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -153,6 +154,24 @@ def test_sharded_weights_read_like_whole_ones(copy: Path, engine: Engine) -> Non
     assert torch.equal(sharded, engine.generate("a red circle", **arguments))
     (folder / "b.safetensors").unlink()
     refused(copy, "lacks b.safetensors, which its index names")
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="NOT RUN: Linux alone says what is mapped")
+def test_a_large_table_does_not_stay_in_memory_once_it_was_copied(tmp_path: Path) -> None:
+    path = tmp_path / "table.safetensors"
+    save_file({"table": torch.ones(MAPPED + 1, dtype=torch.uint8)}, path)
+    files = SafetensorsFiles(path, [path])
+
+    def mapped() -> int:
+        """Bytes of the file that this process holds."""
+        entries = Path("/proc/self/smaps").read_text().split(f"{path}\n")[1:]
+        return sum(int(entry.partition("Rss:")[2].split()[0]) * 1024 for entry in entries)
+
+    table = files.read("table")
+    assert bool(table.all())
+    assert mapped() > MAPPED
+    del table
+    assert mapped() < MAPPED / 100
 
 
 def test_clip_under_either_name(copy: Path) -> None:

@@ -32,7 +32,7 @@ DTYPES = {
     "I32": torch.int32,
     "I64": torch.int64,
 }  # safetensors' words for what FLUX files hold
-MAPPED = 500 * 10**6  # bytes read from mapped files before they are mapped anew
+MAPPED = 200 * 10**6  # bytes read from mapped files before they are mapped anew; T5's table of tokens has 263 MB
 WORDS = {dtype: word for word, dtype in DTYPES.items()}
 
 
