@@ -67,3 +67,11 @@ def test_broken_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["bundled model"].state == "fault"
     monkeypatch.delitem(doctor.sys.modules, "bitsandbytes")
     assert findings()["NF4"].state == "fault"
+
+
+def test_a_card_without_room_to_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(device: torch.device) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(doctor, "bitsandbytes_declined", full)
+    assert findings()["NF4"].detail == "no room to try it"

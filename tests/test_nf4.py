@@ -108,6 +108,13 @@ def test_bitsandbytes_is_declined_where_it_does_not_work(monkeypatch: pytest.Mon
 
         patch.setattr(BitsAndBytesBackend, "decode", fail)
         assert bitsandbytes_declined(CPU) == "no kernel image"
+
+        def full(*arguments: object) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        patch.setattr(BitsAndBytesBackend, "decode", full)
+        with pytest.raises(torch.OutOfMemoryError):  # no word on bitsandbytes, so no other backend for it
+            bitsandbytes_declined(CPU)
         patch.setitem(__import__("sys").modules, "bitsandbytes", None)
         assert "does not import" in (bitsandbytes_declined(CPU) or "")
 

@@ -79,7 +79,10 @@ def _gpu(index: int) -> Finding:
 
 
 def _bitsandbytes(device: torch.device) -> Finding:
-    declined = bitsandbytes_declined(device)
+    try:
+        declined = bitsandbytes_declined(device)
+    except torch.OutOfMemoryError:
+        return Finding("NF4", "note", "no room to try it", "Close other programs that use the card, and ask again.")
     if declined is None:
         return Finding("NF4", "ok", f"bitsandbytes {metadata.version('bitsandbytes')} decodes on {device}")
     fix = "pip install --upgrade bitsandbytes"

@@ -341,7 +341,10 @@ def _backend(name: str, device: torch.device) -> Backend:
 
 
 def bitsandbytes_declined(device: torch.device) -> str | None:
-    """Why bitsandbytes cannot decode on `device`, or None if it decodes a sample exactly like the reference."""
+    """Why bitsandbytes cannot decode on `device`, or None if it decodes a sample exactly like the reference.
+
+    Raises torch's `OutOfMemoryError`.
+    """
     try:
         import bitsandbytes  # noqa: F401
     except Exception as error:
@@ -351,6 +354,8 @@ def bitsandbytes_declined(device: torch.device) -> str | None:
     sample = NF4Weight(packed, torch.linspace(0.5, 2, 8, device=device).view(4, 2))
     try:
         decoded = BitsAndBytesBackend(device).decode(sample.packed, sample.absmax, torch.float32)
+    except torch.OutOfMemoryError:  # which says nothing of this install
+        raise
     except (RuntimeError, AttributeError) as error:
         return str(error).partition("\n")[0]
     if not torch.equal(decoded, nf4.dequantize(sample, torch.float32)):
