@@ -37,7 +37,7 @@ def test_contenders_draw_the_same_picture(tiny_dir: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--device", "cpu"], "take 30 GB of VRAM, and there is no GPU here"),
+        (["--device", "cpu"], "take 31 GB of VRAM, and there is no GPU here"),
         (["--model", "nowhere"], "nowhere is no folder in the diffusers layout"),
         (["--model", "tiny", "--size", "64"], "--size must look like 512x512"),
         (["--model", "tiny", "--size", "65x64"], "65"),

@@ -271,6 +271,38 @@ def test_warming_up_draws_and_leaves_no_trace(engine: Engine) -> None:
         engine.warmup(height=63)
 
 
+def test_on_step_may_not_use_the_engine_that_calls_it(engine: Engine) -> None:
+    conditioning = engine.encode(PROMPT)
+    expected = engine.generate(PROMPT, seed=1, **SMALL)
+    for call in (
+        lambda latents: engine.decode(latents),
+        lambda latents: engine.generate(PROMPT, seed=1, **SMALL),
+        lambda latents: engine.condition(conditioning.txt, torch.zeros(1, engine._spec.vec)),
+        lambda latents: engine.offload(),
+    ):
+        with pytest.raises(VortexInputError, match="on_step may not use the engine"):
+            engine.generate(PROMPT, seed=1, on_step=lambda i, n, latents, call=call: call(latents), **SMALL)
+        assert torch.equal(engine.generate(PROMPT, seed=1, **SMALL), expected)
+
+
+def test_no_latents_are_refused(engine: Engine) -> None:
+    with pytest.raises(VortexInputError, match="at least one, not"):
+        engine.decode(torch.empty(0, 16, 8, 8))
+
+
+def test_a_load_that_is_interrupted_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    unloaded: list[Engine] = []
+    unload = Engine.unload
+    monkeypatch.setattr(Engine, "unload", lambda engine: (unloaded.append(engine), unload(engine)))
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        load_flux_schnell("tiny", device="cpu", on_progress=interrupt)
+    assert len(unloaded) == 1
+
+
 def out_of_memory(*arguments: object) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory")
 

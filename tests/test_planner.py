@@ -112,6 +112,20 @@ def test_weights_stay_where_they_are_if_they_can(pieces: tuple[Piece, ...], dema
             assert kept == plan(pieces, demand, budget)
 
 
+def test_a_prompt_alone_moves_no_blocks() -> None:
+    pieces = tuple(Piece(f"single_blocks.{i}", BLOCKS, 10 * MIB) for i in range(8))
+    picture = Demand(64, 64, 1, 0, ((1, 100 * MIB),), 0, None)
+    budget = Plan(pieces, picture, frozenset(), 1).peak - 1
+    made = plan(pieces, picture, budget)
+    assert made is not None
+    assert made.streamed
+    prompt = Demand(0, 0, 0, MIB, ((1, 0),), 0, None)
+    assert plan(pieces, prompt, budget, keep=made.streamed) == replace(made, demand=prompt)
+    richer = plan(pieces, prompt, budget)
+    assert richer is not None
+    assert not richer.streamed
+
+
 def test_slices_are_as_large_as_fits() -> None:
     pieces = (Piece("embedders", "embedders", MIB), Piece("single_blocks.0", BLOCKS, 100 * MIB))
     demand = Demand(64, 64, 4, 0, ((4, 400 * MIB), (2, 200 * MIB), (1, 100 * MIB)), 0, None)

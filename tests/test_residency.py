@@ -12,6 +12,7 @@ from torch.nn import Conv2d, LayerNorm, Linear
 
 from vortex_core import residency
 from vortex_core.errors import VortexWarning
+from vortex_core.placement import Placement
 from vortex_core.residency import HostMemory, Stager, Unit, nbytes
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -54,6 +55,24 @@ def test_streamed_units_compute_what_they_computed_at_home(device: str, count: i
         for module, result in reversed(list(zip(moved, expected, strict=True))):
             torch.testing.assert_close(module(x.to(where)).cpu(), result)
     stager.close()
+
+
+def test_what_was_offloaded_streams_from_memory_that_is_made_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    take = HostMemory.take
+    monkeypatch.setattr(HostMemory, "take", lambda memory, size: (taken.append(size), take(memory, size))[1])
+    units = [Unit(f"unit.{i}", "blocks", module) for i, module in enumerate(modules(2))]
+    expected = [tensor.clone() for tensor in units[0].modules[0].parameters()]
+    for unit in units:
+        unit.settle(device=torch.empty(unit.measure(), dtype=torch.uint8))
+    placement = Placement(units, torch.device("cpu"))
+    placement.start(frozenset())
+    placement.offload()
+    assert not taken
+    placement.place(frozenset({"unit.0"}))
+    assert taken == [units[0].nbytes]
+    assert (units[0].streams, units[1].streams) == (True, False)
+    assert all(map(torch.equal, units[0].modules[0].parameters(), expected))
 
 
 def test_a_unit_keeps_the_layout_of_its_tensors() -> None:

@@ -85,6 +85,10 @@ class Contract:
             flush=True,
         )
 
+    def missing(self, contender: str) -> None:
+        """A contender without figures: none of its promises holds."""
+        self.check(f"{contender}: draws", 0.0, 1.0, least=True, form="{:.0f}")
+
     def part(self, work: Callable[[], None]) -> None:
         """Run a part, say how long it took, and write what there is; one that fails breaks a promise."""
         started = time.perf_counter()
@@ -122,6 +126,8 @@ class Contract:
             engine.offload()
             if engine.mode != mode:
                 del self.engines[mode]
+                if self.device.type == "cuda":
+                    self.missing(f"Vortex {mode}")
         self.contest.leave(self.engines["exact"])
 
     def vortex(self) -> None:
@@ -221,6 +227,8 @@ class Contract:
     def peers(self) -> None:
         self.contest.nf4_peers()
         result = self.contest.result
+        for contender in result.declined if self.device.type == "cuda" else ():
+            self.missing(contender)
         for name, (contenders, goals) in RATIOS.items():
             for side, goal in goals.items():
                 rows = [row for contender in contenders if (row := result.find(contender, side))]

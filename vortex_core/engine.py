@@ -154,6 +154,9 @@ class Engine:
             # the traceback's frames would keep half-loaded tensors alive
             cause = error.with_traceback(None)
             raise loading.out_of_memory("Loading ran out of memory", setup.device, made) from cause
+        except BaseException:  # a damaged file, Ctrl-C, an error of on_progress: nothing stays behind either
+            engine.unload()
+            raise
 
     @property
     def step_time_bytes(self) -> int:
@@ -211,7 +214,8 @@ class Engine:
         `height`, `width`: pixels, multiples of 16 from 64 to 2048; default the model's native size. `steps`: 1 to 8.
         `negative_prompt` has no effect at guidance 0 and says so. `out`: a contiguous buffer the caller owns; it is
         checked, written in place and returned. `on_step(i, n, latents)` is called after step i of n with the clean
-        latents predicted so far, `[B, 16, H/8, W/8]`; it may raise to cancel, and the next call works.
+        latents predicted so far, `[B, 16, H/8, W/8]`; it may raise to cancel, and the next call works. It may not call
+        this engine.
 
         Raises `VortexInputError` before any work, and `MemoryPressureError` where the pictures do not fit the budget,
         or the card's memory ran out twice; the engine stays usable.
@@ -368,9 +372,11 @@ class Engine:
         """Move everything to host memory and hand the VRAM back to the driver; the bytes freed.
 
         The next `generate` or `encode` brings it back (`resume`), and draws the same pictures, bit for bit.
-        Nothing happens on the CPU, or when it is offloaded already.
+        Nothing happens on the CPU, or when it is offloaded already. Raises `VortexInputError` in `on_step`.
         """
         with self._lock:
+            if self.resident:
+                self._room.check_idle()
             freed = self.device_bytes
             if freed:
                 self._room.offload()

@@ -270,7 +270,7 @@ def _side_by_side(parts: list[Tensor]) -> Iterator[slice]:
 
 def _pictures(x: Operand, out: Tensor) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
     """Values, scale and `out` of all pictures as one if they lie one after another in memory, else of each."""
-    if _lie_together(x.values) and _lie_together(out):
+    if _lie_together(x.values) and _lie_together(out) and (x.scale is None or x.scale.is_contiguous()):
         yield x.values.flatten(0, 1), None if x.scale is None else x.scale.flatten(), out.flatten(0, 1)
     else:
         for i, picture in enumerate(out):

@@ -58,10 +58,14 @@ class Placement:
         if leaving or arriving:
             log.info("Moving weights: %s to host memory, %s to %s", _sum(leaving), _sum(arriving), self.device)
             self.workspace.release()
-        strangers = [unit for unit in self.units if unit.name in streamed and unit.host is None]
+        strangers = [unit for unit in self.units if unit.name in streamed and not unit.streams]
         memory = self.host_memory(sum(unit.nbytes for unit in strangers)) if strangers else None
         for unit in leaving:
             unit.to_host(memory)
+        for unit in strangers:
+            if not unit.streams:  # it was offloaded, to memory that is slow to stream from
+                assert memory is not None
+                unit.settle(host=memory.take(unit.nbytes))
         if leaving and self.device.type == "cuda":
             torch.cuda.empty_cache()
         for unit in arriving:

@@ -121,11 +121,12 @@ class Plan:
 def plan(pieces: tuple[Piece, ...], demand: Demand, budget: float, keep: frozenset[str] | None = None) -> Plan | None:
     """The richest placement whose peak fits `budget`, or None where not even the poorest does.
 
-    `keep` is what streams now: that placement stays if it fits and all its blocks are resident, since moving weights
-    costs more than it brings. Then as many pictures at once as still fit.
+    `keep` is what streams now: that placement stays if it fits and all its blocks are resident, or the request has no
+    steps, since moving weights costs more than it brings. Then as many pictures at once as still fit.
     """
     candidates = placements(pieces)
-    if keep is not None and not any(piece.group == BLOCKS and piece.name in keep for piece in pieces):
+    steps = any(size for _, size in demand.steps)
+    if keep is not None and not (steps and any(piece.group == BLOCKS and piece.name in keep for piece in pieces)):
         candidates = [keep, *candidates]
     slices = [number for number, _ in demand.steps]
     for streamed in candidates:

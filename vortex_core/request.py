@@ -77,5 +77,5 @@ def check_embeddings(txt: Tensor, pooled: Tensor, context: int, vec: int) -> Non
 
 def check_latents(latents: Tensor, channels: int) -> None:
     """Raise `VortexInputError` for another shape than `[B, channels, H/8, W/8]`."""
-    if latents.ndim != 4 or latents.shape[1] != channels:
-        raise VortexInputError(f"latents must be [B, {channels}, H/8, W/8], not {list(latents.shape)}.")
+    if latents.ndim != 4 or latents.shape[1] != channels or not latents.numel():
+        raise VortexInputError(f"latents must be [B, {channels}, H/8, W/8], at least one, not {list(latents.shape)}.")

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 
 from .allocator import segment
-from .errors import GB, MemoryPressureError, MemoryPressureWarning
+from .errors import GB, MemoryPressureError, MemoryPressureWarning, VortexInputError
 from .kernels.operand import FP8
 from .loading import Setup
 from .model import Model
@@ -41,6 +41,7 @@ class Room:
         self.plan: Plan | None = None
         self._limit = 0.0  # what `plan` was made within
         self.resident = False
+        self.busy = False  # in the middle of a call
         self._capped = False
         self._warm = threading.local()
 
@@ -67,8 +68,25 @@ class Room:
     def use(self, demand: Demand | None, work: Callable[[Plan | None], Result]) -> Result:
         """Do `work` where it fits. When memory runs out nevertheless, once more with the next tighter plan.
 
-        Raises `MemoryPressureError` where there is none, or that runs out, too.
+        Raises `MemoryPressureError` where there is none, or that runs out, too; and `VortexInputError` in the middle
+        of another call, whose memory this one would take.
         """
+        self.check_idle()
+        self.busy = True
+        try:
+            return self._use(demand, work)
+        finally:
+            self.busy = False
+
+    def check_idle(self) -> None:
+        """Raise `VortexInputError` in the middle of a call."""
+        if self.busy:
+            raise VortexInputError(
+                "on_step may not use the engine that calls it, which is still drawing. Keep a copy of the latents, and "
+                "call the engine when generate has returned."
+            )
+
+    def _use(self, demand: Demand | None, work: Callable[[Plan | None], Result]) -> Result:
         if self.budget is None or demand is None:
             return work(None)
         limit = float(self.budget)

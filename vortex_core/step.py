@@ -84,7 +84,10 @@ class Step:
             return flat[name][skip : skip + prod(shape)].view(shape)
 
         def operand(name: str, rows: int, width: int, start: int = 0, skip: int = 0) -> Operand:
-            scale = view(f"{name}_scale", batch, rows, skip=_rounded(batch * start)) if fast else None
+            scale = None
+            if fast:
+                each = _rounded(rows)  # so that every picture's scales are where the library takes a vector of them
+                scale = view(f"{name}_scale", batch, each, skip=batch * _rounded(start))[:, :rows]
             return Operand(view(name, batch, rows, width, skip=skip + batch * start * width), scale)
 
         x = view("x", batch, tokens, hidden)
@@ -175,7 +178,8 @@ def buffers(
         values = batch * round_up(txt_tokens + img_tokens, TILE)
         lengths["active"] = (max(rows * (spec.hidden + spec.mlp), (2 * rows + values) * spec.hidden), FP8)
         lengths["v_scale"] = (values // TILE * spec.heads + 2, torch.float32)
-        lengths["normal_scale"] = lengths["active_scale"] = (_rounded(rows) + 16, torch.float32)
+        scales = batch * (_rounded(txt_tokens) + _rounded(img_tokens))
+        lengths["normal_scale"] = lengths["active_scale"] = (scales, torch.float32)
     return lengths
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from .compare import Result
 
-NEEDED = 30 * GB  # of VRAM: 24 of weights, and what they work in
+NEEDED = 31 * GB  # of VRAM: 24 of 16-bit weights, and an engine beside them
 
 
 @grouped
@@ -41,7 +41,7 @@ def compare(
 ) -> None:
     """Time Vortex and its peers on the same weights and noise, in one process. Ends with one line of JSON.
 
-    Takes 30 GB of VRAM for the peers with 16-bit weights, and needs diffusers and bitsandbytes.
+    Takes 31 GB of VRAM for the peers with 16-bit weights, and needs diffusers and bitsandbytes.
     """
     from .compare import Row, run
     from .plots import compare_plot
