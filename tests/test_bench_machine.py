@@ -47,6 +47,7 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setitem(sys.modules, "pynvml", fake)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1-2"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
     return fake
 
 
@@ -68,8 +69,10 @@ def test_without_nvml_a_reading_says_so(nvml: SimpleNamespace) -> None:
 
 def test_the_fingerprint_is_the_machines_not_vortexs(nvml: SimpleNamespace) -> None:
     card = machine(CARD)
-    assert (card.device, card.driver) == ("a card", "580.95")
+    assert (card.device, card.driver, card.allocator) == ("a card", "580.95", "native")
     assert replace(card, vortex="9.9.9").fingerprint == card.fingerprint
     assert replace(card, driver="581.00").fingerprint != card.fingerprint
+    assert replace(card, allocator="cudaMallocAsync").fingerprint != card.fingerprint
     assert machine(torch.device("cpu")).fingerprint != card.fingerprint
     assert machine(torch.device("cpu")).device.startswith("CPU ")
+    assert machine(torch.device("cpu")).allocator is None

@@ -16,11 +16,12 @@ from vortex_core import (
     VortexInputError,
     load_flux_schnell,
     loading,
-    room,
+    memory,
 )
 from vortex_core.loading import check_budget
-from vortex_core.planner import BLOCKS, LEFTOVERS, SLACK, Plan, placements, smallest_budget
-from vortex_core.vram import Counters, Holder, Snapshot
+from vortex_core.planner import BLOCKS, MemoryPlan, MemoryRequirements, placements, smallest_budget
+from vortex_core.planner import PROMPT as PROMPT_GROUPS
+from vortex_core.vram import Counters, Snapshot
 
 GB = 1e9
 PROMPT = "a green ring"
@@ -39,13 +40,16 @@ def roomy(planned: Engine) -> Iterator[Engine]:
     """An engine with an ample budget, to be narrowed by a test."""
     yield planned
     planned._conditioner._cache.clear()
-    planned._room.budget = int(AMPLE * GB)
+    planned._memory.budget = AMPLE * GB
+
+
+def asked(engine: Engine, batch: int = 1) -> MemoryRequirements:
+    return engine._model.requirements(*SIZE.values(), batch)
 
 
 def narrow(engine: Engine, batch: int = 1, spare: int = 0) -> None:
     """Give the engine the smallest budget that draws `SIZE`, and `spare` bytes."""
-    demand = engine._demand(*SIZE.values(), batch)
-    engine._room.budget = smallest_budget(engine._model.pieces, demand) + spare
+    engine._memory.budget = smallest_budget(engine._model.pieces, asked(engine, batch)) + spare
 
 
 def test_with_an_ample_budget_everything_is_resident(roomy: Engine, engine: Engine) -> None:
@@ -68,8 +72,9 @@ def test_every_placement_draws_the_same_bit_for_bit(roomy: Engine, monkeypatch: 
     tried = placements(roomy._model.pieces)
     for streamed in (*tried, *reversed(tried)):
         with monkeypatch.context() as context:
-            context.setattr(room, "plan", lambda p, demand, limit, keep, s=streamed: Plan(tuple(p), demand, s, 1))
+            context.setattr(memory, "plan", lambda p, request, limit, keep, s=streamed: MemoryPlan(p, request, s, 1))
             roomy._conditioner._cache.clear()
+            roomy._memory.budget += 1  # so that it is planned anew
             pictures.append(roomy.generate(PROMPT, **draw))
         assert {unit.name for unit in roomy._model.units if unit.device is None} == streamed
     assert len(set(tried)) == len(tried) > 4
@@ -78,9 +83,9 @@ def test_every_placement_draws_the_same_bit_for_bit(roomy: Engine, monkeypatch: 
 
 
 def test_a_model_loaded_small_draws_the_same(tiny_dir: Path, roomy: Engine) -> None:
-    demand = roomy._demand(roomy.native_size, roomy.native_size, 1)
-    least = smallest_budget(roomy._model.pieces, demand)
-    with load_flux_schnell(tiny_dir, device="cpu", vram_budget=least / GB) as small:
+    native = roomy._model.requirements(roomy.native_size, roomy.native_size, 1)
+    least = max(smallest_budget(roomy._model.pieces, request) for request in (native, asked(roomy)))
+    with load_flux_schnell(tiny_dir, device="cpu", vram_budget=(least + 1) / GB) as small:
         assert small.plan is not None
         assert {"modulation", "clip", "t5"}.isdisjoint(piece.group for piece in small.plan.resident)
         assert any(piece.group == BLOCKS for piece in small.plan.pieces if piece.name in small.plan.streamed)
@@ -101,9 +106,11 @@ def test_the_same_request_is_planned_once(roomy: Engine) -> None:
 
 def test_batches_are_drawn_in_slices(roomy: Engine, engine: Engine) -> None:
     seen = []
-    narrow(roomy, 3)
+    pieces, request = roomy._model.pieces, asked(roomy, 3)
+    streamed = frozenset(piece.name for piece in pieces if piece.group in PROMPT_GROUPS)
+    roomy._memory.budget = MemoryPlan(pieces, request, streamed, 2).peak
     pictures = roomy.generate(PROMPT, seed=5, batch_size=3, on_step=lambda *step: seen.append(step), **SIZE)
-    assert roomy.plan.slice == 2
+    assert (roomy.plan.slice, roomy.plan.streamed) == (2, streamed)
     singles = torch.cat([engine.generate(PROMPT, seed=seed, **SIZE) for seed in (5, 6, 7)])
     assert torch.equal(pictures[2], singles[2])  # one at a time is what a single picture is
     torch.testing.assert_close(pictures, singles, atol=1e-4, rtol=0)
@@ -147,7 +154,7 @@ def test_a_picture_too_large_is_refused_before_any_work(roomy: Engine, monkeypat
     with monkeypatch.context() as context:
         context.setattr(type(roomy._conditioner), "__call__", lambda *a: pytest.fail("worked before refusing"))
         with pytest.raises(
-            MemoryPressureError, match=r"not fit: 1 of 2048 x 1024.*\(.*workspace.*smallest budget"
+            MemoryPressureError, match=r"not fit: 1 of 2048 x 1024.*\(.*arena.*smallest budget"
         ) as error:
             roomy.generate(PROMPT, seed=1, height=1024, width=2048)
     assert error.value.needed > error.value.available == roomy.budget
@@ -160,13 +167,14 @@ class Card:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, free: float) -> None:
         self.free = free
-        monkeypatch.setattr(room, "available", lambda device, own=0: self.free)
+        monkeypatch.setattr(memory, "available", lambda device, own=0: self.free)
         monkeypatch.setattr(loading, "available", lambda device, own=0: self.free)
 
 
 def test_what_others_took_tightens_the_plan(roomy: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = roomy.generate(PROMPT, seed=1, **SIZE)
-    least = smallest_budget(roomy._model.pieces, roomy._demand(*SIZE.values(), 1))
+    least = smallest_budget(roomy._model.pieces, asked(roomy))
+    roomy.generate(PROMPT, seed=1, height=64, width=64)  # another size is planned anew
     card = Card(monkeypatch, least)
     with pytest.warns(MemoryPressureWarning, match=r"0.00 GB left at the peak of 0\.\d+ GB"):
         assert torch.equal(roomy.generate(PROMPT, seed=1, **SIZE), expected)
@@ -182,7 +190,7 @@ def test_a_card_without_room_is_said_before_anything_is_read(monkeypatch: pytest
     Card(monkeypatch, free=10**7)
     monkeypatch.setattr(loading, "fill", lambda *a: pytest.fail("read before refusing"))
     monkeypatch.setattr(loading, "snapshot", lambda device: Snapshot(0, 0, None, free=10**7, total=8 * 10**9))
-    monkeypatch.setattr(loading, "holders", lambda device: [Holder(4711, 7 * 10**9), Holder(1, None)])
+    monkeypatch.setattr(loading, "shortage", lambda device: "process 4711 holds 7.00 GB")
     with pytest.raises(
         VortexInitializationError,
         match=r"not enough VRAM to load on cpu: process 4711 holds 7.00 GB \(needed 0\.\d+ GB, free 0.01 GB, total",
@@ -190,9 +198,9 @@ def test_a_card_without_room_is_said_before_anything_is_read(monkeypatch: pytest
         load_flux_schnell("tiny", device="cpu", vram_budget=AMPLE)
 
 
-def out_of_memory_at(engine: Engine, monkeypatch: pytest.MonkeyPatch, times: int) -> list[Plan]:
+def out_of_memory_at(engine: Engine, monkeypatch: pytest.MonkeyPatch, times: int) -> list[MemoryPlan]:
     """Have the decoder run out of memory so often; the plans that were tried."""
-    plans: list[Plan] = []
+    plans: list[MemoryPlan] = []
     forward = engine._decoder.forward
 
     def decode(*arguments: object) -> Iterator[torch.Tensor]:
@@ -231,7 +239,7 @@ def test_running_out_of_memory_while_moving_offloads(roomy: Engine, monkeypatch:
     expected = roomy.generate(PROMPT, seed=1, **SIZE)
     narrow(roomy)
     roomy.generate(PROMPT, seed=1, **SIZE)
-    roomy._room.budget = int(AMPLE * GB)
+    roomy._memory.budget = AMPLE * GB
 
     def full(*arguments: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -247,12 +255,13 @@ def test_running_out_of_memory_while_moving_offloads(roomy: Engine, monkeypatch:
 
 def test_offloading_and_resuming_draws_the_same(roomy: Engine) -> None:
     expected = roomy.generate(PROMPT, seed=1, **SIZE)
-    before = roomy._room.components
+    before = roomy._memory.components
     assert sum(before.values()) > 10**6
-    roomy._room.offload()
-    assert not any(roomy._room.components.values())
+    roomy._memory.offload()
+    assert not any(roomy._memory.components.values())
     roomy.resume()
-    assert roomy._room.components == before
+    weights = {name: size for name, size in before.items() if name not in ("arena", "libraries")}
+    assert {name: roomy._memory.components[name] for name in weights} == weights
     roomy._conditioner._cache.clear()
     assert torch.equal(roomy.generate(PROMPT, seed=1, **SIZE), expected)
 
@@ -298,40 +307,34 @@ def test_an_unloaded_engine_holds_nothing(tiny_dir: Path) -> None:
             getattr(gone, ask)
 
 
-@pytest.mark.parametrize(("leftover", "emptied"), [(0, 0), (LEFTOVERS, 0), (LEFTOVERS + 1, 1)])
-def test_what_other_sizes_left_cached_goes_where_it_does_not_fit(
-    roomy: Engine, monkeypatch: pytest.MonkeyPatch, leftover: int, emptied: int
+def test_what_callers_let_go_is_handed_back_where_it_does_not_fit(
+    roomy: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     roomy.generate(PROMPT, seed=1, **SIZE)
-    made, space, calls = roomy.plan, roomy._room.placement.workspace, []
-    monkeypatch.setattr(space, "nbytes", made.workspace)
-    mine = sum(roomy._room.components.values())
-    kept = 2**21
-    monkeypatch.setattr(roomy._room.plans, "nbytes", kept)
-    assert roomy._room.nbytes == mine + kept
-    foreign = 10**9
-    reserved = made.peak + kept - made.graphs - SLACK + leftover + foreign
-    monkeypatch.setattr(room, "counters", lambda device: Counters(mine + foreign, reserved))
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append(1))
-    roomy._room._tidy(made)
-    assert len(calls) == emptied
+    made, mine, foreign, given_back = roomy.plan, sum(roomy._memory.components.values()), 10**9, []
+    monkeypatch.setattr(memory, "hand_back", given_back.append)
+    for leftover, times in ((0, 0), (1, 1)):
+        monkeypatch.setattr(memory, "counters", lambda d, n=leftover: Counters(mine + foreign, made.peak + foreign + n))
+        roomy._memory._make(made, AMPLE * GB)
+        assert len(given_back) == times
 
 
 def test_the_cap_is_the_budget_beside_what_is_there(roomy: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[int | None] = []
-    monkeypatch.setattr(room, "cap_process", lambda device, nbytes: told.append(nbytes))
-    monkeypatch.setattr(room, "counters", lambda device: Counters(0, 10**9))
-    roomy._room.cap()  # on the CPU there is nothing to cap
+    monkeypatch.setattr(memory, "cap_process", lambda device, nbytes: told.append(nbytes))
+    monkeypatch.setattr(memory, "counters", lambda device: Counters(0, 10**9))
+    roomy._memory.cap()  # on the CPU there is nothing to cap
     assert told == []
-    monkeypatch.setattr(roomy._room, "device", torch.device("cuda", 0))
-    roomy._room.cap()
-    roomy._room.uncap()
-    roomy._room.uncap()
+    with monkeypatch.context() as context:
+        context.setattr(roomy._memory, "device", torch.device("cuda", 0))
+        roomy._memory.cap()
+        roomy._memory.cap(on=False)
+        roomy._memory.cap(on=False)
     assert told == [10**9 + AMPLE * GB, None]
 
 
 def test_what_was_not_planned_is_said(roomy: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     reserved = iter((10**9, 2 * 10**9, 2 * 10**9))
-    monkeypatch.setattr(room, "counters", lambda device: Counters(10**9, next(reserved)))
+    monkeypatch.setattr(memory, "counters", lambda device: Counters(10**9, next(reserved)))
     with pytest.warns(MemoryPressureWarning, match=r"reserve 1.00 GB more, which was not planned; now.*cached 1.00"):
         roomy.generate(PROMPT, seed=1, **SIZE)

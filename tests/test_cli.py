@@ -137,6 +137,6 @@ def test_plan_needs_no_gpu_and_no_model() -> None:
 
 def test_plan_says_what_streams_and_what_it_costs() -> None:
     said = run("plan", "--vram", "0.5", "--model", "tiny", "--batch", "3")
-    for words in ("step-time blocks", "working memory", "3 pictures, 3 at once of 128 x 128", "predicted peak"):
+    for words in ("step-time blocks", "arena", "3 pictures, 3 at once of 128 x 128", "predicted peak"):
         assert words in said
     assert "the smallest budget is 0.2" in run("plan", "--vram", "0.1", "--model", "tiny", code=2)

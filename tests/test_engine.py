@@ -4,6 +4,7 @@ import gc
 import logging
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -188,10 +189,10 @@ def test_the_cache_keeps_the_latest(engine: Engine, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(type(conditioner), "_table", lambda self, txt, pooled, steps: object())
     monkeypatch.setattr(conditioner, "t5", lambda ids: None)
     monkeypatch.setattr(conditioner, "clip", lambda ids: None)
-    oldest = conditioner("0", 4)
-    made = {n: conditioner(str(n), 4) for n in range(1, CACHED + 1)}
-    assert conditioner(str(CACHED), 4) is made[CACHED]
-    assert conditioner("0", 4) is not oldest
+    oldest = conditioner("0", 4, nullcontext)
+    made = {n: conditioner(str(n), 4, nullcontext) for n in range(1, CACHED + 1)}
+    assert conditioner(str(CACHED), 4, nullcontext) is made[CACHED]
+    assert conditioner("0", 4, nullcontext) is not oldest
     assert len(conditioner._cache) == CACHED
 
 
@@ -313,7 +314,7 @@ def test_fast_is_exact_where_it_cannot_be_and_says_why(
     assert engine.mode == "exact"
     cpu, half = torch.device("cpu"), torch.bfloat16
     caplog.set_level(logging.INFO, "vortex_core")
-    triton, other = TritonBackend(cpu), ReferenceBackend()
+    triton, other = TritonBackend(), ReferenceBackend()
     for declined, dtype, backend, words in [
         ("no fp8 here", half, triton, "no fp8 here"),
         (None, half, None, "multiplies NF4 weights"),

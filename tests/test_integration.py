@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from vortex_core import Engine, NoEffectWarning, PromptTruncatedWarning, load_flux_schnell
-from vortex_core.plans import Plan
+from vortex_core.graphs import BoundStep
 from vortex_core.vram import snapshot
 
 MB, GB = 10**6, 10**9
@@ -76,8 +76,8 @@ def test_standard_actor_generation(actor: Actor) -> None:
 
 def test_negative_prompt_application(actor: Actor, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = []
-    step = Plan.__call__
-    monkeypatch.setattr(Plan, "__call__", lambda *arguments: passes.append(1) or step(*arguments))  # or a replay
+    step = BoundStep.__call__
+    monkeypatch.setattr(BoundStep, "__call__", lambda *arguments: passes.append(1) or step(*arguments))  # or a replay
     plain = actor.draw()
     started = time.perf_counter()
     actor.draw()

@@ -10,14 +10,29 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from vortex_core import nf4
-from vortex_core.kernels import Heads, Operand, Window, _heads_broken, attends_in_fp8, choose_kernels, reference
+from vortex_core.kernels import (
+    Heads,
+    Kernels,
+    Moments,
+    Operand,
+    Window,
+    _heads_broken,
+    attends_in_fp8,
+    choose_kernels,
+    most_parts,
+    reference,
+)
 from vortex_core.kernels.card import card
 from vortex_core.kernels.operand import FP8, FP8_MAX, TILE, empty_heads
 from vortex_core.linear import _fp8_broken, fp8_declined
@@ -259,6 +274,27 @@ def picture(*shape: int, dtype: torch.dtype) -> Tensor:
     return draw(*shape).to(dtype).contiguous(memory_format=torch.channels_last)
 
 
+def unwritten(*shape: int, dtype: torch.dtype) -> Tensor:
+    """A map full of NaN."""
+    return torch.full(shape, torch.nan, device=DEVICE).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def no_moments(groups: int, capacity: int) -> Moments:
+    return Moments(torch.full((3, groups, capacity), torch.nan, device=DEVICE))
+
+
+def terms(kernels: Kernels, moments: Moments, weight: Tensor, bias: Tensor) -> Tensor:
+    out = torch.full((2, len(weight)), torch.nan, device=DEVICE)
+    kernels.norm_terms(moments, weight, bias, reference.EPSILON, out)
+    return out
+
+
+def beside(window: Window) -> Tensor:
+    """For the window with its border, full of NaN."""
+    _, channels, height, width = window.strip.shape
+    return unwritten(1, channels, height + 2, width + 2, dtype=window.strip.dtype)
+
+
 def strips(x: Tensor, height: int) -> list[Window]:
     cut = x.split(height, dim=2)
     above = [None, *(strip[:, :, -1:] for strip in cut[:-1])]
@@ -266,41 +302,92 @@ def strips(x: Tensor, height: int) -> list[Window]:
     return [Window(*parts) for parts in zip(above, cut, below, strict=True)]
 
 
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain torch goes through everything in many steps."""
+    monkeypatch.setattr("vortex_core.kernels.operand.CHUNK", 700)
+    monkeypatch.setattr("vortex_core.kernels.reference.TOKENS", 3)
+    monkeypatch.setattr("vortex_core.nf4.CHUNK", 700)
+
+
 @pytest.mark.parametrize("shape", [(32, 8, 5, 7), (128, 32, 33, 17), (512, 32, 9, 8)])
 @pytest.mark.parametrize("dtype", TYPES)
 def test_group_norm_by_strips(fused, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    check_group_norm(fused, shape, dtype)
+
+
+@pytest.mark.parametrize("shape", [(32, 8, 5, 7), (24, 12, 6, 9), (128, 32, 33, 17)])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_group_norm_without_triton(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    check_group_norm(reference, shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_group_norm_in_chunks(small_chunks: None, dtype: torch.dtype) -> None:
+    check_group_norm(reference, (32, 8, 5, 7), dtype)
+
+
+def check_group_norm(kernels: Kernels, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     channels, groups, height, width = shape
     x = picture(1, channels, height, width, dtype=dtype) + 3
     weight, bias = draw(2, channels, dtype=dtype)
     norm = F.silu(F.group_norm(x.float(), groups, weight.float(), bias.float(), reference.EPSILON)).to(dtype)
     expected = F.pad(norm, (1, 1, 1, 1))
-    for kernels in (fused, reference):
-        moments = torch.cat([kernels.group_moments(window.strip, groups) for window in strips(x, 2)], dim=2)
-        terms = kernels.norm_terms(moments, weight, bias, reference.EPSILON)
-        for i, window in enumerate(strips(x, 2)):
-            ours = kernels.norm_silu(window, *terms)
-            assert ours.is_contiguous(memory_format=torch.channels_last)
-            theirs = expected[:, :, 2 * i : 2 * i + 4]
-            if kernels is fused or dtype == torch.float32:
-                assert_same(Operand(ours), Operand(theirs))
-            else:  # rounds once more, before SiLU, to spare a map in fp32
-                torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.005 if GPU else 0.002)
+    windows = strips(x, 2)
+    room = sum(most_parts(channels, window.strip.shape[2], width) for window in windows)
+    moments = no_moments(groups, room)
+    for window in windows:
+        kernels.group_moments(window.strip, moments)
+    assert moments.values[:, :, : moments.parts].isfinite().all()
+    assert moments.values[:, :, moments.parts :].isnan().all()
+    made = terms(kernels, moments, weight, bias)
+    for i, window in enumerate(windows):
+        ours, theirs = beside(window), expected[:, :, 2 * i : 2 * i + 4]
+        kernels.norm_silu(window, *made, ours)
+        if kernels is not reference or dtype == torch.float32:
+            assert_same(Operand(ours), Operand(theirs))
+        else:  # rounds once more, before SiLU, to spare a map in fp32
+            torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.005 if GPU else 0.002)
 
 
 @pytest.mark.parametrize("parts", [1, 3, 1500])
 def test_norm_terms_join_any_number_of_parts(fused, parts: int) -> None:
-    moments = torch.stack((draw(8, parts).abs() + 1, 5 + draw(8, parts), draw(8, parts).abs()))
-    moments[0, :, 1:2] = 0  # a part may be empty
+    moments = no_moments(8, parts + 7)  # with room behind, that nobody reads
+    moments.values[:, :, :parts] = torch.stack((draw(8, parts).abs() + 1, 5 + draw(8, parts), draw(8, parts).abs()))
+    moments.values[0, :, 1:2] = 0  # a part may be empty
+    if parts == 1:
+        moments.values[0, :, 1:2] = torch.nan
+    moments.take(parts)
     weight, bias = draw(2, 32)
-    ours, theirs = (torch.stack(k.norm_terms(moments, weight, bias, 1e-6)) for k in (fused, reference))
+    ours, theirs = (terms(kernels, moments, weight, bias) for kernels in (fused, reference))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+
+
+def test_moments_have_a_capacity() -> None:
+    moments = no_moments(4, 5)
+    assert [moments.take(2), moments.take(3)] == [0, 2]
+    with pytest.raises(ValueError, match="6 parts do not fit into 5"):
+        moments.take(1)
+    assert moments.parts == 5
 
 
 @pytest.mark.parametrize("height", [1, 3, 20])
 def test_borders_are_neighbours_or_zeros(fused, height: int) -> None:
+    check_borders(fused, height)
+
+
+@pytest.mark.parametrize("height", [1, 3, 20])
+def test_borders_without_triton(height: int) -> None:
+    check_borders(reference, height)
+
+
+def check_borders(kernels: Kernels, height: int) -> None:
     x = picture(1, 32, 7, 5, dtype=HALF)
-    for window in strips(x, height):
-        assert torch.equal(fused.bordered(window), reference.bordered(window))
+    expected = F.pad(x, (1, 1, 1, 1))
+    for i, window in enumerate(strips(x, height)):
+        ours = beside(window)
+        kernels.bordered(window, ours)
+        assert torch.equal(ours, expected[:, :, i * height : i * height + height + 2])
 
 
 @pytest.fixture(params=[True, False], ids=["copied", "loaded"])
@@ -316,42 +403,70 @@ def copies(fused, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 
 CONVOLUTIONS = [(32, 16, 5, 7), (32, 3, 20, 9), (64, 128, 11, 13), (128, 256, 6, 30)] + [(512, 512, 64, 64)] * GPU
+KINDS = ["", "onto", "doubled"]
 
 
 @pytest.mark.parametrize("shape", CONVOLUTIONS)
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("kind", ["", "onto", "doubled"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_convolutions(fused, copies: bool, shape: tuple[int, int, int, int], dtype: torch.dtype, kind: str) -> None:
+    check_convolution(fused, shape, dtype, kind)
+
+
+@pytest.mark.parametrize("shape", [(32, 16, 5, 7), (24, 3, 20, 9), (24, 36, 6, 30)])
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_convolutions_in_chunks(
+    small_chunks: None, shape: tuple[int, int, int, int], dtype: torch.dtype, kind: str
+) -> None:
+    check_convolution(reference, shape, dtype, kind)
+
+
+def check_convolution(kernels: Kernels, shape: tuple[int, int, int, int], dtype: torch.dtype, kind: str) -> None:
     channels, wide, height, width = shape
     x = picture(1, channels, height + 2, width + 2, dtype=dtype)
     weight = (draw(wide, channels, 3, 3) / (9 * channels) ** 0.5).to(dtype)
     weight = weight.contiguous(memory_format=torch.channels_last)
     bias = draw(wide, dtype=dtype)
-    groups = 8 if wide > 3 else 0
-    scale = 2 if kind == "doubled" else 1
-    skip = picture(1, wide, scale * height, scale * width, dtype=dtype) if kind == "onto" else None
+    groups = 0 if wide <= 3 else 8 if wide % 8 == 0 else 4
+    doubled = kind == "doubled"
+    size = (1, wide, 2 * height, 2 * width) if doubled else (1, wide, height, width)
+    skip = picture(*size, dtype=dtype) if kind == "onto" else None
+    room = 3 + most_parts(*size[1:], doubled=doubled)
 
-    def convolve(kernels, to: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        given = [t.to(to) for t in (x, weight, bias)]
-        if kind == "doubled":
-            return kernels.convolve_doubled(given[0], kernels.corner_taps(given[1]), given[2], groups)
-        return kernels.convolve(*given, None if skip is None else skip.to(to, copy=True), groups)
+    def convolve(kernels: Kernels) -> tuple[Tensor, Moments | None]:
+        out = unwritten(*size, dtype=dtype) if skip is None else skip.clone()
+        moments = no_moments(groups, room) if groups else None
+        if moments is not None:
+            moments.values[:, :, : moments.take(3) + 3] = 0  # those of strips above
+        if doubled:
+            taps = torch.full((4 * wide, 4 * channels), torch.nan, device=DEVICE, dtype=dtype)
+            kernels.corner_taps(weight, taps)
+            kernels.convolve_doubled(x, taps, bias, out, moments)
+        else:
+            kernels.convolve(x, weight, bias, out, moments, add=skip is not None)
+        return out, moments
 
-    exact, _ = convolve(reference, torch.float64)
-    eager, _ = convolve(reference, dtype)
-    ours, moments = convolve(fused, dtype)
-    assert ours.is_contiguous(memory_format=torch.channels_last)
-    again, _ = convolve(fused, dtype)
+    given = x.double()
+    if doubled:
+        given = F.interpolate(given, scale_factor=2.0)[:, :, 1:-1, 1:-1]
+    exact = F.conv2d(given, weight.double(), bias.double()) + (0 if skip is None else skip.double())
+    eager, _ = convolve(reference)
+    ours, moments = convolve(kernels)
+    assert ours.isfinite().all()
+    again, _ = convolve(kernels)
     assert torch.equal(ours, again)  # a race would show
     rounding = max(torch.finfo(dtype).eps, 1e-6)  # of sums of thousands, in 32 bits, and of summed taps
     off, theirs = (float((y.double() - exact).norm() / exact.norm()) for y in (ours, eager))
     assert off <= max(1.05 * theirs, rounding)
     assert float((ours.double() - exact).abs().max()) < 20 * rounding * float(exact.abs().max())
-    assert (moments is None) == (groups == 0)
     if moments is not None:
+        assert moments.values[:, :, : moments.parts].isfinite().all()
+        assert moments.values[:, :, moments.parts :].isnan().all()
+        whole = no_moments(groups, room)
+        reference.group_moments(ours, whole)
         weight, bias = draw(2, wide)
-        found = fused.norm_terms(moments, weight, bias, 1e-6)
-        expected = reference.norm_terms(reference.group_moments(ours, groups), weight, bias, 1e-6)
+        found, expected = terms(kernels, moments, weight, bias), terms(reference, whole, weight, bias)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -359,10 +474,181 @@ def test_convolutions(fused, copies: bool, shape: tuple[int, int, int, int], dty
 @pytest.mark.parametrize("dtype", TYPES)
 def test_attention_of_one_wide_head(fused, copies: bool, tokens: int, dtype: torch.dtype) -> None:
     q, k, v = draw(3, tokens, 512 if GPU else 128).to(dtype)
-    exact = reference.attend(*(2 * q.double(), k.double(), v.double()))
-    ours, eager = (kernels.attend(2 * q, k, v) for kernels in (fused, reference))
+    exact = F.scaled_dot_product_attention(2 * q.double()[None, None], k.double()[None, None], v.double()[None, None])
+    ours, eager = torch.full((2, *q.shape), torch.nan, device=DEVICE, dtype=dtype)
+    for kernels, out in ((fused, ours), (reference, eager)):
+        kernels.attend(2 * q, k, v, out)
     off, theirs = (float((y.double() - exact).norm() / exact.norm()) for y in (ours, eager))
     assert off <= max(1.5 * theirs, 1e-6)
+
+
+def test_chunks_of_tokens_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain torch goes through a few at a time, so that what it allocates has a bound."""
+    y, (gate, shift, scale) = part(2, 5, 192, HALF)[0], draw(3, 192, dtype=HALF)
+    qkv, norms, angle = draw(2, 7, 3, 2, 128, dtype=HALF), draw(2, 128, dtype=HALF), draw(7, 64)
+    weight = nf4.quantize_reference(draw(37, 192))
+    x, found = part(2, 5, 192, HALF)[0], []
+    for tokens, values in ((1024, 2**23), (3, 700)):
+        monkeypatch.setattr("vortex_core.kernels.reference.TOKENS", tokens)
+        monkeypatch.setattr("vortex_core.nf4.CHUNK", values)
+        stream, heads, out = x.clone(), qkv.clone(), empty(2, 5, 192, HALF)
+        decoded = torch.full((37, 192), torch.nan, device=DEVICE, dtype=HALF)
+        reference.residual_modulate(stream, y, gate, shift, scale, out)
+        reference.rotate(heads, *norms, angle.cos(), angle.sin())
+        assert nf4.dequantize(weight, HALF, decoded) is decoded
+        found.append((stream, heads, out.values, decoded, nf4.dequantize(weight, torch.float32)))
+    for ours, expected in zip(*found, strict=True):
+        assert torch.equal(ours, expected)
+
+
+class Peak(TorchDispatchMode):
+    """The bytes that operations made and that are still there, at their most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most, self._there = 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {
+            StorageWeakRef(t.untyped_storage()).cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)
+        }
+        result = func(*args, **(kwargs or {}))
+        self._there = {key: ref for key, ref in self._there.items() if not ref[0].expired()}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                ref = StorageWeakRef(tensor.untyped_storage())
+                if ref.cdata not in given:
+                    self._there[ref.cdata] = (ref, tensor.untyped_storage().nbytes())
+        self.most = max(self.most, sum(size for _, size in self._there.values()))
+        return result
+
+
+def peak(call: Callable[[], object]) -> int:
+    with torch.no_grad(), Peak() as mode:
+        call()
+    return mode.most
+
+
+def empty_on_meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 4352), (3, 900)])
+def test_a_step_without_triton_takes_what_it_says(dtype: torch.dtype, batch: int, tokens: int) -> None:
+    x, y, values = (empty_on_meta(batch, tokens, 3072, dtype=dtype) for _ in range(3))
+    gate, shift, scale = empty_on_meta(3, 3072, dtype=dtype)
+    qkv, norms = empty_on_meta(batch, tokens, 3, 24, 128, dtype=dtype), empty_on_meta(2, 128, dtype=dtype)
+    cos, sin = empty_on_meta(2, tokens, 64, dtype=torch.float32)
+    for call in (
+        lambda: reference.modulate(x, shift, scale, Operand(values)),
+        lambda: reference.residual_modulate(x, y, gate, shift, scale, Operand(values)),
+        lambda: reference.rotate(qkv, *norms, cos, sin),
+    ):
+        assert reference.step_bytes(3072) / 4 < peak(call) <= reference.step_bytes(3072)
+    # the table is made on a device by copying, which `meta` cannot
+    packed, absmax = torch.zeros(3 * 2**14, 512, dtype=torch.uint8), torch.zeros(3 * 2**14, 16)
+    out = torch.empty(3 * 2**14, 1024, dtype=dtype)
+    assert peak(lambda: reference.decode(packed, absmax, out)) <= nf4.DECODE_BYTES
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("inside", "outside", "height", "width"), [(512, 256, 300, 512), (128, 3, 200, 2048)])
+def test_strips_without_triton_take_what_they_say(
+    dtype: torch.dtype, inside: int, outside: int, height: int, width: int
+) -> None:
+    def empty_map(channels: int, height: int, width: int) -> Tensor:
+        return empty_on_meta(1, height, width, channels, dtype=dtype).permute(0, 3, 1, 2)
+
+    x, out = empty_map(inside, height, width), empty_map(outside, height, width)
+    bordered, weight = empty_map(inside, height + 2, width + 2), empty_on_meta(outside, inside, 3, 3, dtype=dtype)
+    doubled, taps = empty_map(inside, 2 * height, 2 * width), empty_on_meta(4 * inside, 4 * inside, dtype=dtype)
+    scale, shift = empty_on_meta(2, inside, dtype=torch.float32)
+    moments = Moments(empty_on_meta(3, 1, 4000, dtype=torch.float32))
+    bias = empty_on_meta(outside, dtype=dtype)
+    limit = reference.strip_bytes(inside, outside, width, dtype.itemsize)
+    assert peak(lambda: reference.group_moments(x, moments)) <= limit
+    assert peak(lambda: reference.norm_silu(Window(None, x, None), scale, shift, bordered)) == 0
+    assert peak(lambda: reference.convolve(bordered, weight, bias, out, moments, add=True)) <= limit
+    limit = reference.strip_bytes(inside, inside, width, dtype.itemsize, doubled=True)
+    call = lambda: reference.convolve_doubled(bordered, taps, scale.to(dtype), doubled, moments)  # noqa: E731
+    assert limit / 2 < peak(call) <= limit
+
+
+def test_every_launch_is_on_the_device_of_its_tensors(fused, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vortex_core.kernels.launch import on_device
+
+    class Device:
+        """Stands for `torch.cuda.device`."""
+
+        current, switched = 0, []
+
+        def __init__(self, device: torch.device) -> None:
+            self.index = device.index
+
+        def __enter__(self) -> None:
+            self.switched.append(self.index)
+            Device.before, Device.current = Device.current, self.index
+
+        def __exit__(self, *raised: object) -> None:
+            Device.current = Device.before
+
+    class OnCard(Tensor):
+        """Says that it lies on a card."""
+
+        index = 0
+        is_cuda = property(lambda self: True)
+        device = property(lambda self: torch.device("cuda", self.index))
+
+        def get_device(self) -> int:
+            return self.index
+
+    def on_card(index: int) -> Tensor:
+        tensor = torch.zeros(1).as_subclass(OnCard)
+        tensor.index = index
+        return tensor
+
+    monkeypatch.setattr("torch.cuda.current_device", lambda: Device.current)
+    monkeypatch.setattr("torch.cuda.device", Device)
+    seen = []
+    launch = on_device(lambda *args, **kwargs: seen.append(Device.current))
+    launch(on_card(0))
+    launch(torch.zeros(1))  # where Triton interprets
+    launch(1.0)
+    assert seen == [0, 0, 0]
+    assert Device.switched == []
+    launch(on_card(2), on_card(0))
+    launch(Window(None, on_card(1), None), torch.zeros(1))
+    launch(None, x=Operand(on_card(3)))
+    assert seen == [0, 0, 0, 2, 1, 3]
+    assert Device.current == 0
+    names = [name for name, value in vars(Kernels).items() if callable(value) and not name.startswith("_")]
+    assert all(hasattr(getattr(fused, name), "__wrapped__") for name in names)
+
+
+@pytest.mark.gpu
+def test_fused_kernels_allocate_nothing() -> None:
+    fused = pytest.importorskip("vortex_core.kernels.fused")
+    x, out = (picture(1, 128, size, size, dtype=HALF) for size in (34, 32))
+    weight, taps = picture(128, 128, 3, 3, dtype=HALF), draw(512, 512, dtype=HALF)
+    doubled, moments, made = picture(1, 128, 64, 64, dtype=HALF), no_moments(32, 2000), draw(2, 128)
+    tokens = draw(4, 900, 128, dtype=HALF)
+
+    def run() -> None:
+        moments.parts = 0
+        fused.group_moments(out, moments)
+        fused.norm_terms(moments, weight[0, :, 0, 0], weight[1, :, 0, 0], 1e-6, made)
+        fused.norm_silu(Window(None, out, None), *made, x)
+        fused.bordered(Window(None, out, None), x)
+        fused.convolve(x, weight, weight[0, :, 0, 0], out, moments, add=True)
+        fused.corner_taps(weight, taps)
+        fused.convolve_doubled(x, taps, weight[0, :, 0, 0], doubled, moments)
+        fused.attend(*tokens)
+
+    run()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    run()
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
 
 
 def test_the_choice_of_kernels_says_why(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from vortex_core.footprint import footprint
 from vortex_core.latency import PERCENTILES, Stopwatch, mark, percentile, samples_needed, summarize
 
 CPU = torch.device("cpu")
@@ -34,13 +33,6 @@ def test_a_mark_outside_a_stopwatch_is_nobodys() -> None:
         pass
     mark("after")
     assert watch.phases == {}
-
-
-def test_a_rehearsal_is_unmeasured() -> None:
-    with Stopwatch(CPU) as watch:
-        footprint(lambda: (torch.empty(8, device="meta"), mark("rehearsal")))
-        mark("play")
-    assert list(watch.phases) == ["play"]
 
 
 def test_an_inner_stopwatch_takes_the_marks_and_gives_them_back() -> None:

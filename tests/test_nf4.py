@@ -63,7 +63,7 @@ def test_backends_agree(shape: tuple[int, int], tokens: int) -> None:
     weight, bias = nf4.quantize(torch.randn(shape)), torch.randn(shape[0])
     x = torch.randn(2, tokens, shape[1])
     expected = x @ nf4.dequantize(weight, torch.float32).T + bias
-    for backend in (ReferenceBackend(), BitsAndBytesBackend(CPU)):
+    for backend in (ReferenceBackend(), BitsAndBytesBackend()):
         torch.testing.assert_close(NF4Linear(weight, bias, backend)(x), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -71,11 +71,13 @@ def test_backends_agree(shape: tuple[int, int], tokens: int) -> None:
 def test_backends_agree_on_cuda_without_allocating() -> None:
     cuda = torch.device("cuda", 0)
     weight = nf4.quantize(torch.randn(3072, 12288, device=cuda, dtype=torch.bfloat16))
-    backend = BitsAndBytesBackend(cuda)
-    backend.reserve(3072 * 12288, torch.bfloat16)
+    backend = BitsAndBytesBackend()
+    lane = torch.empty(3072 * 12288 * 2, dtype=torch.uint8, device=cuda)
     before = torch.cuda.memory_allocated()
-    ours = backend.decode(weight.packed, weight.absmax, torch.bfloat16)
+    with backend.using(lane):
+        ours = backend.decode(weight.packed, weight.absmax, torch.bfloat16)
     assert torch.cuda.memory_allocated() == before
+    assert ours.data_ptr() == lane.data_ptr()
     assert torch.equal(ours, nf4.dequantize(weight, torch.bfloat16))
 
 

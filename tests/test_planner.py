@@ -1,24 +1,25 @@
-"""The planner's promises, for any sizes and budgets; and the arithmetic of torch's allocator that they rest on."""
+"""The planner's promises, for any sizes and budgets."""
 
 from dataclasses import replace
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vortex_core.allocator import MIB, block_for, reserved, segment
+from vortex_core.arena import MIB, round_up
 from vortex_core.planner import (
     BLOCKS,
+    GRAIN,
     PROMPT,
     SLACK,
-    Demand,
+    Cost,
+    MemoryPlan,
+    MemoryRequirements,
     Piece,
-    Plan,
+    StepRequirements,
     cost,
     placements,
     plan,
     smallest_budget,
-    stream_ms,
 )
 
 SIZES = st.integers(1, 300 * MIB)
@@ -36,31 +37,37 @@ def models(draw: st.DrawFn) -> tuple[Piece, ...]:
 
 
 @st.composite
-def demands(draw: st.DrawFn) -> Demand:
-    one = draw(SIZES)
-    return Demand(
+def requests(draw: st.DrawFn) -> MemoryRequirements:
+    one, graph = draw(SIZES), draw(st.integers(0, 10**8))
+    return MemoryRequirements(
         height=64,
         width=64,
         batch=4,
-        prompt=draw(SIZES),
-        steps=((4, 4 * one), (2, 2 * one), (1, one)),
+        scratch=draw(SIZES),
+        steps=tuple(StepRequirements(n, n * one, n * graph, n * graph) for n in (4, 2, 1)),
         decode=draw(SIZES),
         rows=None,
         latents=draw(st.integers(0, 10**7)),
-        fixed=tuple(draw(st.lists(SIZES, max_size=3))),
+        library=draw(SIZES),
+        blas=draw(SIZES),
     )
+
+
+def asked(steps: tuple[tuple[int, int], ...] = ((1, 0),), **sizes: int) -> MemoryRequirements:
+    batch = max(number for number, _ in steps)
+    return MemoryRequirements(64, 64, batch, steps=tuple(StepRequirements(n, size) for n, size in steps), **sizes)
 
 
 BUDGETS = st.integers(0, 12 * 10**9)
 
 
-@given(models(), demands(), BUDGETS)
+@given(models(), requests(), BUDGETS)
 @settings(deadline=None)
 def test_a_plan_fits_its_budget_and_is_missing_only_where_none_does(
-    pieces: tuple[Piece, ...], demand: Demand, budget: int
+    pieces: tuple[Piece, ...], request: MemoryRequirements, budget: int
 ) -> None:
-    made = plan(pieces, demand, budget)
-    least = smallest_budget(pieces, demand)
+    made = plan(pieces, request, budget)
+    least = smallest_budget(pieces, request)
     if made is None:
         assert budget < least
         return
@@ -71,10 +78,10 @@ def test_a_plan_fits_its_budget_and_is_missing_only_where_none_does(
     assert {piece.name for piece in pieces if piece.group in ("embedders", "vae")}.isdisjoint(made.streamed)
 
 
-@given(models(), demands(), BUDGETS)
+@given(models(), requests(), BUDGETS)
 @settings(deadline=None)
-def test_claims_are_met_in_order(pieces: tuple[Piece, ...], demand: Demand, budget: int) -> None:
-    made = plan(pieces, demand, budget)
+def test_claims_are_met_in_order(pieces: tuple[Piece, ...], request: MemoryRequirements, budget: int) -> None:
+    made = plan(pieces, request, budget)
     if made is None:
         return
     order = (BLOCKS, *PROMPT)
@@ -90,37 +97,41 @@ def test_claims_are_met_in_order(pieces: tuple[Piece, ...], demand: Demand, budg
         assert len(singles) == sum(p.name.startswith("single") for p in pieces)
 
 
-@given(models(), demands(), BUDGETS, st.integers(0, 10**9))
+@given(models(), requests(), BUDGETS, st.integers(0, 10**9))
 @settings(deadline=None)
-def test_more_budget_never_streams_more(pieces: tuple[Piece, ...], demand: Demand, budget: int, more: int) -> None:
-    made, richer = plan(pieces, demand, budget), plan(pieces, demand, budget + more)
+def test_more_budget_never_streams_more(
+    pieces: tuple[Piece, ...], request: MemoryRequirements, budget: int, more: int
+) -> None:
+    made, richer = plan(pieces, request, budget), plan(pieces, request, budget + more)
     if made is not None:
         assert richer is not None
         assert richer.hosted <= made.hosted
 
 
-@given(models(), demands(), BUDGETS)
+@given(models(), requests(), BUDGETS)
 @settings(deadline=None)
-def test_weights_stay_where_they_are_if_they_can(pieces: tuple[Piece, ...], demand: Demand, budget: int) -> None:
+def test_weights_stay_where_they_are_if_they_can(
+    pieces: tuple[Piece, ...], request: MemoryRequirements, budget: int
+) -> None:
     for streamed in placements(pieces):
-        kept = plan(pieces, demand, budget, keep=streamed)
+        kept = plan(pieces, request, budget, keep=streamed)
         blocks = any(piece.group == BLOCKS and piece.name in streamed for piece in pieces)
-        if not blocks and Plan(pieces, demand, streamed, 1).peak <= budget:
+        if not blocks and MemoryPlan(pieces, request, streamed, 1).peak <= budget:
             assert kept is not None
             assert kept.streamed == streamed
         if blocks and kept is not None:  # a smaller picture brings blocks back
-            assert kept == plan(pieces, demand, budget)
+            assert kept == plan(pieces, request, budget)
 
 
 def test_a_prompt_alone_moves_no_blocks() -> None:
     pieces = tuple(Piece(f"single_blocks.{i}", BLOCKS, 10 * MIB) for i in range(8))
-    picture = Demand(64, 64, 1, 0, ((1, 100 * MIB),), 0, None)
-    budget = Plan(pieces, picture, frozenset(), 1).peak - 1
+    picture = asked(((1, 100 * MIB),))
+    budget = MemoryPlan(pieces, picture, frozenset(), 1).peak - 1
     made = plan(pieces, picture, budget)
     assert made is not None
     assert made.streamed
-    prompt = Demand(0, 0, 0, MIB, ((1, 0),), 0, None)
-    assert plan(pieces, prompt, budget, keep=made.streamed) == replace(made, demand=prompt)
+    prompt = MemoryRequirements(0, 0, 0, library=MIB)
+    assert plan(pieces, prompt, budget, keep=made.streamed) == replace(made, requirements=prompt)
     richer = plan(pieces, prompt, budget)
     assert richer is not None
     assert not richer.streamed
@@ -128,128 +139,72 @@ def test_a_prompt_alone_moves_no_blocks() -> None:
 
 def test_slices_are_as_large_as_fits() -> None:
     pieces = (Piece("embedders", "embedders", MIB), Piece("single_blocks.0", BLOCKS, 100 * MIB))
-    demand = Demand(64, 64, 4, 0, ((4, 400 * MIB), (2, 200 * MIB), (1, 100 * MIB)), 0, None)
-    for number, size in demand.steps:
-        exactly = Plan(pieces, demand, frozenset(), number).peak
-        made, less = plan(pieces, demand, exactly), plan(pieces, demand, exactly - 1)
+    request = asked(((4, 400 * MIB), (2, 200 * MIB), (1, 100 * MIB)))
+    for step in request.steps:
+        exactly = MemoryPlan(pieces, request, frozenset(), step.pictures).peak
+        made, less = plan(pieces, request, exactly), plan(pieces, request, exactly - 1)
         assert made is not None
-        assert (made.slice, made.workspace) == (number, size)
-        assert less is None or less.slice < number or less.streamed
-    assert plan(pieces, replace(demand, decode=10**9), 10**9) is None
+        assert (made.slice, made.arena) == (step.pictures, step.buffers)
+        assert less is None or less.slice < step.pictures or less.streamed
+    assert plan(pieces, replace(request, decode=10**9), 10**9) is None
 
 
-def test_captured_steps_count() -> None:
+def test_what_libraries_and_captured_steps_take_counts() -> None:
     pieces = (Piece("single_blocks.0", BLOCKS, 100 * MIB), Piece("t5.0", "t5", 30 * MIB))
-    demand = Demand(64, 64, 2, 0, ((2, 40 * MIB), (1, 20 * MIB)), 0, None, graphs=((2, 8 * MIB), (1, 4 * MIB)))
-    plain = replace(demand, graphs=())
-    for streamed, number, kept in (((), 2, 8), (("t5.0",), 1, 4), (("t5.0", "single_blocks.0"), 2, 8)):
-        made = Plan(pieces, demand, frozenset(streamed), number)
-        assert made.graphs == kept * MIB
-        assert made.peak == Plan(pieces, plain, frozenset(streamed), number).peak + kept * MIB
+    steps = (StepRequirements(2, 40 * MIB, 12 * MIB, 8 * MIB), StepRequirements(1, 20 * MIB, 6 * MIB, 4 * MIB))
+    request = MemoryRequirements(64, 64, 2, steps=steps, library=10 * MIB, blas=3 * MIB)
+    plain = MemoryRequirements(64, 64, 2, steps=tuple(replace(step, library=0, graph=0) for step in steps))
+    for streamed, number, added in (
+        ((), 2, 12 + 8 + 3),
+        (("t5.0",), 1, 10 + 4 + 3),
+        (("t5.0", "single_blocks.0"), 2, 23),
+    ):
+        made = MemoryPlan(pieces, request, frozenset(streamed), number)
+        assert made.peak == MemoryPlan(pieces, plain, frozenset(streamed), number).peak + added * MIB
         assert sum(made.breakdown.values()) == made.peak
 
 
-def test_the_peak_is_what_is_resident_and_the_largest_stage() -> None:
+def test_the_peak_is_a_sum_and_phases_share_the_arena() -> None:
     pieces = (*(Piece(f"single_blocks.{i}", BLOCKS, 50 * MIB) for i in range(3)), Piece("t5.0", "t5", 30 * MIB))
-    demand = Demand(512, 512, 1, 10 * MIB, ((1, 20 * MIB),), 26 * MIB, 64, fixed=(32 * MIB,))
+    request = MemoryRequirements(
+        512, 512, 1, 12 * MIB, (StepRequirements(1, 20 * MIB),), decode=26 * MIB, rows=64, latents=MIB
+    )
     none, some = frozenset[str](), frozenset({"single_blocks.0", "single_blocks.2", "t5.0"})
-    assert Plan(pieces, demand, none, 1).peak == (32 + 150 + 30 + 26) * MIB + segment(512 * 512 * 12) + SLACK
-    assert Plan(pieces, demand, some, 1).stages == {"prompt": 40 * MIB, "steps": 120 * MIB, "decode": 26 * MIB}
-    assert Plan(pieces, demand, some, 1).peak == (32 + 50 + 120) * MIB + segment(512 * 512 * 12) + SLACK
+    pictures = round_up(512 * 512 * 12, GRAIN)
+    assert MemoryPlan(pieces, request, none, 1).peak == (150 + 30 + 34) * MIB + pictures + SLACK  # of 33 in the arena
+    streaming = MemoryPlan(pieces, request, some, 1)
+    assert streaming.stages == {"prompt": 42 * MIB, "steps": 132 * MIB, "decode": 26 * MIB}
+    assert streaming.peak == (50 + 134) * MIB + pictures + SLACK
 
 
-def test_streamed_copies_hide_behind_the_others() -> None:
-    assert stream_ms([0, 0, 0], [2, 2, 2], rounds=4) == 24
-    assert stream_ms([3, 0], [1, 5], rounds=4) == 3 + 24  # one buffer holds it after the first time
-    alternating = stream_ms([4, 0] * 4, [1, 9] * 4, rounds=4)
-    assert alternating == 4 + 160  # every copy but the first hides
-    assert stream_ms([10] * 4, [1] * 4, rounds=2) == pytest.approx(8 * 10 + 1, abs=10)  # bound by copies
-    pieces = (*(Piece(f"single_blocks.{i}", BLOCKS, 10**8) for i in range(4)), Piece("t5.0", "t5", 10**9))
-    demand = Demand(64, 64, 1, 0, ((1, 0),), 0, None)
-    streamed = Plan(pieces, demand, frozenset(piece.name for piece in pieces), 1)
-    assert cost(streamed, rate=10e9, steps=4) == cost(replace(streamed, demand=replace(demand, batch=1)), 10e9, 4)
-    assert cost(streamed, rate=10e9, steps=4).prompt == pytest.approx(100)
-    assert 150 <= cost(streamed, rate=10e9, steps=4).picture <= 160
-    assert cost(streamed, rate=10e9, steps=4, step_ms=400).picture < 15
-    assert cost(Plan(pieces, demand, frozenset(), 1), rate=10e9, steps=4).picture == 0
+def test_what_allocators_round_is_in_the_peak() -> None:
+    pieces = (Piece("vae", "vae", 3 * MIB + 1), Piece("single_blocks.0", BLOCKS, 1))
+    assert MemoryPlan(pieces, asked(), frozenset(), 1).peak == 4 * MIB + GRAIN + GRAIN + SLACK
 
 
-@given(st.lists(st.tuples(st.floats(0, 9), st.floats(0.1, 9)), min_size=1, max_size=8), st.integers(1, 4))
+def test_streamed_copies_hide_behind_what_computes_before_them() -> None:
+    pieces = (*(Piece(f"single_blocks.{i}", BLOCKS, 10**8) for i in range(8)), Piece("t5.0", "t5", 10**9))
+
+    def told(streamed: set[int], step_ms: float = 0.0, batch: int = 1) -> Cost:
+        names = frozenset({"t5.0", *(f"single_blocks.{i}" for i in streamed)})
+        request = MemoryRequirements(64, 64, batch)
+        return cost(MemoryPlan(pieces, request, names, 1), rate=10e9, steps=4, step_ms=step_ms)
+
+    every = set(range(8))
+    assert told(every) == Cost(prompt=100, picture=4 * 80)  # 10 ms a copy, and none hides
+    assert told(every, batch=3) == told(every)
+    assert told(every, step_ms=40).picture == 4 * 8 * (10 - 5)
+    assert told(every, step_ms=80).picture == 0
+    assert told({1, 3, 5, 7}, step_ms=40).picture == 0  # each hides behind two blocks
+    assert told({0, 1, 4}, step_ms=32).picture == 4 * (10 - 4)  # 1 alone has too little before it
+    assert told({2, 3}).picture == 20  # once a picture: each keeps a buffer
+    assert told(set()).picture == 0
+
+
+@given(models(), BUDGETS, st.floats(0, 100))
 @settings(deadline=None)
-def test_streaming_takes_no_less_than_its_parts(units: list[tuple[float, float]], rounds: int) -> None:
-    copies, computes = zip(*units, strict=True)
-    time, compute = stream_ms(copies, computes, rounds), rounds * sum(computes)
-    assert compute <= time + 1e-6
-    assert time <= compute + rounds * sum(copies) + 1e-6
-
-
-def test_segments_are_torchs() -> None:
-    assert [segment(size) for size in (1, MIB, MIB + 1, 10 * MIB - 1, 10 * MIB, 10 * MIB + 1)] == [
-        2 * MIB, 2 * MIB, 20 * MIB, 20 * MIB, 10 * MIB, 12 * MIB,
-    ]  # fmt: skip
-    assert (
-        reserved(
-            (
-                MIB,
-                MIB,
-                1,
-            )
-        )
-        == 4 * MIB
-    )
-    assert (
-        reserved(
-            (
-                6 * MIB,
-                6 * MIB,
-                6 * MIB,
-            )
-        )
-        == 20 * MIB
-    )
-    assert (
-        reserved(
-            (
-                15 * MIB,
-                MIB + 512,
-            )
-        )
-        == 16 * MIB + 20 * MIB
-    )  # a rest of a MiB is no block
-    assert (
-        reserved(
-            (
-                14 * MIB + 512,
-                1 * MIB + 512,
-            )
-        )
-        == 16 * MIB
-    )  # a larger one is
-
-
-@given(st.lists(st.integers(1, 100 * MIB), max_size=12))
-def test_what_is_reserved_holds_what_is_allocated(sizes: list[int]) -> None:
-    assert sum(sizes) <= reserved(tuple(sizes))
-    assert reserved(tuple(sizes)) >= reserved(tuple(sizes[:-1]))
-
-
-def test_a_hole_too_small_costs_room() -> None:
-    a, b, c = (1, 40 * MIB), (2, 2 * MIB), (3, 50 * MIB)
-    assert block_for([a, b, (1, 0), (2, 0), c]) == 50 * MIB
-    assert block_for([a, b, (1, 0), c]) == 92 * MIB  # b lies in the middle, so c does not fit into a's place
-    assert block_for([(1, 100)]) == 4 * MIB  # small requests have segments of their own
-
-
-@given(st.lists(st.integers(MIB + 1, 60 * MIB), min_size=1, max_size=8), st.data())
-def test_a_block_is_no_smaller_than_what_lives_in_it(sizes: list[int], data: st.DataObject) -> None:
-    events, live, most = [], {}, 0
-    for number, size in enumerate(sizes):
-        events.append((number, size))
-        live[number] = size
-        most = max(most, sum(live.values()))
-        for gone in data.draw(st.sets(st.sampled_from(sorted(live)))):
-            events.append((gone, 0))
-            del live[gone]
-    block = block_for(events)
-    assert most <= block
-    assert block <= sum(sizes) + (len(sizes) + 2) * 2 * MIB + block // 50
+def test_streaming_costs_at_most_its_copies(pieces: tuple[Piece, ...], budget: int, step_ms: float) -> None:
+    made = plan(pieces, asked(), budget)
+    if made is not None:
+        copies = sum(p.nbytes for p in pieces if p.group == BLOCKS and p.name in made.streamed) / 1e9 * 1e3
+        assert 0 <= cost(made, 1e9, 4, step_ms).picture <= cost(made, 1e9, 4).picture <= 4 * copies + 1e-6

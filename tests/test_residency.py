@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import Conv2d, LayerNorm, Linear
 
 from vortex_core import residency
+from vortex_core.arena import Region
 from vortex_core.errors import VortexWarning
 from vortex_core.placement import Placement
 from vortex_core.residency import HostMemory, Stager, Unit, nbytes
@@ -26,6 +27,12 @@ def modules(count: int) -> list[nn.Module]:
         mixed.register_buffer("bytes", torch.arange(3 + i, dtype=torch.uint8))
         made.append(mixed)
     return made
+
+
+def staging(units: list[Unit], device: torch.device | None = None) -> Region:
+    """Memory for the pair of buffers, and with what was there before."""
+    size = 2 * max(unit.nbytes for unit in units)
+    return Region(torch.full((size,), 255, dtype=torch.uint8, device=device))
 
 
 def hosted(made: list[nn.Module], *, pin: bool = False) -> list[Unit]:
@@ -45,13 +52,13 @@ def test_streamed_units_compute_what_they_computed_at_home(device: str, count: i
     x = torch.randn(3, 5)
     expected = [unit(x) for unit in home]
     for rounds in (1, 3):
-        with stager.open(rounds):
+        with stager.open(staging(units, where), rounds):
             for _ in range(rounds):
                 for module, result in zip(moved, expected, strict=True):
                     torch.testing.assert_close(module(x.to(where)).cpu(), result)
             assert torch.equal(moved[-1].bytes.cpu(), torch.arange(2 + count, dtype=torch.uint8))
         assert all(tensor.device.type == "cpu" for module in moved for tensor in module.parameters())
-    with stager.open():  # another order works, too
+    with stager.open(staging(units, where)):  # another order works, too
         for module, result in reversed(list(zip(moved, expected, strict=True))):
             torch.testing.assert_close(module(x.to(where)).cpu(), result)
     stager.close()
@@ -119,7 +126,7 @@ def test_copies_run_one_unit_ahead_and_no_more_often_than_needed(count: int, rou
     asked: list[int] = []
     for module in made:
         module.register_forward_pre_hook(lambda *_: asked.append(len(lane.told)))
-    with stager.open(rounds):
+    with stager.open(staging(units), rounds):
         for _ in range(rounds):
             for module, result in zip(made, expected, strict=True):
                 before = len(lane.told)
@@ -139,9 +146,7 @@ def test_what_is_due_between_units_can_be_done_later() -> None:
     x = torch.randn(3, 5)
     expected = [module(x) for module in modules(3)]
     acts: list[Callable[[], None]] = []
-    with stager.open(rounds=2):
-        first = stager.place
-        assert len(first) == 2
+    with stager.open(staging(units), rounds=2):
         with stager.handed(acts.append):
             for module in made:
                 module(x)
@@ -154,7 +159,6 @@ def test_what_is_due_between_units_can_be_done_later() -> None:
                 assert torch.equal(module.forward(x), result)  # without hooks, as a captured step runs
                 next(due)()
     assert len(lane.told) == 5
-    assert stager.place == ()
 
 
 @pytest.mark.parametrize("device", DEVICES)

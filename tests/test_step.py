@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -13,15 +14,15 @@ from torch import Tensor, nn
 from torch.nn import Linear
 
 from vortex_core import Engine, load_flux_schnell, nf4, sampling
+from vortex_core.arena import Region
+from vortex_core.graphs import BoundStep, GraphCache, PiecewiseGraph, step_bytes
 from vortex_core.kernels import Operand, reference
 from vortex_core.kernels.operand import FP8
 from vortex_core.linear import NF4Linear, ReferenceBackend, multiply, product
 from vortex_core.planner import smallest_budget
-from vortex_core.plans import Plan, Plans, Recording, plan_bytes
 from vortex_core.residency import Stager
 from vortex_core.step import Step
 from vortex_core.transformer import Transformer
-from vortex_core.workspace import Workspace
 
 CPU = torch.device("cpu")
 SIZES = [(64, 64, 1), (128, 80, 2), (64, 96, 3)]
@@ -54,29 +55,29 @@ def request(
 
 @pytest.mark.parametrize("fast", [False, True])
 @torch.inference_mode()
-def test_plans_of_several_sizes_share_memory_and_stay_right(
+def test_steps_of_several_sizes_share_memory_and_stay_right(
     engine: Engine, transformer: Transformer, fast: bool
 ) -> None:
     transformer.use(reference, fast=fast, fp8_attention=fast)
-    largest = max(plan_bytes(engine._spec, size_of(*size), torch.float32, fast=fast) for size in SIZES)
-    buffer = torch.empty(largest, dtype=torch.uint8)
-    plans = {size: Plan(transformer, size_of(*size), buffer) for size in SIZES}
+    largest = max(step_bytes(engine._spec, size_of(*size), torch.float32, fast=fast) for size in SIZES)
+    memory = torch.empty(largest, dtype=torch.uint8)
+    steps = {size: BoundStep(transformer, size_of(*size), Region(memory)) for size in SIZES}
     for size in [*SIZES, *SIZES]:
         arguments = request(engine, *size)
-        buffer.fill_(0xFF)  # NaN in every type
-        assert torch.equal(plans[size](*arguments), transformer(*arguments))
+        memory.fill_(0xFF)  # NaN in every type
+        assert torch.equal(steps[size](*arguments), transformer(*arguments))
 
 
 @pytest.mark.parametrize("fast", [False, True])
 @torch.inference_mode()
-def test_a_plan_takes_the_bytes_that_were_planned(engine: Engine, transformer: Transformer, fast: bool) -> None:
+def test_a_step_takes_the_bytes_that_were_planned(engine: Engine, transformer: Transformer, fast: bool) -> None:
     transformer.use(reference, fast=fast, fp8_attention=fast)
     for height, width, batch in SIZES:
         size = size_of(height, width, batch)
-        buffer = torch.empty(plan_bytes(engine._spec, size, torch.float32, fast=fast), dtype=torch.uint8)
-        Plan(transformer, size, buffer)(*request(engine, height, width, batch))
-        with pytest.raises(RuntimeError, match="shape"):
-            Plan(transformer, size, buffer[:-256])
+        memory = torch.empty(step_bytes(engine._spec, size, torch.float32, fast=fast), dtype=torch.uint8)
+        BoundStep(transformer, size, Region(memory))(*request(engine, height, width, batch))
+        with pytest.raises(ValueError, match="A plan is too small"):
+            BoundStep(transformer, size, Region(memory[:-256]))
 
 
 @torch.inference_mode()
@@ -85,28 +86,92 @@ def test_a_replay_reads_its_inputs_and_lays_out_no_step(
 ) -> None:
     size, (first, second) = size_of(128, 80, 2), [request(engine, 128, 80, 2) for _ in range(2)]
     second[0].neg_()
-    buffer = torch.empty(plan_bytes(engine._spec, size, torch.float32, fast=False), dtype=torch.uint8)
-    captured = Plan(transformer, size, buffer)
+    memory = torch.empty(step_bytes(engine._spec, size, torch.float32, fast=False), dtype=torch.uint8)
+    captured = BoundStep(transformer, size, Region(memory))
     captured(*first)
     graph = SimpleNamespace(replay=captured.run)  # in that memory, whoever filled it
     monkeypatch.setattr(Transformer, "step", lambda *arguments: pytest.fail("laid out"))
-    replayed = Plan(transformer, size, buffer)(*second, graph).clone()
+    replayed = BoundStep(transformer, size, Region(memory))(*second, graph).clone()
     monkeypatch.undo()
     assert torch.equal(replayed, transformer(*second))
 
 
+class Captures:
+    """A card that captures: what is launched for a graph runs when that is replayed, too."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.captured: list[tuple[int, int, int]] = []
+        self.replays = 0
+        monkeypatch.setattr(Transformer, "fused", property(lambda transformer: True))
+        monkeypatch.setattr(GraphCache, "_record", lambda graphs, step, stager: self.record(step))
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+
+    def record(self, step: BoundStep) -> SimpleNamespace:
+        self.captured.append(step._size)
+
+        def replay() -> None:
+            self.replays += 1
+            step.run()
+
+        return SimpleNamespace(replay=replay)
+
+
+def region(engine: Engine, size: tuple[int, int, int]) -> Region:
+    return Region(torch.empty(step_bytes(engine._spec, size, torch.float32, fast=False), dtype=torch.uint8))
+
+
 @torch.inference_mode()
-def test_the_graphs_of_the_sizes_drawn_last_are_kept(engine: Engine, transformer: Transformer) -> None:
-    plans = Plans(transformer, Workspace(CPU))
-    one, two = size_of(128, 80, 1), size_of(128, 80, 2)
-    img, txt, modulation, pe = request(engine, 128, 80, 2)
-    with plans.open(two, Stager([], CPU)) as velocity:
-        plans._graphs.update(dict.fromkeys((one, two), SimpleNamespace(replay=lambda: None)))
-        velocity(img[:1], txt[:1], modulation, pe)
-        assert list(plans._graphs) == [two, one]
+def test_a_graph_is_found_at_the_addresses_it_was_captured_with_alone(
+    engine: Engine, transformer: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card, graphs = Captures(monkeypatch), GraphCache(transformer, CPU)
+    size, arguments = size_of(128, 80, 1), request(engine, 128, 80, 1)
+    first, second, expected = region(engine, size), region(engine, size), transformer(*arguments)
+
+    def draw(memory: torch.Tensor, address: tuple[int, ...], start: int = 0) -> int:
+        """How many were captured so far."""
+        with graphs.open(size, Region(memory, start), Stager([], CPU), address) as velocity:
+            assert torch.equal(velocity(*arguments), expected)
+        return len(card.captured)
+
+    assert [draw(first.memory, (1, 2)) for _ in range(3)] == [1, 1, 1]
+    assert card.replays == 2
+    assert draw(first.memory, (1, 3)) == 2  # weights moved, or cuBLAS' workspaces
+    assert graphs.sizes == (size,)  # what nobody can find any more is gone
+    assert draw(second.memory, (1, 3)) == 3  # the arena moved
+    longer = torch.cat((torch.empty(256, dtype=torch.uint8), second.memory))
+    assert draw(longer, (1, 3), 256) == 4  # staging or decoded weights grew before it
+    assert draw(longer, (1, 3), 256) == 4
+    graphs.clear()
+    assert (graphs.sizes, graphs.nbytes) == ((), 0)
+    assert draw(longer, (1, 3), 256) == 5
 
 
-def test_a_recording_replays_graphs_and_what_the_host_does_between(monkeypatch: pytest.MonkeyPatch) -> None:
+@torch.inference_mode()
+def test_the_graphs_of_the_sizes_drawn_last_are_kept(
+    engine: Engine, transformer: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Captures(monkeypatch)
+    graphs, lent = GraphCache(transformer, CPU), []
+    largest = size_of(128, 80, 3)
+    img, txt, modulation, pe = request(engine, 128, 80, 3)
+    memory = region(engine, largest).memory
+
+    @contextmanager
+    def lend() -> Iterator[None]:
+        lent.append(1)
+        yield
+
+    monkeypatch.setattr("vortex_core.graphs.KEPT", 2)
+    for counts in ((3, 2), (3,), (1,)):
+        with graphs.open(largest, Region(memory), Stager([], CPU), (), lend) as velocity:
+            for count in counts:
+                velocity(img[:count], txt[:count], modulation, pe)
+    assert [size[0] for size in graphs.sizes] == [3, 1]
+    assert len(lent) == 3  # what is replayed needs no memory of libraries
+
+
+def test_a_piecewise_graph_replays_graphs_and_what_the_host_does_between(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[object] = []
 
     class Graph:
@@ -123,7 +188,7 @@ def test_a_recording_replays_graphs_and_what_the_host_does_between(monkeypatch: 
             told.append(self.name)
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    recording = Recording("pool")
+    recording = PiecewiseGraph("pool")
     with recording.capture():
         recording.between(lambda: told.append("fetch"))
         recording.between(lambda: told.append("leave"))
@@ -133,7 +198,7 @@ def test_a_recording_replays_graphs_and_what_the_host_does_between(monkeypatch: 
     recording.replay()
     assert told == ["a", "fetch", "b", "leave", "c"] * 2
     Graph.names = iter("de")
-    with pytest.raises(ValueError, match="no"), Recording("pool").capture():
+    with pytest.raises(ValueError, match="no"), PiecewiseGraph("pool").capture():
         raise ValueError("no")
     assert told[-1] == "d ends"  # or nothing else could be captured
 
@@ -143,24 +208,22 @@ def test_a_recording_replays_graphs_and_what_the_host_does_between(monkeypatch: 
         raise RuntimeError(next(errors))
 
     monkeypatch.setattr(Graph, "capture_end", fails)
-    recording = Recording("pool")
+    recording = PiecewiseGraph("pool")
     with pytest.raises(RuntimeError, match="it is broken"), recording.capture():
         recording.between(lambda: None)
     assert next(errors, None) is None
 
 
 @torch.inference_mode()
-def test_plans_draw_slices_of_several_sizes_and_keep_nothing(engine: Engine, transformer: Transformer) -> None:
-    plans = Plans(transformer, Workspace(CPU))
+def test_slices_of_several_sizes_share_a_region(engine: Engine, transformer: Transformer) -> None:
+    graphs = GraphCache(transformer, CPU)
     img, txt, modulation, pe = request(engine, 128, 80, 3)
-    with plans.open(size_of(128, 80, 2), Stager([], CPU)) as velocity:
+    size = size_of(128, 80, 2)
+    with graphs.open(size, region(engine, size), Stager([], CPU)) as velocity:
         parts = [velocity(part, txt[: len(part)], modulation, pe).clone() for part in img.split(2)]
-        buffer = weakref.ref(velocity(img[:1], txt[:1], modulation, pe).untyped_storage())
-        assert buffer() is not None
     assert torch.equal(parts[1], transformer(img[2:], txt[:1], modulation, pe))
     assert torch.equal(parts[0], transformer(img[:2], txt[:2], modulation, pe))
-    assert buffer() is None
-    assert plans.nbytes == 0
+    assert (graphs.nbytes, graphs.sizes) == (0, ())  # nothing is captured on the CPU
 
 
 @pytest.mark.parametrize("fast", [False, True])
@@ -328,25 +391,31 @@ def test_replayed_steps_are_the_launched_ones_bit_for_bit(mode: str) -> None:
     ]
     with load_flux_schnell("tiny", device="cuda", mode=mode) as engine:
         assert engine.mode == mode
-        plans, workspace = engine._room.plans, engine._room.placement.workspace
+        graphs, arena = engine._memory.graphs, engine._memory.arena
 
         def drawn() -> list[Tensor]:
             return [engine.generate(**job) for job in jobs]
 
         largest = engine.generate("a ring", seed=0, height=256, width=256, batch_size=2)  # so that the block stays
         drawn()
-        kept, epoch = dict(plans._graphs), workspace.epoch
+        kept, place = dict(graphs._graphs), arena.memory.data_ptr()
         replayed = drawn()
-        assert len(kept) == 4
-        assert workspace.epoch == epoch
-        assert dict(plans._graphs) == kept  # nothing was captured again
+        assert len(engine.captured) == 4
+        assert arena.memory.data_ptr() == place
+        assert dict(graphs._graphs) == kept  # nothing was captured again
+        torch._C._cuda_clearCublasWorkspaces()  # as torch.compile's graphs do, for the whole process
+        filled = [torch.full((2**25,), torch.nan, device="cuda") for _ in range(3)]  # where they were
+        assert all(map(torch.equal, drawn(), replayed))
+        assert all(bool(tensor.isnan().all()) for tensor in filled)
+        assert dict(graphs._graphs).items().isdisjoint(kept.items())
+        del filled
         engine.offload()
-        assert not plans._graphs
-        assert plans.nbytes == 0
+        assert not engine.captured
+        assert graphs.nbytes == 0
         assert all(map(torch.equal, drawn(), replayed))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Plans, "_capture", lambda *arguments: None)
-            plans.clear()
+            patch.setattr(GraphCache, "_capture", lambda *arguments: None)
+            graphs.clear()
             assert all(map(torch.equal, drawn(), replayed))
         assert torch.equal(engine.generate("a ring", seed=0, height=256, width=256, batch_size=2), largest)
 
@@ -361,7 +430,7 @@ def test_kernels_that_are_launched_early_draw_what_those_in_turn_do(monkeypatch:
     with load_flux_schnell("tiny", device="cuda", mode="fast") as engine:
 
         def drawn() -> list[Tensor]:
-            engine._room.plans.clear()
+            engine._memory.graphs.clear()
             return [engine.generate("a ring", seed=seed, height=256, width=192, batch_size=2) for seed in range(4)]
 
         early = drawn()
@@ -425,15 +494,16 @@ def test_blocks_that_stream_are_captured_in_parts_and_draw_the_same() -> None:
             raise KeyboardInterrupt
 
     with load_flux_schnell("tiny", device="cuda") as engine:
-        graphs = engine._room.plans._graphs
+        graphs = engine._memory.graphs._graphs
 
         def drawn() -> list[Tensor]:
             return [engine.generate("a blue square", **job) for job in jobs]
 
         expected = drawn()
-        engine._room.budget = smallest_budget(engine._model.pieces, engine._demand(128, 128, 1))
+        asked = engine._model.requirements(128, 128, 1, blas=engine._memory.blas)
+        engine._memory.budget = smallest_budget(engine._model.pieces, asked)
         assert all(map(torch.equal, drawn(), expected))
-        steps, kept = engine._room.placement.steps, dict(graphs)
+        steps, kept = engine._memory.placement.steps, dict(graphs)
         assert len(kept) == 2
         assert len(steps.units) > 1
         assert {len(recording._parts) for recording in kept.values()} == {4 * len(steps.units) + 1}

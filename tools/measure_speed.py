@@ -20,17 +20,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vortex_core import nf4, sampling
+from vortex_core.arena import Region, aligned
 from vortex_core.checkpoint.materialize import is_quantized
+from vortex_core.graphs import GraphCache, step_bytes
 from vortex_core.kernels import Operand, choose_kernels, reference
 from vortex_core.kernels.operand import FP8, empty_heads
 from vortex_core.linear import NF4Linear, TritonBackend, product
-from vortex_core.plans import Plans, plan_bytes
 from vortex_core.residency import Stager
 from vortex_core.spec import FluxSpec, VaeSpec
 from vortex_core.transformer import Transformer
 from vortex_core.vae import Decoder
 from vortex_core.vae import decode as decode_picture
-from vortex_core.workspace import Workspace
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -230,7 +230,6 @@ def transformer() -> Transformer:
 
 def steps() -> None:
     model = transformer()
-    BACKEND.reserve(max(n * k for n, k in LINEARS), BF16)
     if GPU:
         note("weights GB", round(torch.cuda.memory_allocated() / 1e9, 3))
     for height, width in SIZES:
@@ -253,15 +252,15 @@ def steps() -> None:
                 velocities[mode] = model(img.to(BF16), txt, table, pe).float()
                 continue
             size = (1, 256, s)
-            arena = plan_bytes(SPEC, size, BF16, fast=fast)
+            arena = step_bytes(SPEC, size, BF16, fast=fast)
             note(f"{name} arena GB", round(arena / 1e9, 4))
-            workspace = Workspace(DEVICE)
-            workspace.reserve(arena + 256 * 2**20)
-            plans = Plans(model, workspace)
-            with workspace.use(), plans.open(size, Stager([], DEVICE)) as plan:
+            scratch, text = (aligned(n) for n in (2 * max(n * k for n, k in LINEARS), SPEC.hidden * SPEC.mlp))
+            region = Region(torch.empty(arena + scratch + text, dtype=torch.uint8, device=DEVICE))
+            lanes = (region.take((n,), torch.uint8) for n in (scratch, text))
+            graphs = GraphCache(model, DEVICE)
+            with BACKEND.using(*lanes), graphs.open(size, region, Stager([], DEVICE)) as plan:
                 velocities[mode] = step(plan, (img, txt, table, pe), name, velocities["reference"])
-            plans.clear()
-            workspace.release()
+            graphs.clear()
 
 
 def step(plan, arguments, name: str, expected: Tensor) -> Tensor:
@@ -342,7 +341,7 @@ SECTIONS = {f.__name__: f for f in (ceilings, steps, attention, decode, decoder,
 if __name__ == "__main__":
     torch.manual_seed(0)
     KERNELS = choose_kernels(DEVICE)
-    BACKEND = TritonBackend(DEVICE) if GPU else __import__("vortex_core.linear").linear.ReferenceBackend()
+    BACKEND = TritonBackend() if GPU else __import__("vortex_core.linear").linear.ReferenceBackend()
     began = time.perf_counter()
     for section in sys.argv[1:] or SECTIONS:
         print(f"=== {section} (at {time.perf_counter() - began:.0f} s)", flush=True)

@@ -2,6 +2,7 @@
 
     python tools/speed_contract.py docs/reports/speed                        # about 9 minutes on an H100
     python tools/speed_contract.py docs/reports/speed/load --load     # after it: first pictures, Triton's cache warm
+    python tools/speed_contract.py OUT --allocator cudaMallocAsync           # as ComfyUI has it
     python tools/speed_contract.py OUT --model FOLDER --device cpu --size 64 --size 128 --samples 2   # a rehearsal
 
 In order of worth: the peer with 16-bit weights (compiled), Vortex in both modes, fidelity, and the peers in NF4. Prints
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -25,6 +27,7 @@ import torch
 from torch import Tensor
 
 from vortex_core import Engine, sampling
+from vortex_core.bench.allocator import ALLOCATORS, ensure_allocator
 from vortex_core.bench.compare import COMFY, COMPILED, GRAPH, NF4, PLAIN, Contest, Row, clean, distance
 from vortex_core.bench.output import write_folder
 from vortex_core.bench.peers import diffusers_velocity
@@ -180,11 +183,11 @@ class Contract:
         for mode, engine in self.engines.items() if self.device.type == "cuda" else ():
             self._drawn(engine)
             replayed, again = self._drawn(engine), self._drawn(engine)
-            plans = engine._room.plans
-            plans.clear()
-            plans._capture = lambda *arguments: None
+            graphs = engine._memory.graphs
+            graphs.clear()
+            graphs._capture = lambda *arguments: None
             launched = self._drawn(engine)
-            del plans._capture
+            del graphs._capture
             same = all(map(torch.equal, replayed, again)) and all(map(torch.equal, replayed, launched))
             self.check(f"{mode}: replayed pictures equal launched ones bit for bit", float(same), 1.0, least=True)
             engine.offload()
@@ -283,10 +286,12 @@ def main() -> None:
     parser.add_argument("--size", type=int, action="append", help="sides (default 512 and 1024)")
     parser.add_argument("--samples", type=int, default=30, help="pictures of each contender and size")
     parser.add_argument("--many", type=int, default=100, help="pictures for P99 over P50")
+    parser.add_argument("--allocator", choices=ALLOCATORS, help="torch's (default: as it is)")
     parser.add_argument(
         "--load", action="store_true", help="the first pictures alone: a second run finds Triton's cache warm"
     )
     arguments = parser.parse_args()
+    ensure_allocator(arguments.allocator, [sys.executable, *sys.argv])
     contract = Contract(arguments)
     parts = (contract.plain, contract.load, contract.vortex, contract.replay, contract.fidelity, contract.peers)
     for work in (contract.load,) if arguments.load else parts:

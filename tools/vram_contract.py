@@ -3,12 +3,14 @@
     python tools/full_size.py build /dev/shm/random-schnell
     python tools/vram_contract.py /dev/shm/random-schnell                 # everything, about 6 minutes
     python tools/vram_contract.py /dev/shm/random-schnell --only default,tight --json figures.json
+    python tools/vram_contract.py /dev/shm/random-schnell --allocator cudaMallocAsync --only default,tight,soak,same
     python tools/vram_contract.py tiny --device cpu                       # a rehearsal: logic, no figures
 
 Sections: `default` (6.5 GB: 512 to 1024, batch 4, host memory, the ledger), `card8` (an 8 GB card), `card12` (12 GB,
 everything resident), `tight` (4.5 GB, blocks streamed), `grid` (predicted against measured peaks), `soak` (200
-pictures), `same` (bit for bit under every placement; strips against whole), `errors` (refusals, running out of
-memory), `speed` (what streaming costs, against the plan). All but `speed` may share the GPU with other programs.
+pictures), `same` (bit for bit under every placement; strips against whole), `threads` (16 that draw), `reload` (20
+times), `backends` (without Triton), `errors` (refusals, running out of memory), `speed` (what streaming costs, against
+the plan). All but `speed` may share the GPU with other programs.
 
 Prints a row for each promise as it is checked, and writes it to `--json`; ends with one JSON line, and exits with 1
 where one is broken. A section that fails, or takes longer than `--seconds`, is a broken promise; the others run.
@@ -32,6 +34,7 @@ from typing import Any
 from vram_promises import SECTIONS
 from vram_section import MARK, Section
 
+from vortex_core.bench.allocator import ALLOCATORS, environment
 from vortex_core.bench.machine import machine
 
 
@@ -40,11 +43,11 @@ def run(name: str, arguments: argparse.Namespace, cache: str) -> Iterator[dict[s
     command = [sys.executable, __file__, arguments.model, "--section", name, "--cache", cache]
     command += ["--device", arguments.device, "--seconds", str(arguments.seconds)]
     search = os.pathsep.join(filter(None, (str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH"))))
-    environment = os.environ | {"PYTHONPATH": search, "PYTHONWARNINGS": "default"}
+    surroundings = environment(arguments.allocator) | {"PYTHONPATH": search, "PYTHONWARNINGS": "default"}
     print(f"== {name}", flush=True)
     started = time.perf_counter()
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=surroundings
     ) as process:
         watch = threading.Timer(arguments.seconds, process.kill)
         watch.start()
@@ -77,6 +80,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, with commas")
     parser.add_argument("--cache", help="where quantized weights are kept (default: beside the model)")
     parser.add_argument("--seconds", type=float, default=150, help="at most, for one section (default 150)")
+    parser.add_argument("--allocator", choices=ALLOCATORS, help="torch's, of every section (default: as it is)")
     parser.add_argument("--json", type=Path, help="write all rows here")
     parser.add_argument("--section", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -85,7 +89,8 @@ def main() -> None:
         faulthandler.dump_traceback_later(0.9 * arguments.seconds, file=sys.stdout)
         section = Section(arguments.model, arguments.device, arguments.cache)
         here = machine(section.device)
-        section.row("measured on", f"{here.device}, driver {here.driver}, torch {here.torch}", None)
+        what = f"{here.device}, driver {here.driver}, torch {here.torch}, allocator {here.allocator}"
+        section.row("measured on", what, None)
         SECTIONS[arguments.section](section)
         return
     names = arguments.only.split(",")

@@ -19,8 +19,8 @@ import torch
 
 from vortex_core import Engine
 from vortex_core.latency import Stopwatch
-from vortex_core.planner import Plan
-from vortex_core.vram import process_memory
+from vortex_core.planner import MemoryPlan
+from vortex_core.vram import graph_memory, process_memory
 
 GB = 1e9
 PROMPT = "a red circle on a white background"
@@ -46,7 +46,7 @@ class Section:
 
     def gb(self, budget: float) -> float:
         """On the CPU the miniature's share of it."""
-        return budget if self.cuda else budget / 20
+        return budget if self.cuda else budget / 15
 
     def cap(self, size: float) -> None:
         """Have the process see a card of `size` bytes, as far as torch's allocator goes."""
@@ -57,13 +57,18 @@ class Section:
         return Engine.load(self.model, device=self.device, vram_budget=budget, cache_dir=self.cache, **options)
 
     def reserved(self) -> int:
-        return torch.cuda.memory_reserved(self.device) if self.cuda else 0
+        """What torch has reserved, and the driver for graphs."""
+        return torch.cuda.memory_reserved(self.device) + graph_memory(self.device) if self.cuda else 0
 
     def allocated(self) -> int:
         return torch.cuda.memory_allocated(self.device) if self.cuda else 0
 
     def peak(self, counter: str = "reserved") -> int:
-        return getattr(torch.cuda, f"max_memory_{counter}")(self.device) if self.cuda else 0
+        """The most since `reset`; of what the driver has for graphs, what it has now, which stays while they do."""
+        if not self.cuda:
+            return 0
+        graphs = graph_memory(self.device) if counter == "reserved" else 0
+        return getattr(torch.cuda, f"max_memory_{counter}")(self.device) + graphs
 
     def reset(self) -> None:
         if self.cuda:
@@ -104,17 +109,17 @@ class Section:
         row = {"promise": promise, "found": str(found), "holds": holds, **figures}
         print(MARK + json.dumps(row), flush=True)
 
-    def predicted(self, what: str, plan: Plan, **figures: Any) -> float:
+    def predicted(self, what: str, plan: MemoryPlan, **figures: Any) -> float:
         """Tell whether the peak since `reset` is the plan's, or up to 3% below it; the share by which it is below."""
         measured = max(1, self.peak())
         off = plan.peak / measured - 1
         self.row(
             f"{what}: predicted 0 to 3% above",
             f"{plan.peak / GB:.3f} against {measured / GB:.3f} GB, {off:+.2%}; slices of {plan.slice}, "
-            f"strips of {plan.demand.rows}, {len(plan.streamed)} units stream",
+            f"strips of {plan.requirements.rows}, {len(plan.streamed)} units stream",
             0 <= off <= 0.03,
-            size=f"{plan.demand.width} x {plan.demand.height}",
-            batch=plan.demand.batch,
+            size=f"{plan.requirements.width} x {plan.requirements.height}",
+            batch=plan.requirements.batch,
             predicted=plan.peak,
             reserved=measured,
             hosted=plan.hosted,

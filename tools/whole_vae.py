@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 
-from vortex_core.vae import Decoder, ResnetBlock
+from vortex_core.vae import AttnBlock, Decoder, ResnetBlock
 
 
 def whole_decode(decoder: Decoder, latents: torch.Tensor) -> torch.Tensor:
@@ -16,8 +17,14 @@ def whole_decode(decoder: Decoder, latents: torch.Tensor) -> torch.Tensor:
         h = block.conv2(F.silu(block.norm2(h)))
         return h + (block.nin_shortcut(x) if hasattr(block, "nin_shortcut") else x)
 
-    x = decoder.conv_in(latents.to(decoder.conv_in.weight.dtype) / decoder.scale + decoder.shift)
-    x = resnet(decoder.mid.block_2, torch.cat([decoder.mid.attn_1(h[None]) for h in resnet(decoder.mid.block_1, x)]))
+    def attend(block: AttnBlock, x: torch.Tensor) -> torch.Tensor:
+        tokens = rearrange(block.norm(x), "b c h w -> b 1 (h w) c")
+        h = block.proj_out(F.scaled_dot_product_attention(block.q(tokens), block.k(tokens), block.v(tokens)))
+        return x + rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2])
+
+    spec, mid = decoder.spec, decoder.mid
+    x = decoder.conv_in(latents.to(decoder.conv_in.weight.dtype) / spec.scale + spec.shift)
+    x = resnet(mid.block_2, attend(mid.attn_1, resnet(mid.block_1, x)))
     for level in reversed(decoder.up):
         for block in level.block:
             x = resnet(block, x)

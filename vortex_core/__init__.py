@@ -31,6 +31,8 @@ _HOMES = {
             "VortexDeviceError",
             "VortexInitializationError",
             "MemoryPressureError",
+            "BusyError",
+            "DeadlineError",
             "VortexWarning",
             "PromptTruncatedWarning",
             "NoEffectWarning",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,7 @@ from .sampling import timesteps
 from .spec import FluxSpec
 from .text import T5, Clip, tokenize_prompt
 
+Staged = Callable[[], AbstractContextManager[None]]
 CACHED = 16  # prompts; about 10 MB of host memory each at full size, 18 pinned, as torch rounds it
 
 
@@ -140,7 +141,7 @@ def timestep_embedding(t: Tensor, dim: int = 256, max_period: float = 10_000) ->
 
 
 class Conditioner:
-    """Encoders, modulation and the cache of what they made. Inside `staged()`, their units run on `device`."""
+    """Encoders, modulation and the cache of what they made. Inside `staged`, their units run on `device`."""
 
     def __init__(
         self,
@@ -149,32 +150,36 @@ class Conditioner:
         t5: T5,
         modulation: Modulation,
         device: torch.device,
-        staged: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self.tokenizers = tokenizers
         self.clip, self.t5, self.modulation = clip, t5, modulation
         self.device = device
-        self.staged = staged
         self._cache: OrderedDict[tuple[object, ...], Conditioning] = OrderedDict()
 
-    def __call__(self, prompt: str, steps: int) -> Conditioning:
+    def __call__(self, prompt: str, steps: int, staged: Staged) -> Conditioning:
         """The conditioning of a prompt; from the cache if its tokens were seen before. Warns when text is cut."""
         clip, t5 = tokenize_prompt(*self.tokenizers, prompt)
         key = (clip.ids, t5.ids, steps)
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        with self.staged():
+        with staged():
             conditioning = self._table(self.t5(t5.ids), self.clip(clip.ids), steps)
         self._cache[key] = conditioning
         if len(self._cache) > CACHED:
             self._cache.popitem(last=False)
         return conditioning
 
-    def from_embeddings(self, txt: Tensor, pooled: Tensor, steps: int) -> Conditioning:
+    def from_embeddings(self, txt: Tensor, pooled: Tensor, steps: int, staged: Staged = nullcontext) -> Conditioning:
         """From T5 embeddings `[1, N, context]` and CLIP's pooled vector `[1, vec]`, both on the device."""
-        with self.staged():
+        with staged():
             return self._table(txt, pooled, steps)
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Pinned host memory that cached prompts take, as far as tensors go."""
+        tensors = (tensor for known in self._cache.values() for tensor in (known.txt, known.modulation))
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.is_pinned())
 
     def _table(self, txt: Tensor, pooled: Tensor, steps: int) -> Conditioning:
         t = torch.tensor(timesteps(steps)[:-1], device=self.device)

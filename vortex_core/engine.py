@@ -1,7 +1,8 @@
 """The engine: load a model once, draw many pictures.
 
 `generate` reads as the data flow: prompt to conditioning (prompt time), seed to noise, noise to clean latents
-(step time), latents to a picture. How a model is loaded is told in loading.py, where its weights are in placement.py.
+(step time), latents to a picture. How a model is loaded is told in loading.py, what it works in in memory.py, and on
+which thread in worker.py.
 """
 
 from __future__ import annotations
@@ -9,31 +10,33 @@ from __future__ import annotations
 import gc
 import logging
 import secrets
-import threading
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import loading, sampling
-from .allocator import round_up
 from .checkpoint.bundle import Bundle, open_bundle, open_pipeline
 from .checkpoint.cache import Cache
 from .conditioning import Conditioner, Conditioning
+from .device import resolve_device
 from .errors import NoEffectWarning, VortexInputError
+from .kernels import Operand
 from .latency import mark
+from .linear import multiply
 from .loading import OnLoad, Setup
-from .planner import Demand, Plan
+from .memory import MemoryManager, Place
+from .planner import MemoryPlan
 from .request import Request, check_embeddings, check_latents, check_prompt, check_steps
 from .residency import nbytes
-from .room import Room
-from .spec import DEFAULT_STEPS, SIZE_MULTIPLE, T5_TOKENS
+from .spec import DEFAULT_STEPS, T5_TOKENS
+from .streams import blas_of
 from .vae import decode
-from .vram import Ledger, snapshot
+from .vram import Ledger, hand_back, snapshot
+from .worker import Worker, ask, check, inside, warn, worker_of
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
@@ -41,38 +44,43 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 OnStep = Callable[[int, int, Tensor], None]
+Result = TypeVar("Result")
 
 
 class Engine:
     """FLUX.1-schnell, resident: `Engine.load(...)` once, `generate(...)` many times.
 
     On a CUDA device torch never reserves more for it than `budget`: what does not fit stays in pinned host memory and
-    streams, large pictures are decoded in strips, batches drawn in slices. Calls from several threads take turns.
+    streams, large pictures are decoded in strips, batches drawn in slices. All engines of a device work on one thread
+    of its own: calls from any number of threads are served in the order in which they come.
 
     Attributes: `name`, `device`, `dtype`, `quantization`, `mode` as it runs, `native_size` (side in pixels the model
     was trained at), `last_seed`.
     """
 
-    def __init__(self, bundle: Bundle, setup: Setup) -> None:
+    def __init__(self, bundle: Bundle, setup: Setup, worker: Worker) -> None:
         """Not for callers: builds the modules on `meta`. Use `Engine.load` or `Engine.from_pipeline`."""
         self.name, self.mode = bundle.name, setup.mode
         self.device, self.dtype, self.quantization = setup.device, setup.dtype, setup.quantization
         self.native_size = bundle.vae.sample_size
         self.last_seed: int | None = None
         self._spec = bundle.flux
-        self._backend = setup.backend
+        self._budgeted = setup.budget is not None
         self._model = loading.build(bundle, setup)
         self._transformer, self._decoder = self._model.transformer, self._model.decoder
-        self._room = Room(self._model, setup)
+        self._worker = worker
+        blas, streams = blas_of(setup.device), self._model.streams(setup.device)
+        blas.ensure(streams)
+        first = loading.first_plan(bundle.name, self._model, setup, blas.nbytes(streams))
+        self._memory = MemoryManager(self._model, setup, first)
         self._conditioner = Conditioner(
             (bundle.tokenizer, bundle.tokenizer_2),
             self._model.clip,
             self._model.t5,
             self._model.modulation,
             setup.device,
-            staged=lambda: self._room.placement.prompt.open(),
         )
-        self._lock = threading.RLock()
+        self._detach = worker.attach(self)
 
     @classmethod
     def load(
@@ -111,10 +119,14 @@ class Engine:
         Raises `VortexInputError`, `VortexDeviceError` and `VortexCheckpointError` before any device memory is
         taken, and `VortexInitializationError` (with figures) when memory runs out; then nothing stays behind.
         """
-        setup = Setup.check(device, quantization, dtype, backend, vram_budget, mode)
-        bundle = open_bundle(model, clip=clip, t5=t5, vae=vae, tokenizers=tokenizers)
         cache = Cache(None if cache_dir is None else Path(cache_dir).expanduser())
-        return cls._load(bundle, setup, cap_process, on_progress, cache)
+        return cls._load(
+            lambda: open_bundle(model, clip=clip, t5=t5, vae=vae, tokenizers=tokenizers),
+            (device, quantization, dtype, backend, vram_budget, mode),
+            cap_process,
+            on_progress,
+            cache,
+        )
 
     @classmethod
     def from_pipeline(
@@ -131,70 +143,85 @@ class Engine:
         on_progress: OnLoad | None = None,
     ) -> Engine:
         """The door from diffusers: take the weights of a `FluxPipeline`, which stays as it is. Else as `load`."""
-        setup = Setup.check(device, quantization, dtype, backend, vram_budget, mode)
-        return cls._load(open_pipeline(pipe), setup, cap_process, on_progress, None)
+        options = (device, quantization, dtype, backend, vram_budget, mode)
+        return cls._load(lambda: open_pipeline(pipe), options, cap_process, on_progress, None)
 
     @classmethod
     def _load(
-        cls, bundle: Bundle, setup: Setup, capped: bool, on_progress: OnLoad | None, cache: Cache | None
+        cls,
+        opened: Callable[[], Bundle],
+        options: tuple[Any, ...],
+        capped: bool,
+        on_progress: OnLoad | None,
+        cache: Cache | None,
     ) -> Engine:
-        engine = cls(bundle, setup)
-        made = engine._room.plan = loading.first_plan(bundle.name, engine._model, setup)
-        for kind, part in bundle.parts.items():
-            log.info("%s: %s, %s", kind, part.words, part.tensors.where)
+        worker = worker_of(resolve_device(options[0]))
+
+        def load() -> Engine:
+            blas_of(worker.device).ensure(())  # before samples are multiplied, to see what it takes
+            setup = Setup.check(*options)
+            bundle = opened()
+            engine = cls(bundle, setup, worker)
+            first, placement = engine.plan, engine._memory.placement
+            for kind, part in bundle.parts.items():
+                log.info("%s: %s, %s", kind, part.words, part.tensors.where)
+            try:
+                if capped:
+                    engine._memory.cap()
+                loading.fill(engine._model, bundle, setup, first, placement, on_progress, cache)
+                return engine
+            except torch.OutOfMemoryError as error:
+                del placement
+                engine.unload()
+                # the traceback's frames would keep half-loaded tensors alive
+                cause = error.with_traceback(None)
+                raise loading.out_of_memory("Loading ran out of memory", setup.device, first) from cause
+            except BaseException:  # a damaged file, Ctrl-C, an error of on_progress: nothing stays behind either
+                engine.unload()
+                raise
+
+        release = worker.attach(load)  # so that the thread ends if the load fails
         try:
-            if capped:
-                engine._room.cap()
-            with torch.inference_mode():
-                loading.fill(engine._model, bundle, setup, made, engine._room.placement, on_progress, cache)
-                engine._room.arrived()
-            return engine
-        except torch.OutOfMemoryError as error:
-            engine.unload()
-            # the traceback's frames would keep half-loaded tensors alive
-            cause = error.with_traceback(None)
-            raise loading.out_of_memory("Loading ran out of memory", setup.device, made) from cause
-        except BaseException:  # a damaged file, Ctrl-C, an error of on_progress: nothing stays behind either
-            engine.unload()
-            raise
+            return worker.run(load)
+        finally:
+            release()
 
     @property
     def step_time_bytes(self) -> int:
         """Bytes of the weights that every step needs: the transformer without modulation."""
         return nbytes(self._transformer)
 
-    @torch.inference_mode()
     def encode(self, prompt: str, steps: int = DEFAULT_STEPS) -> Conditioning:
         """The `Conditioning` of a prompt, cached by its tokens; pass it to `generate` in place of the prompt.
 
         Raises `VortexInputError` for an empty prompt or steps out of 1 to 8.
         """
-        self._check_loaded()
+        self._check_usable()
         check_prompt(prompt)
         check_steps(steps)
-        with self._lock:
-            demand = self._model.prompt_demand(self._backend)
-            return self._room.use(demand, lambda made: self._conditioner(prompt, steps))
+        return self._run(
+            lambda memory: memory.run(
+                self._model.prompt_requirements(memory.blas),
+                lambda place: self._conditioner(prompt, steps, place.prompt),
+            )
+        )
 
-    @torch.inference_mode()
     def condition(self, txt: Tensor, pooled: Tensor, steps: int = DEFAULT_STEPS) -> Conditioning:
         """A `Conditioning` from embeddings made elsewhere: T5's `[1, N, context]` and CLIP's pooled `[1, vec]`.
 
         Raises `VortexInputError` for other shapes, or steps out of 1 to 8.
         """
-        self._check_loaded()
+        self._check_usable()
         check_steps(steps)
         check_embeddings(txt, pooled, self._spec.context, self._spec.vec)
 
-        def condition(made: Plan | None) -> Conditioning:
+        def condition(place: Place) -> Conditioning:
             return self._conditioner.from_embeddings(
-                txt.to(self.device, self.dtype), pooled.to(self.device, self.dtype), steps
+                txt.to(self.device, self.dtype), pooled.to(self.device, self.dtype), steps, place.prompt
             )
 
-        with self._lock:
-            return self._room.use(self._model.prompt_demand(self._backend), condition)
+        return self._run(lambda memory: memory.run(self._model.prompt_requirements(memory.blas), condition))
 
-    @torch.inference_mode()
     def generate(
         self,
         prompt: str | Conditioning,
@@ -207,20 +234,60 @@ class Engine:
         batch_size: int = 1,
         out: Tensor | None = None,
         on_step: OnStep | None = None,
+        deadline: float | None = None,
     ) -> Tensor:
         """Draw `batch_size` pictures; float32 `[B, H, W, 3]` in 0..1 on the engine's device.
 
         `seed`: None draws one, logs it and leaves it in `last_seed`; picture i starts from the noise of `seed + i`.
         `height`, `width`: pixels, multiples of 16 from 64 to 2048; default the model's native size. `steps`: 1 to 8.
         `negative_prompt` has no effect at guidance 0 and says so. `out`: a contiguous buffer the caller owns; it is
-        checked, written in place and returned. `on_step(i, n, latents)` is called after step i of n with the clean
-        latents predicted so far, `[B, 16, H/8, W/8]`; it may raise to cancel, and the next call works. It may not call
-        this engine.
+        checked, written in place and returned. `on_step(i, n, latents)` is called after step i of n, on the caller's
+        own thread, with the clean latents predicted so far, `[B, 16, H/8, W/8]`; it may raise to cancel, and the next
+        call works. It may not call this engine. `deadline`: seconds from now; a picture that is not done by then is
+        given up at the next step, and one that waits for others leaves the queue.
 
-        Raises `VortexInputError` before any work, and `MemoryPressureError` where the pictures do not fit the budget,
-        or the card's memory ran out twice; the engine stays usable.
+        Raises `VortexInputError` before any work, `BusyError` where too many calls wait already, `DeadlineError`, and
+        `MemoryPressureError` where the pictures do not fit the budget, or the card's memory ran out twice; the engine
+        stays usable.
         """
-        self._check_loaded()
+        job = self._drawing(prompt, negative_prompt, seed, height, width, steps, batch_size, out, on_step)
+        return self._run(job, deadline)
+
+    async def agenerate(
+        self,
+        prompt: str | Conditioning,
+        negative_prompt: str | None = None,
+        *,
+        seed: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        steps: int = DEFAULT_STEPS,
+        batch_size: int = 1,
+        out: Tensor | None = None,
+        on_step: OnStep | None = None,
+        deadline: float | None = None,
+    ) -> Tensor:
+        """`generate`, awaited: the event loop goes on meanwhile, and a task that is cancelled stops its picture.
+
+        `on_step` is called on the engine's thread, in a copy of the caller's context.
+        """
+        job = self._drawing(prompt, negative_prompt, seed, height, width, steps, batch_size, out, on_step)
+        return await self._worker.arun(lambda: job(self._memory), owner=self, deadline=deadline)
+
+    def _drawing(
+        self,
+        prompt: str | Conditioning,
+        negative_prompt: str | None,
+        seed: int | None,
+        height: int | None,
+        width: int | None,
+        steps: int,
+        batch_size: int,
+        out: Tensor | None,
+        on_step: OnStep | None,
+    ) -> Callable[[MemoryManager], Tensor]:
+        """Check what `generate` was given; the work that is to be done for it."""
+        self._check_usable()
         if seed is None:
             seed = secrets.randbits(32)
             log.info("seed %d", seed)
@@ -236,137 +303,136 @@ class Engine:
         if out is not None:
             request.check_out(out, self.device)
         if negative_prompt:
-            warnings.warn(
+            warn(
                 "negative_prompt has no effect: FLUX.1-schnell draws at guidance 0, without a second pass.",
                 NoEffectWarning,
-                stacklevel=3,
             )
 
-        def draw(made: Plan | None) -> Tensor:
-            pictures = self._buffer(*request.shape) if out is None else out
-            conditioning = self._conditioner(prompt, steps) if isinstance(prompt, str) else prompt
+        def draw(place: Place) -> Tensor:
+            # before libraries work, in whose memory it must not lie
+            pictures = torch.empty(request.shape, device=self.device) if out is None else out
+            conditioning = self._conditioner(prompt, steps, place.prompt) if isinstance(prompt, str) else prompt
             mark("prompt")
-            latents = self._denoise(conditioning, request, on_step, made.slice if made else None, pictures)
-            return decode(self._decoder, latents, pictures, made.demand.rows if made else None)
+            latents = self._denoise(place, conditioning, request, on_step)
+            check()
+            with place.libraries():
+                return decode(self._decoder, latents, pictures, place.plan.requirements.rows, place.maps)
 
-        with self._lock:
-            self.last_seed = seed
-            return self._room.use(self._demand(height, width, batch_size, tokens), draw)
+        def job(memory: MemoryManager) -> Tensor:
+            self.last_seed = request.seed
+            requirements = self._model.requirements(request.height, request.width, batch_size, tokens, memory.blas)
+            return memory.run(requirements, draw)
+
+        return job
+
+    def _denoise(self, place: Place, conditioning: Conditioning, request: Request, on_step: OnStep | None) -> Tensor:
+        """Clean latents `[B, 16, H/8, W/8]`, fp32, where they stay while they are decoded."""
+        batch, height, width = request.batch_size, request.height, request.width
+        tokens, channels = conditioning.txt.shape[1], self._spec.latent_channels
+        shape = (batch, channels, height // 8, width // 8)
+
+        report = None
+        if on_step is not None:
+            report = lambda i, n, clean: ask(on_step, i, n, sampling.unpack(clean, height, width))  # noqa: E731
+
+        rounds = conditioning.steps * -(-batch // place.plan.slice)
+        with place.steps(height, width, tokens, rounds) as (velocity, inputs):
+            inputs["embeddings"].copy_(conditioning.txt, non_blocking=True)
+            multiply(self._transformer.txt_in, Operand(inputs["embeddings"]), inputs["txt"])
+            modulation = inputs["modulation"][: conditioning.steps].copy_(conditioning.modulation, non_blocking=True)
+            tables = sampling.rope_of(height, width, tokens, self._spec, self.device)
+            pe = inputs["cos"].copy_(tables[0], non_blocking=True), inputs["sin"].copy_(tables[1], non_blocking=True)
+            # last: the device copies the others while the host draws
+            noise = sampling.noise(request.seed, batch, height, width, channels, self.device)
+            latents, img = place.latents(shape, (batch, sampling.image_tokens(height, width), self._spec.in_channels))
+            latents.copy_(noise, non_blocking=True)
+            in_patches = sampling.as_patches(img, height, width)
+            in_patches.copy_(sampling.patches(latents))
+            mark("prepare")
+            at_once = place.plan.slice
+            sampling.denoise(velocity, img, inputs["txt"], modulation, pe, report, at_once)
+            sampling.patches(latents).copy_(in_patches)
+            return latents
 
     def warmup(self, height: int | None = None, width: int | None = None, batch_size: int = 1) -> None:
         """Draw once, for nothing: kernels are then compiled, and the step of this size is captured.
 
         So the first picture takes what later ones take. Sizes and errors as in `generate`.
         """
-        with self._lock:
+
+        def draw(memory: MemoryManager) -> None:
             seed = self.last_seed
             self.generate("warm-up", seed=0, height=height, width=width, batch_size=batch_size, steps=1)
             self.last_seed = seed
 
-    @torch.inference_mode()
+        self._run(draw)
+
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures, float32 `[B, H, W, 3]` in 0..1, of clean latents `[B, 16, H/8, W/8]` in the model's scale.
 
         Raises `VortexInputError` for another shape.
         """
-        self._check_loaded()
+        self._check_usable()
         check_latents(latents, self._spec.latent_channels)
-        batch, height, width = latents.shape[0], latents.shape[2] * 8, latents.shape[3] * 8
+        batch, height, width = latents.shape[0], latents.shape[2], latents.shape[3]
 
-        def draw(made: Plan | None) -> Tensor:
-            pictures = self._buffer(batch, height, width, 3)
-            on_device = latents.to(self.device, torch.float32)
-            return decode(self._decoder, on_device, pictures, made.demand.rows if made else None)
+        def draw(place: Place) -> Tensor:
+            pictures = torch.empty(batch, 8 * height, 8 * width, 3, device=self.device)
+            (kept,) = place.latents(tuple(latents.shape))
+            kept.copy_(latents)
+            with place.libraries():
+                return decode(self._decoder, kept, pictures, place.plan.requirements.rows, place.maps)
 
-        with self._lock:
-            # latents from elsewhere may have sizes that no picture of ours has
-            demand = self._demand(round_up(height, SIZE_MULTIPLE), round_up(width, SIZE_MULTIPLE), batch)
-            return self._room.use(demand and replace(demand, prompt=0, steps=((1, 0),), graphs=()), draw)
-
-    def _denoise(
-        self,
-        conditioning: Conditioning,
-        request: Request,
-        on_step: OnStep | None,
-        at_once: int | None,
-        pictures: Tensor,
-    ) -> Tensor:
-        """Clean latents `[B, 16, H/8, W/8]`, fp32, at the start of the memory of `pictures`, which are still to come.
-
-        In the workspace they would lie behind the buffers of the steps, in the middle of what decoding needs.
-        """
-        batch, height, width = request.batch_size, request.height, request.width
-        place, tokens, at_once = self._room.placement, conditioning.txt.shape[1], at_once or batch
-
-        def report(i: int, n: int, clean: Tensor) -> None:
-            if on_step is not None:
-                with place.workspace.outside():
-                    on_step(i, n, sampling.unpack(clean, height, width))
-
-        size = (at_once, tokens, sampling.image_tokens(height, width))
-        rounds = conditioning.steps * -(-batch // at_once)
-        with place.steps.open(rounds), self._room.plans.open(size, place.steps) as velocity:
-            txt = self._transformer.txt_in(conditioning.txt.to(self.device, self.dtype, non_blocking=True))
-            modulation = conditioning.modulation.to(self.device, self.dtype, non_blocking=True)
-            cos, sin = sampling.rope_of(height, width, tokens, self._spec, self.device)
-            pe = cos.to(self.device, non_blocking=True), sin.to(self.device, non_blocking=True)
-            # last: the device copies the others while the host draws
-            noise = sampling.noise(request.seed, batch, height, width, self._spec.latent_channels, self.device)
-            img = sampling.pack(noise.to(self.device, non_blocking=True))
-            mark("prepare")
-            sampling.denoise(velocity, img, txt, modulation, pe, report if on_step else None, at_once)
-            latents = sampling.unpack(img, height, width)
-            return pictures.view(-1)[: latents.numel()].view(latents.shape).copy_(latents)
-
-    def _buffer(self, *shape: int) -> Tensor:
-        """A buffer that is handed out, so not in the workspace."""
-        with self._room.placement.workspace.outside():
-            return torch.empty(shape, device=self.device)
-
-    def _demand(self, height: int, width: int, batch: int, tokens: int = T5_TOKENS) -> Demand | None:
-        if self._room.budget is None:
-            return None
-        return self._model.demand(height, width, batch, tokens, self._backend)
+        return self._run(
+            lambda memory: memory.run(self._model.decode_requirements(height, width, batch, memory.blas), draw)
+        )
 
     def limit(self, vram_budget: float) -> None:
         """Keep within another budget, in GB, from the next call on. Raises `VortexInputError` as `load` does."""
         self._check_loaded()
-        if self._room.budget is not None:
-            self._room.budget = loading.check_budget(vram_budget, snapshot(self.device, process=False).total or None)
+        if self._budgeted:
+            total = snapshot(self.device, process=False).total or None
+            self._memory.budget = float(loading.check_budget(vram_budget, total) or 0)
 
     @property
     def budget(self) -> int | None:
-        """Bytes that torch may reserve for this engine; None on the CPU."""
+        """Bytes that torch may reserve for this engine; None on the CPU, unless one was given."""
         self._check_loaded()
-        return self._room.budget
+        return int(self._memory.budget) if self._budgeted else None
 
     @property
-    def plan(self) -> Plan | None:
-        """The latest plan: where weights are, slices and strips, the predicted peak. None without a budget."""
+    def plan(self) -> MemoryPlan:
+        """The latest plan: where weights are, the arena's stages, slices and strips, the predicted peak."""
         self._check_loaded()
-        return self._room.plan
+        return self._memory.plan
+
+    @property
+    def captured(self) -> tuple[tuple[int, int, int], ...]:
+        """The sizes whose step is captured as a CUDA graph: pictures at once, text tokens, image tokens."""
+        self._check_loaded()
+        return self._memory.graphs.sizes
 
     @property
     def resident(self) -> bool:
         """False while everything is offloaded, and once it is unloaded."""
-        return hasattr(self, "_room") and self._room.resident
+        return hasattr(self, "_memory") and self._memory.resident
 
     @property
     def ledger(self) -> Ledger:
-        """Who holds what torch has reserved on the device."""
+        """Who holds what is reserved on the device, and pinned host memory."""
         self._check_loaded()
-        return self._room.ledger
+        ledger = self._memory.ledger
+        return replace(ledger, pinned={**ledger.pinned, "prompts": self._conditioner.pinned_bytes})
 
     @property
     def device_bytes(self) -> int:
         """Bytes on a CUDA device between calls, and so what `offload` frees: weights and working memory."""
-        return self._room.nbytes if self.device.type == "cuda" and self.resident else 0
+        return self._memory.nbytes if self.device.type == "cuda" and self.resident else 0
 
     @property
     def pinned_bytes(self) -> int:
         """Bytes of pinned host memory."""
-        self._check_loaded()
-        return self._room.placement.pinned_bytes
+        return sum(self.ledger.pinned.values())
 
     def offload(self) -> int:
         """Move everything to host memory and hand the VRAM back to the driver; the bytes freed.
@@ -374,31 +440,43 @@ class Engine:
         The next `generate` or `encode` brings it back (`resume`), and draws the same pictures, bit for bit.
         Nothing happens on the CPU, or when it is offloaded already. Raises `VortexInputError` in `on_step`.
         """
-        with self._lock:
-            if self.resident:
-                self._room.check_idle()
+
+        def offload() -> int:
             freed = self.device_bytes
             if freed:
-                self._room.offload()
+                self._memory.offload()
             return freed
+
+        if not hasattr(self, "_memory"):
+            return 0
+        self._check_usable()
+        return self._worker.run(offload, owner=self) if self.device_bytes else 0
 
     def resume(self) -> None:
         """Bring an offloaded engine back to its device. Raises torch's `OutOfMemoryError`, still offloaded."""
-        with self._lock:
-            self._check_loaded()
-            if not self.resident:
-                self._room.resume()
+        self._check_loaded()
+        if not self.resident:
+            self._run(lambda memory: None if self.resident else memory.resume())
 
     def unload(self) -> None:
-        """Release every weight and buffer; the engine cannot draw any more. Loading again makes a new one."""
-        with self._lock:
-            if hasattr(self, "_room"):
-                self._room.uncap()
-            for name in ("_transformer", "_decoder", "_conditioner", "_backend", "_model", "_room"):
+        """Release every weight and buffer; the engine cannot draw any more. Loading again makes a new one.
+
+        Raises `VortexInputError` in `on_step`.
+        """
+        if not hasattr(self, "_memory"):
+            return
+
+        def unload() -> None:
+            if hasattr(self, "_memory"):
+                self._memory.cap(on=False)
+            for name in ("_transformer", "_decoder", "_conditioner", "_model", "_memory"):
                 self.__dict__.pop(name, None)
             gc.collect()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            hand_back(self.device)
+
+        self._check_usable()
+        self._worker.run(unload, owner=self)
+        self._detach()
 
     def __enter__(self) -> Engine:
         return self
@@ -406,8 +484,25 @@ class Engine:
     def __exit__(self, *exception: object) -> None:
         self.unload()
 
+    def _run(self, work: Callable[[MemoryManager], Result], deadline: float | None = None) -> Result:
+        """Do `work` on the device's thread, when it is this call's turn."""
+
+        def turn() -> Result:
+            self._check_loaded()  # somebody may have unloaded it meanwhile
+            return work(self._memory)
+
+        return self._worker.run(turn, owner=self, deadline=deadline)
+
+    def _check_usable(self) -> None:
+        self._check_loaded()
+        if inside(self):
+            raise VortexInputError(
+                "on_step may not use the engine that calls it, which is still drawing. Keep a copy of the latents, and "
+                "call the engine when generate has returned."
+            )
+
     def _check_loaded(self) -> None:
-        if not hasattr(self, "_transformer"):
+        if not hasattr(self, "_memory"):
             raise VortexInputError("This engine was unloaded. Load the model again with Engine.load(...).")
 
 

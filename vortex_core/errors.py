@@ -72,6 +72,22 @@ class MemoryPressureError(VortexError):
         self.remedy = remedy
 
 
+class BusyError(VortexError):
+    """Too many calls wait for the device already; nothing was done. `waiting` says how many."""
+
+    def __init__(self, message: str, *, waiting: int) -> None:
+        super().__init__(message)
+        self.waiting = waiting
+
+
+class DeadlineError(VortexError, TimeoutError):
+    """The time that a call was given is over. The engine stays usable. `deadline` is in seconds."""
+
+    def __init__(self, message: str, *, deadline: float | None) -> None:
+        super().__init__(message)
+        self.deadline = deadline
+
+
 class VortexWarning(UserWarning):
     """Root of every warning Vortex gives."""
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from types import TracebackType
@@ -31,16 +30,6 @@ def mark(phase: str) -> None:
     watch = _running.get()
     if watch is not None:
         watch.mark(phase)
-
-
-@contextmanager
-def unmeasured() -> Iterator[None]:
-    """Marks inside are nobody's: for code that is run to see what it would do."""
-    token = _running.set(None)
-    try:
-        yield
-    finally:
-        _running.reset(token)
 
 
 class Stopwatch:

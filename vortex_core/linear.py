@@ -1,7 +1,7 @@
 """One NF4 linear: decode the weight into a shared workspace, then the library's product.
 
 FLUX's matrices meet hundreds of tokens at once, where bitsandbytes' own 4-bit product also decodes the whole
-weight first, into fresh memory each time. Decoding into one buffer that every layer reuses gives the same
+weight first, into fresh memory each time. Decoding into memory that every layer reuses gives the same
 numbers and allocates nothing. A backend is a way to decode; it is chosen once, at load, and says why.
 """
 
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
-from typing import Protocol
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from . import nf4
 from .errors import VortexInputError
-from .kernels import Operand, fused_declined
+from .kernels import Operand, fused_declined, reference
 from .kernels.operand import FP8
 from .kernels.reference import row_scales
 from .nf4 import BLOCK, NF4Weight
@@ -26,141 +27,83 @@ from .nf4 import BLOCK, NF4Weight
 log = logging.getLogger(__name__)
 
 
-class Backend(Protocol):
-    """Decodes NF4 weights. The result is valid until the next `decode` of the same backend and lane."""
+class Backend:
+    """A way to decode NF4 weights. The result is valid until the next `decode` on the same lane.
+
+    Inside `using` it lies in memory that is given, and else in fresh memory.
+    """
 
     name: str
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the workspace it keeps on the device."""
-        ...
+    def __init__(self) -> None:
+        self._lanes: tuple[Tensor, ...] = ()
 
-    def reserve(self, numel: int, dtype: torch.dtype, lane: int = 0) -> None:
-        """Make room for weights of up to `numel` values, so that decoding them allocates nothing."""
-        ...
-
-    def release(self) -> None:
-        """Give the workspace back; the next `decode` or `reserve` takes it again."""
-        ...
+    @contextmanager
+    def using(self, *lanes: Tensor) -> Iterator[None]:
+        """Decode into these uint8 buffers, as large as the largest weight that comes."""
+        self._lanes = lanes
+        try:
+            yield
+        finally:
+            self._lanes = ()
 
     def decode(
         self, packed: Tensor, absmax: Tensor, dtype: torch.dtype, row_scale: Tensor | None = None, lane: int = 0
     ) -> Tensor:
         """uint8 `[N, K/2]` and fp32 `[N, K/64]` to `[N, K]` in `dtype`, divided by `row_scale` `[N]` if given.
 
-        A result on one `lane` (0 or 1) does not end the other's, where a backend has lanes.
+        A result on one `lane` (0 or 1) does not end the other's.
         """
-        ...
+        shape = (packed.shape[0], packed.shape[1] * 2)
+        if lane < len(self._lanes):
+            out = self._lanes[lane][: prod(shape) * dtype.itemsize].view(dtype).view(shape)
+        else:
+            out = torch.empty(shape, dtype=dtype, device=packed.device)
+        self.write(packed, absmax, out, row_scale)
+        return out
+
+    def write(self, packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None) -> None:
+        """Decode into `out`."""
+        raise NotImplementedError
 
 
-class ReferenceBackend:
+class ReferenceBackend(Backend):
     """Plain torch; the oracle, and the fallback that runs wherever torch runs."""
 
     name = "reference"
-    nbytes = 0
 
-    def reserve(self, numel: int, dtype: torch.dtype, lane: int = 0) -> None:
-        """Plain torch allocates its intermediates itself."""
-
-    def release(self) -> None:
-        """There is nothing to give back."""
-
-    def decode(
-        self, packed: Tensor, absmax: Tensor, dtype: torch.dtype, row_scale: Tensor | None = None, lane: int = 0
-    ) -> Tensor:
-        """See `Backend.decode`."""
-        if row_scale is not None:
-            absmax = absmax / row_scale[:, None]
-        return nf4.dequantize(NF4Weight(packed, absmax), dtype)
+    def write(self, packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None) -> None:
+        """See `Backend.write`."""
+        reference.decode(packed, absmax, out, row_scale)
 
 
-class Scratch:
-    """A buffer on the device that every decoded weight goes through; see `Backend` for the methods."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.buffer = torch.empty(0, dtype=torch.uint8, device=device)
-
-    @property
-    def nbytes(self) -> int:
-        """See `Backend.nbytes`."""
-        return self.buffer.numel()
-
-    def reserve(self, numel: int, dtype: torch.dtype, lane: int = 0) -> None:
-        """See `Backend.reserve`."""
-        if self.nbytes < numel * dtype.itemsize:
-            self.buffer = self.buffer.new_empty(numel * dtype.itemsize)
-
-    def release(self) -> None:
-        """See `Backend.release`."""
-        self.buffer = self.buffer.new_empty(0)
-
-    def view(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """The front of the buffer as `shape`; grows it if need be."""
-        numel = shape[0] * shape[1]
-        self.reserve(numel, dtype)
-        return self.buffer[: numel * dtype.itemsize].view(dtype).view(shape)
-
-
-class TritonBackend:
-    """Vortex's own decode kernels, near the speed of memory; the ones that decode to fp8 too.
-
-    It has a workspace for each lane, so that two sequences can compute beside each other.
-    """
+class TritonBackend(Backend):
+    """Vortex's own decode kernels, near the speed of memory; the ones that decode to fp8 too."""
 
     name = "triton"
 
-    def __init__(self, device: torch.device) -> None:
-        self._lanes = (Scratch(device), Scratch(device))
-
-    @property
-    def nbytes(self) -> int:
-        """See `Backend.nbytes`."""
-        return sum(lane.nbytes for lane in self._lanes)
-
-    def reserve(self, numel: int, dtype: torch.dtype, lane: int = 0) -> None:
-        """See `Backend.reserve`; for one lane."""
-        self._lanes[lane].reserve(numel, dtype)
-
-    def release(self) -> None:
-        """See `Backend.release`."""
-        for lane in self._lanes:
-            lane.release()
-
-    def decode(
-        self, packed: Tensor, absmax: Tensor, dtype: torch.dtype, row_scale: Tensor | None = None, lane: int = 0
-    ) -> Tensor:
-        """See `Backend.decode`."""
+    def write(self, packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None) -> None:
+        """See `Backend.write`."""
         from .kernels import fused
 
-        out = self._lanes[lane].view((packed.shape[0], packed.shape[1] * 2), dtype)
         fused.decode(packed, absmax, out, row_scale)
-        return out
 
 
-class BitsAndBytesBackend(Scratch):
-    """bitsandbytes' decode kernels, in 16 and 32 bits only; on CUDA they write into the workspace."""
+class BitsAndBytesBackend(Backend):
+    """bitsandbytes' decode kernels, in 16 and 32 bits only."""
 
     name = "bitsandbytes"
 
-    def reserve(self, numel: int, dtype: torch.dtype, lane: int = 0) -> None:
-        """See `Backend.reserve`. bitsandbytes has no out= variant for the CPU, so there it allocates itself."""
-        if self.buffer.device.type == "cuda":
-            super().reserve(numel, dtype)
-
-    def decode(
-        self, packed: Tensor, absmax: Tensor, dtype: torch.dtype, row_scale: Tensor | None = None, lane: int = 0
-    ) -> Tensor:
-        """See `Backend.decode`."""
+    def write(self, packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None) -> None:
+        """See `Backend.write`."""
         if row_scale is not None:  # not one of its kernels; `fast` on a GPU has the Triton backend
-            return ReferenceBackend().decode(packed, absmax, dtype, row_scale)
-        shape = (packed.shape[0], packed.shape[1] * 2)
-        arguments = (packed.view(-1, 1), absmax.view(-1), BLOCK, "nf4", list(shape), dtype)
-        if packed.device.type != "cuda":
-            return torch.ops.bitsandbytes.dequantize_4bit.default(*arguments)
-        out = self.view(shape, dtype)
-        torch.ops.bitsandbytes.dequantize_4bit.out(*arguments, out=out)
-        return out
+            reference.decode(packed, absmax, out, row_scale)
+            return
+        arguments = (packed.view(-1, 1), absmax.view(-1), BLOCK, "nf4", list(out.shape), out.dtype)
+        if packed.device.type == "cuda":
+            torch.ops.bitsandbytes.dequantize_4bit.out(*arguments, out=out)
+        else:  # where it has no variant that writes into given memory
+            out.copy_(torch.ops.bitsandbytes.dequantize_4bit.default(*arguments))
 
 
 class NF4Linear(nn.Module):
@@ -322,7 +265,7 @@ def choose_backend(device: torch.device, name: str | None = None) -> Backend:
             why = "asked for" if name else "; ".join(reasons) or "the fastest"
             slow = name is None and candidate == "reference"
             log.log(logging.WARNING if slow else logging.INFO, "NF4 backend: %s on %s (%s)", candidate, device, why)
-            return _backend(candidate, device)
+            return _backend(candidate)
         reasons.append(f"{candidate} declined: {declined}")
     raise VortexInputError(f"The {name} backend does not work on {device}: {declined}")
 
@@ -334,10 +277,8 @@ def backend_declined(name: str, device: torch.device) -> str | None:
     return bitsandbytes_declined(device) if name == "bitsandbytes" else None
 
 
-def _backend(name: str, device: torch.device) -> Backend:
-    if name == "triton":
-        return TritonBackend(device)
-    return BitsAndBytesBackend(device) if name == "bitsandbytes" else ReferenceBackend()
+def _backend(name: str) -> Backend:
+    return next(kind for kind in (TritonBackend, BitsAndBytesBackend, ReferenceBackend) if kind.name == name)()
 
 
 def bitsandbytes_declined(device: torch.device) -> str | None:
@@ -353,7 +294,7 @@ def bitsandbytes_declined(device: torch.device) -> str | None:
     packed = torch.arange(256, dtype=torch.uint8, device=device).view(4, 64)
     sample = NF4Weight(packed, torch.linspace(0.5, 2, 8, device=device).view(4, 2))
     try:
-        decoded = BitsAndBytesBackend(device).decode(sample.packed, sample.absmax, torch.float32)
+        decoded = BitsAndBytesBackend().decode(sample.packed, sample.absmax, torch.float32)
     except torch.OutOfMemoryError:  # which says nothing of this install
         raise
     except (RuntimeError, AttributeError) as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,8 +19,10 @@ from .latency import Stopwatch, mark
 from .linear import Backend, choose_backend, fp8_declined
 from .model import Model, Sources
 from .placement import Placement
-from .planner import Plan, plan, smallest_budget
-from .vram import available, holders, snapshot
+from .planner import MemoryPlan, plan, smallest_budget
+from .streams import streams_of
+from .vram import available, hand_back, shortage, snapshot
+from .worker import ask, check
 
 log = logging.getLogger(__name__)
 
@@ -128,32 +129,32 @@ def build(bundle: Bundle, setup: Setup) -> Model:
         fp8_attention=setup.fp8_attention,
         fused=setup.kernels is not reference,
     )
-    side = torch.cuda.Stream(setup.device) if fast else None
+    streams = streams_of(setup.device)
+    side = streams.side if streams is not None and fast else None
     model.transformer.use(setup.kernels, fast=fast, fp8_attention=setup.fp8_attention, side=side)
     if model.decodes_fused:
         model.decoder.use(setup.kernels)
     return model
 
 
-def first_plan(name: str, model: Model, setup: Setup) -> Plan | None:
-    """The plan for one picture at the model's native size, or at the largest that fits; None without a budget.
+def first_plan(name: str, model: Model, setup: Setup, blas: int) -> MemoryPlan:
+    """The plan for one picture at the model's native size, or at the largest that fits the budget.
 
     Raises `VortexInputError` where the budget is too small for any, and `VortexInitializationError` where the card
     has not got that much left.
     """
-    if setup.budget is None:
-        return None
+    budget = math.inf if setup.budget is None else setup.budget
     side = model.vae.sample_size
     sides = [side, *(smaller for smaller in (512, 256, 64) if smaller < side)]
-    demands = [model.demand(side, side, 1, backend=setup.backend) for side in sides]
-    made = next((found for demand in demands if (found := plan(model.pieces, demand, setup.budget))), None)
+    asked = [model.requirements(side, side, 1, blas=blas) for side in sides]
+    made = next((found for requirements in asked if (found := plan(model.pieces, requirements, budget))), None)
     if made is None:
-        needs = [f"{d.width} x {d.height} takes {smallest_budget(model.pieces, d) / GB:.2f} GB" for d in demands]
+        needs = [f"{r.width} x {r.height} takes {smallest_budget(model.pieces, r) / GB:.2f} GB" for r in asked]
         raise VortexInputError(
-            f"A VRAM budget of {setup.budget / GB:g} GB is too small for {name}, even with all weights in host memory: "
+            f"A VRAM budget of {budget / GB:g} GB is too small for {name}, even with all weights in host memory: "
             f"{', '.join(needs)}."
         )
-    room = available(setup.device)
+    room = available(setup.device, blas)
     if room is not None and made.peak > room:
         raise out_of_memory("There is not enough VRAM to load", setup.device, made)
     return made
@@ -163,7 +164,7 @@ def fill(
     model: Model,
     bundle: Bundle,
     setup: Setup,
-    made: Plan | None,
+    made: MemoryPlan,
     placement: Placement,
     on_progress: OnLoad | None,
     cache: Cache | None,
@@ -177,15 +178,13 @@ def fill(
 
     def progress(count: int) -> None:
         nonlocal done
+        check()
         done += count
         if on_progress is not None:
-            on_progress(min(done, total), total)
+            ask(on_progress, min(done, total), total)
 
     target = Target(setup.device, setup.dtype, setup.backend, progress)
-    if made is not None:
-        # what quantizing takes on the way fits into what drawing will take
-        placement.workspace.reserve(made.workspace)
-    with Stopwatch(setup.device) as watch, placement.workspace.use():
+    with Stopwatch(setup.device) as watch:
         if cache is not None and setup.backend is not None:
             # a part that must be quantized first is read once for that, and its result once more
             total += sum(part.nbytes for kind, part in bundle.parts.items() if cache.lacks(part, kind))
@@ -196,20 +195,19 @@ def fill(
         model.t5.load_table(sources["t5"], target)
         model.clip.load_table(sources["clip"], target)
         mark("tables")
-        if made is None:
-            for unit in model.units:
-                model.read(unit, sources, target)
-                mark(unit.group)
-        else:
-            _place(model, sources, target, made, placement)
-    placement.workspace.release()
+        _place(model, sources, target, made, placement)
     phases = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in watch.phases.items())
     log.debug("Weights arrived in %.2f s: %s", watch.seconds, phases)
 
 
-def _place(model: Model, sources: Sources, target: Target, made: Plan, placement: Placement) -> None:
+def _place(model: Model, sources: Sources, target: Target, made: MemoryPlan, placement: Placement) -> None:
     memory = placement.host_memory(made.hosted)
     mark("host memory")
+    # First, all at once: what reading takes for a moment comes after them, and leaves no holes that weights lie around.
+    hand_back(target.device)
+    resident = {
+        piece.name: torch.empty(piece.nbytes, dtype=torch.uint8, device=target.device) for piece in made.resident
+    }
     for unit in model.units:
         # what streams, too, comes by way of the device: from there to pinned memory is faster than from a mapped file
         model.read(unit, sources, target)
@@ -217,27 +215,24 @@ def _place(model: Model, sources: Sources, target: Target, made: Plan, placement
         if unit.name in made.streamed:
             unit.settle(host=memory.take(size))
         else:
-            with placement.workspace.outside():
-                buffer = torch.empty(size, dtype=torch.uint8, device=target.device)
-            unit.settle(device=buffer)
+            unit.settle(device=resident.pop(unit.name))
         mark(unit.group)
     placement.start(made.streamed)
+    hand_back(target.device)
 
 
-def out_of_memory(message: str, device: torch.device, made: Plan | None) -> VortexInitializationError:
+def out_of_memory(message: str, device: torch.device, made: MemoryPlan | None) -> VortexInitializationError:
     """The error of a load that does not fit: what it takes, who holds the rest, and what would fit."""
-    memory = snapshot(device)
-    others = [h for h in holders(device) if h.pid != os.getpid() and h.nbytes]
-    held = "; ".join(f"process {h.pid} holds {(h.nbytes or 0) / GB:.2f} GB" for h in others)
+    memory, room, why = snapshot(device), available(device), shortage(device)
     remedy = "Close other programs that use the card (`nvidia-smi` lists them) or unload other models, and retry."
     if made is not None:
-        least = smallest_budget(made.pieces, made.demand)
-        size = f"{made.demand.width} x {made.demand.height}"
+        least = smallest_budget(made.pieces, made.requirements)
+        size = f"{made.requirements.width} x {made.requirements.height}"
         remedy += f" The smallest vram_budget that draws {size} is {least / GB:.2f} GB."
     return VortexInitializationError(
-        f"{message} on {device}" + (f": {held}" if held else ""),
+        f"{message} on {device}" + (f": {why}" if why else ""),
         needed=None if made is None else made.peak,
-        free=memory.free,
+        free=memory.free if room is None else max(0, room),
         total=memory.total,
         allocated=memory.allocated,
         remedy=remedy,

@@ -2,38 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, cast
+from math import prod
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from . import nf4, sampling
-from .allocator import MIB
+from . import sampling
+from .arena import aligned
 from .checkpoint.materialize import Target, check, is_quantized, materialize
 from .checkpoint.tensors import Tensors
 from .conditioning import Modulation
-from .footprint import META, footprint
-from .kernels import Kernels, shapes
-from .linear import Backend, NF4Linear
-from .nf4 import BLOCK, NF4Weight
-from .planner import BLOCKS, Demand, Piece
-from .plans import Plan, Velocity, graph_bytes, plan_bytes
-from .residency import Unit, aligned
+from .graphs import POOL, attention_bytes, graph_bytes, step_bytes
+from .kernels import reference
+from .linear import NF4Linear
+from .nf4 import BLOCK, DECODE_BYTES
+from .planner import BLOCKS, MemoryRequirements, Piece, StepRequirements
+from .residency import Unit
 from .spec import MAX_STEPS, T5_TOKENS, FluxSpec, VaeSpec
+from .streams import streams_of
+from .strips import DecoderLayout
 from .text import T5, Clip
-from .transformer import Rope, Transformer
-from .vae import Decoder, decode
+from .transformer import Transformer
+from .vae import Decoder, library_bytes
 
 Sources = Mapping[str, Tensors]  # the canonical tensors of `transformer`, `clip`, `t5` and `vae`
 Origin = tuple[str, str]  # the source of a module's tensors, and the prefix of their names there
 
-BLAS = 32 * MIB  # cuBLAS' workspace on Hopper; earlier cards take 8 MiB
+META = torch.device("meta")
 MOST_AT_ONCE = 8  # pictures; more fill the card no better
 STRIPS = (None, 256, 128, 64)  # most rows of a strip of the VAE, None: whole; the lower, the more launches
-TALL = 750_000_000  # bytes; what decoding may take, even where nothing else takes as much
+TALL = 700_000_000  # bytes; what decoding may take before it is cut into lower strips
 
 
 class Model:
@@ -66,10 +67,24 @@ class Model:
         self.origins: dict[str, tuple[Origin, ...]] = {}
         self.units = list(self._units())
         self.pieces = tuple(Piece(unit.name, unit.group, self._nbytes(unit)) for unit in self.units)
-        linears = (part for unit in self.units for module in unit.modules for part in module.modules())
-        self.largest_linear = max(part.weight.numel() for part in linears if isinstance(part, nn.Linear))  # values
-        self.text_linear = flux.hidden * flux.mlp  # values; the largest of a double block's
-        self._footprints: dict[tuple[str | int | None, ...], int] = {}
+        self.scratch = self._scratch()
+        # what decoding in plain torch allocates, and what the driver's allocator cannot use of the pieces
+        self._plain = DECODE_BYTES + 2 * POOL if quantized and not fused else 0
+        self._known: dict[tuple[int, ...], MemoryRequirements] = {}
+
+    def _scratch(self) -> tuple[int, ...]:
+        """Bytes of the buffers that weights are decoded into; in `fast` one more, for the text."""
+        if not self.quantized:
+            return ()
+        largest = max(
+            part.weight.numel() * (1 if self.fast and unit.group == BLOCKS else self.dtype.itemsize)
+            for unit in self.units
+            for module in unit.modules
+            for part in module.modules()
+            if isinstance(part, nn.Linear)
+        )
+        text = self.flux.hidden * self.flux.mlp  # values; the largest of a double block's text, in 8 bits
+        return (aligned(largest), aligned(text)) if self.fast else (aligned(largest),)
 
     def _units(self) -> Iterator[Unit]:
         transformer, modulation = self.transformer, self.modulation
@@ -117,7 +132,7 @@ class Model:
             # CLIP and the VAE are small, and stay as they are
             how = target if source in ("transformer", "t5") else replace(target, backend=None)
             materialize(module, sources[source], how, prefix=prefix)
-        if self.decodes_fused and unit.group == "vae":
+        if unit.group == "vae":
             self.decoder.channels_last()
         if self.fast and unit.group == BLOCKS:
             for linear in (part for module in unit.modules for part in module.modules()):
@@ -143,106 +158,80 @@ class Model:
                     total += aligned(values * size)
         return total
 
-    def demand(
-        self, height: int, width: int, batch: int, tokens: int = T5_TOKENS, backend: Backend | None = None
-    ) -> Demand:
-        """What one request takes besides weights; `tokens` of text."""
-        fixed, decoding = self._buffers(backend)
-        slices = sorted({min(MOST_AT_ONCE, -(-batch // parts)) for parts in (1, 2, 4, 8, batch)}, reverse=True)
-        steps = tuple(
-            (number, decoding + self._remember(self._steps, height, width, tokens, number)) for number in slices
+    def streams(self, device: torch.device) -> tuple[torch.cuda.Stream, ...]:
+        """The streams that products run on besides the default one: captured steps', and in `fast` the text's."""
+        streams = streams_of(device)
+        if streams is None or not self.fused:
+            return ()
+        return (streams.capture, streams.side) if self.fast else (streams.capture,)
+
+    def call_inputs(self, height: int, width: int, tokens: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shapes and types of what steps of a call read besides latents: text, modulation of all steps, positions."""
+        flux, dtype = self.flux, self.dtype
+        rope = ((tokens + sampling.image_tokens(height, width), flux.head_dim // 2), torch.float32)
+        return {
+            "embeddings": ((1, tokens, flux.context), dtype),
+            "txt": ((1, tokens, flux.hidden), dtype),
+            "modulation": ((MAX_STEPS, flux.modulation_rows, flux.hidden), dtype),
+            "cos": rope,
+            "sin": rope,
+        }
+
+    def requirements(
+        self, height: int, width: int, batch: int, tokens: int = T5_TOKENS, blas: int = 0
+    ) -> MemoryRequirements:
+        """What one request takes besides weights; `tokens` of text, `blas` bytes of cuBLAS' workspaces."""
+        key = (height, width, batch, tokens, blas)
+        if key not in self._known:  # every picture asks
+            self._known[key] = self._requirements(*key)
+        return self._known[key]
+
+    def _requirements(self, height: int, width: int, batch: int, tokens: int, blas: int) -> MemoryRequirements:
+        at_once = sorted({min(MOST_AT_ONCE, -(-batch // parts)) for parts in (1, 2, 4, 8, batch)}, reverse=True)
+        latent = (height // 8, width // 8)
+        rows, decode = self._decoding(*latent)
+        decoder = library_bytes(self.vae, *latent, self.dtype, fused=self.decodes_fused)
+        return MemoryRequirements(
+            height,
+            width,
+            batch,
+            scratch=sum(self.scratch),
+            steps=tuple(self._steps(height, width, tokens, number) for number in at_once),
+            decode=decode,
+            rows=rows,
+            # noise and later clean latents, and what steps move
+            latents=2 * aligned(batch * self.flux.latent_channels * prod(latent) * 4),
+            library=max(self.t5.working_bytes + self._plain, decoder),
+            blas=blas,
         )
-        graphs: tuple[tuple[int, int], ...] = ()
-        if self.fused:
-            sizes = {number: (number, tokens, sampling.image_tokens(height, width)) for number in slices}
-            graphs = tuple(
-                (number, graph_bytes(self.flux, size, self.dtype, fp8_attention=self.fp8_attention))
-                for number, size in sizes.items()
-            )
-        # with its encoders streaming, whether they do or not: the height of strips is to depend on sizes alone
-        prompt = self.t5.working_bytes + decoding
-        room = max(TALL, steps[-1][1], prompt + 2 * max(piece.nbytes for piece in self.pieces if piece.group == "t5"))
-        for rows in STRIPS:
-            decode = self._remember(self._decode, height, width, rows)
-            if decode <= room:
-                break
-        # noise, latents, velocity and clean latents, fp32
-        latents = 4 * batch * self.flux.latent_channels * (height // 8) * (width // 8) * 4
-        return Demand(height, width, batch, prompt, steps, decode, rows, latents, fixed, graphs)
 
-    def prompt_demand(self, backend: Backend | None = None) -> Demand:
+    def prompt_requirements(self, blas: int = 0) -> MemoryRequirements:
         """What a prompt takes without a picture."""
-        fixed, decoding = self._buffers(backend)
-        return Demand(0, 0, 0, self.t5.working_bytes + decoding, ((1, 0),), 0, None, fixed=fixed)
+        return MemoryRequirements(0, 0, 0, sum(self.scratch), library=self.t5.working_bytes + self._plain, blas=blas)
 
-    def _buffers(self, backend: Backend | None) -> tuple[tuple[int, ...], int]:
-        """Buffers that are always there, and what decoding a weight takes for a moment."""
-        # one more for the stream that graphs are captured on, and one for that of the text
-        blas = (BLAS,) * (1 + self.fused + self.fast)
-        if not self.quantized:
-            return blas, 0
-        if backend is None or backend.name in ("triton", "bitsandbytes"):
-            text = (self.text_linear,) if self.fast else ()  # in fp8
-            return (*blas, self.largest_linear * self.dtype.itemsize, *text), 0
-        return blas, self._remember(self._decoding)
+    def decode_requirements(self, height: int, width: int, batch: int, blas: int = 0) -> MemoryRequirements:
+        """What decoding takes of latents `[batch, 16, height, width]` made elsewhere."""
+        asked = self.requirements(8 * height, 8 * width, batch, blas=blas)
+        return replace(asked, scratch=0, steps=(StepRequirements(1),))
 
-    def _remember(self, measure: Callable[..., int], *sizes: int | None) -> int:
-        key = (measure.__name__, *sizes)
-        if key not in self._footprints:
-            with torch.inference_mode(False):
-                self._footprints[key] = measure(*sizes)
-        return self._footprints[key]
+    def _steps(self, height: int, width: int, tokens: int, batch: int) -> StepRequirements:
+        size = (batch, tokens, sampling.image_tokens(height, width))
+        given = sum(
+            aligned(prod(shape) * kind.itemsize) for shape, kind in self.call_inputs(height, width, tokens).values()
+        )
+        attention = {"fp8_attention": self.fp8_attention}
+        return StepRequirements(
+            batch,
+            buffers=step_bytes(self.flux, size, self.dtype, fast=self.fast) + given,
+            library=attention_bytes(self.flux, size, self.dtype, **attention)
+            + (0 if self.fused else reference.step_bytes(self.flux.hidden) + self._plain),
+            graph=graph_bytes(self.flux, size, self.dtype, **attention) if self.fused else 0,
+        )
 
-    def _steps(self, height: int, width: int, tokens: int, batch: int) -> int:
-        """Of the steps: two blocks of each kind, since all blocks of a kind take the same."""
-        few = {kind: min(2, getattr(self.flux, kind)) for kind in ("double_blocks", "single_blocks")}
-        with META:
-            transformer = Transformer(replace(self.flux, **few)).to(self.dtype).requires_grad_(False)
-
-        def steps() -> None:
-            with META:
-                count = sampling.image_tokens(height, width)
-                img = torch.empty(batch, count, self.flux.in_channels)
-                txt = torch.empty(1, tokens, self.flux.context, dtype=self.dtype)
-                table = torch.empty(MAX_STEPS, self.flux.modulation_rows, self.flux.hidden, dtype=self.dtype)
-                cos, sin = (torch.empty(tokens + count, self.flux.head_dim // 2) for _ in range(2))
-                size = (batch, tokens, count)
-                buffer = torch.empty(plan_bytes(self.flux, size, self.dtype, fast=self.fast), dtype=torch.uint8)
-            txt = transformer.txt_in(txt)
-            velocity = self._attention(size) if self.fused else Plan(transformer, size, buffer)
-            rows = transformer.spec.modulation_rows
-            sampling.denoise(velocity, img, txt, table[:2, :rows], (cos, sin))
-            sampling.unpack(img, height, width).contiguous()
-
-        return footprint(steps)
-
-    def _attention(self, size: tuple[int, int, int]) -> Velocity:
-        """A step's own allocations where kernels are fused: the library's attention."""
-        batch, txt_tokens, img_tokens = size
-
-        def velocity(img: Tensor, txt: Tensor, modulation: Tensor, pe: Rope) -> Tensor:
-            if self.fp8_attention:
-                return img
-            q = torch.empty(batch, self.flux.heads, 1, self.flux.head_dim, dtype=self.dtype, device=META)
-            q = q.expand(-1, -1, txt_tokens + img_tokens, -1)
-            F.scaled_dot_product_attention(q, q, q)
-            return img
-
-        return velocity
-
-    def _decode(self, height: int, width: int, rows: int | None) -> int:
-        with META:
-            decoder = Decoder(self.vae).to(self.dtype).requires_grad_(False)
-            if self.decodes_fused:
-                decoder.channels_last()
-                decoder.use(cast(Kernels, shapes))
-            latents = torch.empty(1, self.flux.latent_channels, height // 8, width // 8)
-            out = torch.empty(1, height, width, 3)
-        return footprint(lambda: decode(decoder, latents, out, rows))
-
-    def _decoding(self) -> int:
-        """Of decoding the largest weight in plain torch."""
-        n, k = self.largest_linear // BLOCK, BLOCK
-        with META:
-            weight = NF4Weight(torch.empty(n, k // 2, dtype=torch.uint8), torch.empty(n, k // BLOCK))
-        return footprint(lambda: nf4.dequantize(weight, self.dtype))
+    def _decoding(self, height: int, width: int) -> tuple[int | None, int]:
+        """Rows of the strips that latents of this size are decoded in, and what that lays out."""
+        for rows in STRIPS:
+            nbytes = DecoderLayout(self.vae, height, width, rows, self.dtype).nbytes
+            if nbytes <= TALL:
+                break
+        return rows, nbytes

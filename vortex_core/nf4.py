@@ -16,6 +16,8 @@ from torch import Tensor
 from .errors import VortexCheckpointError
 
 BLOCK = 64
+CHUNK = 2**21  # values that `dequantize` takes at once
+DECODE_BYTES = CHUNK * (4 + 2) + 2**16  # of it: the chunk in fp32, its bytes as int32, and the table
 LEVELS = (
     -1.0,
     -0.6961928009986877,
@@ -91,11 +93,21 @@ def quantize_reference(weight: Tensor) -> NF4Weight:
     return NF4Weight((codes[:, ::2] << 4) | codes[:, 1::2], absmax.view(n, k // BLOCK))
 
 
-def dequantize(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
-    """`[N, K]` in `dtype`: level times scale, rounded once. Plain torch, any device."""
+def dequantize(weight: NF4Weight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """`[N, K]` in `dtype`: level times scale, rounded once. Plain torch, any device.
+
+    Written into `out`, of that shape and type, if it is given; besides it, `DECODE_BYTES` are taken at most.
+    """
     n, k = weight.shape
-    levels = torch.tensor(LEVELS, device=weight.packed.device)
-    byte = torch.arange(256, device=weight.packed.device)
+    device = weight.packed.device
+    if out is None:
+        out = torch.empty(n, k, dtype=dtype, device=device)
+    levels = torch.tensor(LEVELS, device=device)
+    byte = torch.arange(256, device=device)
     pairs = torch.stack((levels[byte >> 4], levels[byte & 15]), dim=1)  # [256, 2]: a byte is two values
-    values = torch.nn.functional.embedding(weight.packed.int(), pairs)  # [N, K/2, 2]
-    return (values.view(n, k // BLOCK, BLOCK) * weight.absmax[..., None]).view(n, k).to(dtype)
+    step = max(1, CHUNK // k)
+    for packed, absmax, rows in zip(*(part.split(step) for part in (weight.packed, weight.absmax, out)), strict=True):
+        values = torch.nn.functional.embedding(packed.int(), pairs).view(-1, k // BLOCK, BLOCK)
+        rows.copy_(values.mul_(absmax[..., None]).view(-1, k))
+        del values  # or it would be there still when the next chunk is made
+    return out

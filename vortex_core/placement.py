@@ -1,4 +1,4 @@
-"""Where an engine's weights and working memory are at the moment, and how they move."""
+"""Where an engine's weights are at the moment, and how they move."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 
 from .planner import ALWAYS, BLOCKS, PROMPT
 from .residency import HostMemory, Stager, Unit
-from .workspace import Workspace
+from .vram import hand_back
 
 log = logging.getLogger(__name__)
 
 
 class Placement:
-    """Units on a device, with the memory that calls work in.
+    """Units on a device.
 
     `prompt` and `steps` bring the units that stream, at prompt time and at step time. `streamed` names them; None
     while all is offloaded.
@@ -24,18 +24,18 @@ class Placement:
     def __init__(self, units: Sequence[Unit], device: torch.device) -> None:
         self.units = list(units)
         self.device = device
-        self.workspace = Workspace(device)
         self.streamed: frozenset[str] | None = None
+        self.addresses: tuple[int, ...] = ()  # where the resident units' weights lie
         self.prompt = self.steps = Stager([], device)
         self._host: list[HostMemory] = []
 
     @property
     def resident_bytes(self) -> dict[str, int]:
-        """Bytes on the device by group, and of the workspace."""
+        """Bytes on the device by group."""
         groups = dict.fromkeys((BLOCKS, *ALWAYS, *PROMPT), 0)
         for unit in self.units:
             groups[unit.group] += unit.nbytes if unit.device is not None else 0
-        return groups | {"workspace": self.workspace.nbytes}
+        return groups
 
     @property
     def pinned_bytes(self) -> int:
@@ -57,7 +57,6 @@ class Placement:
         self._stop()
         if leaving or arriving:
             log.info("Moving weights: %s to host memory, %s to %s", _sum(leaving), _sum(arriving), self.device)
-            self.workspace.release()
         strangers = [unit for unit in self.units if unit.name in streamed and not unit.streams]
         memory = self.host_memory(sum(unit.nbytes for unit in strangers)) if strangers else None
         for unit in leaving:
@@ -66,8 +65,8 @@ class Placement:
             if not unit.streams:  # it was offloaded, to memory that is slow to stream from
                 assert memory is not None
                 unit.settle(host=memory.take(unit.nbytes))
-        if leaving and self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        if leaving:
+            hand_back(self.device)
         for unit in arriving:
             unit.to_device(self.device)
         self.start(streamed)
@@ -78,16 +77,14 @@ class Placement:
         self.prompt = Stager([unit for unit in units if unit.group in PROMPT], self.device)
         self.steps = Stager([unit for unit in units if unit.group == BLOCKS], self.device)
         self.streamed = streamed
+        self.addresses = tuple(unit.device.data_ptr() for unit in self.units if unit.device is not None)
 
     def offload(self) -> None:
-        """Move everything to host memory, for `place` to bring back."""
+        """Move everything to host memory, for `place` to bring back; the device's stays in torch's cache."""
         self._stop()
-        self.workspace.release()
         for unit in self.units:
             if unit.device is not None:
                 unit.to_host()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def _stop(self) -> None:
         self.prompt.close()

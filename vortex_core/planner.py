@@ -2,8 +2,8 @@
 
 Weights are cut into pieces, each resident or streamed from host memory. Placements are tried from the richest to the
 poorest, in order of claim: T5 gives way first, then CLIP, modulation, and step-time blocks one by one; the first
-whose predicted peak fits the budget is the plan. The peak is what torch will have reserved: weights, rounded as its
-allocator rounds them, the working memory of the largest stage, the finished pictures. All sizes in bytes.
+whose peak fits the budget is the plan. The peak is a sum: weights, the arena (arena.py), what libraries allocate by
+themselves, cuBLAS' workspaces, captured steps, the finished pictures. All sizes in bytes.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from .allocator import LARGE_STEP, MEDIUM_SEGMENT, MIB, reserved, round_up
+from .arena import MIB, round_up
 
 ALWAYS = ("embedders", "vae")  # groups that never stream: small, and used in every picture
 BLOCKS = "blocks"
 PROMPT = ("modulation", "clip", "t5")  # groups of prompt time, the last to give way first
-LEFTOVERS = 24 * MIB  # what earlier calls may leave cached
-SLACK = LEFTOVERS + 24 * MIB  # and what no footprint sees: 13 MB on an H100
+GRAIN = 2 * MIB  # what every allocator of torch rounds large tensors up to, at most
+SLACK = 48 * MIB  # what allocators round besides and keep of earlier calls: no tensor of ours
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,27 +29,43 @@ class Piece:
     group: str
     nbytes: int
 
+    @property
+    def taken(self) -> int:
+        """What they take on the device."""
+        return round_up(self.nbytes, GRAIN)
+
 
 @dataclass(frozen=True, slots=True)
-class Demand:
+class StepRequirements:
+    """What steps of so many `pictures` at once take: their `buffers` in the arena, what the `library`'s attention
+    allocates in one, and what a captured one keeps for that (`graph`).
+    """
+
+    pictures: int
+    buffers: int = 0
+    library: int = 0
+    graph: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryRequirements:
     """What one request takes besides weights.
 
-    `prompt`: the encoders' activations. `steps`: for each number of pictures that may be drawn at once, largest
-    first, what the steps take. `decode`: the VAE, in strips of `rows`. `latents`: those of the whole batch, on the way
-    from noise to pictures. `fixed`: buffers that are always there. `graphs`: for each number of pictures at once, what
-    its captured step keeps besides.
+    In the arena: `scratch` for decoded weights, `steps` (for each number of pictures that may be drawn at once, the
+    largest first), `decode` for the VAE, in strips of `rows`, and `latents` of the whole batch. Outside: `library`,
+    what text encoders and decoder have libraries allocate, and `blas`, cuBLAS' workspaces.
     """
 
     height: int
     width: int
     batch: int
-    prompt: int
-    steps: tuple[tuple[int, int], ...]
-    decode: int
-    rows: int | None
+    scratch: int = 0
+    steps: tuple[StepRequirements, ...] = (StepRequirements(1),)
+    decode: int = 0
+    rows: int | None = None
     latents: int = 0
-    fixed: tuple[int, ...] = ()
-    graphs: tuple[tuple[int, int], ...] = ()
+    library: int = 0
+    blas: int = 0
 
     @property
     def pictures(self) -> int:
@@ -58,11 +74,11 @@ class Demand:
 
 
 @dataclass(frozen=True)  # without slots: what follows is computed once
-class Plan:
+class MemoryPlan:
     """Which pieces stream, how many pictures are drawn at once (`slice`), and the peak that follows."""
 
     pieces: tuple[Piece, ...]
-    demand: Demand
+    requirements: MemoryRequirements
     streamed: frozenset[str]
     slice: int
 
@@ -72,12 +88,19 @@ class Plan:
         return tuple(piece for piece in self.pieces if piece.name not in self.streamed)
 
     @property
+    def step(self) -> StepRequirements:
+        """What steps of one slice take."""
+        return next(step for step in self.requirements.steps if step.pictures == self.slice)
+
+    @property
     def stages(self) -> dict[str, int]:
-        """Working memory of each stage; they take turns in one block."""
-        prompt = self.staging(*PROMPT) + self.demand.prompt
-        steps = self.staging(BLOCKS) + dict(self.demand.steps)[self.slice]
-        latents = self.demand.latents
-        return {"prompt": prompt, "steps": steps + latents, "decode": self.demand.decode + latents}
+        """What each phase lays out in the arena, from its start."""
+        scratch = self.requirements.scratch
+        return {
+            "prompt": scratch + self.staging(*PROMPT),
+            "steps": scratch + self.staging(BLOCKS) + self.step.buffers,
+            "decode": self.requirements.decode,
+        }
 
     def staging(self, *groups: str) -> int:
         """The pair of buffers through which the streamed pieces of these groups pass."""
@@ -85,21 +108,21 @@ class Plan:
         return min(2, len(sizes)) * max(sizes, default=0)
 
     @cached_property
-    def workspace(self) -> int:
-        """The one block that all stages work in."""
-        return max(MEDIUM_SEGMENT, round_up(max(self.stages.values()), LARGE_STEP))
+    def arena(self) -> int:
+        """The one block that all phases work in; latents lie at its end."""
+        return round_up(max(self.stages.values()) + self.requirements.latents, GRAIN)
+
+    @cached_property
+    def library(self) -> int:
+        """What libraries allocate by themselves, at most: phases take turns."""
+        return round_up(max(self.requirements.library, self.step.library), GRAIN)
 
     @cached_property
     def peak(self) -> int:
-        """The most that torch will have reserved, everything included."""
-        weights = (piece.nbytes for piece in self.resident)
-        kept = reserved((*self.demand.fixed, *weights, self.demand.pictures))
-        return kept + self.workspace + self.graphs + SLACK
-
-    @cached_property
-    def graphs(self) -> int:
-        """What captured steps keep besides the workspace."""
-        return dict(self.demand.graphs).get(self.slice, 0)
+        """The most that torch, and the driver for captured steps, will have reserved."""
+        weights = sum(piece.taken for piece in self.resident)
+        held = self.requirements.blas + self.arena + self.library + self.step.graph
+        return weights + held + round_up(self.requirements.pictures, GRAIN) + SLACK
 
     @property
     def breakdown(self) -> dict[str, int]:
@@ -107,8 +130,8 @@ class Plan:
         parts = dict.fromkeys((BLOCKS, *ALWAYS, *PROMPT), 0)
         for piece in self.resident:
             parts[piece.group] += piece.nbytes
-        parts |= {"buffers": sum(self.demand.fixed), "workspace": self.workspace, "graphs": self.graphs}
-        parts |= {"pictures": self.demand.pictures}
+        parts |= {"arena": self.arena, "libraries": self.library, "cuBLAS": self.requirements.blas}
+        parts |= {"graphs": self.step.graph, "pictures": self.requirements.pictures}
         return parts | {"rounding and slack": self.peak - sum(parts.values())}
 
     @property
@@ -118,29 +141,31 @@ class Plan:
 
 
 @lru_cache(maxsize=64)  # every picture asks
-def plan(pieces: tuple[Piece, ...], demand: Demand, budget: float, keep: frozenset[str] | None = None) -> Plan | None:
+def plan(
+    pieces: tuple[Piece, ...], requirements: MemoryRequirements, budget: float, keep: frozenset[str] | None = None
+) -> MemoryPlan | None:
     """The richest placement whose peak fits `budget`, or None where not even the poorest does.
 
     `keep` is what streams now: that placement stays if it fits and all its blocks are resident, or the request has no
     steps, since moving weights costs more than it brings. Then as many pictures at once as still fit.
     """
     candidates = placements(pieces)
-    steps = any(size for _, size in demand.steps)
+    steps = any(step.buffers for step in requirements.steps)
     if keep is not None and not (steps and any(piece.group == BLOCKS and piece.name in keep for piece in pieces)):
         candidates = [keep, *candidates]
-    slices = [number for number, _ in demand.steps]
+    slices = [step.pictures for step in requirements.steps]
     for streamed in candidates:
-        made = Plan(pieces, demand, streamed, slices[-1])
-        if made.peak <= budget:
-            larger = (Plan(pieces, demand, streamed, number) for number in slices)
-            return next((other for other in larger if other.peak <= budget), made)
+        poorest = MemoryPlan(pieces, requirements, streamed, slices[-1])
+        if poorest.peak <= budget:
+            larger = (MemoryPlan(pieces, requirements, streamed, number) for number in slices)
+            return next((other for other in larger if other.peak <= budget), poorest)
     return None
 
 
-def smallest_budget(pieces: Sequence[Piece], demand: Demand) -> int:
+def smallest_budget(pieces: Sequence[Piece], requirements: MemoryRequirements) -> int:
     """The smallest budget that `plan` has a plan for."""
-    last = demand.steps[-1][0]
-    return min(Plan(tuple(pieces), demand, streamed, last).peak for streamed in placements(pieces))
+    last = requirements.steps[-1].pictures
+    return min(MemoryPlan(tuple(pieces), requirements, streamed, last).peak for streamed in placements(pieces))
 
 
 def placements(pieces: Sequence[Piece]) -> list[frozenset[str]]:
@@ -175,51 +200,21 @@ class Cost:
     picture: float
 
 
-def cost(plan: Plan, rate: float, steps: int, step_ms: float = 0.0) -> Cost:
+def cost(plan: MemoryPlan, rate: float, steps: int, step_ms: float = 0.0) -> Cost:
     """What the plan's streaming adds at `rate` bytes a second from host to device.
 
-    `step_ms` is what a step of one slice takes with everything resident; copies hide behind it. Without, none does,
-    and the result is an upper bound. Encoders are taken as copies alone: their products take less than their copies.
+    `step_ms` is what a step of one slice takes with everything resident. A streamed block's copy hides behind what
+    computes since the one before it; without `step_ms` none does, and the result is an upper bound. Encoders are taken
+    as copies alone: their products take less than their copies.
     """
     prompt = sum(piece.nbytes for piece in plan.pieces if piece.name in plan.streamed and piece.group in PROMPT)
     blocks = [piece for piece in plan.pieces if piece.group == BLOCKS]
     total = sum(piece.nbytes for piece in blocks) or 1
-    copies = [piece.nbytes / rate * 1e3 if piece.name in plan.streamed else 0.0 for piece in blocks]
-    computes = [step_ms * piece.nbytes / total for piece in blocks]
-    slices = -(-plan.demand.batch // plan.slice)
-    added = max(0.0, stream_ms(copies, computes, steps) - steps * sum(computes))
-    return Cost(prompt / rate * 1e3, slices * added / max(1, plan.demand.batch))
-
-
-def stream_ms(copies: Sequence[float], computes: Sequence[float], rounds: int) -> float:
-    """Time of `rounds` through units that each compute for so long, and first need so long a copy (0: resident).
-
-    As `residency.Stager` works: every other streamed unit shares one of two buffers, and a copy starts when the one
-    before it is done and its buffer's last unit has computed.
-    """
-    units = [i for i, copy in enumerate(copies) if copy]
-    queues = [[k for _ in range(rounds) for k in range(parity, len(units), 2)] for parity in (0, 1)]
-    inside: list[int | None] = [None, None]
-    ready = [0.0, 0.0]
-    clock = lane = 0.0
-
-    def fetch(parity: int) -> None:
-        nonlocal lane
-        if queues[parity]:
-            k = queues[parity].pop(0)
-            if inside[parity] != k:
-                inside[parity] = k
-                ready[parity] = lane = max(lane, clock) + copies[units[k]]
-
-    fetch(0)
-    fetch(1)
-    for _ in range(rounds):
-        k = 0
-        for copy, compute in zip(copies, computes, strict=True):
-            if copy:
-                clock = max(clock, ready[k % 2]) + compute
-                fetch(k % 2)
-                k += 1
-            else:
-                clock += compute
-    return clock
+    streamed = [i for i, piece in enumerate(blocks) if piece.name in plan.streamed]
+    added = 0.0
+    for before, i in zip([k - len(blocks) for k in streamed[-1:]] + streamed, streamed, strict=False):
+        between = sum(blocks[k].nbytes for k in range(before, i)) * step_ms / total  # rounds follow each other
+        added += max(0.0, blocks[i].nbytes / rate * 1e3 - between)
+    rounds = steps if len(streamed) > 2 else 1  # two stay in their buffers
+    slices = -(-plan.requirements.batch // plan.slice)
+    return Cost(prompt / rate * 1e3, slices * rounds * added / max(1, plan.requirements.batch))

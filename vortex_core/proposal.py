@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 
+from .arena import MIB
 from .checkpoint.bundle import open_bundle
 from .errors import GB, VortexInputError
 from .loading import check_budget
 from .model import Model
-from .planner import ALWAYS, BLOCKS, PROMPT, Plan, cost, plan, smallest_budget
+from .planner import ALWAYS, BLOCKS, PROMPT, MemoryPlan, cost, plan, smallest_budget
 from .request import Request
 from .spec import CLIP_L, DEFAULT_STEPS, T5_XXL, FluxSpec, VaeSpec
 
+BLAS = 3 * 33 * MIB  # cuBLAS' workspaces on three streams of a Hopper card; earlier cards take a quarter
 WORDS = {
     BLOCKS: "step-time blocks",
     "embedders": "embedders, final layer",
@@ -41,7 +43,7 @@ class Row:
 class Proposal:
     """A plan in words and figures."""
 
-    plan: Plan
+    plan: MemoryPlan
     budget: int
 
     @property
@@ -57,14 +59,14 @@ class Proposal:
     @property
     def sentences(self) -> list[str]:
         """The rest, a line each."""
-        made, demand = self.plan, self.plan.demand
+        made, asked = self.plan, self.plan.requirements
         stages = ", ".join(f"{name} {size / GB:.2f}" for name, size in made.stages.items())
-        decoded = "whole" if demand.rows is None else f"in strips of {demand.rows} rows"
-        batch = f"{demand.batch} pictures, {made.slice} at once" if demand.batch > 1 else "1 picture"
+        decoded = "whole" if asked.rows is None else f"in strips of {asked.rows} rows"
+        batch = f"{asked.batch} pictures, {made.slice} at once" if asked.batch > 1 else "1 picture"
         return [
-            f"{made.workspace / GB:6.2f} GB  working memory, the largest of: {stages}",
-            f"{(sum(demand.fixed) + made.graphs) / GB:6.2f} GB  a decoded weight, cuBLAS, the captured step",
-            f"{demand.pictures / GB:6.2f} GB  {batch} of {demand.width} x {demand.height}, decoded {decoded}",
+            f"{made.arena / GB:6.2f} GB  arena, the largest of: {stages}; latents",
+            f"{(made.library + asked.blas + made.step.graph) / GB:6.2f} GB  libraries: encoders, cuBLAS, attention",
+            f"{asked.pictures / GB:6.2f} GB  {batch} of {asked.width} x {asked.height}, decoded {decoded}",
             f"{made.peak / GB:6.2f} GB  predicted peak of torch reserved, of {self.budget / GB:g} GB; "
             "the CUDA context comes on top",
             f"{made.hosted / GB:6.2f} GB  pinned host memory",
@@ -85,7 +87,7 @@ class Proposal:
             "breakdown": made.breakdown,
             "stages": made.stages,
             "slice": made.slice,
-            "strip_rows": made.demand.rows,
+            "strip_rows": made.requirements.rows,
             "pinned": made.hosted,
             "streamed": sorted(made.streamed),
             "parts": [asdict(row) for row in self.rows],
@@ -114,11 +116,11 @@ def propose(
         whole = Model(bundle.flux, bundle.vae, bundle.clip, bundle.t5, **how)
     side = whole.vae.sample_size
     request = Request(0, side if height is None else height, side if width is None else width, DEFAULT_STEPS, batch)
-    demand = whole.demand(request.height, request.width, batch)
-    made = plan(whole.pieces, demand, budget)
+    asked = whole.requirements(request.height, request.width, batch, blas=BLAS)
+    made = plan(whole.pieces, asked, budget)
     if made is None:
         raise VortexInputError(
             f"{budget / GB:g} GB are too little for {batch} of {request.width} x {request.height}, even with "
-            f"all weights in host memory; the smallest budget is {smallest_budget(whole.pieces, demand) / GB:.2f} GB."
+            f"all weights in host memory; the smallest budget is {smallest_budget(whole.pieces, asked) / GB:.2f} GB."
         )
     return Proposal(made, budget)

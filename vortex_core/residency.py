@@ -10,30 +10,24 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from mmap import PAGESIZE
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .allocator import round_up
+from .arena import Region, aligned
 from .errors import VortexWarning
+from .streams import streams_of
+from .worker import warn
 
 log = logging.getLogger(__name__)
 
 Act = Callable[[], None]
-
-ALIGN = 256  # bytes; what the CUDA allocator itself guarantees, so no kernel sees a stranger alignment
-
-
-def aligned(size: int) -> int:
-    """`size` with the room to the next tensor."""
-    return round_up(size, ALIGN)
 
 
 def nbytes(*modules: nn.Module) -> int:
@@ -52,8 +46,14 @@ class HostMemory:
         self._memory = torch.empty(size, dtype=torch.uint8)
         if pin:
             self._memory[::PAGESIZE].zero_()  # fresh pages come from all cores here, while registering has only one
-        self._used = 0
-        self.pinned = size if pin and size and self._register() else 0
+        self._used, self.pinned = 0, 0
+        if pin and size:
+            reason = _register(self._memory)
+            if reason is None:
+                self.pinned = size
+                weakref.finalize(self, _unregister, self._memory)
+            else:
+                warn(f"No pinned host memory for {size / 1e9:.2f} GB ({reason}); weights stream slower.", VortexWarning)
 
     def take(self, size: int) -> Tensor:
         """The next `size` bytes."""
@@ -61,29 +61,16 @@ class HostMemory:
         self._used += size
         return span
 
-    def _register(self) -> bool:
-        try:
-            reason = _register(self._memory)
-        except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
-        if reason is None:
-            weakref.finalize(self, _unregister, self._memory)
-            return True
-        warnings.warn(
-            f"No pinned host memory for {self._memory.numel() / 1e9:.2f} GB ({reason}); streamed weights arrive more "
-            "slowly.",
-            VortexWarning,
-            stacklevel=3,
-        )
-        return False
-
 
 def _register(memory: Tensor) -> str | None:
     """Pin; why not, where it fails."""
-    runtime: Any = torch.cuda.cudart()
-    error = runtime.cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
-    if int(error) == 0:
-        return None
+    try:
+        runtime: Any = torch.cuda.cudart()
+        error = runtime.cudaHostRegister(memory.data_ptr(), memory.numel(), 1)  # portable: for every card's context
+        if int(error) == 0:
+            return None
+    except RuntimeError as missing:
+        return str(missing).partition("\n")[0]
     with contextlib.suppress(RuntimeError, AssertionError):  # the next launch would report this error as its own
         torch.zeros(1, device="cuda").add_(1)
     return str(runtime.cudaGetErrorString(error))
@@ -159,46 +146,27 @@ class Unit:
         self.device = None
 
 
-class Lane(Protocol):
-    """Where copies to the device run."""
-
-    def copy(self, target: Tensor, source: Tensor) -> Any:
-        """Copy, once all that was launched so far is done; a token for `wait`."""
-        ...
-
-    def wait(self, token: Any) -> None:
-        """What is launched from now on runs after the copy."""
-        ...
-
-
-class HostLane:
-    """Copies at once; on the CPU nothing runs beside anything."""
-
-    def copy(self, target: Tensor, source: Tensor) -> None:
-        """See `Lane.copy`."""
-        target.copy_(source)
-
-    def wait(self, token: None) -> None:
-        """See `Lane.wait`."""
-
-
-class CudaLane:
-    """Copies on a stream of its own, beside the products."""
+class CopyStream:
+    """Copies to the device beside the products. On the CPU nothing runs beside anything: copies are done at once."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._device, streams = device, streams_of(device)
+        self._stream = None if streams is None else streams.copy
 
-    def copy(self, target: Tensor, source: Tensor) -> torch.cuda.Event:
-        """See `Lane.copy`."""
+    def copy(self, target: Tensor, source: Tensor) -> torch.cuda.Event | None:
+        """Copy, once all that was launched so far is done; a token for `wait`."""
+        if self._stream is None:
+            target.copy_(source)
+            return None
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
             return self._stream.record_event()
 
-    def wait(self, token: torch.cuda.Event) -> None:
-        """See `Lane.wait`."""
-        torch.cuda.current_stream(self._device).wait_event(token)
+    def wait(self, token: torch.cuda.Event | None) -> None:
+        """What is launched from now on runs after the copy."""
+        if token is not None:
+            torch.cuda.current_stream(self._device).wait_event(token)
 
 
 class Stager:
@@ -208,10 +176,10 @@ class Stager:
     rounds; another order works too, only without overlap.
     """
 
-    def __init__(self, units: Sequence[Unit], device: torch.device, lane: Lane | None = None) -> None:
+    def __init__(self, units: Sequence[Unit], device: torch.device, copies: CopyStream | None = None) -> None:
         self.units = list(units)
         self.device = device
-        self._lane = lane or (CudaLane(device) if device.type == "cuda" else HostLane())
+        self._copies = copies or CopyStream(device)
         self._buffers: list[Tensor] = []
         self._inside: list[int | None] = [None, None]  # the unit in each buffer
         self._copied: list[Any] = [None, None]
@@ -227,14 +195,14 @@ class Stager:
         ]
 
     @contextmanager
-    def open(self, rounds: int = 1) -> Iterator[None]:
-        """Take the buffers, and have units run in `rounds` rounds."""
+    def open(self, region: Region, rounds: int = 1) -> Iterator[None]:
+        """Take the buffers from `region`, and have units run in `rounds` rounds."""
         if not self.units:
             yield
             return
         size = max(unit.nbytes for unit in self.units)
         count = min(2, len(self.units))
-        self._buffers = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(count)]
+        self._buffers = [region.take((size,), torch.uint8) for _ in range(count)]
         for k, unit in enumerate(self.units):
             unit.bind(self._buffers[k % 2])
         self._left = rounds
@@ -245,7 +213,7 @@ class Stager:
         finally:
             for inside, token in zip(self._inside, self._copied, strict=True):
                 if inside is not None:
-                    self._lane.wait(token)  # before the buffer is anybody's
+                    self._copies.wait(token)  # before the buffer is anybody's
             for unit in self.units:
                 assert unit.host is not None
                 unit.bind(unit.host)
@@ -260,11 +228,6 @@ class Stager:
         finally:
             self._take = at_once
 
-    @property
-    def place(self) -> tuple[int, ...]:
-        """Where the buffers are; the units' weights with them."""
-        return tuple(buffer.data_ptr() for buffer in self._buffers)
-
     def close(self) -> None:
         """Let go of the units."""
         for hook in self._hooks:
@@ -272,7 +235,7 @@ class Stager:
 
     def _arrive(self, k: int) -> None:
         self._fetch(k)
-        self._lane.wait(self._copied[k % 2])
+        self._copies.wait(self._copied[k % 2])
 
     def _leave(self, k: int) -> None:
         following = k + 2
@@ -289,7 +252,7 @@ class Stager:
             return
         unit = self.units[k]
         assert unit.host is not None
-        self._copied[k % 2] = self._lane.copy(self._buffers[k % 2][: unit.nbytes], unit.host)
+        self._copied[k % 2] = self._copies.copy(self._buffers[k % 2][: unit.nbytes], unit.host)
         self._inside[k % 2] = k
 
 

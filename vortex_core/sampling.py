@@ -17,6 +17,7 @@ from .device import host_buffer
 from .latency import mark
 from .spec import FluxSpec
 from .transformer import Rope
+from .worker import check
 
 CPU = torch.device("cpu")
 
@@ -39,13 +40,23 @@ def image_tokens(height: int, width: int) -> int:
     return height // 16 * (width // 16)
 
 
+def patches(latents: Tensor) -> Tensor:
+    """`[B, 16, H/8, W/8]` as `[B, H/16, W/16, 16, 2, 2]`, a view: what each token is made of."""
+    return rearrange(latents, "b c (h ph) (w pw) -> b h w c ph pw", ph=2, pw=2)
+
+
+def as_patches(img: Tensor, height: int, width: int) -> Tensor:
+    """Tokens `[B, S, 64]` as `patches`, a view."""
+    return rearrange(img, "b (h w) (c ph pw) -> b h w c ph pw", h=height // 16, w=width // 16, ph=2, pw=2)
+
+
 def pack(latents: Tensor) -> Tensor:
     """`[B, 16, H/8, W/8]` to tokens `[B, S, 64]`."""
     return rearrange(latents, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=2, pw=2)
 
 
 def unpack(img: Tensor, height: int, width: int) -> Tensor:
-    """Tokens `[B, S, 64]` to `[B, 16, H/8, W/8]`."""
+    """Tokens `[B, S, 64]` to `[B, 16, H/8, W/8]`, in memory of their own."""
     return rearrange(img, "b (h w) (c ph pw) -> b c (h ph) (w pw)", h=height // 16, w=width // 16, ph=2, pw=2)
 
 
@@ -100,9 +111,10 @@ def denoise(
     """
     steps = modulation.shape[0]
     for i, (t, t_next) in enumerate(pairwise(timesteps(steps))):
+        check()
         clean = []
         for part in img.split(at_once or len(img)):
-            velocity = transformer(part.to(txt.dtype), txt.expand(len(part), -1, -1), modulation[i], pe).float()
+            velocity = transformer(part, txt.expand(len(part), -1, -1), modulation[i], pe).float()
             if on_step is not None:
                 clean.append(part - t * velocity)
             part.add_(velocity, alpha=t_next - t)

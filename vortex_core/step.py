@@ -16,7 +16,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .allocator import round_up
+from .arena import round_up
 from .kernels import Heads, Kernels, Operand
 from .kernels.operand import FP8, TILE
 from .spec import FluxSpec
@@ -140,14 +140,14 @@ class Step:
         if self._side is None:
             yield
             return
-        self._side.wait_stream(torch.cuda.current_stream())
+        self._side.wait_stream(torch.cuda.current_stream(self._side.device))
         with torch.cuda.stream(self._side):
             yield
 
     def meet(self) -> None:
         """What is launched from now on runs after all that was beside it."""
         if self._side is not None:
-            torch.cuda.current_stream().wait_stream(self._side)
+            torch.cuda.current_stream(self._side.device).wait_stream(self._side)
 
     @property
     def txt_lane(self) -> int:

@@ -7,7 +7,6 @@ hundred rows, which is cheaper to send than a third of a GB is to keep.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +21,7 @@ from .checkpoint.materialize import Target, check, materialize
 from .checkpoint.tensors import Tensors
 from .errors import PromptTruncatedWarning
 from .spec import CLIP_TOKENS, T5_TOKENS
+from .worker import warn
 
 HOST = torch.device("cpu")
 T5_PAD = 0
@@ -148,4 +148,4 @@ class Clip:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, PromptTruncatedWarning, stacklevel=2)
+    warn(message, PromptTruncatedWarning)

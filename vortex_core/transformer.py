@@ -187,7 +187,7 @@ class Transformer(nn.Module):
         step = step or self.step((img.shape[0], txt.shape[1], img.shape[1]))
         step.place(pe)
         step.txt.x.copy_(txt)
-        multiply(self.img_in, Operand(img), step.img.x)
+        multiply(self.img_in, Operand(img.to(self.img_in.weight.dtype)), step.img.x)
 
         def following(row: int, out: Operand) -> Next:
             return Next(modulation[row], modulation[row + 1], out)

@@ -1,7 +1,8 @@
 """The VAE decoder: latents in the model's scale to pictures. Layout and names are BFL's.
 
 Legend: B pictures, H and W in pixels; latents are [B, 16, H/8, W/8]; a `Map` is a feature map in strips (strips.py).
-Written out rather than taken from diffusers because decoding inside a VRAM budget needs to cut it open.
+Written out rather than taken from diffusers because decoding inside a VRAM budget needs to cut it open. All maps lie
+in one block of memory, at places that `DecoderLayout` computes.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import Conv2d, GroupNorm, Linear
@@ -17,7 +17,7 @@ from torch.nn import Conv2d, GroupNorm, Linear
 from .kernels import Kernels, reference
 from .latency import mark
 from .spec import VaeSpec
-from .strips import Convolution, Map, Norm, SiluGroupNorm, Strip, halves, windows
+from .strips import Convolution, DecoderLayout, DecoderMemory, Map, Norm, SiluGroupNorm
 
 
 class ResnetBlock(nn.Module):
@@ -26,33 +26,36 @@ class ResnetBlock(nn.Module):
     def __init__(self, inside: int, outside: int, groups: int) -> None:
         super().__init__()
         self.norm1 = SiluGroupNorm(groups, inside, eps=1e-6)
-        self.conv1 = Convolution(inside, outside, groups)
+        self.conv1 = Convolution(inside, outside)
         self.norm2 = SiluGroupNorm(groups, outside, eps=1e-6)
-        self.conv2 = Convolution(outside, outside, groups)
+        self.conv2 = Convolution(outside, outside)
         if inside != outside:
             self.nin_shortcut = Conv2d(inside, outside, 1)
 
-    def forward(self, x: Map) -> Map:
-        """`inside` channels to `outside`. `x` is written in place, or emptied where the width changes."""
+    def forward(self, x: Map, between: Map, out: Map, memory: DecoderMemory) -> Map:
+        """`inside` channels to `outside`, in `out`, which is `x`, or written over it where the width changes."""
         changes = hasattr(self, "nin_shortcut")
-        norm = Norm(self.norm1, x)
-        h: Map = []
-        out: Map = [] if changes else x
-        for window in windows(x, keep=not changes):
-            h.append(self.conv1.strip(norm(window)))
+        norm = Norm(self.norm1, x, memory)
+        h = Map(between.strips, memory.moments())
+        for window, skip, strip in zip(
+            memory.windows(x.strips, overwritten=changes), out.strips, h.strips, strict=True
+        ):
+            normed = norm(window)
             if changes:
-                out.append(Strip(self._shortcut(window.strip)))
-            del window
-        norm = Norm(self.norm2, h)
-        for i, window in enumerate(windows(h)):
-            out[i] = self.conv2.strip(norm(window), onto=out[i])
-            del window
+                self._shortcut(window.strip, skip)  # before `strip` is written, which may lie where `x` does
+            self.conv1.strip(normed, strip, h.moments)
+        norm = Norm(self.norm2, h, memory)
+        out = Map(out.strips, memory.moments())
+        for window, strip in zip(memory.windows(h.strips), out.strips, strict=True):
+            self.conv2.strip(norm(window), strip, out.moments, add=True)
         return out
 
-    def _shortcut(self, x: Tensor) -> Tensor:
+    def _shortcut(self, x: Tensor, out: Tensor) -> None:
         """The 1 x 1 convolution, which is a product."""
         conv = self.nin_shortcut
-        return F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
+        assert conv.bias is not None
+        x, out = (rearrange(strip, "1 c h w -> (h w) c") for strip in (x, out))
+        torch.addmm(conv.bias, x, conv.weight.flatten(1).t(), out=out)
 
 
 class AttnBlock(nn.Module):
@@ -68,32 +71,41 @@ class AttnBlock(nn.Module):
         self.v = Linear(channels, channels)
         self.proj_out = Linear(channels, channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[1, C, h, w]`, same out."""
+    def forward(self, x: Tensor, memory: DecoderMemory) -> None:
+        """`x` `[1, C, h, w]` in place."""
+        q, k, v, out = memory.matrices()
         tokens = rearrange(self.norm(x), "1 c h w -> (h w) c")
-        out = self.proj_out(self.kernels.attend(self.q(tokens), self.k(tokens), self.v(tokens)))
-        return x + rearrange(out, "(h w) c -> 1 c h w", h=x.shape[2])
+        for linear, product in ((self.q, q), (self.k, k), (self.v, v)):
+            torch.addmm(linear.bias, tokens, linear.weight.t(), out=product)
+        del tokens
+        self.kernels.attend(q, k, v, out)
+        torch.addmm(self.proj_out.bias, out, self.proj_out.weight.t(), out=q)
+        x.add_(rearrange(q, "(h w) c -> 1 c h w", h=x.shape[2]))
 
 
 class Upsample(nn.Module):
     """Nearest-neighbour doubling and a convolution."""
 
-    def __init__(self, channels: int, groups: int) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = Convolution(channels, channels, groups)
+        self.conv = Convolution(channels, channels)
 
-    def forward(self, x: Map, rows: int | None = None) -> Map:
-        """Twice the height and width; a strip becomes two where it would have more than `rows`. `x` is emptied."""
-        kernels, out = self.conv.kernels, []
-        taps = kernels.corner_taps(self.conv.weight)
-        for window in windows(x):
-            height = window.strip.shape[2]
-            cut = rows is not None and 2 * height > rows and height > 1
-            for part in halves(window) if cut else (window,):
-                out.append(self.conv.doubled(taps, kernels.bordered(part)))
-                del part
-            del window
-        return out
+    def forward(self, x: Map, out: Map, memory: DecoderMemory) -> Map:
+        """Twice the height and width, in `out`, which is written over `x`; a strip becomes one, or two."""
+        conv, kernels, moments = self.conv, self.conv.kernels, memory.moments()
+        taps = memory.taps(conv.weight)
+        kernels.corner_taps(conv.weight, taps)
+        strips = iter(out.strips)
+        for window in memory.windows(x.strips, overwritten=True):
+            _, channels, rows, width = window.strip.shape
+            bordered = memory.bordered(channels, rows, width)
+            kernels.bordered(window, bordered)
+            while rows:  # of the window, that are still to be doubled
+                strip = next(strips)
+                part = bordered[:, :, -rows - 2 :][:, :, : strip.shape[2] // 2 + 2]
+                conv.doubled(taps, part, strip, moments)
+                rows -= strip.shape[2] // 2
+        return Map(out.strips, moments)
 
 
 class Mid(nn.Module):
@@ -105,11 +117,11 @@ class Mid(nn.Module):
         self.attn_1 = AttnBlock(channels, groups)
         self.block_2 = ResnetBlock(channels, channels, groups)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[1, C, h, w]`, same out."""
-        (strip,) = self.block_1([Strip(x)])
-        (strip,) = self.block_2([Strip(self.attn_1(strip.x))])
-        return strip.x
+    def forward(self, x: Map, between: Map, memory: DecoderMemory) -> None:
+        """`x` in place."""
+        (strip,) = self.block_1(x, between, x, memory).strips
+        self.attn_1(strip, memory)
+        self.block_2(x, between, x, memory)
 
 
 class UpLevel(nn.Module):
@@ -120,13 +132,14 @@ class UpLevel(nn.Module):
         widths = [inside] + [outside] * spec.layers
         self.block = nn.ModuleList(ResnetBlock(width, outside, spec.groups) for width in widths)
         if not last:
-            self.upsample = Upsample(outside, spec.groups)
+            self.upsample = Upsample(outside)
 
-    def forward(self, x: Map, rows: int | None = None) -> Map:
-        """`inside` channels to `outside`, and to twice the height and width but at the last level; see `Upsample`."""
+    def forward(self, x: Map, k: int, memory: DecoderMemory) -> Map:
+        """`inside` channels to `outside`, and to what arrives at the next level, but at the last. It is level `k`."""
+        out, between = memory.residual(k), memory.other(k)
         for block in self.block:
-            x = block(x)
-        return self.upsample(x, rows) if hasattr(self, "upsample") else x
+            x = block(x, between, out, memory)
+        return self.upsample(x, memory.arrival(k + 1), memory) if hasattr(self, "upsample") else x
 
 
 class Decoder(nn.Module):
@@ -134,8 +147,7 @@ class Decoder(nn.Module):
 
     def __init__(self, spec: VaeSpec) -> None:
         super().__init__()
-        self.scale, self.shift = spec.scale, spec.shift
-        self._layout = torch.contiguous_format
+        self.spec = spec
         lowest = spec.channels[-1]
         self.conv_in = Conv2d(spec.latent_channels, lowest, 3, padding=1)
         self.mid = Mid(lowest, spec.groups)
@@ -154,42 +166,71 @@ class Decoder(nn.Module):
                 module.kernels = kernels
 
     def channels_last(self) -> None:
-        """Keep the convolutions' weights, and so all maps, with their channels last."""
-        self._layout = torch.channels_last
+        """Keep the convolutions' weights with their channels last, as all maps are. To be called once they are read."""
         for parameter in self.parameters():
             if parameter.ndim == 4:
-                parameter.data = parameter.data.contiguous(memory_format=self._layout)
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
-    def forward(self, latents: Tensor, rows: int | None = None) -> Iterator[Tensor]:
-        """One picture's latents in the model's scale, `[1, 16, H/8, W/8]`, to strips `[1, 3, rows, W]`, about -1..1.
+    def forward(self, memory: DecoderMemory) -> Iterator[Tensor]:
+        """What is in `memory.latent`, a picture in the model's scale, to strips `[1, 3, rows, W]`, about -1..1.
 
-        Top to bottom, in strips of at most `rows` rows of every map; None: whole, as one strip.
+        Top to bottom. The latent is overwritten, and a strip once the next picture is decoded.
         """
-        h = self.conv_in(latents / self.scale + self.shift)
-        h = self.mid(h.contiguous(memory_format=self._layout))  # as cuDNN returns it; other libraries may not
-        x: Map = [Strip(part) for part in h.split(rows or h.shape[2], dim=2)]
-        del h
-        for level in reversed(self.up):
-            x = level(x, rows)
-        norm = Norm(self.norm_out, x)
-        for window in windows(x):
-            yield self.conv_out.strip(norm(window)).x
-            del window
+        latent = memory.latent.div_(self.spec.scale).add_(self.spec.shift)
+        lowest, between = memory.lowest()
+        lowest.strips[0].copy_(self.conv_in(latent))
+        self.mid(lowest, between, memory)
+        x = memory.residual(0)
+        for k, level in enumerate(reversed(self.up)):
+            x = level(x, k, memory)
+        norm = Norm(self.norm_out, x, memory)
+        colours = memory.other(len(self.up) - 1, channels=3)
+        for window, strip in zip(memory.windows(x.strips), colours.strips, strict=True):
+            self.conv_out.strip(norm(window), strip)
+            yield strip
 
 
-def decode(decoder: Decoder, latents: Tensor, out: Tensor, rows: int | None = None) -> Tensor:
+def decode(
+    decoder: Decoder, latents: Tensor, out: Tensor, rows: int | None = None, memory: Tensor | None = None
+) -> Tensor:
     """Write pictures into `out`, float32 `[B, H, W, 3]` in 0..1, and return it; in strips of at most `rows`, or whole.
 
-    One picture at a time: activations of a batch would cost B times the memory and gain little.
+    `memory`: uint8, one dimension, of at least `DecoderLayout.nbytes`, on the decoder's device; None: it is taken for
+    the call. `latents`, fp32 `[B, 16, H/8, W/8]`, lie neither in it nor in `out`. Raises `ValueError` where `memory`
+    is too small. One picture at a time: activations of a batch would cost B times the memory and gain little.
     """
-    dtype = decoder.conv_in.weight.dtype
-    # a copy in any case: they may lie where the pictures go
-    for picture, latent in zip(out, latents.to(dtype, copy=True), strict=True):
+    weight = decoder.conv_in.weight
+    layout = DecoderLayout(decoder.spec, latents.shape[2], latents.shape[3], rows, weight.dtype)
+    if memory is None:
+        memory = torch.empty(layout.nbytes, dtype=torch.uint8, device=weight.device)
+    places = DecoderMemory(layout, memory)
+    for picture, latent in zip(out, latents, strict=True):
+        places.latent[0].copy_(latent)
         top = 0
-        for strip in decoder(latent[None], rows):
-            colours = rearrange(strip[0], "c h w -> h w c").float().mul_(0.5).add_(0.5).clamp_(0, 1)
-            picture[top : top + len(colours)].copy_(colours)
+        for strip in decoder(places):
+            colours = picture[top : top + strip.shape[2]]
+            colours.copy_(rearrange(strip, "1 c h w -> h w c")).mul_(0.5).add_(0.5).clamp_(0, 1)
             top += len(colours)
-            del strip, colours  # or they would lie in the next picture's way
     mark("decode")
     return out
+
+
+def library_bytes(spec: VaeSpec, height: int, width: int, dtype: torch.dtype, *, fused: bool) -> int:
+    """Bytes that torch's operations allocate at most while a picture is decoded, besides its `memory`.
+
+    `height` and `width` are those of the latents. The first convolution takes its result and a copy of what it reads;
+    the mid block's norm a copy of the map and the result, as CUDA's takes no map with its channels last. The rest is
+    what `reference` says of its functions, where not `fused`.
+    """
+    itemsize, lowest = dtype.itemsize, spec.channels[-1]
+    lowest_map = height * width * lowest * itemsize
+    sizes = [2 * lowest_map + lowest_map // 16]
+    if not fused:
+        sizes.append(reference.attention_bytes(height * width, lowest, itemsize))
+        levels = DecoderLayout(spec, height, width, None, dtype).levels
+        for level in levels:
+            sizes.append(reference.strip_bytes(level.arriving, level.channels, level.width, itemsize))
+            sizes.append(reference.strip_bytes(level.channels, level.channels, level.width, itemsize))
+        for level in levels[:-1]:
+            sizes.append(reference.strip_bytes(level.channels, level.channels, level.width, itemsize, doubled=True))
+    return max(sizes) + 2**20  # statistics and other small things

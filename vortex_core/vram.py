@@ -1,21 +1,25 @@
 """What the device's memory holds: torch's two counters, the process as NVML sees it, the whole device.
 
 `allocated` is what tensors take, `reserved` what torch's allocator keeps for them, `process` that plus the CUDA
-context and libraries. All in bytes; GB is 10^9.
+context and libraries. What captured steps allocate is in `reserved` with torch's own allocator; with cudaMallocAsync
+the driver has it, and tells (`graph_memory`). All in bytes; GB is 10^9.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from typing import Any
 
 import torch
 
+from .errors import GB
 from .timeline import INTERVAL, Timeline
 
 log = logging.getLogger(__name__)
@@ -108,11 +112,76 @@ def available(device: torch.device, own: int = 0) -> int | None:
     if device.type != "cuda":
         return None
     now = snapshot(device, process=False)
+    return min(now.free + now.reserved, _cap(device, now.total)) - (now.allocated - own)
+
+
+def shortage(device: torch.device, own: int = 0) -> str:
+    """Why `available` is not more, in words: a cap on the process, a slice of a card, other programs and models."""
+    if device.type != "cuda":
+        return ""
+    now, words = snapshot(device, process=False), []
+    cap = _cap(device, now.total)
+    if cap < now.free + now.reserved:
+        words.append(
+            f"this process is capped at {cap / GB:.2f} GB (torch.cuda.set_per_process_memory_fraction), whatever the "
+            "card has free"
+        )
+    name = torch.cuda.get_device_name(device)
+    if "MIG" in name:
+        words.append(f"{name} is a slice of a card, of {now.total / GB:.2f} GB")
+    others = [holder for holder in holders(device) if holder.pid != os.getpid() and holder.nbytes]
+    words += [f"process {holder.pid} holds {(holder.nbytes or 0) / GB:.2f} GB" for holder in others]
+    if now.allocated - own > 0.1 * GB:
+        words.append(f"other models and tensors of this process hold {(now.allocated - own) / GB:.2f} GB")
+    return "; ".join(words)
+
+
+def _cap(device: torch.device, total: int) -> int:
+    """Bytes that torch may reserve in this process."""
     fraction: Callable[[torch.device], float] = getattr(
         torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0
     )
-    cap = int(fraction(device) * now.total)
-    return min(now.free + now.reserved, cap) - (now.allocated - own)
+    return int(fraction(device) * total)
+
+
+def hand_back(device: torch.device) -> None:
+    """Give the driver what torch has cached, and what graphs that are gone have left, on a CUDA device."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.empty_cache()
+        _driver("cuDeviceGraphMemTrim", device)
+
+
+def graph_memory(device: torch.device) -> int:
+    """Bytes that the driver keeps for graphs that allocate inside, beside what torch has reserved."""
+    if device.type != "cuda":
+        return 0
+    found = ctypes.c_uint64(0)
+    reserved = 2  # CU_GRAPH_MEM_ATTR_RESERVED_MEM_CURRENT
+    _driver("cuDeviceGetGraphMemAttribute", device, reserved, ctypes.byref(found))
+    return found.value
+
+
+def _driver(name: str, device: torch.device, *arguments: Any) -> None:
+    """Call the driver, which torch does not do for us; it only observes and tidies, so a failure is no error."""
+    library = _driver_library()
+    if library is None:
+        return
+    handle = ctypes.c_int(0)
+    try:
+        if library.cuDeviceGet(ctypes.byref(handle), device.index or 0) == 0:
+            getattr(library, name)(handle, *arguments)
+    except AttributeError as error:  # an old driver
+        log.debug("%s: %s", name, error)
+
+
+@cache
+def _driver_library() -> Any:
+    try:
+        return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError as error:
+        log.debug("The CUDA driver's library does not load: %s", error)
+        return None
 
 
 def cap_process(device: torch.device, nbytes: int | None) -> None:
@@ -126,17 +195,25 @@ def cap_process(device: torch.device, nbytes: int | None) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """Who holds what torch has reserved on a device, in bytes; `rows` add up to `reserved`.
+    """Who holds what is reserved on a device, in bytes; `rows` add up to `held`.
 
-    `components` are Vortex'. `graphs` keep memory that no tensor has, so it is reserved only. `others` is what is
-    allocated besides: pictures and tensors of callers, other models. `cached` is what torch has reserved and nobody
-    holds, the rounding of segments among it.
+    `components` are Vortex'. `graphs` keep memory that no tensor has: in what torch has reserved, or, with
+    cudaMallocAsync, in what the driver has (`outside`). `others` is what is allocated besides: pictures and tensors of
+    callers, other models. `cached` is what torch has reserved and nobody holds, the rounding of segments among it.
+    `pinned` is host memory that is pinned, by use; it is no part of the sum.
     """
 
     components: Mapping[str, int]
     allocated: int
     reserved: int
     graphs: int
+    outside: int
+    pinned: Mapping[str, int]
+
+    @property
+    def held(self) -> int:
+        """What torch has reserved, and the driver for graphs."""
+        return self.reserved + self.outside
 
     @property
     def others(self) -> int:
@@ -146,7 +223,7 @@ class Ledger:
     @property
     def cached(self) -> int:
         """Reserved and free."""
-        return self.reserved - self.allocated - self.graphs
+        return self.held - self.allocated - self.graphs
 
     @property
     def rows(self) -> dict[str, int]:

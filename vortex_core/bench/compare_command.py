@@ -15,6 +15,7 @@ from ..errors import GB, VortexInputError
 from ..spec import DEFAULT_STEPS
 from ..terminal import console, plain_errors
 from ..vram import available
+from .allocator import again, ensure_allocator
 from .options import Results, check_size, grouped
 from .output import grid, milliseconds, write_folder
 
@@ -38,6 +39,9 @@ def compare(
     samples: Annotated[int, typer.Option(min=1, help="Pictures of each contender and size.")] = 30,
     comfyui: Annotated[Path | None, typer.Option(help="A ComfyUI tree, to time its Flux forward too.")] = None,
     device: Annotated[str | None, typer.Option(help="[default: the first CUDA device, else the CPU]")] = None,
+    allocator: Annotated[
+        str | None, typer.Option(help="native or cudaMallocAsync, ComfyUI's. [default: as the process has it]")
+    ] = None,
 ) -> None:
     """Time Vortex and its peers on the same weights and noise, in one process. Ends with one line of JSON.
 
@@ -54,6 +58,7 @@ def compare(
 
     with plain_errors():
         results.check()
+        ensure_allocator(allocator, again())
         sizes = [check_size(text, DEFAULT_STEPS) for text in size or ("512x512", "1024x1024")]
         where = resolve_device(device)
         folder = source(model, where)
@@ -85,6 +90,8 @@ def source(model: str | None, device: torch.device) -> Path | None:
 def table(result: Result) -> Table:
     """A row for each contender and size."""
     title = f"{result.machine['device']}, torch {result.machine['torch']}"
+    if result.machine["allocator"]:
+        title += f", allocator {result.machine['allocator']}"
     made = grid("contender", "size", "P50", "P99", "a step", "decode", "peak", "latents off", title=title)
     for row in result.rows:
         figures = (row.picture.percentile(50), row.picture.percentile(99), row.step.percentile(50))

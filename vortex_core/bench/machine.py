@@ -33,6 +33,7 @@ class Machine:
     driver: str | None
     torch: str
     cuda: str | None
+    allocator: str | None  # torch's, on CUDA: native or cudaMallocAsync
     python: str
     packages: dict[str, str]
     threads: int
@@ -87,6 +88,7 @@ def machine(device: torch.device) -> Machine:
         driver=_driver() if cuda else None,
         torch=torch.__version__,
         cuda=torch.version.cuda if cuda else None,
+        allocator=torch.cuda.get_allocator_backend() if cuda else None,
         python=platform.python_version(),
         packages=packages,
         threads=torch.get_num_threads(),

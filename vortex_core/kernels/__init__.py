@@ -1,8 +1,8 @@
 """What a step computes besides matrix products, and what the VAE's decoder does, as functions on raw tensors.
 
 Two modules have the same functions: `reference` in plain torch, which runs anywhere and is the oracle, and `fused`
-in Triton. A step's write into buffers they are given; `fused` allocates nothing but what the decoder's return. Shapes
-and meaning are told in `reference`.
+in Triton. They write into what they are given: `fused` allocates nothing, `reference` no more than it says. Shapes and
+meaning are told in `reference`.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from . import reference, shapes
-from .operand import TILE, Heads, Operand, Window, empty_heads
+from . import reference
+from .operand import TILE, Heads, Moments, Operand, Window, empty_heads, most_parts
 
 __all__ = [
     "Heads",
     "Kernels",
+    "Moments",
     "Operand",
     "Window",
     "attends_in_fp8",
     "choose_kernels",
     "fused_declined",
+    "most_parts",
     "reference",
-    "shapes",
 ]
 
 log = logging.getLogger(__name__)
@@ -70,37 +71,39 @@ class Kernels(Protocol):
         """Attention of every head, in fp8."""
         ...
 
-    def group_moments(self, x: Tensor, groups: int) -> Tensor:
-        """What group norm needs to know of a strip."""
+    def group_moments(self, x: Tensor, moments: Moments) -> None:
+        """Append what group norm needs to know of a strip."""
         ...
 
-    def norm_terms(self, moments: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    def norm_terms(self, moments: Moments, weight: Tensor, bias: Tensor, epsilon: float, out: Tensor) -> None:
         """What group norm makes of each channel: a factor, and what is added."""
         ...
 
-    def norm_silu(self, window: Window, scale: Tensor, shift: Tensor) -> Tensor:
+    def norm_silu(self, window: Window, scale: Tensor, shift: Tensor, out: Tensor) -> None:
         """SiLU of a scaled and shifted window, bordered."""
         ...
 
-    def bordered(self, window: Window) -> Tensor:
+    def bordered(self, window: Window, out: Tensor) -> None:
         """A window with a border of one pixel."""
         ...
 
     def convolve(
-        self, x: Tensor, weight: Tensor, bias: Tensor, onto: Tensor | None = None, groups: int = 0
-    ) -> tuple[Tensor, Tensor | None]:
+        self, x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, moments: Moments | None = None, *, add: bool = False
+    ) -> None:
         """A 3 x 3 convolution of what is bordered, and its moments."""
         ...
 
-    def corner_taps(self, weight: Tensor) -> Tensor:
+    def corner_taps(self, weight: Tensor, out: Tensor) -> None:
         """A convolution's weight for `convolve_doubled`."""
         ...
 
-    def convolve_doubled(self, x: Tensor, taps: Tensor, bias: Tensor, groups: int = 0) -> tuple[Tensor, Tensor | None]:
+    def convolve_doubled(
+        self, x: Tensor, taps: Tensor, bias: Tensor, out: Tensor, moments: Moments | None = None
+    ) -> None:
         """A 3 x 3 convolution of a picture doubled in both directions, and its moments."""
         ...
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         """Attention of one head."""
         ...
 
@@ -133,16 +136,25 @@ def _broken(device: torch.device) -> str | None:
             torch.randn(shape, generator=draw, device=device).bfloat16().to(memory_format=torch.channels_last)
             for shape in ((1, 128, 18, 18), (128, 128, 3, 3))
         )
-        tokens = x.permute(0, 2, 3, 1).flatten(0, 2)
-        found = [fused.convolve(x, weight, tokens[0])[0], fused.attend(tokens, tokens, tokens)]
+        found = _samples(fused, x, weight)
     except torch.OutOfMemoryError:  # which says nothing of the kernels, and is not to be remembered
         raise
     except Exception as error:  # of many kinds, and each only means: not these kernels
         return f"Triton does not run ({str(error).partition(chr(10))[0]})"
     reference.decode(packed, absmax, expected)
-    wanted = [reference.convolve(x, weight, tokens[0])[0], reference.attend(tokens, tokens, tokens)]
+    wanted = _samples(reference, x, weight)
     near = all((a.float() - b.float()).norm() < 0.02 * b.float().norm() for a, b in zip(found, wanted, strict=True))
     return None if torch.equal(decoded, expected) and near else "a sample comes out otherwise than the reference's"
+
+
+def _samples(kernels: Kernels, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A convolution of `x`, and the attention of its pixels to each other."""
+    tokens = x.permute(0, 2, 3, 1).flatten(0, 2)
+    inside = x[:, :, 1:-1, 1:-1]
+    convolved, attended = torch.empty_like(inside, memory_format=torch.channels_last), torch.empty_like(tokens)
+    kernels.convolve(x, weight, tokens[0], convolved)
+    kernels.attend(tokens, tokens, tokens, attended)
+    return convolved, attended
 
 
 def attends_in_fp8(device: torch.device) -> bool:

@@ -9,7 +9,6 @@ the pixels before, so four products of summed taps do instead of nine, a pixel.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,15 +16,15 @@ from torch import Tensor
 from . import tile
 from .card import card
 from .groupnorm import write_moments
-from .operand import empty_map
+from .operand import PIXELS, Moments
 
 ROW = 128  # bytes of a tile's row, which the copy engine takes at once
 STAGES = 3  # tiles on their way, as far as shared memory goes
 
 
-@triton.jit(do_not_specialize=["height", "width", "tiles"])
+@triton.jit(do_not_specialize=["height", "width", "stride", "first_part"])
 def _convolve(
-    x, weight, bias, out, moments, height, width, tiles, COPIES: tl.constexpr,
+    x, weight, bias, out, moments, height, width, stride, first_part, COPIES: tl.constexpr,
     C: tl.constexpr, N: tl.constexpr, GROUPS: tl.constexpr, TAPS: tl.constexpr, ADD: tl.constexpr,
     PIXELS: tl.constexpr, BLOCK_N: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -60,8 +59,9 @@ def _convolve(
         HERE: tl.constexpr = BLOCK_N // WIDTH
         value = tl.where(mask, value.to(tl.float32), 0.0)
         count = tl.sum(inside.to(tl.float32), 0)
-        place = (channel // WIDTH + tl.arange(0, HERE)) * tiles + corner * tl.num_programs(1) + tl.program_id(1)
-        write_moments(moments + place, GROUPS * tiles, value, mask, count, HERE, WIDTH)
+        place = (channel // WIDTH + tl.arange(0, HERE)) * stride + first_part
+        place += corner * tl.num_programs(1) + tl.program_id(1)
+        write_moments(moments + place, GROUPS * stride, value, mask, count, HERE, WIDTH)
 
 
 @triton.jit
@@ -79,55 +79,51 @@ def _sum_taps(weight, taps, C: tl.constexpr):
 
 
 def convolve(
-    x: Tensor, weight: Tensor, bias: Tensor, onto: Tensor | None = None, groups: int = 0
-) -> tuple[Tensor, Tensor | None]:
+    x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, moments: Moments | None = None, *, add: bool = False
+) -> None:
     """See `reference.convolve`. All channels-last; C is a power of two."""
-    _, _, height, width = x.shape
-    out = empty_map(x, len(bias), height - 2, width - 2) if onto is None else onto
-    return out, _launch(x, weight.permute(0, 2, 3, 1).flatten(1), bias, out, groups, add=onto is not None)
+    _launch(x, weight.permute(0, 2, 3, 1).flatten(1), bias, out, moments, add=add)
 
 
-def corner_taps(weight: Tensor) -> Tensor:
+def corner_taps(weight: Tensor, out: Tensor) -> None:
     """`weight` `[N, C, 3, 3]` as `convolve_doubled` takes it: `[4 N, 4 C]`, the sums of taps that see one pixel."""
     wide, channels = weight.shape[:2]
-    taps = weight.new_empty(4 * wide, 4 * channels)
-    _sum_taps[(wide,)](weight, taps, C=channels, num_warps=4)
-    return taps
+    _sum_taps[(wide,)](weight, out, C=channels, num_warps=4)
 
 
-def convolve_doubled(x: Tensor, taps: Tensor, bias: Tensor, groups: int = 0) -> tuple[Tensor, Tensor | None]:
+def convolve_doubled(x: Tensor, taps: Tensor, bias: Tensor, out: Tensor, moments: Moments | None = None) -> None:
     """See `reference.convolve_doubled`. All channels-last; C is a power of two."""
-    _, _, height, width = x.shape
-    out = empty_map(x, len(bias), 2 * height - 4, 2 * width - 4)
-    return out, _launch(x, taps, bias, out, groups, corners=4)
+    _launch(x, taps, bias, out, moments, corners=4)
 
 
 def _launch(
-    x: Tensor, taps: Tensor, bias: Tensor, out: Tensor, groups: int, *, corners: int = 1, add: bool = False
-) -> Tensor | None:
+    x: Tensor, taps: Tensor, bias: Tensor, out: Tensor, moments: Moments | None, *, corners: int = 1, add: bool = False
+) -> None:
     _, channels, height, width = x.shape
     wide, itemsize = len(bias), x.element_size()
     inner = min(channels, ROW // itemsize)
     known = card(x.device)
     pixels, block = 128, min(256, max(16, triton.next_power_of_2(wide)))
     if itemsize == 4:  # computed without the matrix units, out of registers
-        pixels, block = 64, min(block, 64)
+        pixels, block = PIXELS, min(block, 64)
     columns = triton.cdiv(wide, block) * corners
     run = (height - 2) * width  # pixels with a border to their right
     if columns * triton.cdiv(run, pixels) < known.processors:
-        pixels = 64
+        pixels = PIXELS
     if (pixels + block) * inner * itemsize * STAGES > known.shared:
         block = min(block, 128)
         columns = triton.cdiv(wide, block) * corners
     across = triton.cdiv(run, pixels)
-    moments = x.new_empty(3, groups, across * corners, dtype=torch.float32) if groups else None
+    values, groups, stride, first = None, 0, 0, 0
+    if moments is not None:
+        values, first = moments.values, moments.take(across * corners)
+        _, groups, stride = values.shape
     rows = x[0].permute(1, 2, 0).flatten(0, 1)
     _convolve[(columns, across)](
         tile.source(rows, pixels, inner, copies=known.copies), tile.source(taps, block, inner, copies=known.copies),
-        bias, out, moments, height - 2, width - 2, across * corners, COPIES=known.copies,
+        bias, out, values, height - 2, width - 2, stride, first, COPIES=known.copies,
         C=channels, N=wide, GROUPS=groups, TAPS=3 if corners == 1 else 2, ADD=add,
         PIXELS=pixels, BLOCK_N=block, INNER=inner, PRECISION="ieee" if itemsize == 4 else "tf32",
         num_warps=8 if pixels == 128 and block >= 128 else 4,
         num_stages=max(1, min(STAGES, known.shared // ((pixels + block) * inner * itemsize))),
     )  # fmt: skip
-    return moments

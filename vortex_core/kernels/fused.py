@@ -1,28 +1,25 @@
-"""The kernels in Triton. `reference` says what each one computes; here it is one pass over memory each."""
+"""The kernels in Triton. `reference` says what each one computes; here it is one pass over memory each.
 
-from .attention import attend
-from .convolution import convolve, convolve_doubled, corner_taps
-from .decode import decode
-from .groupnorm import bordered, group_moments, norm_silu, norm_terms
-from .heads import attend_heads, pack_heads
-from .rotary import rotate
-from .rows import gelu, modulate, quantize, residual_modulate
+Nothing is allocated, and every launch is on the device of its tensors, whichever is the current one.
+"""
 
-__all__ = [
-    "attend",
-    "attend_heads",
-    "bordered",
-    "convolve",
-    "convolve_doubled",
-    "corner_taps",
-    "decode",
-    "gelu",
-    "group_moments",
-    "modulate",
-    "norm_silu",
-    "norm_terms",
-    "pack_heads",
-    "quantize",
-    "residual_modulate",
-    "rotate",
-]
+from . import attention, convolution, groupnorm, heads, rotary, rows
+from . import decode as nf4
+from .launch import on_device
+
+attend = on_device(attention.attend)
+attend_heads = on_device(heads.attend_heads)
+bordered = on_device(groupnorm.bordered)
+convolve = on_device(convolution.convolve)
+convolve_doubled = on_device(convolution.convolve_doubled)
+corner_taps = on_device(convolution.corner_taps)
+decode = on_device(nf4.decode)
+gelu = on_device(rows.gelu)
+group_moments = on_device(groupnorm.group_moments)
+modulate = on_device(rows.modulate)
+norm_silu = on_device(groupnorm.norm_silu)
+norm_terms = on_device(groupnorm.norm_terms)
+pack_heads = on_device(heads.pack_heads)
+quantize = on_device(rows.quantize)
+residual_modulate = on_device(rows.residual_modulate)
+rotate = on_device(rotary.rotate)

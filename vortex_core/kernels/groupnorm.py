@@ -8,14 +8,12 @@ for bit. The result has the border of zeros that the next convolution reads.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .operand import Window, empty_map
+from .operand import VALUES, Moments, Window
 
-TILE = 16384  # values that a program takes
 WARPS = 8
 PARTS = 1024  # moments that are joined at once
 
@@ -35,45 +33,45 @@ def write_moments(place, plane, value, mask, count, GROUPS: tl.constexpr, WIDTH:
     tl.store(place + 2 * plane, square)
 
 
-@triton.jit(do_not_specialize=["pixels"])
-def _moments(x, moments, pixels, C: tl.constexpr, G: tl.constexpr, PIXELS: tl.constexpr):
+# Where a map's parts go on is a number, not a moved pointer: its alignment would have the kernel compiled anew.
+@triton.jit(do_not_specialize=["pixels", "stride", "first"])
+def _moments(x, moments, pixels, stride, first, C: tl.constexpr, G: tl.constexpr, PIXELS: tl.constexpr):
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     mask = (pixel < pixels)[:, None]
     place = pixel.to(tl.int64)[:, None] * C + tl.arange(0, C)[None, :]
     value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
     count = tl.minimum(pixels - tl.program_id(0) * PIXELS, PIXELS).to(tl.float32)
-    tiles = tl.num_programs(0)
-    place = moments + tl.arange(0, G) * tiles + tl.program_id(0)
-    write_moments(place, G * tiles, value, mask, count, G, C // G)
+    place = moments + tl.arange(0, G) * stride + first + tl.program_id(0)
+    write_moments(place, G * stride, value, mask, count, G, C // G)
 
 
-@triton.jit(do_not_specialize=["parts"])
+@triton.jit(do_not_specialize=["parts", "stride"])
 def _join(
-    moments, weight, bias, scale, shift, parts, epsilon, G: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr
+    moments, weight, bias, out, parts, stride, epsilon, G: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr
 ):
     group = tl.program_id(0)
     part = tl.arange(0, PARTS)
     total, mean = tl.zeros([PARTS], tl.float32), tl.zeros([PARTS], tl.float32)
     for first in range(0, parts, PARTS):
         mask = first + part < parts
-        place = moments + group * parts + first + part
+        place = moments + group * stride + first + part
         count = tl.load(place, mask=mask, other=0.0)
         total += count
-        mean += count * tl.load(place + G * parts, mask=mask, other=0.0)
+        mean += count * tl.load(place + G * stride, mask=mask, other=0.0)
     total = tl.sum(total, 0)
     mean = tl.sum(mean, 0) / total
     square = tl.zeros([PARTS], tl.float32)
     for first in range(0, parts, PARTS):
         mask = first + part < parts
-        place = moments + group * parts + first + part
-        off = tl.load(place + G * parts, mask=mask, other=0.0) - mean
-        square += tl.load(place + 2 * G * parts, mask=mask, other=0.0)
+        place = moments + group * stride + first + part
+        off = tl.load(place + G * stride, mask=mask, other=0.0) - mean
+        square += tl.load(place + 2 * G * stride, mask=mask, other=0.0)
         square += tl.load(place, mask=mask, other=0.0) * off * off
     unit = tl.rsqrt(tl.sum(square, 0) / total + epsilon)
     channel = group * WIDTH + tl.arange(0, WIDTH)
     factor = tl.load(weight + channel).to(tl.float32) * unit
-    tl.store(scale + channel, factor)
-    tl.store(shift + channel, tl.load(bias + channel).to(tl.float32) - mean * factor)
+    tl.store(out + channel, factor)
+    tl.store(out + G * WIDTH + channel, tl.load(bias + channel).to(tl.float32) - mean * factor)
 
 
 @triton.jit(do_not_specialize=["height", "width"])
@@ -106,44 +104,43 @@ def _apply(
     tl.store(out + place, value.to(out.dtype.element_ty), mask=(row <= height)[:, None])
 
 
-def group_moments(x: Tensor, groups: int) -> Tensor:
-    """See `reference.group_moments`. `x` is channels-last; C and `groups` are powers of two."""
+def group_moments(x: Tensor, moments: Moments) -> None:
+    """See `reference.group_moments`. `x` is channels-last; C and the groups are powers of two."""
     _, channels, height, width = x.shape
-    tile = TILE // channels
-    moments = x.new_empty(3, groups, triton.cdiv(height * width, tile), dtype=torch.float32)
-    _moments[(moments.shape[2],)](x, moments, height * width, C=channels, G=groups, PIXELS=tile, num_warps=WARPS)
-    return moments
-
-
-def norm_terms(moments: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """See `reference.norm_terms`. A group's channels are a power of two."""
-    _, groups, parts = moments.shape
-    scale, shift = moments.new_empty(2, len(weight)).unbind()
-    _join[(groups,)](
-        moments, weight, bias, scale, shift, parts, epsilon, G=groups, WIDTH=len(weight) // groups, PARTS=PARTS,
-        num_warps=4,
+    _, groups, capacity = moments.values.shape
+    tile = VALUES // channels
+    parts = triton.cdiv(height * width, tile)
+    _moments[(parts,)](
+        x, moments.values, height * width, capacity, moments.take(parts), C=channels, G=groups, PIXELS=tile,
+        num_warps=WARPS,
     )  # fmt: skip
-    return scale, shift
 
 
-def norm_silu(window: Window, scale: Tensor, shift: Tensor) -> Tensor:
+def norm_terms(moments: Moments, weight: Tensor, bias: Tensor, epsilon: float, out: Tensor) -> None:
+    """See `reference.norm_terms`. A group's channels are a power of two."""
+    _, groups, capacity = moments.values.shape
+    _join[(groups,)](
+        moments.values, weight, bias, out, moments.parts, capacity, epsilon,
+        G=groups, WIDTH=len(weight) // groups, PARTS=PARTS, num_warps=4,
+    )  # fmt: skip
+
+
+def norm_silu(window: Window, scale: Tensor, shift: Tensor, out: Tensor) -> None:
     """See `reference.norm_silu`. All channels-last."""
-    return _bordered(window, scale, shift)
+    _bordered(window, scale, shift, out)
 
 
-def bordered(window: Window) -> Tensor:
+def bordered(window: Window, out: Tensor) -> None:
     """See `reference.bordered`. All channels-last."""
-    return _bordered(window, None, None)
+    _bordered(window, None, None, out)
 
 
-def _bordered(window: Window, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+def _bordered(window: Window, scale: Tensor | None, shift: Tensor | None, out: Tensor) -> None:
     above, strip, below = window
     _, channels, height, width = strip.shape
-    out = empty_map(strip, channels, height + 2, width + 2)
-    tile = TILE // channels
+    tile = VALUES // channels
     _apply[(triton.cdiv((height + 2) * (width + 2), tile),)](
         above, strip, below, scale, shift, out, height, width,
         C=channels, PIXELS=tile, ABOVE=above is not None, BELOW=below is not None, NORM=scale is not None,
         num_warps=WARPS,
     )  # fmt: skip
-    return out

@@ -1,4 +1,4 @@
-"""What kernels take: values and in 8 bits their scales; heads; a strip of a picture and what lies beside it."""
+"""What kernels take: values and in 8 bits their scales; heads; strips of a map, what lies beside them, moments."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..allocator import round_up
+from ..arena import round_up
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 SMALLEST = 1e-12  # a row of zeros is scaled by this instead of by zero
 TILE = 128  # keys of a head whose values share a scale
+CHUNK = 2**23  # values that plain torch takes of a map at once, so that what it allocates has a bound
+PIXELS = 64  # the fewest of which a fused convolution finds the moments at once
+VALUES = 16384  # that a program of the fused group norm takes
 
 
 class Operand(NamedTuple):
@@ -47,10 +50,40 @@ class Window(NamedTuple):
     strip: Tensor
     below: Tensor | None
 
-    def rows(self) -> Tensor:
-        """All of it as one map."""
-        parts = [part for part in self if part is not None]
-        return torch.cat(parts, dim=2) if len(parts) > 1 else self.strip
+
+class Moments:
+    """What group norm needs to know of a map, part by part, as its strips are written one after the other.
+
+    `values` fp32 `[3, groups, capacity]`: count, mean and sum of squares about it, of each group and part. The first
+    `parts` are filled, and `norm_terms` joins them. How many a map takes at most, `most_parts` says.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self.values, self.parts = values, 0
+
+    def take(self, count: int) -> int:
+        """Fill `count` more; the first of them. Raises `ValueError` where there is no room."""
+        first, capacity = self.parts, self.values.shape[2]
+        if first + count > capacity:
+            raise ValueError(f"Moments of {first + count} parts do not fit into {capacity}.")
+        self.parts = first + count
+        return first
+
+
+def most_parts(channels: int, height: int, width: int, *, doubled: bool = False) -> int:
+    """Parts that the moments of a strip `[1, C, h, w]` take at most, with any kernels and on any card.
+
+    `doubled`: `convolve_doubled` made the strip.
+    """
+    pixels, corners = (height // 2 * (width // 2 + 2), 4) if doubled else (height * (width + 2), 1)
+    found = corners * -(-pixels // PIXELS)
+    looked_for = -(-height * width // max(1, VALUES // channels))
+    return max(found, looked_for, -(-height // chunk_rows(channels * width)))
+
+
+def chunk_rows(values: int) -> int:
+    """Rows of so many values that plain torch takes at once."""
+    return max(1, CHUNK // values)
 
 
 def empty_heads(qkv: Tensor, dtype: torch.dtype = FP8) -> Heads:
@@ -61,9 +94,3 @@ def empty_heads(qkv: Tensor, dtype: torch.dtype = FP8) -> Heads:
     v = qkv.new_empty(batch, count, channels, padded, dtype=dtype)
     v_scale, unit = (qkv.new_empty(shape, dtype=torch.float32) for shape in ((batch, count, padded // TILE), (2,)))
     return Heads(q, k, v, v_scale, unit)
-
-
-def empty_map(like: Tensor, channels: int, height: int, width: int) -> Tensor:
-    """A feature map as the fused kernels make them: channels last, in the type and on the device of `like`."""
-    shape = (1, channels, height, width)
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)

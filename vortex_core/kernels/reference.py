@@ -1,38 +1,48 @@
 """The kernels in plain torch: what each one means, the oracle of the fused ones, and the path where those cannot run.
 
 Legend: B pictures, T tokens of one stream, D hidden, H heads, C channels of a head. Arithmetic is fp32, rounded once.
+The decoder's maps `[1, C, h, w]` have their channels last.
+
+What runs on a card goes through tokens, or rows, in chunks, so that what it allocates has a bound: `step_bytes`,
+`strip_bytes`, `attention_bytes` and `nf4.DECODE_BYTES`. The sums of fp8, which no card without fused kernels takes,
+have none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import nf4
-from .operand import FP8_MAX, SMALLEST, TILE, Heads, Operand, Window
+from .operand import FP8_MAX, SMALLEST, TILE, Heads, Moments, Operand, Window, chunk_rows
 
 EPSILON = 1e-6  # of every norm in FLUX
+TOKENS = 1024  # of all pictures, that a step's functions take at once
 
 
 def decode(packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None = None) -> None:
     """NF4 (uint8 `[N, K/2]`, fp32 `[N, K/64]`) to `out` `[N, K]`, divided by `row_scale` (fp32 `[N]`) if given."""
     if row_scale is not None:
         absmax = absmax / row_scale[:, None]
-    out.copy_(nf4.dequantize(nf4.NF4Weight(packed, absmax), torch.float32))
+    nf4.dequantize(nf4.NF4Weight(packed, absmax), out.dtype, out)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, out: Operand) -> None:
     """adaLN: layer norm without weights, then `(1 + scale) * x + shift`. `x` `[B, T, D]`, `shift`, `scale` `[D]`."""
-    normal = F.layer_norm(x.float(), x.shape[-1:], eps=EPSILON)
-    _write(normal * (1 + scale.float()) + shift.float(), out)
+    shift, factor = shift.float(), 1 + scale.float()
+    for start, stop in _chunks(x):
+        _write(_normal(x[:, start:stop]).mul_(factor).add_(shift), out.tokens(start, stop))
 
 
 def residual_modulate(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, out: Operand) -> None:
     """`x += gate * y` in place, then `modulate`: the end of one branch and the start of the next."""
-    x.copy_(x.float() + gate.float() * y.float())
+    gate = gate.float()
+    for start, stop in _chunks(x):
+        part = x[:, start:stop]
+        part.copy_(y[:, start:stop].to(torch.float32, copy=True).mul_(gate).add_(part))
     modulate(x, shift, scale, out)
 
 
@@ -52,11 +62,16 @@ def rotate(qkv: Tensor, query_norm: Tensor, key_norm: Tensor, cos: Tensor, sin: 
 
     FLUX pairs channels (2c, 2c+1). `query_norm`, `key_norm` `[C]`; `cos`, `sin` fp32 `[T, C/2]`.
     """
-    weight = torch.stack((query_norm, key_norm)).float()[:, None]  # [2, 1, C]
-    x = F.rms_norm(qkv[:, :, :2].float(), qkv.shape[-1:], eps=EPSILON) * weight
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[:, None, None], sin[:, None, None]
-    qkv[:, :, :2] = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+    cos, sin = cos[:, None], sin[:, None]
+    for x, norm in ((qkv[:, :, 0], query_norm.float()), (qkv[:, :, 1], key_norm.float())):
+        for start, stop in _chunks(x):
+            _turn(x[:, start:stop], norm, cos[start:stop], sin[start:stop])
+
+
+def step_bytes(hidden: int) -> int:
+    """Bytes that `modulate`, `residual_modulate` and `rotate` allocate at most; `hidden` is D, and H times C."""
+    # two chunks in fp32, or in the place of one its halves; the moments of tokens and heads; what is as long as a token
+    return TOKENS * (2 * 4 * hidden + hidden // 2) + 4 * 4 * hidden
 
 
 def pack_heads(qkv: Tensor, norms: Sequence[Tensor], boundary: int, cos: Tensor, sin: Tensor, heads: Heads) -> None:
@@ -90,71 +105,143 @@ def attend_heads(heads: Heads, out: Tensor) -> None:
     out.copy_(F.scaled_dot_product_attention(q, k, v).transpose(1, 2))
 
 
-def group_moments(x: Tensor, groups: int) -> Tensor:
-    """fp32 `[3, groups, parts]` of `x` `[1, C, h, w]`: count, mean and sum of squares about it, of each group and part.
+def group_moments(x: Tensor, moments: Moments) -> None:
+    """Append those of `x` `[1, C, h, w]`, rows of a map, to `moments`: in however many parts, as `Moments` tells."""
+    groups = moments.values.shape[1]
+    rows = x[0].permute(1, 2, 0).unflatten(-1, (groups, -1))  # [h, w, G, C/G]
+    for part in rows.split(chunk_rows(rows[0].numel())):
+        variance, mean = torch.var_mean(part.float(), dim=(0, 1, 3), correction=0)
+        count = part.numel() // groups
+        place = moments.values[:, :, moments.take(1)]
+        place[0].fill_(count)
+        place[1].copy_(mean)
+        place[2].copy_(variance.mul_(count))
 
-    However many parts there are, and of however many strips: `norm_terms` joins them.
-    """
-    values = x.float().reshape(groups, -1)
-    variance, mean = torch.var_mean(values, dim=1, correction=0)
-    count = torch.full_like(mean, values.shape[1])
-    return torch.stack((count, mean, variance * count))[..., None]
 
-
-def norm_terms(moments: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """Scale and shift, fp32 `[C]`, of the group norm whose map has `moments` (joined as in Chan et al., 1979)."""
-    count, mean, square = moments
+def norm_terms(moments: Moments, weight: Tensor, bias: Tensor, epsilon: float, out: Tensor) -> None:
+    """Scale and shift, to `out` fp32 `[2, C]`, of the group norm of a map (moments joined as in Chan et al., 1979)."""
+    count, mean, square = moments.values[:, :, : moments.parts]
     total = count.sum(1)
     joint = (count * mean).sum(1) / total
     variance = (square + count * (mean - joint[:, None]).square()).sum(1) / total
     channels = len(weight) // len(total)
     scale = weight.float() * (variance + epsilon).rsqrt().repeat_interleave(channels)
-    return scale, bias.float() - joint.repeat_interleave(channels) * scale
+    out[0].copy_(scale)
+    out[1].copy_(bias.float() - joint.repeat_interleave(channels) * scale)
 
 
-def norm_silu(window: Window, scale: Tensor, shift: Tensor) -> Tensor:
-    """`silu(x * scale + shift)` of the window's rows, bordered; `scale`, `shift` fp32 `[C]`."""
-    x = window.rows()
-    out = torch.addcmul(shift[:, None, None], x, scale[:, None, None], out=torch.empty_like(x))  # no map in fp32
-    return _border(F.silu(out, inplace=True), window)
+def norm_silu(window: Window, scale: Tensor, shift: Tensor, out: Tensor) -> None:
+    """`silu(x * scale + shift)` of the window's rows, bordered as by `bordered`; `scale`, `shift` fp32 `[C]`."""
+    for rows, place in _inside(window, out):
+        torch.addcmul(shift[:, None, None], rows, scale[:, None, None], out=place)  # no map in fp32
+        F.silu(place, inplace=True)
 
 
-def bordered(window: Window) -> Tensor:
-    """`[1, C, h + 2, w + 2]`: the window's strip, its neighbours' rows above and below, zeros beyond the picture."""
-    return _border(window.rows(), window)
+def bordered(window: Window, out: Tensor) -> None:
+    """To `out` `[1, C, h + 2, w + 2]`: a strip, its neighbours' rows above and below, zeros beyond the picture."""
+    for rows, place in _inside(window, out):
+        place.copy_(rows)
 
 
 def convolve(
-    x: Tensor, weight: Tensor, bias: Tensor, onto: Tensor | None = None, groups: int = 0
-) -> tuple[Tensor, Tensor | None]:
-    """The 3 x 3 convolution of a bordered `x` `[1, C, h + 2, w + 2]`, `[1, N, h, w]`, and its `group_moments`.
+    x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, moments: Moments | None = None, *, add: bool = False
+) -> None:
+    """The 3 x 3 convolution of a bordered `x` `[1, C, h + 2, w + 2]`, to `out` `[1, N, h, w]`, or added to it.
 
-    It is added onto `onto`, in place, if that is given. No moments for 0 groups.
+    `group_moments` of `out` are appended to `moments`, if those are given.
     """
-    out = F.conv2d(x, weight, bias)
-    if onto is not None:
-        out = onto.add_(out)
-    return out, group_moments(out, groups) if groups else None
+    height = out.shape[2]
+    step = chunk_rows(out.shape[1] * out.shape[3])
+    for top in range(0, height, step):
+        found = F.conv2d(x[:, :, top : top + step + 2], weight, bias)
+        place = out[:, :, top : top + step]
+        place.add_(found) if add else place.copy_(found)
+        del found  # or it would be there still when the next chunk is made
+    if moments is not None:
+        group_moments(out, moments)
 
 
-def corner_taps(weight: Tensor) -> Tensor:
-    """`weight` `[N, C, 3, 3]` as `convolve_doubled` takes it."""
-    return weight
+def corner_taps(weight: Tensor, out: Tensor) -> None:
+    """`weight` `[N, C, 3, 3]` as `convolve_doubled` takes it, to `out` `[4 N, 4 C]`, here in the first of it."""
+    _weight_in(out).copy_(weight)
 
 
-def convolve_doubled(x: Tensor, taps: Tensor, bias: Tensor, groups: int = 0) -> tuple[Tensor, Tensor | None]:
-    """As `convolve`, of a bordered `x` whose pixels are doubled in both directions: `[1, N, 2 h, 2 w]`."""
-    doubled = F.interpolate(x, scale_factor=2.0, mode="nearest")
-    return convolve(doubled[:, :, 1:-1, 1:-1], taps, bias, groups=groups)
+def convolve_doubled(x: Tensor, taps: Tensor, bias: Tensor, out: Tensor, moments: Moments | None = None) -> None:
+    """As `convolve`, of a bordered `x` whose pixels are doubled in both directions: `out` is `[1, N, 2 h, 2 w]`."""
+    weight = _weight_in(taps)
+    height = out.shape[2] // 2
+    step = chunk_rows(2 * out.shape[1] * out.shape[3])
+    for top in range(0, height, step):
+        doubled = F.interpolate(x[:, :, top : top + step + 2], scale_factor=2.0, mode="nearest")
+        # one column too many on either side: cut off before, they would leave rows that have to be copied
+        found = F.conv2d(doubled[:, :, 1:-1], weight, bias)
+        out[:, :, 2 * top : 2 * (top + step)] = found[..., 1:-1]
+        del doubled, found
+    if moments is not None:
+        group_moments(out, moments)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of one head over all positions, each `[L, C]`."""
-    return F.scaled_dot_product_attention(q[None, None], k[None, None], v[None, None])[0, 0]
+def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+    """Attention of one head over all positions, each `[L, C]`, to `out`."""
+    out.copy_(F.scaled_dot_product_attention(q[None, None], k[None, None], v[None, None])[0, 0])
 
 
-def _border(x: Tensor, window: Window) -> Tensor:
-    return F.pad(x, (1, 1, int(window.above is None), int(window.below is None)))
+def strip_bytes(inside: int, outside: int, width: int, itemsize: int, *, doubled: bool = False) -> int:
+    """Bytes that a norm, `convolve` or `convolve_doubled`, and `group_moments` allocate at most.
+
+    For maps of `inside` channels and this `width`, whatever their height, convolved to `outside` channels.
+    """
+    scale = 2 if doubled else 1
+    rows = chunk_rows(scale * scale * width * outside)
+    found = scale * rows * width * scale * outside
+    if doubled:
+        found = 2 * rows * (2 * width + 2) * outside + (2 * rows + 4) * (2 * width + 4) * inside
+    values = max(chunk_rows(row) * row for row in (width * inside, scale * width * outside))
+    return max(itemsize * found, 4 * values) + 2**18  # moments are small
+
+
+def attention_bytes(tokens: int, channels: int, itemsize: int) -> int:
+    """Bytes that `attend` allocates at most: a result, which the library sums up in fp32, and a statistic a token."""
+    return tokens * (channels * (itemsize + 4) + 2 * 4)
+
+
+def _chunks(x: Tensor) -> Iterator[tuple[int, int]]:
+    """Spans of tokens of `x` `[B, T, ...]` that hold `TOKENS` of all pictures."""
+    batch, tokens = x.shape[:2]
+    step = max(1, TOKENS // batch)
+    for start in range(0, tokens, step):
+        yield start, min(start + step, tokens)
+
+
+def _normal(x: Tensor) -> Tensor:
+    return F.layer_norm(x.float(), x.shape[-1:], eps=EPSILON)
+
+
+def _turn(x: Tensor, norm: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """`rotate` of queries or keys `[B, T, H, C]`."""
+    normal = F.rms_norm(x.float(), x.shape[-1:], eps=EPSILON).mul_(norm)
+    even, odd = normal.unflatten(-1, (-1, 2)).unbind(-1)
+    pairs = x.unflatten(-1, (-1, 2))
+    pairs[..., 0] = (even * cos).sub_(odd * sin)
+    pairs[..., 1] = (even * sin).add_(odd * cos)
+
+
+def _inside(window: Window, out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The window's parts, and where each lies in `out`; what has none is filled with zeros, and the sides are."""
+    out[..., 0].zero_()
+    out[..., -1].zero_()
+    inner = out[..., 1:-1]
+    for rows, place in zip(window, (inner[:, :, :1], inner[:, :, 1:-1], inner[:, :, -1:]), strict=True):
+        if rows is None:
+            place.zero_()
+        else:
+            yield rows, place
+
+
+def _weight_in(taps: Tensor) -> Tensor:
+    """`[N, C, 3, 3]`, channels last, in the first of the `[4 N, 4 C]` that the fused kernels want."""
+    wide, channels = taps.shape[0] // 4, taps.shape[1] // 4
+    return taps.flatten()[: 9 * wide * channels].view(wide, 3, 3, channels).permute(0, 3, 1, 2)
 
 
 def row_scales(absmax: Tensor) -> Tensor:

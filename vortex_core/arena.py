@@ -1,0 +1,69 @@
+"""The working memory of an engine: one block, in which everything that a call needs has its place by offset.
+
+Nothing in it is allocated or freed while a call runs, so what a call takes is a sum that is known before it starts, the
+same under every allocator, and addresses stay what they are until the block is released. What one phase of a call no
+longer needs, the next one uses: phases lay out their tensors from the block's start, each on its own.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+ALIGN = 256  # bytes; what the CUDA allocator itself guarantees, so no kernel sees a stranger alignment
+MIB = 2**20
+
+
+def round_up(size: int, step: int) -> int:
+    """The next multiple of `step`."""
+    return -(-size // step) * step
+
+
+def aligned(size: int) -> int:
+    """`size` with the room to the next tensor."""
+    return round_up(size, ALIGN)
+
+
+class Region:
+    """A stretch of memory that tensors are cut from, one after another; `used` is where the next one starts."""
+
+    def __init__(self, memory: Tensor, start: int = 0) -> None:
+        """`memory`: uint8, one dimension."""
+        self.memory, self.used = memory, start
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The next tensor, uninitialized. Raises `ValueError` where the memory ends before."""
+        start, size = self.used, prod(shape) * dtype.itemsize
+        if start + size > self.memory.numel():
+            raise ValueError(f"A plan is too small: {start + size} of {self.memory.numel()} bytes.")
+        self.used = start + aligned(size)
+        return self.memory[start : start + size].view(dtype).view(shape)
+
+    def rest(self) -> Tensor:
+        """All that was not taken."""
+        return self.memory[self.used :]
+
+
+class Block:
+    """Device memory that is held between calls, of at least the size that was asked for last."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.memory = torch.empty(0, dtype=torch.uint8, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it has now."""
+        return self.memory.numel()
+
+    def reserve(self, nbytes: int) -> None:
+        """Have at least `nbytes`, elsewhere if need be. Raises torch's `OutOfMemoryError`; then there are none."""
+        if nbytes > self.nbytes:
+            self.release()
+            self.memory = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+
+    def release(self) -> None:
+        """Give it back to torch's allocator."""
+        self.memory = torch.empty(0, dtype=torch.uint8, device=self.device)

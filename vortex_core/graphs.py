@@ -1,0 +1,235 @@
+"""The step of one size between fixed buffers, captured once as a CUDA graph and replayed.
+
+At 512 x 512 Python and its launches take longer than the GPU's work. A replay is one launch. A graph holds one
+step, not four: pictures can be cancelled and previewed between steps, and any number of steps works. Where blocks
+stream, a step is cut around each of them, and the host fetches their weights between graphs.
+
+A graph is valid as long as every address in it is: of the arena, where buffers, staging and decoded weights lie, of the
+weights, of cuBLAS' workspaces. They are its key, so that one that is not valid any more is never found. What the
+library's attention allocates is the graph's own, in one pool for all.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .arena import MIB, Region, aligned, round_up
+from .residency import Act, Stager
+from .spec import FluxSpec
+from .step import Rope, Step, buffers
+from .streams import streams_of
+from .transformer import Transformer
+from .vram import counters, hand_back
+
+log = logging.getLogger(__name__)
+
+KEPT = 8  # graphs; a megabyte or so each, more where they are cut
+POOL = 32 * MIB  # what cudaMallocAsync takes at once for graphs; torch's own allocator takes less
+Size = tuple[int, int, int]  # pictures, text tokens, image tokens
+Address = tuple[int, ...]
+Velocity = Callable[[Tensor, Tensor, Tensor, Rope], Tensor]  # as `BoundStep`
+
+
+class BoundStep:
+    """The step of one size, with its buffers at the start of `region`."""
+
+    def __init__(self, transformer: Transformer, size: Size, region: Region) -> None:
+        spec, dtype = transformer.spec, transformer.img_in.weight.dtype
+        self._transformer, self._size = transformer, size
+        self._inputs = [region.take(shape, kind) for shape, kind in inputs(spec, size, dtype).values()]
+        lengths = buffers(spec, size, dtype, fast=transformer.fast)
+        self._buffers = {name: region.take((length,), kind) for name, (length, kind) in lengths.items()}
+        self._velocity = region.take(self._inputs[0].shape, torch.float32)
+
+    def __call__(
+        self, img: Tensor, txt: Tensor, modulation: Tensor, pe: Rope, graph: PiecewiseGraph | None = None
+    ) -> Tensor:
+        """The velocity, fp32 `[B, S, 64]`, valid until the next call; see `Transformer`. Replays `graph` if given."""
+        for kept, given in zip(self._inputs, (img, txt, modulation, *pe), strict=True):
+            kept.copy_(given)
+        if graph is None:
+            self.run()
+        else:
+            graph.replay()
+        return self._velocity.copy_(self._buffers["velocity"].view(self._velocity.shape))
+
+    @cached_property
+    def _step(self) -> Step:  # only where it is launched: a replay needs none of its many views
+        return self._transformer.step(self._size, lambda name, shape, kind: self._buffers[name])
+
+    def run(self) -> None:
+        """From the inputs to the velocity, launch by launch."""
+        img, txt, modulation, cos, sin = self._inputs
+        self._transformer(img, txt, modulation, (cos, sin), self._step)
+
+
+class PiecewiseGraph:
+    """A captured step: CUDA graphs in one pool, and what the host does between them."""
+
+    def __init__(self, pool: Any) -> None:
+        self._pool = pool
+        self._parts: list[Act] = []
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        """Capture what the current stream is given inside."""
+        self._begin()
+        try:
+            yield
+        except BaseException:
+            with suppress(RuntimeError):  # what went wrong is told, not that the capture did with it
+                self._graph.capture_end()
+            raise
+        self._end()
+
+    def between(self, act: Act) -> None:
+        """While it captures: `act` is to be done here in each replay."""
+        self._end()
+        self._parts.append(act)
+        self._begin()
+
+    def replay(self) -> None:
+        """Launch it all on the current stream."""
+        for part in self._parts:
+            part()
+
+    def _begin(self) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        # thread_local: what other threads of the process do with CUDA must not break the capture
+        self._graph.capture_begin(self._pool, capture_error_mode="thread_local")
+
+    def _end(self) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The CUDA Graph is empty")  # two streamed blocks follow each other
+            self._graph.capture_end()
+        self._parts.append(self._graph.replay)
+
+
+class GraphCache:
+    """The graphs of the sizes drawn last. `nbytes` is what torch has reserved for them besides the arena."""
+
+    def __init__(self, transformer: Transformer, device: torch.device) -> None:
+        self.nbytes = 0
+        self._transformer, self._device = transformer, device
+        self._graphs: OrderedDict[tuple[Size, Address], PiecewiseGraph] = OrderedDict()
+        self._pool: Any = None
+        self._largest = 0  # bytes that a graph in the pool was planned to keep
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """The sizes that are captured: pictures, text tokens, image tokens."""
+        return tuple(size for size, _ in self._graphs)
+
+    @contextmanager
+    def open(
+        self,
+        size: Size,
+        region: Region,
+        stager: Stager,
+        address: Address = (),
+        lend: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> Iterator[Velocity]:
+        """The velocity for pictures of `size` and for fewer at once, with buffers from `region`.
+
+        `stager` brings the blocks that stream. `address`: where weights and workspaces lie. On CUDA the first call of a
+        size is captured, and the others replay it, where fused kernels run; what is not replayed runs inside `lend`.
+        """
+        transformer, start = self._transformer, region.used
+        weight = transformer.img_in.weight
+        region.take((step_bytes(transformer.spec, size, weight.dtype, fast=transformer.fast),), torch.uint8)
+        place = (region.memory.data_ptr(), start, *address)
+        steps: dict[Size, BoundStep] = {}
+
+        def velocity(img: Tensor, txt: Tensor, modulation: Tensor, pe: Rope) -> Tensor:
+            size = (img.shape[0], txt.shape[1], img.shape[1])
+            if size not in steps:
+                steps[size] = BoundStep(transformer, size, Region(region.memory, start))
+            graph = self._graphs.get((size, place))
+            if graph is not None:
+                self._graphs.move_to_end((size, place))
+                return steps[size](img, txt, modulation, pe, graph)
+            with lend():
+                found = steps[size](img, txt, modulation, pe)  # compiles the kernels and picks the library's, too
+            if transformer.fused:
+                self._capture(size, place, steps[size], stager)
+            return found
+
+        yield velocity
+
+    def _capture(self, size: Size, place: Address, step: BoundStep, stager: Stager) -> None:
+        transformer = self._transformer
+        needed = graph_bytes(
+            transformer.spec, size, transformer.img_in.weight.dtype, fp8_attention=transformer.fp8_attention
+        )
+        if needed > self._largest or any(other != place for _, other in self._graphs):
+            self.clear()  # all in a pool as large as the largest needs; and what is not valid any more goes
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        before = counters(self._device).reserved
+        self._graphs[size, place] = self._record(step, stager)
+        self.nbytes += max(0, counters(self._device).reserved - before)
+        self._largest = max(self._largest, needed)
+        if len(self._graphs) > KEPT:
+            self._graphs.popitem(last=False)
+        log.info("Captured the step of %d x (%d + %d) tokens", *size)
+
+    def _record(self, step: BoundStep, stager: Stager) -> PiecewiseGraph:
+        streams, graph = streams_of(self._device), PiecewiseGraph(self._pool)
+        assert streams is not None
+        torch.cuda.synchronize(self._device)
+        with torch.cuda.stream(streams.capture), stager.handed(graph.between), graph.capture():
+            step.run()
+        return graph
+
+    def clear(self) -> None:
+        """Forget every graph, and give back what they kept."""
+        if self._graphs:
+            self._graphs.clear()
+            self._pool = None
+            hand_back(self._device)
+        self.nbytes = self._largest = 0
+
+
+def inputs(spec: FluxSpec, size: Size, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and types of a step's inputs."""
+    batch, txt_tokens, img_tokens = size
+    rope = ((txt_tokens + img_tokens, spec.head_dim // 2), torch.float32)
+    return {
+        "img": ((batch, img_tokens, spec.in_channels), dtype),
+        "txt": ((batch, txt_tokens, spec.hidden), dtype),
+        "modulation": ((spec.modulation_rows, spec.hidden), dtype),
+        "cos": rope,
+        "sin": rope,
+    }
+
+
+def step_bytes(spec: FluxSpec, size: Size, dtype: torch.dtype, *, fast: bool) -> int:
+    """Bytes that a step of `size` lays out, exactly. What the library's attention returns comes on top."""
+    given = inputs(spec, size, dtype)
+    shapes = [*given.values(), (given["img"][0], torch.float32)]
+    laid_out = sum(aligned(prod(shape) * kind.itemsize) for shape, kind in shapes)
+    return laid_out + sum(aligned(n * kind.itemsize) for n, kind in buffers(spec, size, dtype, fast=fast).values())
+
+
+def attention_bytes(spec: FluxSpec, size: Size, dtype: torch.dtype, *, fp8_attention: bool) -> int:
+    """Bytes that the library's attention allocates in a step: what it returns, and its statistics in fp32."""
+    if fp8_attention:  # which writes into the step's buffers
+        return 0
+    batch, txt_tokens, img_tokens = size
+    tokens = batch * (txt_tokens + img_tokens)
+    return aligned(tokens * spec.hidden * dtype.itemsize) + aligned(tokens * spec.heads * 4)
+
+
+def graph_bytes(spec: FluxSpec, size: Size, dtype: torch.dtype, *, fp8_attention: bool) -> int:
+    """Bytes that a graph of `size` keeps for that, at most, under any allocator."""
+    return round_up(attention_bytes(spec, size, dtype, fp8_attention=fp8_attention), POOL)

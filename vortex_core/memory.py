@@ -1,0 +1,289 @@
+"""An engine's share of the device: each call is planned, weights move where its plan wants them, the budget holds.
+
+`session` opens the memory of one call. What the call works in lies in the arena, by offset (arena.py): decoded weights
+at its start, then the buffers through which weights stream, then those of the steps; the decoder uses all of it again;
+latents lie at its end. What libraries allocate by themselves (text encoders, attention, a few of the decoder's layers)
+comes out of a block that is held between calls, and lent to torch's allocator while they run.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from .arena import Block, Region
+from .errors import GB, MemoryPressureError, MemoryPressureWarning
+from .graphs import GraphCache, Velocity
+from .loading import Setup
+from .model import Model
+from .placement import Placement
+from .planner import SLACK, MemoryPlan, MemoryRequirements, plan, smallest_budget
+from .streams import blas_of
+from .vram import Ledger, available, cap_process, counters, graph_memory, hand_back, shortage
+from .worker import warn
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+SPARE = 0.25 * GB  # what a card should have left at the peak; with less, some drivers start to swap
+
+
+class MemoryManager:
+    """Keeps what is on the device within `budget` (bytes; infinite on the CPU unless one is given), by `plan`."""
+
+    def __init__(self, model: Model, setup: Setup, first: MemoryPlan) -> None:
+        """`first`: the plan that the model is loaded by."""
+        self.device, self.backend = setup.device, setup.backend
+        self.budget = math.inf if setup.budget is None else float(setup.budget)
+        self.model, self.plan = model, first
+        self.placement = Placement(model.units, setup.device)
+        self.graphs = GraphCache(model.transformer, setup.device)
+        self.arena, self.library = Block(setup.device), Block(setup.device)
+        self._blas, self._streams = blas_of(setup.device), model.streams(setup.device)
+        self._within = 0.0  # the budget that `plan` was made for
+        self._room = 0.0  # and what the card had left for it
+        self._capped = False
+
+    def cap(self, on: bool = True) -> None:
+        """Have torch refuse more than the budget to the whole process, besides what it has now; or no more."""
+        if self._capped or (on and math.isfinite(self.budget) and self.device.type == "cuda"):
+            cap_process(self.device, counters(self.device).reserved + int(self.budget) if on else None)
+            self._capped = on
+
+    def run(self, requirements: MemoryRequirements, work: Callable[[Place], Result]) -> Result:
+        """Do `work` in a session. When memory runs out nevertheless, once more with the next tighter plan.
+
+        Raises `MemoryPressureError` where there is none, or that runs out, too.
+        """
+        limit = math.inf
+        for _ in range(2):
+            try:
+                with self.session(requirements, limit) as place:
+                    return work(place)
+            except torch.OutOfMemoryError as error:
+                cause = error.with_traceback(None)  # its frames would keep what they allocated
+            self.release()
+            log.warning("Out of memory with a plan for %.2f GB; again with the next tighter one", self.plan.peak / GB)
+            limit = self.plan.peak - 1
+        raise self._pressure("Memory ran out, twice", self.plan, limit) from cause
+
+    @contextmanager
+    def session(self, requirements: MemoryRequirements, limit: float = math.inf) -> Iterator[Place]:
+        """The memory of one call, within budget and `limit`. Raises `MemoryPressureError` where there is no plan."""
+        self._blas.ensure(self._streams)
+        within = min(self.budget, limit)
+        if not self._stands(requirements, within):
+            self._arrange(requirements, within)
+        before, place = counters(self.device).reserved, Place(self, self.plan)
+        # every launch inside is on the device of the tensors
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext(), place.decoding():
+            yield place
+        self._audit(before)
+
+    def _stands(self, requirements: MemoryRequirements, within: float) -> bool:
+        """Whether the latest plan is for the same and still holds: then nobody need plan."""
+        made = self.plan
+        if not (
+            (requirements, within) == (made.requirements, self._within)
+            and made.streamed == self.placement.streamed
+            and self.arena.nbytes >= made.arena
+            and self.library.nbytes >= made.library
+            and made.peak + self._excess(made) <= within
+        ):
+            return False
+        if self._room >= within:
+            return True
+        # what others left was less than the budget: ask again, and plan anew where that is no longer so
+        room = available(self.device, sum(self.components.values()))
+        return room is not None and made.peak <= room <= self._room + SPARE
+
+    def _arrange(self, requirements: MemoryRequirements, within: float) -> None:
+        """Plan within the budget and what the card has left, and make it so."""
+        room = available(self.device, sum(self.components.values()))
+        self._within, self._room = within, math.inf if room is None else room
+        limit = min(self._within, self._room)
+        made = plan(self.model.pieces, requirements, limit, keep=self.placement.streamed)
+        if made is None:
+            least = smallest_budget(self.model.pieces, requirements)
+            poorest = plan(self.model.pieces, requirements, least)
+            assert poorest is not None
+            raise self._pressure("This does not fit", poorest, limit)
+        if self._room - made.peak < SPARE:
+            warn(
+                f"The card will have {(self._room - made.peak) / GB:.2f} GB left at the peak of {made.peak / GB:.2f} "
+                "GB. Close other programs that use it, or name a smaller vram_budget.",
+                MemoryPressureWarning,
+            )
+        try:
+            self._make(made, limit)
+        except torch.OutOfMemoryError as error:
+            self.offload()
+            raise self._pressure("Memory ran out", made, limit) from error.with_traceback(None)
+        self.plan = made
+
+    def _make(self, made: MemoryPlan, limit: float) -> None:
+        moves = self.arena.nbytes < made.arena or made.streamed != self.placement.streamed
+        if moves or made.peak + self._excess(made) > limit:
+            self.release()
+        elif self.library.nbytes < made.library:
+            self.library.release()
+            hand_back(self.device)
+        self.placement.place(made.streamed)
+        memory = counters(self.device)
+        others = memory.allocated - sum(self.components.values())
+        if memory.reserved - others > made.peak:  # pictures of other sizes, which callers have let go
+            hand_back(self.device)
+        self.arena.reserve(made.arena)
+        self.library.reserve(made.library)
+
+    def release(self) -> None:
+        """Give back all that calls work in; weights stay."""
+        self.graphs.clear()
+        self.arena.release()
+        self.library.release()
+        hand_back(self.device)
+
+    def _excess(self, made: MemoryPlan) -> int:
+        """What larger pictures left that this one does not need."""
+        kept = ((self.arena.nbytes, made.arena), (self.library.nbytes, made.library), (self._graphs, made.step.graph))
+        return sum(max(0, has - needs) for has, needs in kept)
+
+    def _audit(self, before: int) -> None:
+        """Warn where a call had torch reserve more than its plan says."""
+        grown = counters(self.device).reserved - before
+        if grown > self.plan.requirements.pictures + self.plan.step.graph + SLACK:
+            rows = ", ".join(f"{name} {size / GB:.2f}" for name, size in self.ledger.rows.items())
+            warn(
+                f"This call had torch reserve {grown / GB:.2f} GB more, which was not planned; now, in GB: {rows}.",
+                MemoryPressureWarning,
+            )
+
+    def _pressure(self, message: str, made: MemoryPlan, limit: float) -> MemoryPressureError:
+        asked = made.requirements
+        room = min(limit, self.budget)
+        what = f"{asked.batch} of {asked.width} x {asked.height}" if asked.batch else "a prompt"
+        least = smallest_budget(self.model.pieces, asked)
+        why = shortage(self.device, sum(self.components.values())) if limit < self.budget else ""
+        return MemoryPressureError(
+            f"{message}: {what}",
+            needed=made.peak,
+            available=int(room) if room < math.inf else made.peak,
+            breakdown=made.breakdown,
+            remedy=(f"Of the card: {why}. " if why else "")
+            + f"The smallest budget for it is {least / GB:.2f} GB; smaller pictures or batches take less.",
+        )
+
+    @property
+    def blas(self) -> int:
+        """Bytes of cuBLAS' workspaces, of which there is one set for all engines on a device."""
+        return self._blas.nbytes(self._streams)
+
+    @property
+    def address(self) -> tuple[int, ...]:
+        """Where all lies that a captured step reads outside the arena, as far as torch tells."""
+        return (*self.placement.addresses, self._blas.generation)
+
+    @property
+    def _graphs(self) -> int:
+        return self.graphs.nbytes + (graph_memory(self.device) if self.graphs.sizes else 0)
+
+    @property
+    def components(self) -> dict[str, int]:
+        """Bytes of tensors on the device between calls, by component."""
+        blocks = {"arena": self.arena.nbytes, "libraries": self.library.nbytes}
+        return {**self.placement.resident_bytes, **blocks, "cuBLAS": self.blas}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that offloading frees: the components but cuBLAS', and what graphs keep."""
+        return sum(self.components.values()) - self.blas + self._graphs
+
+    @property
+    def ledger(self) -> Ledger:
+        """Who holds what is reserved on the device."""
+        memory, outside = counters(self.device), graph_memory(self.device)
+        components = self.components if self.device.type == "cuda" else {}
+        pinned = {"streamed weights": self.placement.pinned_bytes}
+        return Ledger(components, memory.allocated, memory.reserved, self.graphs.nbytes + outside, outside, pinned)
+
+    @property
+    def resident(self) -> bool:
+        """Whether weights are where the plan wants them; not while they are offloaded."""
+        return self.placement.streamed is not None
+
+    def offload(self) -> None:
+        """Move everything to host memory and hand the VRAM back to the driver."""
+        self.placement.offload()
+        self.release()
+
+    def resume(self) -> None:
+        """Bring everything back to the device. Raises torch's `OutOfMemoryError`, and nothing is there."""
+        try:
+            self.placement.place(self.plan.streamed)
+        except torch.OutOfMemoryError:
+            self.offload()
+            raise
+
+
+class Place:
+    """What a call works with while its session is open."""
+
+    def __init__(self, memory: MemoryManager, made: MemoryPlan) -> None:
+        self.plan = made
+        self._memory = memory
+        self._block, self._end = memory.arena.memory, made.arena - made.requirements.latents
+        self.maps = self._block[: self._end]  # memory for the decoder
+
+    @contextmanager
+    def decoding(self) -> Iterator[None]:
+        """NF4 weights are decoded into the arena's start."""
+        backend = self._memory.backend
+        if backend is None:
+            yield
+            return
+        lanes, region = self._memory.model.scratch, Region(self._block)
+        fits = sum(lanes) <= self.plan.requirements.scratch
+        with backend.using(*(region.take((size,), torch.uint8) for size in lanes if fits)):
+            yield
+
+    @contextmanager
+    def libraries(self) -> Iterator[None]:
+        """Inside, torch's allocator has the block that is held for what libraries allocate."""
+        block = self._memory.library
+        size = block.nbytes
+        block.release()
+        yield
+        block.reserve(size)  # not after an error, whose traceback keeps tensors alive
+
+    @contextmanager
+    def prompt(self) -> Iterator[None]:
+        """Inside, text encoders and modulation run, streamed or not."""
+        with self._memory.placement.prompt.open(self._region()), self.libraries():
+            yield
+
+    @contextmanager
+    def steps(self, height: int, width: int, tokens: int, rounds: int) -> Iterator[tuple[Velocity, dict[str, Tensor]]]:
+        """The velocity of pictures of this size, and uninitialized memory for `Model.call_inputs`; in `rounds`."""
+        memory, region = self._memory, self._region()
+        stager = memory.placement.steps
+        size = (self.plan.slice, tokens, height // 16 * (width // 16))
+        with (
+            stager.open(region, rounds),
+            memory.graphs.open(size, region, stager, memory.address, self.libraries) as velocity,
+        ):
+            inputs = memory.model.call_inputs(height, width, tokens)
+            yield velocity, {name: region.take(shape, kind) for name, (shape, kind) in inputs.items()}
+
+    def latents(self, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """fp32 tensors of these shapes, uninitialized, which stay where they are through steps and decode."""
+        region = Region(self._block, self._end)
+        return tuple(region.take(shape, torch.float32) for shape in shapes)
+
+    def _region(self) -> Region:
+        return Region(self.maps, self.plan.requirements.scratch)

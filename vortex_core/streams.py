@@ -1,0 +1,95 @@
+"""The CUDA streams of a device, and the workspaces that cuBLAS keeps for them: one set a process, for all engines.
+
+torch takes streams out of a pool in turn, and cuBLAS keeps a workspace for each that it ever multiplied on, in each
+thread. So streams are made once, and products run on one thread (worker.py).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .vram import counters
+
+
+class Streams(NamedTuple):
+    """Those that Vortex uses on a device, beside the default one."""
+
+    side: torch.cuda.Stream
+    capture: torch.cuda.Stream
+    copy: torch.cuda.Stream
+
+
+_lock = threading.Lock()
+_streams: dict[int, Streams] = {}
+
+
+def streams_of(device: torch.device) -> Streams | None:
+    """The streams of a device, made once a process; None on the CPU."""
+    if device.type != "cuda":
+        return None
+    with _lock:
+        if (index := device.index or 0) not in _streams:
+            _streams[index] = Streams(*(torch.cuda.Stream(device) for _ in Streams._fields))
+        return _streams[index]
+
+
+@cache
+def blas_of(device: torch.device) -> Blas:
+    """What is known of cuBLAS' workspaces on a device."""
+    return Blas(device)
+
+
+class Blas:
+    """cuBLAS' workspaces for the default stream and others of a device, on the thread that multiplies.
+
+    `generation` counts how often they were found to be elsewhere: `torch._C._cuda_clearCublasWorkspaces`, which
+    torch.compile's graphs call, frees all of them for the whole process, and a captured step would go on writing to
+    memory that is somebody else's. torch tells no address, but it tells that it allocates.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.generation = device, 0
+        self._sizes: dict[torch.cuda.Stream, int] = {}  # bytes, as they were when they came
+        self._factors: tuple[Tensor, ...] = ()
+
+    def nbytes(self, streams: Iterable[torch.cuda.Stream]) -> int:
+        """Bytes of the workspaces for the default stream and these, as `ensure` saw them."""
+        return sum(self._sizes.get(stream, 0) for stream in {*self._default(), *streams})
+
+    def ensure(self, streams: Iterable[torch.cuda.Stream]) -> None:
+        """See to it that there are workspaces for the default stream and these, and that they are where they were."""
+        wanted = [*self._default(), *streams]
+        if not wanted:
+            return
+        if not self._factors:
+            square = torch.zeros(16, 16, dtype=torch.bfloat16, device=self.device)
+            self._factors = square[0].clone(), square, square.clone(), torch.empty_like(square)
+        before = counters(self.device).allocated
+        if self._sizes.keys() >= set(wanted):
+            self.multiply(wanted[-1])  # they are freed all together, so one tells of all
+            last, before = before, counters(self.device).allocated
+            if before == last:
+                return
+        self.generation += 1
+        for stream in wanted:
+            self.multiply(stream)
+            now = counters(self.device).allocated
+            # what was there before, of a thread that has ended, is not ours
+            self._sizes[stream] = max(self._sizes.get(stream, 0), now - before)
+            before = now
+
+    def multiply(self, stream: torch.cuda.Stream) -> None:
+        """A product of cuBLASLt's and one of cuBLAS' own on a stream: each asks for its workspace there."""
+        bias, x, w, out = self._factors
+        with torch.cuda.stream(stream):
+            torch.addmm(bias, x, w, out=out)
+            torch.mm(x, w, out=out)
+
+    def _default(self) -> tuple[torch.cuda.Stream, ...]:
+        return (torch.cuda.default_stream(self.device),) if self.device.type == "cuda" else ()
