@@ -328,9 +328,12 @@ def test_the_cap_is_the_budget_beside_what_is_there(roomy: Engine, monkeypatch: 
     with monkeypatch.context() as context:
         context.setattr(roomy._memory, "device", torch.device("cuda", 0))
         roomy._memory.cap()
+        monkeypatch.setattr(memory, "counters", lambda device: Counters(0, 3 * 10**9))  # by then it is the engine's
+        roomy._memory.limit(GB)  # the cap goes with the budget
         roomy._memory.cap(on=False)
         roomy._memory.cap(on=False)
-    assert told == [10**9 + AMPLE * GB, None]
+        roomy._memory.limit(AMPLE * GB)
+    assert told == [10**9 + AMPLE * GB, 2 * 10**9, None]
 
 
 def test_what_was_not_planned_is_said(roomy: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,8 +130,8 @@ def test_a_graph_is_found_at_the_addresses_it_was_captured_with_alone(
 
     def draw(memory: torch.Tensor, address: tuple[int, ...], start: int = 0) -> int:
         """How many were captured so far."""
-        with graphs.open(size, Region(memory, start), Stager([], CPU), address) as velocity:
-            assert torch.equal(velocity(*arguments), expected)
+        velocity = graphs.open(size, Region(memory, start), Stager([], CPU), lambda: address)
+        assert torch.equal(velocity(*arguments), expected)
         return len(card.captured)
 
     assert [draw(first.memory, (1, 2)) for _ in range(3)] == [1, 1, 1]
@@ -164,9 +164,9 @@ def test_the_graphs_of_the_sizes_drawn_last_are_kept(
 
     monkeypatch.setattr("vortex_core.graphs.KEPT", 2)
     for counts in ((3, 2), (3,), (1,)):
-        with graphs.open(largest, Region(memory), Stager([], CPU), (), lend) as velocity:
-            for count in counts:
-                velocity(img[:count], txt[:count], modulation, pe)
+        velocity = graphs.open(largest, Region(memory), Stager([], CPU), tuple, lend)
+        for count in counts:
+            velocity(img[:count], txt[:count], modulation, pe)
     assert [size[0] for size in graphs.sizes] == [3, 1]
     assert len(lent) == 3  # what is replayed needs no memory of libraries
 
@@ -219,8 +219,8 @@ def test_slices_of_several_sizes_share_a_region(engine: Engine, transformer: Tra
     graphs = GraphCache(transformer, CPU)
     img, txt, modulation, pe = request(engine, 128, 80, 3)
     size = size_of(128, 80, 2)
-    with graphs.open(size, region(engine, size), Stager([], CPU)) as velocity:
-        parts = [velocity(part, txt[: len(part)], modulation, pe).clone() for part in img.split(2)]
+    velocity = graphs.open(size, region(engine, size), Stager([], CPU))
+    parts = [velocity(part, txt[: len(part)], modulation, pe).clone() for part in img.split(2)]
     assert torch.equal(parts[1], transformer(img[2:], txt[:1], modulation, pe))
     assert torch.equal(parts[0], transformer(img[:2], txt[:2], modulation, pe))
     assert (graphs.nbytes, graphs.sizes) == (0, ())  # nothing is captured on the CPU
@@ -391,17 +391,17 @@ def test_replayed_steps_are_the_launched_ones_bit_for_bit(mode: str) -> None:
     ]
     with load_flux_schnell("tiny", device="cuda", mode=mode) as engine:
         assert engine.mode == mode
-        graphs, arena = engine._memory.graphs, engine._memory.arena
+        graphs, memory = engine._memory.graphs, engine._memory
 
         def drawn() -> list[Tensor]:
             return [engine.generate(**job) for job in jobs]
 
         largest = engine.generate("a ring", seed=0, height=256, width=256, batch_size=2)  # so that the block stays
         drawn()
-        kept, place = dict(graphs._graphs), arena.memory.data_ptr()
+        kept, place = dict(graphs._graphs), memory.arena.data_ptr()
         replayed = drawn()
         assert len(engine.captured) == 4
-        assert arena.memory.data_ptr() == place
+        assert memory.arena.data_ptr() == place
         assert dict(graphs._graphs) == kept  # nothing was captured again
         torch._C._cuda_clearCublasWorkspaces()  # as torch.compile's graphs do, for the whole process
         filled = [torch.full((2**25,), torch.nan, device="cuda") for _ in range(3)]  # where they were

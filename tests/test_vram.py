@@ -1,8 +1,13 @@
 """The VRAM instruments."""
 
+import ctypes
 import logging
+import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,10 +24,14 @@ from vortex_core.vram import (
     available,
     cap_process,
     counters,
+    graph_memory,
+    hand_back,
     peak,
+    shortage,
     snapshot,
 )
 
+GB = 10**9
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
@@ -82,6 +91,33 @@ def test_scoped_peaks_nest_and_reset_nothing(monkeypatch: pytest.MonkeyPatch) ->
     assert (hidden.reserved, hidden.exact) == (63, False)
 
 
+def test_a_peak_counts_what_the_driver_keeps_for_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocator = Allocator(monkeypatch)
+    monkeypatch.setattr(vram, "graph_memory", lambda device: 8)
+    with peak(CUDA) as found:
+        allocator.change(5)
+        allocator.change(4, "allocated")
+    assert (found.reserved, found.allocated, found.exact) == (5 + 8, 4, True)
+
+
+def test_a_backend_that_does_not_count_what_goes_tells_no_exact_peak_below_an_earlier_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """cudaMallocAsync's leaves torch's sums of what came and went at 0."""
+    allocator = Allocator(monkeypatch)
+    allocator.change(50)
+    allocator.change(-50)
+    for kind in ("reserved", "allocated"):
+        allocator.values |= {f"{kind}_bytes.all.allocated": 0, f"{kind}_bytes.all.freed": 0}
+    with peak(CUDA) as found:
+        allocator.change(20)
+    assert (found.reserved, found.exact) == (20, False)
+    with peak(CUDA) as found:
+        allocator.change(60)
+        allocator.change(30, "allocated")
+    assert (found.reserved, found.exact) == (80, True)
+
+
 def test_a_scope_that_fails_still_tells(monkeypatch: pytest.MonkeyPatch) -> None:
     allocator, found = Allocator(monkeypatch), []
 
@@ -96,6 +132,17 @@ def test_a_scope_that_fails_still_tells(monkeypatch: pytest.MonkeyPatch) -> None
     assert found[0].reserved == 9
 
 
+def test_what_is_kept_for_graphs_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever keeps it: natively it is in what torch has reserved."""
+    allocator = Allocator(monkeypatch)
+    monkeypatch.setattr(vram.torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0, raising=False)
+    allocator.change(30)
+    allocator.change(25, "allocated")
+    before = available(CUDA)
+    monkeypatch.setattr(vram, "graph_memory", lambda device: 4)
+    assert available(CUDA) == before + 4
+
+
 def test_available_counts_what_could_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     allocator = Allocator(monkeypatch)
     allocator.change(30)
@@ -105,6 +152,142 @@ def test_available_counts_what_could_be_had(monkeypatch: pytest.MonkeyPatch) -> 
     assert available(CUDA, own=10) == 60 + 30 - 15
     monkeypatch.setattr(vram.torch.cuda, "get_per_process_memory_fraction", lambda device: 0.5, raising=False)
     assert available(CUDA, own=10) == 50 - 15
+
+
+class Shared(Allocator):
+    """A card of 100 GB of which 60 are free and torch has reserved 30, 20 of them for tensors."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, share: float = 1.0, name: str = "NVIDIA H200") -> None:
+        super().__init__(monkeypatch)
+        self.holders: list[Holder] = []
+        monkeypatch.setattr(vram.torch.cuda, "mem_get_info", lambda device: (60 * GB, 100 * GB))
+        monkeypatch.setattr(vram.torch.cuda, "get_device_name", lambda device: name)
+        monkeypatch.setattr(vram.torch.cuda, "get_per_process_memory_fraction", lambda device: share, raising=False)
+        monkeypatch.setattr(vram, "holders", lambda device: self.holders)
+        self.change(30 * GB)
+        self.change(20 * GB, "allocated")
+
+
+def test_nothing_is_short_where_all_is_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Shared(monkeypatch)
+    card.holders = [Holder(os.getpid(), 30 * GB), Holder(1, None), Holder(2, 0)]  # of whom it is not told
+    assert shortage(CUDA, own=20 * GB) == ""
+    assert shortage(CUDA, own=20 * GB - GB // 10) == ""  # a picture or two
+    assert shortage(CPU) == ""
+
+
+def test_a_cap_on_the_process_is_named_where_it_is_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    Shared(monkeypatch, share=0.5)
+    assert available(CUDA, own=20 * GB) == 50 * GB
+    assert shortage(CUDA, own=20 * GB) == (
+        "this process is capped at 50.00 GB (torch.cuda.set_per_process_memory_fraction), whatever the card has free"
+    )
+    Shared(monkeypatch, share=0.95)  # others leave less than that
+    assert available(CUDA, own=20 * GB) == 90 * GB
+    assert shortage(CUDA, own=20 * GB) == ""
+
+
+def test_a_torch_that_knows_no_cap_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    Shared(monkeypatch, share=0.1)
+    monkeypatch.delattr(vram.torch.cuda, "get_per_process_memory_fraction")
+    assert available(CUDA, own=20 * GB) == 90 * GB
+    assert shortage(CUDA, own=20 * GB) == ""
+
+
+def test_a_slice_of_a_card_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    Shared(monkeypatch, name="NVIDIA H200 MIG 1g.18gb")
+    assert shortage(CUDA, own=20 * GB) == "NVIDIA H200 MIG 1g.18gb is a slice of a card, of 100.00 GB"
+
+
+def test_other_programs_and_models_are_named_beside_a_cap(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Shared(monkeypatch, share=0.5)
+    card.holders = [Holder(os.getpid(), 31 * GB), Holder(4711, 7 * GB), Holder(4712, GB // 2), Holder(1, None)]
+    assert shortage(CUDA, own=5 * GB).split("; ")[1:] == [
+        "process 4711 holds 7.00 GB",
+        "process 4712 holds 0.50 GB",
+        "other models and tensors of this process hold 15.00 GB",
+    ]
+    assert shortage(CUDA).endswith("other models and tensors of this process hold 20.00 GB")
+
+
+class Driver:
+    """The driver's library, as far as it is called: 8 MB are kept for graphs on its second device."""
+
+    def __init__(self, code: int = 0) -> None:
+        self.code, self.trimmed = code, list[int]()
+
+    def cuDeviceGet(self, handle: Any, ordinal: int) -> int:
+        handle._obj.value = 40 + ordinal
+        return self.code
+
+    def cuDeviceGetGraphMemAttribute(self, handle: Any, attribute: int, found: Any) -> int:
+        assert isinstance(found._obj, ctypes.c_uint64)
+        found._obj.value = {(41, 2): 8_000_000}.get((handle.value, attribute), 0)
+        return 0
+
+    def cuDeviceGraphMemTrim(self, handle: Any) -> int:
+        self.trimmed.append(handle.value)
+        return 0
+
+
+@pytest.fixture
+def emptied(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Where torch was asked to empty its cache."""
+    inside: list[object] = []
+    found: list[object] = []
+
+    @contextmanager
+    def device(where: torch.device) -> Iterator[None]:
+        inside.append(where)
+        yield
+        inside.pop()
+
+    monkeypatch.setattr(vram.torch.cuda, "device", device)
+    monkeypatch.setattr(vram.torch.cuda, "empty_cache", lambda: found.extend(inside))
+    return found
+
+
+def test_the_driver_tells_and_gives_back_what_graphs_keep(
+    monkeypatch: pytest.MonkeyPatch, emptied: list[object]
+) -> None:
+    driver, second = Driver(), torch.device("cuda", 1)
+    monkeypatch.setattr(vram, "_driver_library", lambda: driver)
+    assert [graph_memory(where) for where in (second, CUDA, torch.device("cuda"), CPU)] == [8_000_000, 0, 0, 0]
+    hand_back(second)
+    assert (emptied, driver.trimmed) == ([second], [41])
+    hand_back(CPU)
+    assert (emptied, driver.trimmed) == ([second], [41])
+
+
+@pytest.mark.parametrize(
+    "library", [None, Driver(code=100), SimpleNamespace(), SimpleNamespace(cuDeviceGet=Driver().cuDeviceGet)]
+)
+def test_without_a_driver_that_tells_torchs_cache_is_emptied_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, emptied: list[object], library: object
+) -> None:
+    """No driver, a device that it does not know, a driver without the function: none is an error."""
+    monkeypatch.setattr(vram, "_driver_library", lambda: library)
+    assert graph_memory(torch.device("cuda", 1)) == 0
+    hand_back(CUDA)
+    assert emptied == [CUDA]
+    if isinstance(library, Driver):
+        assert library.trimmed == []
+
+
+@pytest.mark.parametrize(("system", "name"), [("nt", "nvcuda.dll"), ("posix", "libcuda.so.1")])
+def test_the_drivers_library_is_looked_for_once(monkeypatch: pytest.MonkeyPatch, system: str, name: str) -> None:
+    found = object()
+    load, asked = vram._driver_library.__wrapped__, list[str]()
+
+    def missing(library: str) -> None:
+        raise OSError(f"{library}: cannot open shared object file")
+
+    monkeypatch.setattr(vram, "os", SimpleNamespace(name=system))
+    monkeypatch.setattr(vram.ctypes, "CDLL", lambda library: asked.append(library) or found)
+    assert load() is found
+    assert asked == [name]
+    monkeypatch.setattr(vram.ctypes, "CDLL", missing)
+    assert load() is None
 
 
 def test_the_counters_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,8 +348,6 @@ def test_the_sampler_sees_what_comes_and_goes(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_nvml_tells_who_is_on_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-
     import pynvml
 
     class Missing(Exception):

@@ -258,7 +258,8 @@ def steps() -> None:
             region = Region(torch.empty(arena + scratch + text, dtype=torch.uint8, device=DEVICE))
             lanes = (region.take((n,), torch.uint8) for n in (scratch, text))
             graphs = GraphCache(model, DEVICE)
-            with BACKEND.using(*lanes), graphs.open(size, region, Stager([], DEVICE)) as plan:
+            plan = graphs.open(size, region, Stager([], DEVICE))
+            with BACKEND.using(*lanes):
                 velocities[mode] = step(plan, (img, txt, table, pe), name, velocities["reference"])
             graphs.clear()
 

@@ -186,12 +186,12 @@ def speed(s: Section) -> None:
             found = cost(engine.plan, rate=copy_rate(s), steps=4)
             s.row(
                 f"{budget} GB: a new prompt, ms",
-                f"{prompt:.1f}, where the plan has {found.prompt:.1f} at {copy_rate(s) / GB:.1f} GB/s",
+                f"{prompt:.1f}, where the plan has {found[0]:.1f} at {copy_rate(s) / GB:.1f} GB/s",
                 None,
                 budget=budget,
                 what="a new prompt",
                 ms=prompt,
-                plan_ms=found.prompt,
+                plan_ms=found[0],
             )
             picture = {"budget": budget, "what": "a picture at 512", "ms": pictures[budget]}
             s.row(f"{budget} GB: a picture at 512, ms", f"{pictures[budget]:.1f}", None, **picture)
@@ -200,7 +200,7 @@ def speed(s: Section) -> None:
         tight = engine.plan
         engine.limit(s.gb(6.5))
         step_ms = s.step_ms(engine, 512)
-        expected = cost(tight, rate=copy_rate(s), steps=4, step_ms=step_ms).picture
+        expected = cost(tight, rate=copy_rate(s), steps=4, step_ms=step_ms)[1]
         resident, streamed = pictures[6.5], pictures[4.5]
         slower, told = streamed / resident, (resident + expected) / resident
         s.row(

@@ -7,6 +7,7 @@ longer needs, the next one uses: phases lay out their tensors from the block's s
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import prod
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 ALIGN = 256  # bytes; what the CUDA allocator itself guarantees, so no kernel sees a stranger alignment
 MIB = 2**20
+Shape = tuple[tuple[int, ...], torch.dtype]  # and type
 
 
 def round_up(size: int, step: int) -> int:
@@ -41,29 +43,12 @@ class Region:
         self.used = start + aligned(size)
         return self.memory[start : start + size].view(dtype).view(shape)
 
-    def rest(self) -> Tensor:
-        """All that was not taken."""
-        return self.memory[self.used :]
+
+def laid_out(shapes: Iterable[Shape]) -> int:
+    """Bytes that tensors of these shapes and types take in a region."""
+    return sum(aligned(prod(shape) * dtype.itemsize) for shape, dtype in shapes)
 
 
-class Block:
-    """Device memory that is held between calls, of at least the size that was asked for last."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.memory = torch.empty(0, dtype=torch.uint8, device=device)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes it has now."""
-        return self.memory.numel()
-
-    def reserve(self, nbytes: int) -> None:
-        """Have at least `nbytes`, elsewhere if need be. Raises torch's `OutOfMemoryError`; then there are none."""
-        if nbytes > self.nbytes:
-            self.release()
-            self.memory = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-
-    def release(self) -> None:
-        """Give it back to torch's allocator."""
-        self.memory = torch.empty(0, dtype=torch.uint8, device=self.device)
+def block(nbytes: int, device: torch.device) -> Tensor:
+    """Memory to cut regions from, uninitialized. Raises torch's `OutOfMemoryError`."""
+    return torch.empty(nbytes, dtype=torch.uint8, device=device)

@@ -178,7 +178,7 @@ class Conditioner:
     @property
     def pinned_bytes(self) -> int:
         """Pinned host memory that cached prompts take, as far as tensors go."""
-        tensors = (tensor for known in self._cache.values() for tensor in (known.txt, known.modulation))
+        tensors = (tensor for known in tuple(self._cache.values()) for tensor in (known.txt, known.modulation))
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.is_pinned())
 
     def _table(self, txt: Tensor, pooled: Tensor, steps: int) -> Conditioning:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 
 from .errors import VortexDeviceError
+
+log = logging.getLogger(__name__)
 
 MIN_CAPABILITY = (8, 0)  # native bf16: RTX 30 series and later
 
@@ -45,5 +49,6 @@ def host_buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     """Host memory, uninitialized; pinned where `device` is a GPU, so that nobody waits for copies, if there is any."""
     try:
         return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
-    except RuntimeError:
+    except RuntimeError as error:
+        log.info("No pinned host memory (%s); copies to the device are waited for", str(error).partition("\n")[0])
         return torch.empty(shape, dtype=dtype, device="cpu")

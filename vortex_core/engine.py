@@ -12,6 +12,7 @@ import logging
 import secrets
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -171,10 +172,10 @@ class Engine:
                 loading.fill(engine._model, bundle, setup, first, placement, on_progress, cache)
                 return engine
             except torch.OutOfMemoryError as error:
-                del placement
-                engine.unload()
                 # the traceback's frames would keep half-loaded tensors alive
                 cause = error.with_traceback(None)
+                del placement
+                engine.unload()
                 raise loading.out_of_memory("Loading ran out of memory", setup.device, first) from cause
             except BaseException:  # a damaged file, Ctrl-C, an error of on_progress: nothing stays behind either
                 engine.unload()
@@ -243,8 +244,8 @@ class Engine:
         `negative_prompt` has no effect at guidance 0 and says so. `out`: a contiguous buffer the caller owns; it is
         checked, written in place and returned. `on_step(i, n, latents)` is called after step i of n, on the caller's
         own thread, with the clean latents predicted so far, `[B, 16, H/8, W/8]`; it may raise to cancel, and the next
-        call works. It may not call this engine. `deadline`: seconds from now; a picture that is not done by then is
-        given up at the next step, and one that waits for others leaves the queue.
+        call works. It may not call this engine, nor wait for a thread or a call that does. `deadline`: seconds from
+        now; a picture that is not done by then is given up at the next step, and one that still waits leaves the queue.
 
         Raises `VortexInputError` before any work, `BusyError` where too many calls wait already, `DeadlineError`, and
         `MemoryPressureError` where the pictures do not fit the budget, or the card's memory ran out twice; the engine
@@ -269,10 +270,11 @@ class Engine:
     ) -> Tensor:
         """`generate`, awaited: the event loop goes on meanwhile, and a task that is cancelled stops its picture.
 
-        `on_step` is called on the engine's thread, in a copy of the caller's context.
+        `on_step` is called on the engine's thread, in a copy of the caller's context; it may not wait for the loop to
+        do something with an engine of this device.
         """
         job = self._drawing(prompt, negative_prompt, seed, height, width, steps, batch_size, out, on_step)
-        return await self._worker.arun(lambda: job(self._memory), owner=self, deadline=deadline)
+        return await self._worker.arun(partial(self._turn, job), owner=self, deadline=deadline)
 
     def _drawing(
         self,
@@ -331,9 +333,10 @@ class Engine:
         tokens, channels = conditioning.txt.shape[1], self._spec.latent_channels
         shape = (batch, channels, height // 8, width // 8)
 
-        report = None
-        if on_step is not None:
-            report = lambda i, n, clean: ask(on_step, i, n, sampling.unpack(clean, height, width))  # noqa: E731
+        def report(i: int, n: int, clean: Tensor) -> None:
+            if on_step is not None:
+                ask(on_step, i, n, sampling.unpack(clean, height, width))
+                place.returned()
 
         rounds = conditioning.steps * -(-batch // place.plan.slice)
         with place.steps(height, width, tokens, rounds) as (velocity, inputs):
@@ -344,13 +347,14 @@ class Engine:
             pe = inputs["cos"].copy_(tables[0], non_blocking=True), inputs["sin"].copy_(tables[1], non_blocking=True)
             # last: the device copies the others while the host draws
             noise = sampling.noise(request.seed, batch, height, width, channels, self.device)
-            latents, img = place.latents(shape, (batch, sampling.image_tokens(height, width), self._spec.in_channels))
+            tokens_shape = (batch, sampling.image_tokens(height, width), self._spec.in_channels)
+            latents, img, clean = place.latents(shape, tokens_shape, tokens_shape)
             latents.copy_(noise, non_blocking=True)
             in_patches = sampling.as_patches(img, height, width)
             in_patches.copy_(sampling.patches(latents))
             mark("prepare")
-            at_once = place.plan.slice
-            sampling.denoise(velocity, img, inputs["txt"], modulation, pe, report, at_once)
+            watched = None if on_step is None else report
+            sampling.denoise(velocity, img, inputs["txt"], modulation, pe, watched, place.plan.slice, clean)
             sampling.patches(latents).copy_(in_patches)
             return latents
 
@@ -362,8 +366,10 @@ class Engine:
 
         def draw(memory: MemoryManager) -> None:
             seed = self.last_seed
-            self.generate("warm-up", seed=0, height=height, width=width, batch_size=batch_size, steps=1)
-            self.last_seed = seed
+            try:
+                self.generate("warm-up", seed=0, height=height, width=width, batch_size=batch_size, steps=1)
+            finally:
+                self.last_seed = seed
 
         self._run(draw)
 
@@ -392,7 +398,7 @@ class Engine:
         self._check_loaded()
         if self._budgeted:
             total = snapshot(self.device, process=False).total or None
-            self._memory.budget = float(loading.check_budget(vram_budget, total) or 0)
+            self._memory.limit(loading.check_budget(vram_budget, total) or 0)
 
     @property
     def budget(self) -> int | None:
@@ -415,7 +421,8 @@ class Engine:
     @property
     def resident(self) -> bool:
         """False while everything is offloaded, and once it is unloaded."""
-        return hasattr(self, "_memory") and self._memory.resident
+        memory = self.__dict__.get("_memory")
+        return memory is not None and memory.resident
 
     @property
     def ledger(self) -> Ledger:
@@ -427,7 +434,8 @@ class Engine:
     @property
     def device_bytes(self) -> int:
         """Bytes on a CUDA device between calls, and so what `offload` frees: weights and working memory."""
-        return self._memory.nbytes if self.device.type == "cuda" and self.resident else 0
+        memory = self.__dict__.get("_memory")
+        return memory.nbytes if memory is not None and self.device.type == "cuda" else 0
 
     @property
     def pinned_bytes(self) -> int:
@@ -486,12 +494,11 @@ class Engine:
 
     def _run(self, work: Callable[[MemoryManager], Result], deadline: float | None = None) -> Result:
         """Do `work` on the device's thread, when it is this call's turn."""
+        return self._worker.run(partial(self._turn, work), owner=self, deadline=deadline)
 
-        def turn() -> Result:
-            self._check_loaded()  # somebody may have unloaded it meanwhile
-            return work(self._memory)
-
-        return self._worker.run(turn, owner=self, deadline=deadline)
+    def _turn(self, work: Callable[[MemoryManager], Result]) -> Result:
+        self._check_loaded()  # somebody may have unloaded it meanwhile
+        return work(self._memory)
 
     def _check_usable(self) -> None:
         self._check_loaded()

@@ -5,31 +5,32 @@ step, not four: pictures can be cancelled and previewed between steps, and any n
 stream, a step is cut around each of them, and the host fetches their weights between graphs.
 
 A graph is valid as long as every address in it is: of the arena, where buffers, staging and decoded weights lie, of the
-weights, of cuBLAS' workspaces. They are its key, so that one that is not valid any more is never found. What the
+weights, of cuBLAS' workspaces. They are its key, asked anew at each step, so that one that is not valid any more is
+never found. What the
 library's attention allocates is the graph's own, in one pool for all.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cached_property
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .arena import MIB, Region, aligned, round_up
+from .arena import MIB, Region, aligned, laid_out, round_up
 from .residency import Act, Stager
 from .spec import FluxSpec
 from .step import Rope, Step, buffers
 from .streams import streams_of
 from .transformer import Transformer
-from .vram import counters, hand_back
+from .vram import counters, graph_memory, hand_back
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ KEPT = 8  # graphs; a megabyte or so each, more where they are cut
 POOL = 32 * MIB  # what cudaMallocAsync takes at once for graphs; torch's own allocator takes less
 Size = tuple[int, int, int]  # pictures, text tokens, image tokens
 Address = tuple[int, ...]
+Lend = Callable[[], AbstractContextManager[None]]
 Velocity = Callable[[Tensor, Tensor, Tensor, Rope], Tensor]  # as `BoundStep`
 
 
@@ -100,8 +102,13 @@ class PiecewiseGraph:
 
     def replay(self) -> None:
         """Launch it all on the current stream."""
-        for part in self._parts:
-            part()
+        try:
+            for part in self._parts:
+                part()
+        except RuntimeError as error:  # the driver may find only here that it has nothing for what a graph allocates
+            if "out of memory" in str(error) and not isinstance(error, torch.OutOfMemoryError):
+                raise torch.OutOfMemoryError(str(error)) from error
+            raise
 
     def _begin(self) -> None:
         self._graph = torch.cuda.CUDAGraph()
@@ -116,10 +123,10 @@ class PiecewiseGraph:
 
 
 class GraphCache:
-    """The graphs of the sizes drawn last. `nbytes` is what torch has reserved for them besides the arena."""
+    """The graphs of the sizes drawn last. `reserved` is what torch has reserved for them besides the arena."""
 
     def __init__(self, transformer: Transformer, device: torch.device) -> None:
-        self.nbytes = 0
+        self.reserved = 0
         self._transformer, self._device = transformer, device
         self._graphs: OrderedDict[tuple[Size, Address], PiecewiseGraph] = OrderedDict()
         self._pool: Any = None
@@ -128,32 +135,36 @@ class GraphCache:
     @property
     def sizes(self) -> tuple[Size, ...]:
         """The sizes that are captured: pictures, text tokens, image tokens."""
-        return tuple(size for size, _ in self._graphs)
+        return tuple(size for size, _ in tuple(self._graphs))
 
-    @contextmanager
+    @property
+    def nbytes(self) -> int:
+        """What they keep: torch has reserved it, or the driver has it, who does not tell whose it is."""
+        return self.reserved + min(graph_memory(self._device), self._largest)
+
     def open(
         self,
         size: Size,
         region: Region,
         stager: Stager,
-        address: Address = (),
-        lend: Callable[[], AbstractContextManager[None]] = nullcontext,
-    ) -> Iterator[Velocity]:
+        address: Callable[[], Address] = tuple,
+        lend: Lend = nullcontext,
+    ) -> Velocity:
         """The velocity for pictures of `size` and for fewer at once, with buffers from `region`.
 
-        `stager` brings the blocks that stream. `address`: where weights and workspaces lie. On CUDA the first call of a
-        size is captured, and the others replay it, where fused kernels run; what is not replayed runs inside `lend`.
+        `stager` brings the blocks that stream. `address`: where weights and workspaces lie now. On CUDA the first call
+        of a size is captured, and the others replay it, where fused kernels run; others run inside `lend`.
         """
         transformer, start = self._transformer, region.used
         weight = transformer.img_in.weight
         region.take((step_bytes(transformer.spec, size, weight.dtype, fast=transformer.fast),), torch.uint8)
-        place = (region.memory.data_ptr(), start, *address)
         steps: dict[Size, BoundStep] = {}
 
         def velocity(img: Tensor, txt: Tensor, modulation: Tensor, pe: Rope) -> Tensor:
             size = (img.shape[0], txt.shape[1], img.shape[1])
             if size not in steps:
                 steps[size] = BoundStep(transformer, size, Region(region.memory, start))
+            place = (region.memory.data_ptr(), start, *address())
             graph = self._graphs.get((size, place))
             if graph is not None:
                 self._graphs.move_to_end((size, place))
@@ -164,20 +175,23 @@ class GraphCache:
                 self._capture(size, place, steps[size], stager)
             return found
 
-        yield velocity
+        return velocity
 
     def _capture(self, size: Size, place: Address, step: BoundStep, stager: Stager) -> None:
         transformer = self._transformer
-        needed = graph_bytes(
-            transformer.spec, size, transformer.img_in.weight.dtype, fp8_attention=transformer.fp8_attention
-        )
+        needed = round_up(attention_bytes(transformer.spec, size, transformer.img_in.weight.dtype), POOL)
+        needed = 0 if transformer.fp8_attention else needed  # which writes into the step's buffers
         if needed > self._largest or any(other != place for _, other in self._graphs):
             self.clear()  # all in a pool as large as the largest needs; and what is not valid any more goes
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
+            hand_back(self._device)
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
         before = counters(self._device).reserved
-        self._graphs[size, place] = self._record(step, stager)
-        self.nbytes += max(0, counters(self._device).reserved - before)
+        try:
+            self._graphs[size, place] = self._record(step, stager)
+        except BaseException:
+            self.clear()  # the pool with them, which may be none any more
+            raise
+        self.reserved += max(0, counters(self._device).reserved - before)
         self._largest = max(self._largest, needed)
         if len(self._graphs) > KEPT:
             self._graphs.popitem(last=False)
@@ -186,18 +200,16 @@ class GraphCache:
     def _record(self, step: BoundStep, stager: Stager) -> PiecewiseGraph:
         streams, graph = streams_of(self._device), PiecewiseGraph(self._pool)
         assert streams is not None
+        gc.collect()  # or what is collected meanwhile might do what a capture forbids
         torch.cuda.synchronize(self._device)
         with torch.cuda.stream(streams.capture), stager.handed(graph.between), graph.capture():
             step.run()
         return graph
 
     def clear(self) -> None:
-        """Forget every graph, and give back what they kept."""
-        if self._graphs:
-            self._graphs.clear()
-            self._pool = None
-            hand_back(self._device)
-        self.nbytes = self._largest = 0
+        """Forget every graph; what they kept is torch's to hand back."""
+        self._graphs.clear()
+        self._pool, self.reserved, self._largest = None, 0, 0
 
 
 def inputs(spec: FluxSpec, size: Size, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -216,20 +228,11 @@ def inputs(spec: FluxSpec, size: Size, dtype: torch.dtype) -> dict[str, tuple[tu
 def step_bytes(spec: FluxSpec, size: Size, dtype: torch.dtype, *, fast: bool) -> int:
     """Bytes that a step of `size` lays out, exactly. What the library's attention returns comes on top."""
     given = inputs(spec, size, dtype)
-    shapes = [*given.values(), (given["img"][0], torch.float32)]
-    laid_out = sum(aligned(prod(shape) * kind.itemsize) for shape, kind in shapes)
-    return laid_out + sum(aligned(n * kind.itemsize) for n, kind in buffers(spec, size, dtype, fast=fast).values())
+    lengths = [((length,), kind) for length, kind in buffers(spec, size, dtype, fast=fast).values()]
+    return laid_out([*given.values(), (given["img"][0], torch.float32), *lengths])
 
 
-def attention_bytes(spec: FluxSpec, size: Size, dtype: torch.dtype, *, fp8_attention: bool) -> int:
+def attention_bytes(spec: FluxSpec, size: Size, dtype: torch.dtype) -> int:
     """Bytes that the library's attention allocates in a step: what it returns, and its statistics in fp32."""
-    if fp8_attention:  # which writes into the step's buffers
-        return 0
-    batch, txt_tokens, img_tokens = size
-    tokens = batch * (txt_tokens + img_tokens)
+    tokens = size[0] * (size[1] + size[2])
     return aligned(tokens * spec.hidden * dtype.itemsize) + aligned(tokens * spec.heads * 4)
-
-
-def graph_bytes(spec: FluxSpec, size: Size, dtype: torch.dtype, *, fp8_attention: bool) -> int:
-    """Bytes that a graph of `size` keeps for that, at most, under any allocator."""
-    return round_up(attention_bytes(spec, size, dtype, fp8_attention=fp8_attention), POOL)

@@ -82,7 +82,7 @@ def _placement(parts: Mapping[str, Part], configs: Mapping[str, Mapping[str, Any
         check(half, tensors, scales=False)
     yield "step-time weights, on the GPU", nf4_size(step_time)
     yield (
-        "decode workspace, on the GPU",
+        "a decoded weight, on the GPU",
         2 * max(part.weight.numel() for part in step_time.modules() if isinstance(part, nn.Linear)),
     )
     yield "modulation, in host memory", nf4_size(modulation)

@@ -1,4 +1,4 @@
-"""One NF4 linear: decode the weight into a shared workspace, then the library's product.
+"""One NF4 linear: decode the weight into memory that all share, then the library's product.
 
 FLUX's matrices meet hundreds of tokens at once, where bitsandbytes' own 4-bit product also decodes the whole
 weight first, into fresh memory each time. Decoding into memory that every layer reuses gives the same

@@ -11,13 +11,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from .arena import Block, Region
+from .arena import Region, block
 from .errors import GB, MemoryPressureError, MemoryPressureWarning
 from .graphs import GraphCache, Velocity
 from .loading import Setup
@@ -44,17 +44,26 @@ class MemoryManager:
         self.model, self.plan = model, first
         self.placement = Placement(model.units, setup.device)
         self.graphs = GraphCache(model.transformer, setup.device)
-        self.arena, self.library = Block(setup.device), Block(setup.device)
+        self.arena = self.library = block(0, setup.device)  # what calls work in; what is lent to libraries
         self._blas, self._streams = blas_of(setup.device), model.streams(setup.device)
         self._within = 0.0  # the budget that `plan` was made for
         self._room = 0.0  # and what the card had left for it
-        self._capped = False
+        self._others: int | None = None  # what the process had reserved when it was capped
 
     def cap(self, on: bool = True) -> None:
         """Have torch refuse more than the budget to the whole process, besides what it has now; or no more."""
-        if self._capped or (on and math.isfinite(self.budget) and self.device.type == "cuda"):
-            cap_process(self.device, counters(self.device).reserved + int(self.budget) if on else None)
-            self._capped = on
+        if on and math.isfinite(self.budget) and self.device.type == "cuda":
+            self._others = counters(self.device).reserved
+            cap_process(self.device, self._others + int(self.budget))
+        elif self._others is not None:
+            cap_process(self.device, None)
+            self._others = None
+
+    def limit(self, budget: float) -> None:
+        """Keep within another budget from the next call on; a cap goes with it."""
+        self.budget = float(budget)
+        if self._others is not None:
+            cap_process(self.device, self._others + int(budget))
 
     def run(self, requirements: MemoryRequirements, work: Callable[[Place], Result]) -> Result:
         """Do `work` in a session. When memory runs out nevertheless, once more with the next tighter plan.
@@ -62,21 +71,25 @@ class MemoryManager:
         Raises `MemoryPressureError` where there is none, or that runs out, too.
         """
         limit = math.inf
-        for _ in range(2):
+        for last in (False, True):
             try:
-                with self.session(requirements, limit) as place:
-                    return work(place)
+                return self._once(requirements, limit, work)
             except torch.OutOfMemoryError as error:
                 cause = error.with_traceback(None)  # its frames would keep what they allocated
             self.release()
-            log.warning("Out of memory with a plan for %.2f GB; again with the next tighter one", self.plan.peak / GB)
-            limit = self.plan.peak - 1
-        raise self._pressure("Memory ran out, twice", self.plan, limit) from cause
+            if not last:
+                log.warning("Out of memory with a plan for %.2f GB; again with a tighter one", self.plan.peak / GB)
+                limit = self.plan.peak - 1
+        raise self._pressure("Memory ran out, twice", self.plan, min(limit, self._room)) from cause
+
+    def _once(self, requirements: MemoryRequirements, limit: float, work: Callable[[Place], Result]) -> Result:
+        with self.session(requirements, limit) as place:
+            return work(place)
 
     @contextmanager
     def session(self, requirements: MemoryRequirements, limit: float = math.inf) -> Iterator[Place]:
         """The memory of one call, within budget and `limit`. Raises `MemoryPressureError` where there is no plan."""
-        self._blas.ensure(self._streams)
+        self.check_workspaces()
         within = min(self.budget, limit)
         if not self._stands(requirements, within):
             self._arrange(requirements, within)
@@ -86,14 +99,18 @@ class MemoryManager:
             yield place
         self._audit(before)
 
+    def check_workspaces(self) -> None:
+        """See whether cuBLAS' workspaces are where captured steps have them: after code that is not ours has run."""
+        self._blas.ensure(self._streams)
+
     def _stands(self, requirements: MemoryRequirements, within: float) -> bool:
         """Whether the latest plan is for the same and still holds: then nobody need plan."""
         made = self.plan
         if not (
             (requirements, within) == (made.requirements, self._within)
             and made.streamed == self.placement.streamed
-            and self.arena.nbytes >= made.arena
-            and self.library.nbytes >= made.library
+            and self.arena.numel() >= made.arena
+            and self.library.numel() >= made.library
             and made.peak + self._excess(made) <= within
         ):
             return False
@@ -110,8 +127,7 @@ class MemoryManager:
         limit = min(self._within, self._room)
         made = plan(self.model.pieces, requirements, limit, keep=self.placement.streamed)
         if made is None:
-            least = smallest_budget(self.model.pieces, requirements)
-            poorest = plan(self.model.pieces, requirements, least)
+            poorest = plan(self.model.pieces, requirements, smallest_budget(self.model.pieces, requirements))
             assert poorest is not None
             raise self._pressure("This does not fit", poorest, limit)
         if self._room - made.peak < SPARE:
@@ -128,30 +144,35 @@ class MemoryManager:
         self.plan = made
 
     def _make(self, made: MemoryPlan, limit: float) -> None:
-        moves = self.arena.nbytes < made.arena or made.streamed != self.placement.streamed
+        moves = self.arena.numel() < made.arena or made.streamed != self.placement.streamed
         if moves or made.peak + self._excess(made) > limit:
             self.release()
-        elif self.library.nbytes < made.library:
-            self.library.release()
+        elif self.library.numel() < made.library:
+            self.library = block(0, self.device)
             hand_back(self.device)
         self.placement.place(made.streamed)
         memory = counters(self.device)
         others = memory.allocated - sum(self.components.values())
         if memory.reserved - others > made.peak:  # pictures of other sizes, which callers have let go
             hand_back(self.device)
-        self.arena.reserve(made.arena)
-        self.library.reserve(made.library)
+        if self.arena.numel() < made.arena:
+            self.arena = block(made.arena, self.device)
+        if self.library.numel() < made.library:
+            self.library = block(made.library, self.device)
 
     def release(self) -> None:
         """Give back all that calls work in; weights stay."""
         self.graphs.clear()
-        self.arena.release()
-        self.library.release()
+        self.arena = self.library = block(0, self.device)
         hand_back(self.device)
 
     def _excess(self, made: MemoryPlan) -> int:
         """What larger pictures left that this one does not need."""
-        kept = ((self.arena.nbytes, made.arena), (self.library.nbytes, made.library), (self._graphs, made.step.graph))
+        kept = (
+            (self.arena.numel(), made.arena),
+            (self.library.numel(), made.library),
+            (self.graphs.nbytes, made.step.graph),
+        )
         return sum(max(0, has - needs) for has, needs in kept)
 
     def _audit(self, before: int) -> None:
@@ -184,25 +205,20 @@ class MemoryManager:
         """Bytes of cuBLAS' workspaces, of which there is one set for all engines on a device."""
         return self._blas.nbytes(self._streams)
 
-    @property
     def address(self) -> tuple[int, ...]:
         """Where all lies that a captured step reads outside the arena, as far as torch tells."""
         return (*self.placement.addresses, self._blas.generation)
 
     @property
-    def _graphs(self) -> int:
-        return self.graphs.nbytes + (graph_memory(self.device) if self.graphs.sizes else 0)
-
-    @property
     def components(self) -> dict[str, int]:
         """Bytes of tensors on the device between calls, by component."""
-        blocks = {"arena": self.arena.nbytes, "libraries": self.library.nbytes}
+        blocks = {"arena": self.arena.numel(), "libraries": self.library.numel()}
         return {**self.placement.resident_bytes, **blocks, "cuBLAS": self.blas}
 
     @property
     def nbytes(self) -> int:
         """Bytes that offloading frees: the components but cuBLAS', and what graphs keep."""
-        return sum(self.components.values()) - self.blas + self._graphs
+        return sum(self.components.values()) - self.blas + self.graphs.nbytes
 
     @property
     def ledger(self) -> Ledger:
@@ -210,7 +226,7 @@ class MemoryManager:
         memory, outside = counters(self.device), graph_memory(self.device)
         components = self.components if self.device.type == "cuda" else {}
         pinned = {"streamed weights": self.placement.pinned_bytes}
-        return Ledger(components, memory.allocated, memory.reserved, self.graphs.nbytes + outside, outside, pinned)
+        return Ledger(components, memory.allocated, memory.reserved, self.graphs.reserved + outside, outside, pinned)
 
     @property
     def resident(self) -> bool:
@@ -224,8 +240,11 @@ class MemoryManager:
 
     def resume(self) -> None:
         """Bring everything back to the device. Raises torch's `OutOfMemoryError`, and nothing is there."""
+        room = available(self.device, sum(self.components.values()))
+        limit = self.budget if room is None else min(self.budget, room)
+        made = plan(self.model.pieces, self.plan.requirements, limit) or self.plan
         try:
-            self.placement.place(self.plan.streamed)
+            self.placement.place(made.streamed)
         except torch.OutOfMemoryError:
             self.offload()
             raise
@@ -237,29 +256,23 @@ class Place:
     def __init__(self, memory: MemoryManager, made: MemoryPlan) -> None:
         self.plan = made
         self._memory = memory
-        self._block, self._end = memory.arena.memory, made.arena - made.requirements.latents
+        self._block, self._end = memory.arena, made.arena - made.requirements.latents
         self.maps = self._block[: self._end]  # memory for the decoder
 
-    @contextmanager
-    def decoding(self) -> Iterator[None]:
-        """NF4 weights are decoded into the arena's start."""
-        backend = self._memory.backend
-        if backend is None:
-            yield
-            return
-        lanes, region = self._memory.model.scratch, Region(self._block)
-        fits = sum(lanes) <= self.plan.requirements.scratch
-        with backend.using(*(region.take((size,), torch.uint8) for size in lanes if fits)):
-            yield
+    def decoding(self) -> AbstractContextManager[None]:
+        """NF4 weights are decoded into the arena's start, where there is scratch for them."""
+        backend, region = self._memory.backend, Region(self._block)
+        if backend is None or not self.plan.requirements.scratch:
+            return nullcontext()
+        return backend.using(*(region.take((size,), torch.uint8) for size in self._memory.model.scratch))
 
     @contextmanager
     def libraries(self) -> Iterator[None]:
         """Inside, torch's allocator has the block that is held for what libraries allocate."""
-        block = self._memory.library
-        size = block.nbytes
-        block.release()
+        memory, size = self._memory, self._memory.library.numel()
+        memory.library = block(0, memory.device)
         yield
-        block.reserve(size)  # not after an error, whose traceback keeps tensors alive
+        memory.library = block(size, memory.device)  # not after an error, whose traceback keeps tensors alive
 
     @contextmanager
     def prompt(self) -> Iterator[None]:
@@ -270,15 +283,16 @@ class Place:
     @contextmanager
     def steps(self, height: int, width: int, tokens: int, rounds: int) -> Iterator[tuple[Velocity, dict[str, Tensor]]]:
         """The velocity of pictures of this size, and uninitialized memory for `Model.call_inputs`; in `rounds`."""
-        memory, region = self._memory, self._region()
-        stager = memory.placement.steps
+        memory, region, stager = self._memory, self._region(), self._memory.placement.steps
         size = (self.plan.slice, tokens, height // 16 * (width // 16))
-        with (
-            stager.open(region, rounds),
-            memory.graphs.open(size, region, stager, memory.address, self.libraries) as velocity,
-        ):
+        with stager.open(region, rounds):
+            velocity = memory.graphs.open(size, region, stager, memory.address, self.libraries)
             inputs = memory.model.call_inputs(height, width, tokens)
             yield velocity, {name: region.take(shape, kind) for name, (shape, kind) in inputs.items()}
+
+    def returned(self) -> None:
+        """To be called when code that is not ours has run."""
+        self._memory.check_workspaces()
 
     def latents(self, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
         """fp32 tensors of these shapes, uninitialized, which stay where they are through steps and decode."""

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from . import sampling
-from .arena import aligned
+from .arena import Shape, aligned, laid_out, round_up
 from .checkpoint.materialize import Target, check, is_quantized, materialize
 from .checkpoint.tensors import Tensors
 from .conditioning import Modulation
-from .graphs import POOL, attention_bytes, graph_bytes, step_bytes
+from .graphs import POOL, attention_bytes, inputs, step_bytes
 from .kernels import reference
 from .linear import NF4Linear
 from .nf4 import BLOCK, DECODE_BYTES
@@ -122,7 +122,8 @@ class Model:
         return (
             self.clip.check(sources["clip"])
             + self.t5.check(sources["t5"])
-            + sum(check(module, sources["transformer"]) for module in (self.transformer, self.modulation))
+            + check(self.transformer, sources["transformer"])
+            + check(self.modulation, sources["transformer"])
             + check(self.decoder, sources["vae"])
         )
 
@@ -165,17 +166,12 @@ class Model:
             return ()
         return (streams.capture, streams.side) if self.fast else (streams.capture,)
 
-    def call_inputs(self, height: int, width: int, tokens: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def call_inputs(self, height: int, width: int, tokens: int) -> dict[str, Shape]:
         """Shapes and types of what steps of a call read besides latents: text, modulation of all steps, positions."""
         flux, dtype = self.flux, self.dtype
-        rope = ((tokens + sampling.image_tokens(height, width), flux.head_dim // 2), torch.float32)
-        return {
-            "embeddings": ((1, tokens, flux.context), dtype),
-            "txt": ((1, tokens, flux.hidden), dtype),
-            "modulation": ((MAX_STEPS, flux.modulation_rows, flux.hidden), dtype),
-            "cos": rope,
-            "sin": rope,
-        }
+        given = inputs(flux, (1, tokens, sampling.image_tokens(height, width)), dtype)
+        embeddings, table = (1, tokens, flux.context), (MAX_STEPS, *given["modulation"][0])
+        return {**given, "embeddings": (embeddings, dtype), "modulation": (table, dtype)}
 
     def requirements(
         self, height: int, width: int, batch: int, tokens: int = T5_TOKENS, blas: int = 0
@@ -199,8 +195,8 @@ class Model:
             steps=tuple(self._steps(height, width, tokens, number) for number in at_once),
             decode=decode,
             rows=rows,
-            # noise and later clean latents, and what steps move
-            latents=2 * aligned(batch * self.flux.latent_channels * prod(latent) * 4),
+            # noise and later clean latents, what steps move, and what they predict
+            latents=3 * aligned(batch * self.flux.latent_channels * prod(latent) * 4),
             library=max(self.t5.working_bytes + self._plain, decoder),
             blas=blas,
         )
@@ -216,16 +212,13 @@ class Model:
 
     def _steps(self, height: int, width: int, tokens: int, batch: int) -> StepRequirements:
         size = (batch, tokens, sampling.image_tokens(height, width))
-        given = sum(
-            aligned(prod(shape) * kind.itemsize) for shape, kind in self.call_inputs(height, width, tokens).values()
-        )
-        attention = {"fp8_attention": self.fp8_attention}
+        attention = 0 if self.fp8_attention else attention_bytes(self.flux, size, self.dtype)
         return StepRequirements(
             batch,
-            buffers=step_bytes(self.flux, size, self.dtype, fast=self.fast) + given,
-            library=attention_bytes(self.flux, size, self.dtype, **attention)
-            + (0 if self.fused else reference.step_bytes(self.flux.hidden) + self._plain),
-            graph=graph_bytes(self.flux, size, self.dtype, **attention) if self.fused else 0,
+            buffers=step_bytes(self.flux, size, self.dtype, fast=self.fast)
+            + laid_out(self.call_inputs(height, width, tokens).values()),
+            library=attention if self.fused else attention + reference.step_bytes(self.flux.hidden) + self._plain,
+            graph=round_up(attention, POOL) if self.fused else 0,
         )
 
     def _decoding(self, height: int, width: int) -> tuple[int | None, int]:

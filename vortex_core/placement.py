@@ -25,7 +25,7 @@ class Placement:
         self.units = list(units)
         self.device = device
         self.streamed: frozenset[str] | None = None
-        self.addresses: tuple[int, ...] = ()  # where the resident units' weights lie
+        self.addresses: tuple[int, ...] = ()  # where units lie on the device; 0 for those that stream
         self.prompt = self.steps = Stager([], device)
         self._host: list[HostMemory] = []
 
@@ -56,7 +56,8 @@ class Placement:
         arriving = [unit for unit in self.units if unit.name not in streamed and unit.device is None]
         self._stop()
         if leaving or arriving:
-            log.info("Moving weights: %s to host memory, %s to %s", _sum(leaving), _sum(arriving), self.device)
+            sizes = (sum(unit.nbytes for unit in units) / 1e9 for units in (leaving, arriving))
+            log.info("Moving weights: %.2f GB to host memory, %.2f GB to %s", *sizes, self.device)
         strangers = [unit for unit in self.units if unit.name in streamed and not unit.streams]
         memory = self.host_memory(sum(unit.nbytes for unit in strangers)) if strangers else None
         for unit in leaving:
@@ -77,7 +78,7 @@ class Placement:
         self.prompt = Stager([unit for unit in units if unit.group in PROMPT], self.device)
         self.steps = Stager([unit for unit in units if unit.group == BLOCKS], self.device)
         self.streamed = streamed
-        self.addresses = tuple(unit.device.data_ptr() for unit in self.units if unit.device is not None)
+        self.addresses = tuple(0 if unit.device is None else unit.device.data_ptr() for unit in self.units)
 
     def offload(self) -> None:
         """Move everything to host memory, for `place` to bring back; the device's stays in torch's cache."""
@@ -90,7 +91,3 @@ class Placement:
         self.prompt.close()
         self.steps.close()
         self.streamed = None
-
-
-def _sum(units: Sequence[Unit]) -> str:
-    return f"{sum(unit.nbytes for unit in units) / 1e9:.2f} GB"

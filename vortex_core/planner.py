@@ -1,4 +1,4 @@
-"""Who gets the VRAM: a pure function from sizes and a budget to a placement. No device, no torch, no model.
+"""Who gets the VRAM: a pure function from sizes and a budget to a placement. No device, no tensor, no model.
 
 Weights are cut into pieces, each resident or streamed from host memory. Placements are tried from the richest to the
 poorest, in order of claim: T5 gives way first, then CLIP, modulation, and step-time blocks one by one; the first
@@ -8,7 +8,7 @@ themselves, cuBLAS' workspaces, captured steps, the finished pictures. All sizes
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -69,8 +69,8 @@ class MemoryRequirements:
 
     @property
     def pictures(self) -> int:
-        """Bytes of the finished pictures, fp32."""
-        return self.batch * self.height * self.width * 3 * 4
+        """Bytes of what is handed out: the finished pictures, fp32, and to `on_step` latents, a twelfth of that."""
+        return self.batch * self.height * self.width * (3 * 4 + 1)
 
 
 @dataclass(frozen=True)  # without slots: what follows is computed once
@@ -153,12 +153,10 @@ def plan(
     steps = any(step.buffers for step in requirements.steps)
     if keep is not None and not (steps and any(piece.group == BLOCKS and piece.name in keep for piece in pieces)):
         candidates = [keep, *candidates]
-    slices = [step.pictures for step in requirements.steps]
     for streamed in candidates:
-        poorest = MemoryPlan(pieces, requirements, streamed, slices[-1])
-        if poorest.peak <= budget:
-            larger = (MemoryPlan(pieces, requirements, streamed, number) for number in slices)
-            return next((other for other in larger if other.peak <= budget), poorest)
+        made = [MemoryPlan(pieces, requirements, streamed, step.pictures) for step in requirements.steps]
+        if made[-1].peak <= budget:
+            return next(richest for richest in made if richest.peak <= budget)
     return None
 
 
@@ -181,27 +179,15 @@ def placements(pieces: Sequence[Piece]) -> list[frozenset[str]]:
             kinds.setdefault(piece.name.partition(".")[0], []).append(piece)
     # the smaller kind first: its staging buffers are smaller, too
     for kind in sorted(kinds.values(), key=lambda kind: max(piece.nbytes for piece in kind)):
-        tried += [streamed | {piece.name for piece in spread(kind, n)} for n in range(1, len(kind) + 1)]
+        for n in range(1, len(kind) + 1):
+            # evenly apart, so that each one's copy has the others' time to hide behind
+            tried.append(streamed | {kind[(2 * i + 1) * len(kind) // (2 * n)].name for i in range(n)})
         streamed = tried[-1]
     return tried
 
 
-def spread(pieces: Sequence[Piece], n: int) -> Iterator[Piece]:
-    """`n` of the pieces, evenly apart, so that each one's copy has the others' time to hide behind."""
-    for i in range(n):
-        yield pieces[(2 * i + 1) * len(pieces) // (2 * n)]
-
-
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """What streaming adds, in milliseconds: to each new prompt, and to each picture."""
-
-    prompt: float
-    picture: float
-
-
-def cost(plan: MemoryPlan, rate: float, steps: int, step_ms: float = 0.0) -> Cost:
-    """What the plan's streaming adds at `rate` bytes a second from host to device.
+def cost(plan: MemoryPlan, rate: float, steps: int, step_ms: float = 0.0) -> tuple[float, float]:
+    """Milliseconds that streaming adds to each new prompt, and to each picture, at `rate` bytes a second to the device.
 
     `step_ms` is what a step of one slice takes with everything resident. A streamed block's copy hides behind what
     computes since the one before it; without `step_ms` none does, and the result is an upper bound. Encoders are taken
@@ -217,4 +203,4 @@ def cost(plan: MemoryPlan, rate: float, steps: int, step_ms: float = 0.0) -> Cos
         added += max(0.0, blocks[i].nbytes / rate * 1e3 - between)
     rounds = steps if len(streamed) > 2 else 1  # two stay in their buffers
     slices = -(-plan.requirements.batch // plan.slice)
-    return Cost(prompt / rate * 1e3, slices * rounds * added / max(1, plan.requirements.batch))
+    return prompt / rate * 1e3, slices * rounds * added / max(1, plan.requirements.batch)

@@ -75,7 +75,7 @@ class Proposal:
     def costs(self, rate: float, step_ms: float) -> dict[str, float]:
         """What streaming adds at `rate` bytes a second."""
         found = cost(self.plan, rate, DEFAULT_STEPS, step_ms)
-        return {"prompt_ms": found.prompt, "picture_ms": found.picture}
+        return dict(zip(("prompt_ms", "picture_ms"), found, strict=True))
 
     @property
     def figures(self) -> dict[str, Any]:

@@ -43,23 +43,21 @@ class HostMemory:
     """
 
     def __init__(self, size: int, *, pin: bool) -> None:
-        self._memory = torch.empty(size, dtype=torch.uint8)
-        if pin:
-            self._memory[::PAGESIZE].zero_()  # fresh pages come from all cores here, while registering has only one
-        self._used, self.pinned = 0, 0
-        if pin and size:
-            reason = _register(self._memory)
-            if reason is None:
-                self.pinned = size
-                weakref.finalize(self, _unregister, self._memory)
-            else:
-                warn(f"No pinned host memory for {size / 1e9:.2f} GB ({reason}); weights stream slower.", VortexWarning)
+        self._region, self.pinned = Region(torch.empty(size, dtype=torch.uint8)), 0
+        if not (pin and size):
+            return
+        memory = self._region.memory
+        memory[::PAGESIZE].zero_()  # fresh pages come from all cores here, while registering has only one
+        reason = _register(memory)
+        if reason is None:
+            self.pinned = size
+            weakref.finalize(self, _unregister, memory)
+        else:
+            warn(f"No pinned host memory for {size / 1e9:.2f} GB ({reason}); weights stream slower.", VortexWarning)
 
     def take(self, size: int) -> Tensor:
         """The next `size` bytes."""
-        span = self._memory[self._used : self._used + size]
-        self._used += size
-        return span
+        return self._region.take((size,), torch.uint8)
 
 
 def _register(memory: Tensor) -> str | None:
@@ -77,6 +75,7 @@ def _register(memory: Tensor) -> str | None:
 
 
 def _unregister(memory: Tensor) -> None:
+    torch.cuda.synchronize()  # a copy may still be on its way
     runtime: Any = torch.cuda.cudart()
     runtime.cudaHostUnregister(memory.data_ptr())
 
@@ -178,7 +177,6 @@ class Stager:
 
     def __init__(self, units: Sequence[Unit], device: torch.device, copies: CopyStream | None = None) -> None:
         self.units = list(units)
-        self.device = device
         self._copies = copies or CopyStream(device)
         self._buffers: list[Tensor] = []
         self._inside: list[int | None] = [None, None]  # the unit in each buffer

@@ -102,23 +102,25 @@ def denoise(
     pe: Rope,
     on_step: Callable[[int, int, Tensor], None] | None = None,
     at_once: int | None = None,
+    clean: Tensor | None = None,
 ) -> Tensor:
     """The Euler steps from noise to clean latents, in place on `img` (fp32 `[B, S, 64]`), which is returned.
 
     `txt [1, N, D]` is `txt_in` of the embeddings; `modulation [steps, rows, D]`. `on_step(i, n, clean)` is called
-    after step i of n (from 1) with the packed clean latents that step predicts, and may raise to cancel. The
-    transformer sees `at_once` pictures at a time; None: all.
+    after step i of n (from 1) with the packed clean latents that step predicts, in `clean` if that is given, and may
+    raise to cancel. The transformer sees `at_once` pictures at a time; None: all.
     """
     steps = modulation.shape[0]
+    clean = torch.empty_like(img) if clean is None else clean
+    at_once = at_once or len(img)
     for i, (t, t_next) in enumerate(pairwise(timesteps(steps))):
         check()
-        clean = []
-        for part in img.split(at_once or len(img)):
+        for part, predicted in zip(img.split(at_once), clean.split(at_once), strict=True):
             velocity = transformer(part, txt.expand(len(part), -1, -1), modulation[i], pe).float()
             if on_step is not None:
-                clean.append(part - t * velocity)
+                torch.sub(part, torch.mul(velocity, t, out=predicted), out=predicted)
             part.add_(velocity, alpha=t_next - t)
         if on_step is not None:
-            on_step(i + 1, steps, torch.cat(clean))
+            on_step(i + 1, steps, clean)
         mark(f"step {i + 1}")
     return img

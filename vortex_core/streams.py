@@ -25,6 +25,8 @@ class Streams(NamedTuple):
     copy: torch.cuda.Stream
 
 
+LARGEST = 64 * 2**20  # bytes that a workspace may take; 33 MiB on Hopper, 9 on earlier cards
+
 _lock = threading.Lock()
 _streams: dict[int, Streams] = {}
 
@@ -80,9 +82,11 @@ class Blas:
         for stream in wanted:
             self.multiply(stream)
             now = counters(self.device).allocated
-            # what was there before, of a thread that has ended, is not ours
-            self._sizes[stream] = max(self._sizes.get(stream, 0), now - before)
-            before = now
+            taken, before = now - before, now
+            if taken > LARGEST:  # somebody else allocated meanwhile
+                taken = next(filter(None, self._sizes.values()), LARGEST // 2)
+            # what was there before is of a thread that has ended, and not ours
+            self._sizes[stream] = taken if taken > 0 else self._sizes.get(stream, 0)
 
     def multiply(self, stream: torch.cuda.Stream) -> None:
         """A product of cuBLASLt's and one of cuBLAS' own on a stream: each asks for its workspace there."""

@@ -107,12 +107,12 @@ def holders(device: torch.device) -> list[Holder]:
 def available(device: torch.device, own: int = 0) -> int | None:
     """Bytes that torch could reserve for whoever holds `own` of what is allocated; None on the CPU.
 
-    What the driver has free, what torch keeps for nobody, and `own`; less where the process is capped.
+    What the driver has free, what torch and graphs keep for nobody, and `own`; less where the process is capped.
     """
     if device.type != "cuda":
         return None
     now = snapshot(device, process=False)
-    return min(now.free + now.reserved, _cap(device, now.total)) - (now.allocated - own)
+    return min(now.free + now.reserved + graph_memory(device), _cap(device, now.total)) - (now.allocated - own)
 
 
 def shortage(device: torch.device, own: int = 0) -> str:
@@ -258,6 +258,7 @@ def peak(device: torch.device) -> Iterator[Peak]:
     finally:
         after = torch.cuda.memory_stats(device)
         found.reserved, sure = _peak(before, after, "reserved_bytes")
+        found.reserved += graph_memory(device)
         found.allocated, exact = _peak(before, after, "allocated_bytes")
         found.exact = sure and exact
 
@@ -266,7 +267,8 @@ def _peak(before: Mapping[str, int], after: Mapping[str, int], counter: str) -> 
     first, last, most = (f"{counter}.all.{what}" for what in ("current", "freed", "peak"))
     if after[most] > before[most]:
         return after[most], True
-    if after[last] == before[last]:  # nothing was given back, so it only grew
+    counts = after.get(f"{counter}.all.allocated", 1) > 0  # cudaMallocAsync's backend does not count what goes
+    if counts and after[last] == before[last]:  # nothing was given back, so it only grew
         return after[first], True
     return max(before[first], after[first]), False
 

@@ -20,7 +20,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from contextvars import ContextVar, copy_context
 from functools import partial
 from time import monotonic
@@ -166,16 +166,18 @@ class _Order:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._entered = device.type != "cuda"
 
     def enter(self) -> None:
-        """Make the device this thread's, once."""
-        if not self._entered:
+        """Make the device this thread's."""
+        if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-            self._entered = True
 
     def default(self) -> torch.cuda.Stream:
         return torch.cuda.default_stream(self.device)
+
+    def on_default(self) -> AbstractContextManager[Any]:
+        """Inside, the default stream is this thread's, as it is outside of functions that are asked for."""
+        return torch.cuda.stream(self.default()) if self.device.type == "cuda" else nullcontext()
 
     def foreign(self) -> torch.cuda.Stream | None:
         """The caller's stream where it is not the one that the worker uses."""
@@ -199,6 +201,16 @@ class _Order:
         for tensor in _tensors(value):
             if tensor.device == self.device:
                 tensor.record_stream(waiter)
+
+
+def _let_go(error: BaseException) -> None:
+    """Have the frames of this package that raised forget their locals: whoever keeps the error would keep memory."""
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename.startswith(_PACKAGE):
+            with suppress(RuntimeError):  # it still runs
+                trace.tb_frame.clear()
+        trace = trace.tb_next
 
 
 def _tensors(value: object) -> Iterator[Tensor]:
@@ -376,6 +388,7 @@ class Worker:
         try:
             job.result = job.context.run(self._call, job)
         except BaseException as error:
+            _let_go(error)
             job.error = error
         self._stack.pop()
         _here.job = outer
@@ -404,8 +417,11 @@ class Worker:
         if job.limit is not None and (outer.limit is None or job.limit < outer.limit):
             outer.limit, outer.deadline = job.limit, job.deadline
         try:
-            with torch.inference_mode():
-                return job.context.run(job.call)
+            with torch.inference_mode(), self._order.on_default():
+                self._order.follow(job.stream)
+                result = job.context.run(job.call)
+                self._order.lead(job.stream, result)
+                return result
         finally:
             outer.limit, outer.deadline = before
 

@@ -22,6 +22,7 @@ from .. import sampling
 from ..engine import Engine
 from ..latency import Latency, Stopwatch, summarize
 from ..spec import DEFAULT_STEPS, T5_TOKENS, FluxSpec
+from ..vram import graph_memory
 from .machine import machine
 from .peers import (
     Contender,
@@ -140,7 +141,7 @@ class Contest:
             summarize([watch.seconds for watch in watches]),
             summarize(steps),
             summarize([watch.phases["decode"] for watch in watches]),
-            torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else 0,
+            _peak(self.device),
             distance(latents, expected),
         )
 
@@ -272,3 +273,8 @@ def _job(config: dict[str, Any], height: int, width: int, device: torch.device, 
     pooled = torch.randn(1, config["pooled_projection_dim"], generator=draw)
     noise = sampling.noise(0, 1, height, width)
     return Job(height, width, noise, txt.to(device, dtype), pooled.to(device, dtype))
+
+
+def _peak(device: torch.device) -> int:
+    """The most that torch had reserved, and what the driver has for graphs."""
+    return torch.cuda.max_memory_reserved(device) + graph_memory(device) if device.type == "cuda" else 0
