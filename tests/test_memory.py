@@ -340,6 +340,42 @@ def test_with_the_whole_budget_free_nobody_asks_the_card(roomy: Engine, monkeypa
     assert card.plans == 1
 
 
+def test_an_engine_comes_back_to_what_others_left(roomy: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = draw(roomy)
+    roomy._memory.offload()
+    card = Card(monkeypatch, free=smallest_budget(roomy._model.pieces, asked(roomy)))
+    roomy.resume()
+    assert roomy.resident
+    away = {unit.name for unit in roomy._model.units if unit.device is None}
+    assert away & {piece.name for piece in roomy.plan.pieces if piece.group == BLOCKS}
+    with nearly_full(True):
+        assert torch.equal(draw(roomy), expected)
+    assert roomy.plan.streamed == away  # nothing moved once more
+    roomy._memory.offload()
+    card.free = AMPLE * GB
+    roomy.resume()
+    assert all(unit.device is not None for unit in roomy._model.units)
+    assert torch.equal(draw(roomy), expected)
+
+
+def test_an_engine_that_cannot_come_back_stays_offloaded(roomy: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = draw(roomy)
+    roomy._memory.offload()
+    last = roomy._model.units[-1]
+
+    def full(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as context:
+        context.setattr(last, "to_device", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            roomy.resume()
+    assert not roomy.resident
+    assert sum(roomy._memory.components.values()) == 0
+    roomy.resume()
+    assert torch.equal(draw(roomy), expected)
+
+
 # Who is named where memory is missing.
 
 CAPPED = "this process is capped at 0.10 GB (torch.cuda.set_per_process_memory_fraction), whatever the card has free"

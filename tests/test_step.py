@@ -214,6 +214,53 @@ def test_a_piecewise_graph_replays_graphs_and_what_the_host_does_between(monkeyp
     assert next(errors, None) is None
 
 
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (RuntimeError("CUDA error: out of memory"), torch.OutOfMemoryError),  # the driver's, which torch only passes on
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError),
+        (RuntimeError("CUDA error: an illegal memory access"), RuntimeError),
+    ],
+)
+def test_a_replay_that_runs_out_of_memory_says_so_as_torch_does(error: RuntimeError, kind: type) -> None:
+    def fails() -> None:
+        raise error
+
+    recording = PiecewiseGraph("pool")
+    recording._parts.append(fails)
+    with pytest.raises(RuntimeError, match=str(error)) as raised:
+        recording.replay()
+    assert raised.type is kind
+
+
+@torch.inference_mode()
+def test_a_capture_that_fails_leaves_no_graph_and_no_pool(
+    engine: Engine, transformer: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card, graphs = Captures(monkeypatch), GraphCache(transformer, CPU)
+    size, arguments = size_of(128, 80, 2), request(engine, 128, 80, 2)
+    velocity = graphs.open(size, region(engine, size), Stager([], CPU))
+    one = (arguments[0][:1], arguments[1][:1], *arguments[2:])
+    expected = velocity(*one).clone()
+    assert graphs.sizes == (size_of(128, 80, 1),)
+    pools = []
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: pools.append(1) or object())
+    with monkeypatch.context() as context:
+
+        def fails(step: BoundStep) -> SimpleNamespace:
+            raise KeyboardInterrupt
+
+        context.setattr(card, "record", fails)
+        with pytest.raises(KeyboardInterrupt):
+            velocity(*arguments)
+    assert (graphs.sizes, graphs.nbytes) == ((), 0)
+    before = len(pools)
+    assert torch.equal(velocity(*one), expected)
+    assert len(pools) == before + 1  # the old one may be none any more
+    assert torch.equal(velocity(*one), expected)
+    assert card.replays == 1
+
+
 @torch.inference_mode()
 def test_slices_of_several_sizes_share_a_region(engine: Engine, transformer: Transformer) -> None:
     graphs = GraphCache(transformer, CPU)

@@ -82,7 +82,7 @@ def test_workspaces_that_were_cleared_are_another_generation(card: Card) -> None
 
 def test_less_memory_counts_as_well(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     assert card.ensure("side") == 1
-    readings = iter((1000, 900, 900, 900))
+    readings = iter((1000, 900, 900, 900, 900))
     monkeypatch.setattr(module, "counters", lambda device: SimpleNamespace(allocated=next(readings)))
     assert card.ensure("side") == 2
 

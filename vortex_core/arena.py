@@ -16,6 +16,7 @@ from torch import Tensor
 ALIGN = 256  # bytes; what the CUDA allocator itself guarantees, so no kernel sees a stranger alignment
 MIB = 2**20
 Shape = tuple[tuple[int, ...], torch.dtype]  # and type
+Views = dict[tuple[int, tuple[int, ...], torch.dtype], Tensor]  # by offset, shape and type
 
 
 def round_up(size: int, step: int) -> int:
@@ -29,11 +30,14 @@ def aligned(size: int) -> int:
 
 
 class Region:
-    """A stretch of memory that tensors are cut from, one after another; `used` is where the next one starts."""
+    """A stretch of memory that tensors are cut from, one after another; `used` is where the next one starts.
 
-    def __init__(self, memory: Tensor, start: int = 0) -> None:
+    `views` remembers them, since making a view takes longer than finding one: as long as the memory is the same.
+    """
+
+    def __init__(self, memory: Tensor, start: int = 0, views: Views | None = None) -> None:
         """`memory`: uint8, one dimension."""
-        self.memory, self.used = memory, start
+        self.memory, self.used, self._views = memory, start, {} if views is None else views
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """The next tensor, uninitialized. Raises `ValueError` where the memory ends before."""
@@ -41,7 +45,14 @@ class Region:
         if start + size > self.memory.numel():
             raise ValueError(f"A plan is too small: {start + size} of {self.memory.numel()} bytes.")
         self.used = start + aligned(size)
-        return self.memory[start : start + size].view(dtype).view(shape)
+        key = (start, shape, dtype)
+        if key not in self._views:
+            self._views[key] = self.memory[start : start + size].view(dtype).view(shape)
+        return self._views[key]
+
+    def again(self, start: int) -> Region:
+        """The same stretch from `start` on."""
+        return Region(self.memory, start, self._views)
 
 
 def laid_out(shapes: Iterable[Shape]) -> int:

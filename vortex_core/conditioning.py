@@ -23,7 +23,7 @@ from .device import host_buffer
 from .errors import VortexInputError
 from .sampling import timesteps
 from .spec import FluxSpec
-from .text import T5, Clip, tokenize_prompt
+from .text import T5, Clip, Tokens, tokenize_prompt
 
 Staged = Callable[[], AbstractContextManager[None]]
 CACHED = 16  # prompts; about 10 MB of host memory each at full size, 18 pinned, as torch rounds it
@@ -154,11 +154,14 @@ class Conditioner:
         self.tokenizers = tokenizers
         self.clip, self.t5, self.modulation = clip, t5, modulation
         self.device = device
+        self._tokens: dict[str, tuple[Tokens, Tokens]] = {}  # of the latest prompt
         self._cache: OrderedDict[tuple[object, ...], Conditioning] = OrderedDict()
 
     def __call__(self, prompt: str, steps: int, staged: Staged) -> Conditioning:
         """The conditioning of a prompt; from the cache if its tokens were seen before. Warns when text is cut."""
-        clip, t5 = tokenize_prompt(*self.tokenizers, prompt)
+        clip, t5 = self._tokens.get(prompt) or tokenize_prompt(*self.tokenizers, prompt)
+        if not (clip.lost or t5.lost):  # what is lost is said each time
+            self._tokens = {prompt: (clip, t5)}
         key = (clip.ids, t5.ids, steps)
         if key in self._cache:
             self._cache.move_to_end(key)

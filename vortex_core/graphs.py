@@ -163,7 +163,7 @@ class GraphCache:
         def velocity(img: Tensor, txt: Tensor, modulation: Tensor, pe: Rope) -> Tensor:
             size = (img.shape[0], txt.shape[1], img.shape[1])
             if size not in steps:
-                steps[size] = BoundStep(transformer, size, Region(region.memory, start))
+                steps[size] = BoundStep(transformer, size, region.again(start))
             place = (region.memory.data_ptr(), start, *address())
             graph = self._graphs.get((size, place))
             if graph is not None:

@@ -17,15 +17,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .arena import Region, block
+from .arena import Region, Views, block
 from .errors import GB, MemoryPressureError, MemoryPressureWarning
 from .graphs import GraphCache, Velocity
 from .loading import Setup
 from .model import Model
 from .placement import Placement
-from .planner import SLACK, MemoryPlan, MemoryRequirements, plan, smallest_budget
+from .planner import MemoryPlan, MemoryRequirements, plan, smallest_budget
 from .streams import blas_of
-from .vram import Ledger, available, cap_process, counters, graph_memory, hand_back, shortage
+from .vram import Counters, Ledger, available, cap_process, counters, graph_memory, hand_back, shortage
 from .worker import warn
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ class MemoryManager:
         self.placement = Placement(model.units, setup.device)
         self.graphs = GraphCache(model.transformer, setup.device)
         self.arena = self.library = block(0, setup.device)  # what calls work in; what is lent to libraries
+        self.views: Views = {}  # of the arena
         self._blas, self._streams = blas_of(setup.device), model.streams(setup.device)
         self._within = 0.0  # the budget that `plan` was made for
         self._room = 0.0  # and what the card had left for it
@@ -89,19 +90,19 @@ class MemoryManager:
     @contextmanager
     def session(self, requirements: MemoryRequirements, limit: float = math.inf) -> Iterator[Place]:
         """The memory of one call, within budget and `limit`. Raises `MemoryPressureError` where there is no plan."""
-        self.check_workspaces()
-        within = min(self.budget, limit)
+        before, within = self.check_workspaces(), min(self.budget, limit)
         if not self._stands(requirements, within):
             self._arrange(requirements, within)
-        before, place = counters(self.device).reserved, Place(self, self.plan)
+            before = counters(self.device)
+        place = Place(self, self.plan)
         # every launch inside is on the device of the tensors
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext(), place.decoding():
             yield place
-        self._audit(before)
+        self._audit(before.reserved)
 
-    def check_workspaces(self) -> None:
+    def check_workspaces(self) -> Counters:
         """See whether cuBLAS' workspaces are where captured steps have them: after code that is not ours has run."""
-        self._blas.ensure(self._streams)
+        return self._blas.ensure(self._streams)
 
     def _stands(self, requirements: MemoryRequirements, within: float) -> bool:
         """Whether the latest plan is for the same and still holds: then nobody need plan."""
@@ -163,6 +164,7 @@ class MemoryManager:
     def release(self) -> None:
         """Give back all that calls work in; weights stay."""
         self.graphs.clear()
+        self.views.clear()
         self.arena = self.library = block(0, self.device)
         hand_back(self.device)
 
@@ -178,7 +180,7 @@ class MemoryManager:
     def _audit(self, before: int) -> None:
         """Warn where a call had torch reserve more than its plan says."""
         grown = counters(self.device).reserved - before
-        if grown > self.plan.requirements.pictures + self.plan.step.graph + SLACK:
+        if grown > self.plan.requirements.pictures + self.plan.step.graph + self.plan.requirements.slack:
             rows = ", ".join(f"{name} {size / GB:.2f}" for name, size in self.ledger.rows.items())
             warn(
                 f"This call had torch reserve {grown / GB:.2f} GB more, which was not planned; now, in GB: {rows}.",
@@ -261,7 +263,7 @@ class Place:
 
     def decoding(self) -> AbstractContextManager[None]:
         """NF4 weights are decoded into the arena's start, where there is scratch for them."""
-        backend, region = self._memory.backend, Region(self._block)
+        backend, region = self._memory.backend, Region(self._block, 0, self._memory.views)
         if backend is None or not self.plan.requirements.scratch:
             return nullcontext()
         return backend.using(*(region.take((size,), torch.uint8) for size in self._memory.model.scratch))
@@ -296,8 +298,8 @@ class Place:
 
     def latents(self, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
         """fp32 tensors of these shapes, uninitialized, which stay where they are through steps and decode."""
-        region = Region(self._block, self._end)
+        region = Region(self._block, self._end, self._memory.views)
         return tuple(region.take(shape, torch.float32) for shape in shapes)
 
     def _region(self) -> Region:
-        return Region(self.maps, self.plan.requirements.scratch)
+        return Region(self.maps, self.plan.requirements.scratch, self._memory.views)

@@ -19,7 +19,7 @@ from .graphs import POOL, attention_bytes, inputs, step_bytes
 from .kernels import reference
 from .linear import NF4Linear
 from .nf4 import BLOCK, DECODE_BYTES
-from .planner import BLOCKS, MemoryRequirements, Piece, StepRequirements
+from .planner import BLOCKS, SLACK, MemoryRequirements, Piece, StepRequirements
 from .residency import Unit
 from .spec import MAX_STEPS, T5_TOKENS, FluxSpec, VaeSpec
 from .streams import streams_of
@@ -68,8 +68,9 @@ class Model:
         self.units = list(self._units())
         self.pieces = tuple(Piece(unit.name, unit.group, self._nbytes(unit)) for unit in self.units)
         self.scratch = self._scratch()
-        # what decoding in plain torch allocates, and what the driver's allocator cannot use of the pieces
-        self._plain = DECODE_BYTES + 2 * POOL if quantized and not fused else 0
+        self._plain = DECODE_BYTES if quantized and not fused else 0  # what decoding in plain torch allocates
+        # many small tensors come and go there, and cudaMallocAsync leaves up to 0.17 GB between them (H200)
+        self._slack = SLACK if fused else SLACK + 5 * POOL
         self._known: dict[tuple[int, ...], MemoryRequirements] = {}
 
     def _scratch(self) -> tuple[int, ...]:
@@ -170,6 +171,7 @@ class Model:
         """Shapes and types of what steps of a call read besides latents: text, modulation of all steps, positions."""
         flux, dtype = self.flux, self.dtype
         given = inputs(flux, (1, tokens, sampling.image_tokens(height, width)), dtype)
+        del given["img"]  # of each slice, in a place of its own
         embeddings, table = (1, tokens, flux.context), (MAX_STEPS, *given["modulation"][0])
         return {**given, "embeddings": (embeddings, dtype), "modulation": (table, dtype)}
 
@@ -199,11 +201,13 @@ class Model:
             latents=3 * aligned(batch * self.flux.latent_channels * prod(latent) * 4),
             library=max(self.t5.working_bytes + self._plain, decoder),
             blas=blas,
+            slack=self._slack,
         )
 
     def prompt_requirements(self, blas: int = 0) -> MemoryRequirements:
         """What a prompt takes without a picture."""
-        return MemoryRequirements(0, 0, 0, sum(self.scratch), library=self.t5.working_bytes + self._plain, blas=blas)
+        library = self.t5.working_bytes + self._plain
+        return MemoryRequirements(0, 0, 0, sum(self.scratch), library=library, blas=blas, slack=self._slack)
 
     def decode_requirements(self, height: int, width: int, batch: int, blas: int = 0) -> MemoryRequirements:
         """What decoding takes of latents `[batch, 16, height, width]` made elsewhere."""

@@ -53,7 +53,8 @@ class MemoryRequirements:
 
     In the arena: `scratch` for decoded weights, `steps` (for each number of pictures that may be drawn at once, the
     largest first), `decode` for the VAE, in strips of `rows`, and `latents` of the whole batch. Outside: `library`,
-    what text encoders and decoder have libraries allocate, and `blas`, cuBLAS' workspaces.
+    what text encoders and decoder have libraries allocate, `blas`, cuBLAS' workspaces, and `slack` that is no tensor of
+    ours.
     """
 
     height: int
@@ -66,6 +67,7 @@ class MemoryRequirements:
     latents: int = 0
     library: int = 0
     blas: int = 0
+    slack: int = SLACK
 
     @property
     def pictures(self) -> int:
@@ -122,7 +124,7 @@ class MemoryPlan:
         """The most that torch, and the driver for captured steps, will have reserved."""
         weights = sum(piece.taken for piece in self.resident)
         held = self.requirements.blas + self.arena + self.library + self.step.graph
-        return weights + held + round_up(self.requirements.pictures, GRAIN) + SLACK
+        return weights + held + round_up(self.requirements.pictures, GRAIN) + self.requirements.slack
 
     @property
     def breakdown(self) -> dict[str, int]:

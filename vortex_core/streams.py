@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .vram import counters
+from .vram import Counters, counters
 
 
 class Streams(NamedTuple):
@@ -64,29 +64,35 @@ class Blas:
         """Bytes of the workspaces for the default stream and these, as `ensure` saw them."""
         return sum(self._sizes.get(stream, 0) for stream in {*self._default(), *streams})
 
-    def ensure(self, streams: Iterable[torch.cuda.Stream]) -> None:
-        """See to it that there are workspaces for the default stream and these, and that they are where they were."""
-        wanted = [*self._default(), *streams]
+    def ensure(self, streams: Iterable[torch.cuda.Stream]) -> Counters:
+        """See to it that there are workspaces for the default stream and these, and that they are where they were.
+
+        What torch has allocated and reserved then.
+        """
+        wanted, now = [*self._default(), *streams], counters(self.device)
         if not wanted:
-            return
+            return now
         if not self._factors:
             square = torch.zeros(16, 16, dtype=torch.bfloat16, device=self.device)
             self._factors = square[0].clone(), square, square.clone(), torch.empty_like(square)
-        before = counters(self.device).allocated
+            now = counters(self.device)
+        before = now.allocated
         if self._sizes.keys() >= set(wanted):
             self.multiply(wanted[-1])  # they are freed all together, so one tells of all
-            last, before = before, counters(self.device).allocated
+            last, now = before, counters(self.device)
+            before = now.allocated
             if before == last:
-                return
+                return now
         self.generation += 1
         for stream in wanted:
             self.multiply(stream)
-            now = counters(self.device).allocated
-            taken, before = now - before, now
+            now = counters(self.device)
+            taken, before = now.allocated - before, now.allocated
             if taken > LARGEST:  # somebody else allocated meanwhile
                 taken = next(filter(None, self._sizes.values()), LARGEST // 2)
             # what was there before is of a thread that has ended, and not ours
             self._sizes[stream] = taken if taken > 0 else self._sizes.get(stream, 0)
+        return now
 
     def multiply(self, stream: torch.cuda.Stream) -> None:
         """A product of cuBLASLt's and one of cuBLAS' own on a stream: each asks for its workspace there."""
