@@ -336,7 +336,7 @@ class Engine:
         def report(i: int, n: int, clean: Tensor) -> None:
             if on_step is not None:
                 ask(on_step, i, n, sampling.unpack(clean, height, width))
-                place.returned()
+                self._memory.check_workspaces()
 
         rounds = conditioning.steps * -(-batch // place.plan.slice)
         with place.steps(height, width, tokens, rounds) as (velocity, inputs):
@@ -422,7 +422,7 @@ class Engine:
     def resident(self) -> bool:
         """False while everything is offloaded, and once it is unloaded."""
         memory = self.__dict__.get("_memory")
-        return memory is not None and memory.resident
+        return memory is not None and memory.placement.streamed is not None
 
     @property
     def ledger(self) -> Ledger:

@@ -31,6 +31,7 @@ from .worker import warn
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+MOST_VIEWS = 4096  # of the arena that are remembered; a size has some 30
 SPARE = 0.25 * GB  # what a card should have left at the peak; with less, some drivers start to swap
 
 
@@ -90,6 +91,8 @@ class MemoryManager:
     @contextmanager
     def session(self, requirements: MemoryRequirements, limit: float = math.inf) -> Iterator[Place]:
         """The memory of one call, within budget and `limit`. Raises `MemoryPressureError` where there is no plan."""
+        if len(self.views) > MOST_VIEWS:
+            self.views.clear()
         before, within = self.check_workspaces(), min(self.budget, limit)
         if not self._stands(requirements, within):
             self._arrange(requirements, within)
@@ -230,11 +233,6 @@ class MemoryManager:
         pinned = {"streamed weights": self.placement.pinned_bytes}
         return Ledger(components, memory.allocated, memory.reserved, self.graphs.reserved + outside, outside, pinned)
 
-    @property
-    def resident(self) -> bool:
-        """Whether weights are where the plan wants them; not while they are offloaded."""
-        return self.placement.streamed is not None
-
     def offload(self) -> None:
         """Move everything to host memory and hand the VRAM back to the driver."""
         self.placement.offload()
@@ -291,10 +289,6 @@ class Place:
             velocity = memory.graphs.open(size, region, stager, memory.address, self.libraries)
             inputs = memory.model.call_inputs(height, width, tokens)
             yield velocity, {name: region.take(shape, kind) for name, (shape, kind) in inputs.items()}
-
-    def returned(self) -> None:
-        """To be called when code that is not ours has run."""
-        self._memory.check_workspaces()
 
     def latents(self, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
         """fp32 tensors of these shapes, uninitialized, which stay where they are through steps and decode."""

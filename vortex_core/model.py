@@ -120,13 +120,9 @@ class Model:
 
     def check(self, sources: Sources) -> int:
         """Compare every part with its source's headers; the bytes to read. Raises `VortexCheckpointError`."""
-        return (
-            self.clip.check(sources["clip"])
-            + self.t5.check(sources["t5"])
-            + check(self.transformer, sources["transformer"])
-            + check(self.modulation, sources["transformer"])
-            + check(self.decoder, sources["vae"])
-        )
+        plain = ((self.transformer, "transformer"), (self.modulation, "transformer"), (self.decoder, "vae"))
+        encoders = self.clip.check(sources["clip"]) + self.t5.check(sources["t5"])
+        return encoders + sum(check(module, sources[kind]) for module, kind in plain)
 
     def read(self, unit: Unit, sources: Sources, target: Target) -> None:
         """Fill a unit's modules on `target.device`."""

@@ -29,11 +29,6 @@ class Piece:
     group: str
     nbytes: int
 
-    @property
-    def taken(self) -> int:
-        """What they take on the device."""
-        return round_up(self.nbytes, GRAIN)
-
 
 @dataclass(frozen=True, slots=True)
 class StepRequirements:
@@ -122,7 +117,7 @@ class MemoryPlan:
     @cached_property
     def peak(self) -> int:
         """The most that torch, and the driver for captured steps, will have reserved."""
-        weights = sum(piece.taken for piece in self.resident)
+        weights = sum(round_up(piece.nbytes, GRAIN) for piece in self.resident)
         held = self.requirements.blas + self.arena + self.library + self.step.graph
         return weights + held + round_up(self.requirements.pictures, GRAIN) + self.requirements.slack
 
