@@ -122,9 +122,9 @@ def test_running_out_of_memory_while_loading_says_so_and_leaves_nothing(monkeypa
     with pytest.raises(
         VortexInitializationError, match=r"ran out of memory on cpu .*needed 0\.\d+ GB.*smallest vram"
     ) as e:
-        load_flux_schnell("tiny", device="cpu", vram_budget=0.25)
+        load_flux_schnell("tiny", device="cpu", vram_budget=0.5)
     assert isinstance(e.value.__cause__, torch.OutOfMemoryError)
-    assert 0 < e.value.needed < 0.25e9
+    assert 0 < e.value.needed < 0.5e9
     assert (e.value.free, e.value.total, e.value.allocated) == (0, 0, 0)
     gc.collect()
     assert held

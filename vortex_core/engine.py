@@ -259,6 +259,21 @@ class Engine:
         prompt: str | Conditioning,
         negative_prompt: str | None = None,
         *,
+        deadline: float | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """`generate`, awaited: the event loop goes on meanwhile, and a task that is cancelled stops its picture.
+
+        Options and errors as there. `on_step` is called on the engine's thread, in a copy of the caller's context; it
+        may not wait for the loop to do something with an engine of this device.
+        """
+        job = self._drawing(prompt, negative_prompt, **options)
+        return await self._worker.arun(partial(self._turn, job), owner=self, deadline=deadline)
+
+    def _drawing(
+        self,
+        prompt: str | Conditioning,
+        negative_prompt: str | None,
         seed: int | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -266,27 +281,6 @@ class Engine:
         batch_size: int = 1,
         out: Tensor | None = None,
         on_step: OnStep | None = None,
-        deadline: float | None = None,
-    ) -> Tensor:
-        """`generate`, awaited: the event loop goes on meanwhile, and a task that is cancelled stops its picture.
-
-        `on_step` is called on the engine's thread, in a copy of the caller's context; it may not wait for the loop to
-        do something with an engine of this device.
-        """
-        job = self._drawing(prompt, negative_prompt, seed, height, width, steps, batch_size, out, on_step)
-        return await self._worker.arun(partial(self._turn, job), owner=self, deadline=deadline)
-
-    def _drawing(
-        self,
-        prompt: str | Conditioning,
-        negative_prompt: str | None,
-        seed: int | None,
-        height: int | None,
-        width: int | None,
-        steps: int,
-        batch_size: int,
-        out: Tensor | None,
-        on_step: OnStep | None,
     ) -> Callable[[MemoryManager], Tensor]:
         """Check what `generate` was given; the work that is to be done for it."""
         self._check_usable()

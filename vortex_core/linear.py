@@ -8,6 +8,7 @@ numbers and allocates nothing. A backend is a way to decode; it is chosen once, 
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -27,7 +28,7 @@ from .nf4 import BLOCK, NF4Weight
 log = logging.getLogger(__name__)
 
 
-class Backend:
+class Backend(ABC):
     """A way to decode NF4 weights. The result is valid until the next `decode` on the same lane.
 
     Inside `using` it lies in memory that is given, and else in fresh memory.
@@ -62,9 +63,9 @@ class Backend:
         self.write(packed, absmax, out, row_scale)
         return out
 
+    @abstractmethod
     def write(self, packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None) -> None:
         """Decode into `out`."""
-        raise NotImplementedError
 
 
 class ReferenceBackend(Backend):
