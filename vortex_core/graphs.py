@@ -6,8 +6,7 @@ stream, a step is cut around each of them, and the host fetches their weights be
 
 A graph is valid as long as every address in it is: of the arena, where buffers, staging and decoded weights lie, of the
 weights, of cuBLAS' workspaces. They are its key, asked anew at each step, so that one that is not valid any more is
-never found. What the
-library's attention allocates is the graph's own, in one pool for all.
+never found. What the library's attention allocates is the graph's own, in one pool for all.
 """
 
 from __future__ import annotations

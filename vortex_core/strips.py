@@ -19,7 +19,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from .arena import Region, aligned
+from .arena import Region, Shape, aligned, laid_out
 from .kernels import Kernels, Moments, Window, most_parts, reference
 from .spec import VaeSpec
 
@@ -174,7 +174,7 @@ class DecoderLayout:
         return max(counts)
 
     @cached_property
-    def buffers(self) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+    def buffers(self) -> tuple[Shape, ...]:
         """What lies behind the maps, in order: shapes and types. See `DecoderMemory`."""
         widest = max(self.spec.channels)
         return (
@@ -190,8 +190,7 @@ class DecoderLayout:
     @cached_property
     def nbytes(self) -> int:
         """Bytes of all of it."""
-        sizes = (torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.buffers)
-        return aligned(self.maps_bytes) + sum(map(aligned, sizes))
+        return aligned(self.maps_bytes) + laid_out(self.buffers)
 
 
 def _moved(span: Span, by: int) -> Span:
