@@ -5,6 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 GB = 1e9  # bytes; GB is 10^9 everywhere in Vortex
+SHOWN = 200  # characters of what somebody gave us that an error repeats
+
+
+def quoted(value: object) -> str:
+    """`value` as an error shows it: its `repr`, at most 200 characters of it, whatever `repr` does."""
+    if isinstance(value, str | bytes | bytearray):
+        value = value[: SHOWN + 1]  # the repr of 2 MB takes its time
+    try:
+        text = repr(value)
+    except Exception:  # of somebody's own class
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
 
 
 class VortexError(Exception):
