@@ -32,6 +32,7 @@ Sources = Mapping[str, Tensors]  # the canonical tensors of `transformer`, `clip
 Origin = tuple[str, str]  # the source of a module's tensors, and the prefix of their names there
 
 META = torch.device("meta")
+KINDS = ("double_blocks", "single_blocks")
 MOST_AT_ONCE = 8  # pictures; more fill the card no better
 STRIPS = (None, 256, 128, 64)  # most rows of a strip of the VAE, None: whole; the lower, the more launches
 TALL = 700_000_000  # bytes; what decoding may take before it is cut into lower strips
@@ -100,19 +101,16 @@ class Model:
         }
         yield self._unit("embedders", "embedders", embedders)
         yield self._unit("vae", "vae", {("vae", ""): self.decoder})
-        for i, block in enumerate(self.t5.units):
-            yield self._unit(f"t5.{i}", "t5", {("t5", f"encoder.block.{i}."): block})
-        for i, layer in enumerate(self.clip.units):
-            yield self._unit(f"clip.{i}", "clip", {("clip", f"encoder.layers.{i}."): layer})
-        for i, part in enumerate(modulation.double_blocks):
-            yield self._unit(f"modulation.{i}", "modulation", {("transformer", f"double_blocks.{i}."): part})
-        doubles = len(modulation.double_blocks)
-        for i, part in enumerate(modulation.single_blocks):
-            yield self._unit(f"modulation.{doubles + i}", "modulation", {("transformer", f"single_blocks.{i}."): part})
-        yield self._unit("modulation.final", "modulation", {("transformer", "final_layer."): modulation.final_layer})
-        for kind in ("double_blocks", "single_blocks"):
-            for i, block in enumerate(getattr(transformer, kind)):
-                yield self._unit(f"{kind}.{i}", BLOCKS, {("transformer", f"{kind}.{i}."): block})
+        layers = (("t5", "encoder.block", self.t5.units), ("clip", "encoder.layers", self.clip.units))
+        for encoder, path, units in layers:
+            for i, layer in enumerate(units):
+                yield self._unit(f"{encoder}.{i}", encoder, {(encoder, f"{path}.{i}."): layer})
+        blocks = [f"{kind}.{i}" for kind in KINDS for i in range(len(getattr(transformer, kind)))]
+        for i, path in enumerate([*blocks, "final_layer"]):
+            part = modulation.get_submodule(path)
+            yield self._unit(f"modulation.{i}", "modulation", {("transformer", f"{path}."): part})
+        for path in blocks:
+            yield self._unit(path, BLOCKS, {("transformer", f"{path}."): transformer.get_submodule(path)})
 
     def _unit(self, name: str, group: str, modules: Mapping[Origin, nn.Module]) -> Unit:
         self.origins[name] = tuple(modules)

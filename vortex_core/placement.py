@@ -58,14 +58,11 @@ class Placement:
         if leaving or arriving:
             sizes = (sum(unit.nbytes for unit in units) / 1e9 for units in (leaving, arriving))
             log.info("Moving weights: %.2f GB to host memory, %.2f GB to %s", *sizes, self.device)
-        strangers = [unit for unit in self.units if unit.name in streamed and not unit.streams]
-        memory = self.host_memory(sum(unit.nbytes for unit in strangers)) if strangers else None
-        for unit in leaving:
+        streaming = [unit for unit in self.units if unit.name in streamed]
+        new = sum(unit.nbytes for unit in streaming if not unit.streams)
+        memory = self.host_memory(new) if new else None
+        for unit in streaming:
             unit.to_host(memory)
-        for unit in strangers:
-            if not unit.streams:  # it was offloaded, to memory that is slow to stream from
-                assert memory is not None
-                unit.settle(host=memory.take(unit.nbytes))
         if leaving:
             hand_back(self.device)
         for unit in arriving:

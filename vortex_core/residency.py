@@ -135,12 +135,13 @@ class Unit:
             self.host = None
 
     def to_host(self, memory: HostMemory | None = None) -> None:
-        """Give the device's memory back. In `memory` from now on, if it is to stream; without, until it returns."""
-        assert self.device is not None
-        if self.host is None:
+        """Leave the device. In `memory` from now on, if it is to stream from there; without, until it returns."""
+        here = self.host if self.device is None else self.device
+        if self.host is None or (memory is not None and not self.streams):
             self.streams = memory is not None
             self.host = torch.empty(self.nbytes, dtype=torch.uint8) if memory is None else memory.take(self.nbytes)
-            self.host.copy_(self.device)
+            assert here is not None
+            self.host.copy_(here)
         self.bind(self.host)
         self.device = None
 
