@@ -140,13 +140,23 @@ class Cache:
                 yield path, found[1]
 
     def clear(self) -> int:
-        """Remove every entry, and what killed processes left half-written; the bytes of the entries."""
-        freed = 0
+        """Remove every entry, and what killed processes left half-written; the bytes of the entries.
+
+        Raises `OSError` where something may not be removed, after the rest was.
+        """
+        freed, refused = 0, []
         for path, _ in self._ours():
-            nbytes = path.stat().st_size if path.suffix == ".safetensors" else 0
-            path.unlink(missing_ok=True)
-            freed += nbytes
+            try:
+                nbytes = path.stat().st_size if path.suffix == ".safetensors" else 0
+                path.unlink()
+                freed += nbytes
+            except FileNotFoundError:  # another process was first
+                pass
+            except OSError as error:
+                refused.append(error)
         sweep(self.folder)
+        if refused:
+            raise refused[0]
         return freed
 
     def damaged(self) -> Iterator[tuple[Entry, bool]]:
@@ -182,9 +192,10 @@ class _Work:
     target: Target
 
     def kept(self, damaged: EntryFile | None = None) -> Stored | None:
-        """The part's entry, made first where there is none but a `damaged` one. None, and a warning, if it cannot be."""
+        """The part's entry, made first where there is none but a `damaged` one; else None, and a warning."""
         try:
             path = self.cache.path_of(self.part, self.kind)
+            sweep(path.parent)
             if damaged is not None and damaged.is_at(path):
                 _remove(path)
             stored = self._open(path) or self._make(path)

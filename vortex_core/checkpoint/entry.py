@@ -101,7 +101,7 @@ class EntryFile:
 
     def verify(self) -> None:
         """Read everything. Raises `DamagedEntry` and `OSError`."""
-        memory = memoryview(bytearray(PIECE))
+        memory = memoryview(bytearray(max((end - begin for begin, end in self._places), default=0)))
         for begin, end in self._places:
             self._file.read(begin, memory[: end - begin])
 
