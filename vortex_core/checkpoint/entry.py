@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -114,6 +115,8 @@ class _Checked(FileBytes):
     """A file whose pieces are compared with `sums`, by where they begin."""
 
     def __init__(self, path: Path) -> None:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe waits for somebody who writes
+            raise DamagedEntry(f"{path} is not a file.", path=str(path))
         super().__init__(path)
         self.sums: dict[int, int] = {}
         self.size = os.fstat(self._file.fileno()).st_size
