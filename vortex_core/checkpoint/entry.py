@@ -22,10 +22,11 @@ from torch import Tensor
 
 from ..errors import VortexCheckpointError
 from .checksum import CHECKSUMS, checksum, numbers, pieces, split, words
-from .files import CPU, DTYPES
+from .files import DTYPES
 from .partial import partial
 from .upload import PIECE, THREADS, FileBytes, Upload, upload_to
 
+CPU = torch.device("cpu")
 LARGEST = 100 * 10**6  # bytes of a header, as in safetensors itself
 
 
@@ -50,7 +51,7 @@ class EntryFile:
         if not sums or checksum(summed) != sums[0]:
             raise DamagedEntry(f"{path}: its header is damaged.", path=self.where)
         self._header: dict[str, dict[str, Any]] = json.loads(text)
-        self.metadata: dict[str, str] = self._header.pop("__metadata__")
+        self.said: dict[str, str] = self._header.pop("__metadata__")
         places = list(_places(self._header, start))
         if len(places) != len(sums) - 1 or self._file.size != max((end for _, end in places), default=start):
             raise DamagedEntry(f"{path}: it is not as long as it was.", path=self.where)
@@ -78,8 +79,13 @@ class EntryFile:
         begin, end = self._header[name]["data_offsets"]
         return int(end - begin)
 
-    def read(self, name: str, device: torch.device = CPU) -> Tensor:
+    def small(self, name: str) -> bytes:
+        """A small tensor's bytes, such as a JSON text."""
+        return bytes(self.read(name).view(-1).view(torch.uint8).numpy().data)
+
+    def read(self, name: str, device: torch.device | str = CPU) -> Tensor:
         """The tensor on `device`, in memory of its own. Raises `DamagedEntry` and `OSError`."""
+        device = torch.device(device)
         begin = self._start + self._header[name]["data_offsets"][0]
         on = device if device.type == "cuda" else CPU
         tensor = torch.empty(self.shape(name), dtype=DTYPES[self.dtype(name)], device=on)
@@ -118,6 +124,7 @@ class _Checked(FileBytes):
         if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe waits for somebody who writes
             raise DamagedEntry(f"{path} is not a file.", path=str(path))
         super().__init__(path)
+        self.where = str(path)
         self.sums: dict[int, int] = {}
         self.size = os.fstat(self._file.fileno()).st_size
 
@@ -125,7 +132,7 @@ class _Checked(FileBytes):
         """Where the data begins, and the header's bytes."""
         size = int.from_bytes(self.some(0, min(8, self.size)), "little")
         if not 2 <= size <= min(self.size - 8, LARGEST):
-            raise DamagedEntry(f"{self._path}: its header is damaged.", path=str(self._path))
+            raise DamagedEntry(f"{self.where}: its header is damaged.", path=self.where)
         return 8 + size, self.some(8, size)
 
     def some(self, offset: int, count: int) -> bytes:
@@ -137,7 +144,7 @@ class _Checked(FileBytes):
     def read(self, offset: int, memory: memoryview) -> None:
         super().read(offset, memory)
         if checksum(memory) != self.sums[offset]:
-            raise DamagedEntry(f"{self._path}: bytes from {offset} on are damaged.", path=str(self._path))
+            raise DamagedEntry(f"{self.where}: bytes from {offset} on are damaged.", path=self.where)
 
     def is_at(self, path: Path) -> bool:
         return os.path.samestat(path.stat(), os.fstat(self._file.fileno()))

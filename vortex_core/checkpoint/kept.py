@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ..nf4 import NF4Weight, dequantize
 from .dialect import Part
-from .entry import DamagedEntry
-from .files import CPU
+from .entry import CPU, DamagedEntry
 from .materialize import Target, read_nf4
 from .tensors import Stored
 
