@@ -357,7 +357,12 @@ def read_only(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object, **more: object) -> Any:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    for name in ("utime", "open", "replace", "mkdir"):
+    def look(path: Any, flags: int, *arguments: Any) -> int:
+        return refuse() if flags & (os.O_WRONLY | os.O_RDWR) else really(path, flags, *arguments)
+
+    really = os.open
+    monkeypatch.setattr(os, "open", look)
+    for name in ("utime", "replace", "mkdir"):
         monkeypatch.setattr(os, name, refuse)
     monkeypatch.setattr(Path, "unlink", refuse)
     monkeypatch.setattr(Path, "write_text", refuse)

@@ -58,7 +58,7 @@ def is_part(name: str) -> bool:
 def sweep(folder: Path) -> None:
     """Remove the temporary files in `folder` whose processes are gone."""
     for path in parts(folder):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ImportError):
             if _abandoned(path):
                 path.unlink(missing_ok=True)
 
