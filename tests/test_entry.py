@@ -112,6 +112,14 @@ def make_older(path: Path) -> None:
     path.with_suffix(".json").write_text(json.dumps({**said, "sha256": sha256}))
 
 
+def flip(path: Path) -> None:
+    """Change one packed weight, which still decodes."""
+    data = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    data[start + json.loads(data[8:start])["1.weight"]["data_offsets"][0]] ^= 16
+    path.write_bytes(data)
+
+
 # ---------------------------------------------------------------- damage
 
 
@@ -154,10 +162,7 @@ def test_what_is_damaged_is_made_again(source: Source, place: str, quantizations
 def test_damage_in_the_middle_of_a_load(source: Source, quantizations: list[str]) -> None:
     """Half of the module is filled when the last tensor turns out to be damaged: its entry becomes whole again."""
     expected = source.keep()
-    path, data = source.entry, bytearray(source.entry.read_bytes())
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    data[8 + int.from_bytes(data[:8], "little") + header["1.weight"]["data_offsets"][0]] ^= 16
-    path.write_bytes(data)
+    flip(source.entry)
     assert same(source.keep(), expected)
     quantizations.clear()
     assert same(source.keep(), expected)
@@ -264,9 +269,7 @@ def test_older_entries_that_are_damaged(source: Source, harm: str, quantizations
     if harm == "data, summed":
         source.keep()
     if harm.startswith("data"):
-        data = bytearray(source.entry.read_bytes())
-        data[-1] ^= 1
-        source.entry.write_bytes(data)
+        flip(source.entry)
     elif harm == "no manifest":
         manifest.unlink()
     else:
