@@ -89,7 +89,7 @@ def _load(model: Model) -> Loaded:
             device=device,
             vram_budget=None if device.type == "cpu" else model.vram_budget,
             mode=model.mode,
-            cache_dir=host.cache_folder(),
+            cache_dir=host.cache_dir(),
             on_progress=lambda done, all: report(1000 * done // all),
         )
     return Loaded(engine, host.register(engine), model.budget)

@@ -28,8 +28,13 @@ def model_folders(kind: str) -> list[Path]:
 
 
 def cache_folder() -> Path:
-    """Where quantized weights are kept."""
+    """Where quantized weights are kept, unless `$VORTEX_CACHE` names another place."""
     return model_folders("vortex")[0] / "cache"
+
+
+def cache_dir() -> Path | None:
+    """`Engine.load`'s `cache_dir`: None, which means `$VORTEX_CACHE`, where that is set."""
+    return None if os.environ.get("VORTEX_CACHE") else cache_folder()
 
 
 def tokenizers() -> tuple[Path, Path]:

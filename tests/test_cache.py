@@ -123,7 +123,7 @@ def test_the_least_used_go_first(cached: Path, tiny_dir: Path) -> None:
     entries = kept.entries()
     keep = entries[-1].path
     os.utime(keep, (time.time(), time.time() - 1000))
-    kept._shrink(keep=keep)
+    kept.shrink(keep=keep)
     assert [entry.path for entry in kept.entries()] == [keep]
 
 

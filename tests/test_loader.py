@@ -227,6 +227,10 @@ def test_quantized_weights_are_kept_in_the_hosts_folder(
     kept = [path.name for path in (shelf / "vortex/cache").glob("*.safetensors")]
     assert sorted(name.partition("-")[0] for name in kept) == ["t5", "transformer"]
     assert models.available() == [models.BUNDLED, FILE]
+    monkeypatch.setenv("VORTEX_CACHE", "")
+    assert host.cache_dir() == shelf / "vortex/cache"
+    monkeypatch.setenv("VORTEX_CACHE", "~/elsewhere")
+    assert host.cache_dir() is None  # which is `Engine.load`'s way to ask for it
 
 
 def test_links_do_not_lead_out_of_the_model_folders(

@@ -273,11 +273,13 @@ def cache_list(cache_dir: CacheDir = None) -> None:
     """Show what is kept, the latest used first."""
     from .checkpoint.cache import Cache
 
-    kept = Cache(cache_dir)
-    table = Table("part", "of", "size", "file", box=None, pad_edge=False)
-    for entry in kept.entries():
-        table.add_row(entry.kind, entry.source, f"{entry.nbytes / 1e9:.2f} GB", entry.path.name)
-    Console().print(table if table.row_count else f"nothing is kept in {kept.folder}")
+    with plain_errors():
+        kept = Cache(cache_dir)
+        table = Table("part", "of", "size", "file", box=None, pad_edge=False)
+        for entry in kept.entries():
+            table.add_row(entry.kind, entry.source, f"{entry.nbytes / 1e9:.2f} GB", entry.path.name)
+        out = Console(markup=False)
+        out.print(table if table.row_count else f"nothing is kept in {kept.folder}")
 
 
 @cache.command("clear")
@@ -285,7 +287,8 @@ def cache_clear(cache_dir: CacheDir = None) -> None:
     """Remove everything that is kept; the next load quantizes again."""
     from .checkpoint.cache import Cache
 
-    typer.echo(f"freed {Cache(cache_dir).clear() / 1e9:.2f} GB")
+    with plain_errors():
+        typer.echo(f"freed {Cache(cache_dir).clear() / 1e9:.2f} GB")
 
 
 @cache.command("verify")
@@ -294,9 +297,10 @@ def cache_verify(cache_dir: CacheDir = None) -> None:
     from .checkpoint.cache import Cache
 
     damaged = False
-    for entry, differs in Cache(cache_dir).damaged():
-        typer.echo(f"{'DAMAGED' if differs else 'ok'}  {entry.path}")
-        damaged = damaged or differs
+    with plain_errors():
+        for entry, differs in Cache(cache_dir).damaged():
+            typer.echo(f"{'DAMAGED' if differs else 'ok'}  {entry.path}")
+            damaged = damaged or differs
     if damaged:
         raise typer.Exit(1)
 

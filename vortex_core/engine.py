@@ -120,7 +120,7 @@ class Engine:
         Raises `VortexInputError`, `VortexDeviceError` and `VortexCheckpointError` before any device memory is
         taken, and `VortexInitializationError` (with figures) when memory runs out; then nothing stays behind.
         """
-        cache = Cache(None if cache_dir is None else Path(cache_dir).expanduser())
+        cache = Cache(cache_dir)
         return cls._load(
             lambda: open_bundle(model, clip=clip, t5=t5, vae=vae, tokenizers=tokenizers),
             (device, quantization, dtype, backend, vram_budget, mode),

@@ -17,6 +17,7 @@ from .checkpoint.tokenizer import locate_tokenizers
 from .conditioning import Modulation
 from .errors import VortexCheckpointError
 from .nf4 import BLOCK
+from .paths import expanded
 from .transformer import Transformer
 
 NF4_BYTES = 0.5 + 4 / BLOCK  # a value, with its share of the scale
@@ -52,7 +53,7 @@ def inspect(path: str | Path, others: Mapping[str, str | Path | None] | None = N
 
     Raises `VortexCheckpointError` where there is nothing of a FLUX.1-schnell model at `path`, or an incomplete one.
     """
-    where = Path(path).expanduser()
+    where = expanded(path)
     parts, configs = find_parts(where, others or {})
     if not parts:
         raise VortexCheckpointError(

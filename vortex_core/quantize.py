@@ -14,11 +14,14 @@ from . import __version__
 from .checkpoint.bundle import WORDS, describe, find_parts
 from .checkpoint.files import PICKLES
 from .checkpoint.materialize import Target, check
-from .checkpoint.write import DIFFUSERS, write_nf4
+from .checkpoint.partial import is_part, partial
+from .checkpoint.source import check_unchanged, identity
+from .checkpoint.write import CANONICAL, DIFFUSERS, Naming, Wanted, write_nf4
 from .conditioning import Modulation
 from .device import resolve_device
 from .errors import VortexCheckpointError, VortexInputError
 from .linear import ReferenceBackend
+from .paths import expanded
 from .spec import FluxSpec
 from .transformer import Transformer
 
@@ -41,9 +44,9 @@ def quantize_file(
     then nothing is left behind.
     """
     where = resolve_device(device)
-    path = Path(target).expanduser()
+    path = expanded(target)
     check_target(path)
-    parts, configs = find_parts(Path(source).expanduser(), {})
+    parts, configs = find_parts(expanded(source), {})
     if "transformer" not in parts:
         raise VortexCheckpointError(f"{source} does not hold {WORDS['transformer']}.", path=str(source))
     tensors = parts["transformer"].tensors
@@ -61,18 +64,27 @@ def quantize_file(
 
     read = Target(where, torch.float32, ReferenceBackend(), progress)
     made_by = {"vortex": __version__, "source": Path(source).name}
+    files = parts["transformer"].stored.raw.files
+    before = identity(files)
+
+    def write(to: Path, naming: Naming) -> None:
+        with partial(to) as written:
+            write_nf4(written, tensors, Wanted.of(modules, naming), read, made_by, naming)
+            check_unchanged(files, before, str(source))
+
     with torch.inference_mode():
         if path.suffix == ".safetensors":
-            write_nf4(path, tensors, modules, read, made_by)
+            write(path, CANONICAL)
             return path
         new = not path.exists()
         path.mkdir(exist_ok=True)
         try:
-            write_nf4(path / WEIGHTS, tensors, modules, read, made_by, DIFFUSERS)
-            (path / CONFIG).write_text(json.dumps(diffusers_config(spec), indent=2))
+            write(path / WEIGHTS, DIFFUSERS)
+            with partial(path / CONFIG) as written:
+                written.write_text(json.dumps(diffusers_config(spec), indent=2))
         except BaseException:
             if new:
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)
             raise
     return path
 
@@ -86,7 +98,7 @@ def check_target(path: Path) -> None:
             raise VortexInputError(f"{path} is a folder; choose another name.")
     elif path.suffix in (*PICKLES, ".gguf") or path.is_file():
         raise VortexInputError(f"The target must end in .safetensors, or be a folder, not {path.name!r}.")
-    elif path.is_dir() and {file.name for file in path.iterdir()} - {WEIGHTS, CONFIG}:
+    elif path.is_dir() and any(f.name not in (WEIGHTS, CONFIG) and not is_part(f.name) for f in path.iterdir()):
         raise VortexInputError(f"{path} holds other files; choose another name.")
 
 

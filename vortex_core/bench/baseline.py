@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import VortexError
+from ..paths import expanded
 from .latency_report import LatencyReport
 from .machine import Machine
 from .workload import Workload
@@ -38,9 +39,9 @@ class History:
     """
 
     def __init__(self, folder: Path | None, machine: Machine, model: dict[str, str], workload: Workload) -> None:
-        named = os.environ.get("VORTEX_BASELINES")
-        data = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
-        folder = folder or (Path(named) if named else data / "vortex" / "baselines")
+        named = folder or os.environ.get("VORTEX_BASELINES")
+        data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
+        folder = expanded(named or Path(data, "vortex", "baselines"))
         work = asdict(workload)
         facts = {"model": model} | {key: work[key] for key in ("width", "height", "steps", "prompts")}
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]

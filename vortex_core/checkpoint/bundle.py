@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer
 
 from ..errors import VortexCheckpointError
+from ..paths import expanded
 from ..spec import FluxSpec, VaeSpec
 from .config import infer_clip, infer_flux, infer_t5, infer_vae
 from .dialect import Part, find_part
@@ -85,13 +86,13 @@ def open_bundle(
     name = "tiny-schnell" if model == "tiny" else path.stem
     if isinstance(tokenizers, tuple):
         return _bundle(name, parts, configs, *map(read_tokenizer, tokenizers))
-    folder = Path(tokenizers).expanduser() if tokenizers is not None else path if path.is_dir() else None
+    folder = expanded(tokenizers) if tokenizers is not None else path if path.is_dir() else None
     return _bundle(name, parts, configs, *find_tokenizers(folder))
 
 
 def path_of(model: str | Path) -> Path:
     """Where a model lies, by its name (`"tiny"`) or path. It may not exist."""
-    return TINY if model == "tiny" else Path(model).expanduser()
+    return TINY if model == "tiny" else expanded(model)
 
 
 def open_pipeline(pipe: FluxPipeline) -> Bundle:
@@ -127,7 +128,7 @@ def find_parts(
 
     Raises `VortexCheckpointError` where there is nothing, or nothing that can be read.
     """
-    for place in (path, *(Path(other).expanduser() for other in others.values() if other is not None)):
+    for place in (path, *(expanded(other) for other in others.values() if other is not None)):
         _check_readable(place)
     parts: dict[str, Part] = {}
     configs: dict[str, dict[str, Any]] = {}
@@ -135,7 +136,7 @@ def find_parts(
     for kind, subfolder in SUBFOLDERS.items():
         given = others.get(kind)
         if given is not None:
-            raw, folder = _open(Path(given).expanduser(), subfolder)
+            raw, folder = _open(expanded(given), subfolder)
         elif whole_file is not None:
             raw, folder = whole_file, None
         elif (path / subfolder).is_dir() or (kind == "transformer" and (path / "config.json").is_file()):

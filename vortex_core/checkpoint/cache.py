@@ -1,28 +1,36 @@
 """Quantized weights on disk, so that a file is quantized once in its life.
 
 An entry is addressed by what its source is (headers, sizes, times, sampled blocks), never by where it lies, and is
-an ordinary NF4 file beside a small manifest. Several processes may use one cache at once.
+an ordinary NF4 file that carries its checksums. Several processes may use one cache at once, and one that cannot be
+written is still read. Whatever goes wrong here costs time, not the picture.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
 import logging
 import os
+import re
 import time
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from .. import __version__
-from ..errors import VortexCheckpointError, VortexWarning
+from ..errors import VortexCheckpointError, VortexInputError, VortexWarning
+from ..paths import expanded
 from .dialect import Part
-from .files import SafetensorsFiles
+from .entry import DamagedEntry, EntryFile, manifest_of, metadata
+from .kept import Kept
+from .lock import Lock
 from .materialize import UNQUANTIZED, Target
+from .partial import partial, parts, sweep
+from .source import check_unchanged, identity
 from .tensors import Stored, Tensors
-from .write import Named, write_nf4
+from .write import Named, Wanted, write_nf4
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +38,8 @@ FORMAT = 1  # of what is written; a new one never reads the old
 SMALLEST = 256 * 10**6  # bytes of a source; quantizing less takes no time worth saving
 LIMIT = 60 * 10**9  # bytes of all entries
 CACHED = ("transformer", "t5")  # the parts that are quantized
-SAMPLES, SAMPLE = 16, 64 * 1024  # blocks read from each file, and their size
+PATIENCE = 60.0  # seconds to wait for a process that has the lock and writes nothing
+OURS = re.compile(rf"({'|'.join(CACHED)})-[0-9a-f]{{24}}\.(safetensors|json|lock)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,143 +49,249 @@ class Entry:
     path: Path
     source: str
     kind: str
-    sha256: str
     nbytes: int
     used: float
 
 
 def default_folder() -> Path:
-    """`$VORTEX_CACHE`, else the user's cache folder."""
-    if "VORTEX_CACHE" in os.environ:
-        return Path(os.environ["VORTEX_CACHE"]).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or Path.home() / ".cache"
-    return Path(base) / "vortex"
-
-
-def identity(files: Iterable[Path]) -> str:
-    """What `files` are: header, size, modification time and sampled blocks of each. Reads about 1 MB a file."""
-    digest = hashlib.sha256()
-    for path in files:
-        status = path.stat()
-        digest.update(f"{status.st_size} {status.st_mtime_ns} ".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(min(int.from_bytes(file.read(8), "little"), 64 * SAMPLE)))
-            for i in range(SAMPLES):
-                file.seek(max(0, status.st_size - SAMPLE) * i // (SAMPLES - 1))
-                digest.update(file.read(SAMPLE))
-    return digest.hexdigest()
+    """`$VORTEX_CACHE`, else the user's cache folder. Raises `VortexInputError` where there is no home folder."""
+    named = os.environ.get("VORTEX_CACHE")
+    if named:
+        return expanded(named)
+    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
+    try:
+        return (expanded(base) if base else Path.home() / ".cache") / "vortex"
+    except RuntimeError as error:
+        raise VortexInputError(
+            "This user has no home folder, so there is no place to keep quantized weights. "
+            "Name a folder: cache_dir=, --cache-dir or $VORTEX_CACHE."
+        ) from error
 
 
 class Cache:
-    """The entries of one folder; made when first written to."""
+    """The entries of one folder (default: `default_folder`, found when first needed); made when first written to.
 
-    def __init__(self, folder: Path | None = None, limit: int = LIMIT) -> None:
-        self.folder = folder or default_folder()
+    Raises `VortexInputError` for a folder that cannot be a path.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None = None, limit: int = LIMIT) -> None:
+        self._given = expanded(folder) if folder is not None and str(folder) else None
         self.limit = limit
-        self._paths: dict[tuple[Part, str], Path] = {}
+        self._identities: dict[Part, str] = {}
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where the entries are. Raises `VortexInputError` where there is no default."""
+        return self._given or default_folder()
 
     def quantized(self, part: Part, kind: str, modules: Iterable[Named], target: Target) -> Tensors:
         """The part's tensors with linears in NF4, from the cache where it has them, else put there first.
 
         Parts that are NF4 already, small or not in files come back as they are; so does a part whose entry cannot
-        be written, with a `VortexWarning`.
+        be written, with a `VortexWarning`. Raises `VortexCheckpointError` where the part's files change meanwhile.
         """
         if not worth_caching(part):
             return part.tensors
-        path = self.path_of(part, kind)
-        try:
-            kept = self._open(path)
-            if kept is None:
-                self._write(path, part, kind, modules, target)
-                kept = Stored(SafetensorsFiles(path, [path]), trusted=True)
-            os.utime(path)
-        except OSError as error:
-            warnings.warn(
-                f"The quantized weights could not be kept in {self.folder} ({error}); the next load quantizes again. "
-                "Give cache_dir= a folder with room.",
-                VortexWarning,
-                stacklevel=2,
-            )
-            return part.tensors
-        return kept
-
-    def _open(self, path: Path) -> Stored | None:
-        """The entry at `path`, if there is one; a damaged one is removed."""
-        if not path.exists():
-            return None
-        try:
-            return Stored(SafetensorsFiles(path, [path]), trusted=True)
-        except VortexCheckpointError as error:
-            log.warning("Quantizing again: %s", error)
-            path.unlink()
-            return None
+        work = _Work(self, part, kind, Wanted.of(modules), target)
+        stored = work.kept()
+        return part.tensors if stored is None else Kept(stored, work.again, part, target)
 
     def lacks(self, part: Part, kind: str) -> bool:
         """Whether `quantized` would have to quantize and write this part."""
-        return kind in CACHED and worth_caching(part) and not self.path_of(part, kind).exists()
+        try:
+            return kind in CACHED and worth_caching(part) and not self.path_of(part, kind).exists()
+        except (OSError, VortexInputError):  # there is no using this cache, which `quantized` will say
+            return False
 
     def path_of(self, part: Part, kind: str) -> Path:
         """Where the part's entry is, or would be. Reads the files' identity, once."""
-        if (part, kind) not in self._paths:
-            key = f"{FORMAT} {kind} {part.stored.prefix} {part.words} {UNQUANTIZED} {identity(part.stored.raw.files)}"
-            name = f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
-            self._paths[part, kind] = self.folder / name
-        return self._paths[part, kind]
+        key = f"{FORMAT} {kind} {part.stored.prefix} {part.words} {UNQUANTIZED} {self.identity_of(part)}"
+        return self.folder / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
 
-    def _write(self, path: Path, part: Part, kind: str, modules: Iterable[Named], target: Target) -> None:
-        from filelock import FileLock
-
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):
-            if path.exists():  # another process was first
-                return
-            for leftover in self.folder.glob(f".{path.name}.*.part"):  # of a process that was killed
-                leftover.unlink(missing_ok=True)
-            started = time.perf_counter()
-            source = {"source": part.stored.raw.where, "kind": kind, "vortex": __version__}
-            sha256 = write_nf4(path, part.tensors, modules, target, source)
-            manifest = {**source, "words": part.words, "format": FORMAT, "sha256": sha256}
-            path.with_suffix(".json").write_text(json.dumps(manifest, indent=1))
-            log.info("Quantized %s into %s in %.1f s", part.stored.raw.where, path, time.perf_counter() - started)
-        self._shrink(keep=path)
+    def identity_of(self, part: Part) -> str:
+        """What the part's files were when first asked."""
+        if part not in self._identities:
+            self._identities[part] = identity(part.stored.raw.files)
+        return self._identities[part]
 
     def entries(self) -> list[Entry]:
-        """All entries, the latest used first."""
+        """All entries, the latest used first. Raises `OSError` for a folder that cannot be read."""
         return sorted(self._entries(), key=lambda entry: -entry.used)
 
     def _entries(self) -> Iterator[Entry]:
-        for path in self.folder.glob("*.safetensors"):
-            try:
-                said = json.loads(path.with_suffix(".json").read_text())
-                status = path.stat()
-            except (OSError, ValueError):  # no entry of ours, or another process is just removing it
-                continue
-            yield Entry(path, said["source"], said["kind"], said["sha256"], status.st_size, status.st_mtime)
+        for path, kind in self._ours():
+            if path.suffix == ".safetensors":
+                with contextlib.suppress(OSError):  # another process is just removing it
+                    status = path.stat()
+                    source = "a file that may not be read"
+                    with contextlib.suppress(PermissionError):
+                        source = metadata(path).get("source", "damaged")
+                    yield Entry(path, source, kind, status.st_size, status.st_mtime)
+
+    def _ours(self) -> Iterator[tuple[Path, str]]:
+        """Files of the names that entries and what belongs to them have, and the kind in the name."""
+        try:
+            names = os.listdir(self.folder)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        for name in names:
+            found, path = OURS.fullmatch(name), self.folder / name
+            if found and path.is_file():
+                yield path, found[1]
 
     def clear(self) -> int:
-        """Remove every entry, and what killed processes left half-written; the bytes of the entries."""
-        for leftover in self.folder.glob(".*.part"):
-            leftover.unlink(missing_ok=True)
-        return sum(self._remove(entry) for entry in self.entries())
+        """Remove every entry, and what killed processes left half-written; the bytes of the entries.
+
+        Raises `OSError` where something may not be removed, after the rest was.
+        """
+        freed, refused = 0, []
+        for path, _ in self._ours():
+            try:
+                nbytes = path.stat().st_size if path.suffix == ".safetensors" else 0
+                path.unlink()
+                freed += nbytes
+            except FileNotFoundError:  # another process was first
+                pass
+            except OSError as error:
+                refused.append(error)
+        sweep(self.folder)
+        if refused:
+            raise refused[0]
+        return freed
 
     def damaged(self) -> Iterator[tuple[Entry, bool]]:
         """Read every entry whole, and say whether it differs from what was written."""
         for entry in self.entries():
-            with entry.path.open("rb") as file:
-                yield entry, hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256
+            try:
+                EntryFile(entry.path).verify()
+            except (DamagedEntry, OSError) as error:
+                log.warning("%s", error)
+                yield entry, True
+            else:
+                yield entry, False
 
-    def _shrink(self, keep: Path) -> None:
+    def shrink(self, keep: Path) -> None:
+        """Remove what was used least lately until the rest is within the limit; `keep` stays."""
         total = 0
         for entry in self.entries():
             total += entry.nbytes
             if total > self.limit and entry.path != keep:
                 log.info("Cache over %.0f GB: removing %s, used least lately", self.limit / 1e9, entry.path)
-                self._remove(entry)
+                with contextlib.suppress(OSError):  # another user's
+                    _remove(entry.path)
 
-    def _remove(self, entry: Entry) -> int:
-        for suffix in (".safetensors", ".json", ".lock"):
-            entry.path.with_suffix(suffix).unlink(missing_ok=True)
-        return entry.nbytes
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """One part on its way into a cache and out of it."""
+
+    cache: Cache
+    part: Part
+    kind: str
+    wanted: Wanted  # of the modules while they were empty; a load that is half done fills them
+    target: Target
+
+    def kept(self, damaged: EntryFile | None = None) -> Stored | None:
+        """The part's entry, made first where there is none but a `damaged` one; else None, and a warning."""
+        try:
+            path = self.cache.path_of(self.part, self.kind)
+            sweep(path.parent)
+            if damaged is not None and damaged.is_at(path):
+                _remove(path)
+            stored = self._open(path) or self._make(path)
+            with contextlib.suppress(OSError):  # another user's cache is no worse
+                os.utime(path)
+            return stored
+        except (OSError, VortexInputError, DamagedEntry) as error:
+            warnings.warn(
+                f"The quantized weights could not be kept ({error}); the next load quantizes again. "
+                "Give cache_dir= a folder with room.",
+                VortexWarning,
+                stacklevel=4,
+            )
+            return None
+
+    def again(self, stored: Stored, error: Exception) -> Stored | None:
+        """The entry made anew in the place of one that could not be read to its end."""
+        log.warning("Quantizing again: %s", error)
+        return self.kept(damaged=stored.raw if isinstance(stored.raw, EntryFile) else None)
+
+    def _open(self, path: Path) -> Stored | None:
+        """The entry at `path`, if there is one; a damaged one is removed."""
+        try:
+            raw = EntryFile(path, self.target.progress)
+            if raw.said.get("entry", path.stem) != path.stem:
+                raise DamagedEntry(f"{path} is the entry {raw.said['entry']}, renamed.", path=str(path))
+            stored = Stored(raw, trusted=True)
+            for name, shape in ({**self.wanted.weights, **self.wanted.plain}).items():
+                if (
+                    name not in stored
+                    or stored.shape(name) != shape
+                    or stored.is_nf4(name) != (name in self.wanted.weights)
+                ):
+                    raise DamagedEntry(f"{path}: {name} is not what this model has.", path=str(path))
+            return stored
+        except FileNotFoundError:
+            return None
+        except VortexCheckpointError as error:
+            log.warning("Quantizing again: %s", error)
+            _remove(path)
+            return None
+
+    def _make(self, path: Path) -> Stored:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with Lock(path.with_suffix(".lock")) as lock:
+            self._wait(lock)
+            stored = self._open(path)
+            if stored is not None:  # another process was first
+                return stored
+            self._write(path)
+            stored = self._open(path)
+        self.cache.shrink(keep=path)
+        if stored is None:
+            raise DamagedEntry(f"{path} cannot be read back as it was written; look after the disk", path=str(path))
+        return stored
+
+    def _wait(self, lock: Lock) -> None:
+        """Wait for the lock while somebody writes, so that work is not done twice."""
+        seen: object = None
+        since, said = time.monotonic(), False
+        while not lock.answered(0.2):
+            if not said:
+                log.info("Waiting for %s, which quantizes the same weights", lock.holder())
+                said = True
+            self.target.progress(0)  # a load that waits can be cancelled
+            written = _written(lock.path.parent)
+            if written != seen:
+                seen, since = written, time.monotonic()
+            elif time.monotonic() - since > PATIENCE:
+                log.warning("Waited %.0f s for %s, which writes nothing; going on", PATIENCE, lock.holder())
+                return
+        if lock.refused is not None:
+            log.info("%s cannot be locked (%s); going on without", lock.path, lock.refused)
+
+    def _write(self, path: Path) -> None:
+        started, where = time.perf_counter(), self.part.stored.raw.where
+        said = {"source": where, "kind": self.kind, "vortex": __version__, "words": self.part.words, "entry": path.stem}
+        with partial(path) as written:
+            write_nf4(written, self.part.tensors, self.wanted, self.target, said)
+            check_unchanged(self.part.stored.raw.files, self.cache.identity_of(self.part), where)
+        manifest_of(path).unlink(missing_ok=True)  # of an older entry
+        log.info("Quantized %s into %s in %.1f s", where, path, time.perf_counter() - started)
+
+
+def _written(folder: Path) -> list[tuple[str, int]]:
+    """How much each process in `folder` has written so far."""
+    found = []
+    for path in parts(folder):
+        with contextlib.suppress(OSError):
+            found.append((path.name, path.stat().st_size))
+    return sorted(found)
+
+
+def _remove(path: Path) -> None:
+    for suffix in (".safetensors", ".json", ".lock"):
+        path.with_suffix(suffix).unlink(missing_ok=True)
 
 
 def worth_caching(part: Part) -> bool:

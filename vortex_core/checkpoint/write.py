@@ -1,15 +1,13 @@
 """Writing quantized weights: one safetensors file in the plain NF4 dialect, tensor by tensor.
 
 safetensors' own writer wants every tensor in memory at once. Sizes are known from shapes, so the header can go
-first and each weight can be quantized, written and forgotten. Writing and hashing run beside the quantizing.
+first and each weight can be quantized, written and forgotten. Writing and summing up run beside the quantizing.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
-import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nf4 import BLOCK, LEVELS, join
+from .checksum import CHECKSUMS, blank, checksum, pieces, words
 from .files import WORDS
 from .layout import SWAPPED, flux_sources, source_rows
 from .materialize import UNQUANTIZED, Target, is_quantized, read_nf4
@@ -46,52 +45,61 @@ CANONICAL = Naming(lambda name: (name,), (), UNQUANTIZED)
 DIFFUSERS = Naming(flux_sources, SWAPPED, tuple(name for name in UNQUANTIZED if name != "final_layer.linear"))
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Names and shapes of what is written: linears' `weights`, and what stays `plain`."""
+
+    weights: Mapping[str, tuple[int, ...]]
+    plain: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, modules: Iterable[Named], naming: Naming = CANONICAL) -> Wanted:
+        """What `modules` on `meta` need."""
+        weights: dict[str, tuple[int, ...]] = {}
+        plain: dict[str, tuple[int, ...]] = {}
+        for module, prefix in modules:
+            linears = {
+                f"{prefix}{name}.weight"
+                for name, part in module.named_modules()
+                if is_quantized(part, prefix + name, naming.unquantized)
+            }
+            for name, parameter in module.named_parameters():
+                shapes = weights if prefix + name in linears else plain
+                shapes[prefix + name] = tuple(parameter.shape)
+        return cls(weights, plain)
+
+
 def write_nf4(
     path: Path,
     tensors: Tensors,
-    modules: Iterable[Named],
+    wanted: Wanted,
     target: Target,
     metadata: Mapping[str, str],
     naming: Naming = CANONICAL,
-) -> str:
-    """Write the tensors that `modules` name into `path`, linears in NF4; the sha256 of the file.
+) -> None:
+    """Write the `wanted` tensors into `path`, a new file, linears in NF4, checksums in the header.
 
-    Whole or not at all: a temporary name first, then a rename. Host memory holds what stays unquantized and a few
-    weights. Raises `OSError` where the disk is full or not writable.
+    Host memory holds what stays unquantized and a few weights. Raises `OSError` where the disk is full or not
+    writable; what is written till then is the caller's to remove.
     """
-    weights: dict[str, tuple[int, int]] = {}
-    plain: dict[str, Tensor] = {}
-    for module, prefix in modules:
-        linears = {
-            f"{prefix}{name}.weight"
-            for name, part in module.named_modules()
-            if is_quantized(part, prefix + name, naming.unquantized)
-        }
-        for name, parameter in module.named_parameters():
-            if prefix + name in linears:
-                weights[prefix + name] = (parameter.shape[0], parameter.shape[1])
-            else:
-                plain[prefix + name] = tensors.read(prefix + name).view(parameter.shape)
-    header, offset = {}, 0
-    for name, dtype, shape, nbytes in _entries(weights, plain, naming):
+    plain = {name: tensors.read(name).view(shape) for name, shape in wanted.plain.items()}
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, dtype, shape, nbytes in _entries(wanted.weights, plain, naming):
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + nbytes]}
         offset += nbytes
     free = shutil.disk_usage(path.parent).free
     if free < offset:
-        raise OSError(errno.ENOSPC, f"{offset / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free", str(path))
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with _Writer(partial) as writer:
-            for chunk in _chunks(header, weights, plain, tensors, target, metadata, naming):
-                writer.put(chunk)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return writer.sha256
+        raise OSError(
+            errno.ENOSPC, f"{offset / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free", str(path.parent)
+        )
+    with _Writer(path, header, metadata) as writer:
+        for chunk in _chunks(wanted.weights, plain, tensors, target, naming):
+            writer.put(chunk)
 
 
 def _entries(
-    weights: Mapping[str, tuple[int, int]], plain: Mapping[str, Tensor], naming: Naming
+    weights: Mapping[str, tuple[int, ...]], plain: Mapping[str, Tensor], naming: Naming
 ) -> Iterator[tuple[str, str, list[int], int]]:
     for name, tensor in plain.items():
         for theirs, rows in source_rows(naming.sources(name), tensor.shape[0]):
@@ -107,21 +115,18 @@ def _entries(
 
 
 def _chunks(
-    header: Mapping[str, object],
-    weights: Mapping[str, tuple[int, int]],
+    weights: Mapping[str, tuple[int, ...]],
     plain: Mapping[str, Tensor],
     tensors: Tensors,
     target: Target,
-    metadata: Mapping[str, str],
     naming: Naming,
 ) -> Iterator[bytes | memoryview]:
-    text = json.dumps({"__metadata__": {"format": "pt", **metadata}, **header}).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little")
-    yield text
+    """The bytes of each tensor of `_entries`, in that order."""
     for name, tensor in plain.items():
-        # rows follow one another in the file as they do in memory, whatever names they go by
-        yield _bytes(torch.cat(tensor.chunk(2)[::-1]) if name.startswith(naming.swapped) else tensor)
+        if name.startswith(naming.swapped):
+            tensor = torch.cat(tensor.chunk(2)[::-1])
+        for rows in tensor.split([rows for _, rows in source_rows(naming.sources(name), tensor.shape[0])]):
+            yield _bytes(rows)
         target.progress(tensors.nbytes(name))
     for name, (n, k) in weights.items():
         weight = read_nf4(tensors, name, target, target.device)
@@ -150,21 +155,33 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 class _Writer:
-    """Writes and hashes chunks in order, each in a thread of its own, while the next is made. `sha256` at the end."""
+    """Writes a header, then chunks in order, each a tensor, and sums them up in another thread while the next is made.
 
-    def __init__(self, path: Path) -> None:
-        self.sha256 = ""
-        self._file = path.open("wb")
-        self._digest = hashlib.sha256()
+    The checksums take their place in the header at the end.
+    """
+
+    def __init__(self, path: Path, header: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+        ends = (said["data_offsets"] for said in header.values())
+        self._blank = blank(sum(len(pieces(end - begin)) for begin, end in ends))
+        said = {"__metadata__": {"format": "pt", CHECKSUMS: self._blank, **metadata}}
+        text = json.dumps(said | dict(header)).encode()
+        self._text = text + b" " * (-len(text) % 8)
+        self._sums = [checksum(self._text)]
+        self._file = path.open("xb")
         self._threads = [ThreadPoolExecutor(1), ThreadPoolExecutor(1)]  # one each keeps the order
-        self._queue: deque[Future[Any]] = deque()
+        first = len(self._text).to_bytes(8, "little") + self._text
+        self._queue: deque[Future[Any]] = deque([self._threads[0].submit(self._file.write, first)])
 
     def put(self, chunk: bytes | memoryview) -> None:
         """Take a chunk, which must not change any more. Raises what went wrong with one before it."""
-        for thread, work in zip(self._threads, (self._file.write, self._digest.update), strict=True):
+        for thread, work in zip(self._threads, (self._file.write, self._sum), strict=True):
             self._queue.append(thread.submit(work, chunk))
         while len(self._queue) > 2 * QUEUED:
             self._queue.popleft().result()
+
+    def _sum(self, chunk: bytes | memoryview) -> None:
+        memory = memoryview(chunk)
+        self._sums += [checksum(memory[piece]) for piece in pieces(len(memory))]
 
     def __enter__(self) -> _Writer:
         return self
@@ -177,6 +194,8 @@ class _Writer:
         try:
             while self._queue and error is None:
                 self._queue.popleft().result()
+            if error is None:
+                self._file.seek(8)
+                self._file.write(self._text.replace(self._blank.encode(), words(self._sums).encode(), 1))
         finally:
             self._file.close()
-        self.sha256 = self._digest.hexdigest()

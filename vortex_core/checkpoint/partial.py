@@ -1,0 +1,80 @@
+"""Files that are written under a temporary name, and get their own once they are whole.
+
+All temporary names follow one pattern, which nobody else's files do. What a killed process left is so known for what
+it is, and removed by the next one that writes there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+import secrets
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+HOST = f"{zlib.crc32(platform.node().encode(errors='replace')):08x}"
+NAME = re.compile(r"\.vortex-(?P<host>[0-9a-f]{8})-(?P<pid>\d{1,9})-[0-9a-f]{8}\.part")
+OLDER = re.compile(
+    r"\.(?:(?:transformer|t5)-[0-9a-f]{24}|diffusion_pytorch_model)\.safetensors\.(?P<pid>\d{1,9})\.part"
+)
+SILENT = 3600  # seconds without a byte, after which a process of another machine is taken for gone
+SLACK = 5  # seconds by which clocks of files and processes may differ
+
+
+@contextlib.contextmanager
+def partial(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` to write to: it becomes `path` at the end, or is removed where anything is raised.
+
+    Removes what killed processes left in the folder. Raises `OSError`.
+    """
+    sweep(path.parent)
+    # its length does not grow with the name, which may be as long as names can be
+    written = path.with_name(f".vortex-{HOST}-{os.getpid()}-{secrets.token_hex(4)}.part")
+    try:
+        yield written
+        written.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            written.unlink(missing_ok=True)
+
+
+def parts(folder: Path) -> Iterator[Path]:
+    """Every temporary file of ours in `folder`, whoever writes it."""
+    with contextlib.suppress(OSError), os.scandir(folder) as found:
+        for entry in found:
+            if is_part(entry.name) and entry.is_file(follow_symlinks=False):
+                yield Path(entry.path)
+
+
+def is_part(name: str) -> bool:
+    """Whether a temporary file of ours is named so."""
+    return bool(NAME.fullmatch(name) or OLDER.fullmatch(name))
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary files in `folder` whose processes are gone."""
+    for path in parts(folder):
+        with contextlib.suppress(OSError, ImportError):
+            if _abandoned(path):
+                path.unlink(missing_ok=True)
+
+
+def _abandoned(path: Path) -> bool:
+    import psutil
+
+    said = (NAME.fullmatch(path.name) or OLDER.fullmatch(path.name)).groupdict()  # type: ignore[union-attr]
+    written = path.stat().st_mtime
+    if said.get("host", HOST) != HOST:
+        return time.time() - written > SILENT
+    try:
+        process = psutil.Process(int(said["pid"]))
+        # a process that began later has only inherited the number
+        return process.status() == psutil.STATUS_ZOMBIE or process.create_time() > written + SLACK
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.Error:
+        return False
