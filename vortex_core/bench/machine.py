@@ -100,12 +100,12 @@ def gauge(device: torch.device) -> Callable[[], Reading]:
 
     def read() -> Reading:
         card = nvml.ask_card(device, _card) if device.type == "cuda" else None
-        return Reading(*(card or (None,) * 5), _load())
+        return Reading(*[*(card or [None] * 5), _load()])
 
     return read
 
 
-def _card(pynvml: Any, card: Any) -> tuple[Any, ...]:
+def _card(pynvml: Any, card: Any) -> list[Any]:
     """The first fields of a `Reading`, each None where this card, driver or module does not tell."""
 
     def tell(answer: Callable[[], T]) -> T | None:
@@ -118,13 +118,13 @@ def _card(pynvml: Any, card: Any) -> tuple[Any, ...]:
         reasons = {name.removeprefix(REASON): getattr(pynvml, name) for name in dir(pynvml) if name.startswith(REASON)}
         return tuple(name for name, bit in reasons.items() if name not in NO_REASON and mask & bit)
 
-    return (
+    return [
         tell(lambda: int(pynvml.nvmlDeviceGetClockInfo(card, pynvml.NVML_CLOCK_SM))),
         tell(lambda: int(pynvml.nvmlDeviceGetClockInfo(card, pynvml.NVML_CLOCK_MEM))),
         tell(lambda: int(pynvml.nvmlDeviceGetTemperature(card, pynvml.NVML_TEMPERATURE_GPU))),
         tell(lambda: float(pynvml.nvmlDeviceGetPowerUsage(card) / 1e3)),
         tell(throttled),
-    )
+    ]
 
 
 def _load() -> float | None:
