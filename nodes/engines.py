@@ -73,7 +73,7 @@ def _load(model: Model) -> Loaded:
     from ..vortex_core import Engine
     from ..vortex_core.checkpoint.tokenizer import has_tokenizers
 
-    device = host.device()
+    device = _device()
     check_budget(model, device)
     while len(_loaded) >= KEPT:
         _unload(next(iter(_loaded)))
@@ -93,6 +93,17 @@ def _load(model: Model) -> Loaded:
             on_progress=lambda done, all: report(1000 * done // all),
         )
     return Loaded(engine, host.register(engine), model.budget)
+
+
+def _device() -> torch.device:
+    """The host's device. Raises `VortexDeviceError` for one that Vortex does not run on."""
+    from ..vortex_core.device import resolve_device
+    from ..vortex_core.errors import VortexDeviceError
+
+    try:
+        return resolve_device(host.device())
+    except VortexDeviceError as error:
+        raise VortexDeviceError(f"{error} For ComfyUI that is the option --cpu.") from None
 
 
 def check_budget(model: Model, device: torch.device) -> None:

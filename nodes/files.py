@@ -13,7 +13,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from functools import cache, lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +106,9 @@ def _is_model_folder(path: Path) -> bool:
 
 def _needs_gguf(path: Path) -> bool:
     """Listed without being read, so that loading it can say what to install."""
-    if path.suffix.lower() != ".gguf" or find_spec("gguf") is not None:
+    from ..vortex_core.packages import missing
+
+    if path.suffix.lower() != ".gguf" or missing("gguf") is None:
         return False
     with contextlib.suppress(OSError):  # it went away
         return _architecture(path) in ("flux", None)

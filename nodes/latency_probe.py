@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ..vortex_core.spec import DEFAULT_STEPS, MAX_STEPS
@@ -97,14 +98,19 @@ class LatencyProbe:
             **series.whole.as_dict(),
             "phases": {name: phase.as_dict() for name, phase in series.phases.items()},
         }
-        return describe(what, series), json.dumps(figures), picture(what, figures["seconds"], series.whole), value
+        text, plotted = plot.beside(describe(what, series), lambda: picture(what, figures["seconds"], series.whole))
+        return text, json.dumps(figures), plotted, value
 
 
 def device_name(device: Any) -> str:
     """The card's name, or what else it is."""
     import torch
 
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+    if device.type == "cpu":
+        return "the CPU"
+    with suppress(Exception):  # it is only for the report
+        return torch.cuda.get_device_name(device)
+    return str(device)
 
 
 def describe(what: str, series: Series) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..vortex_core.bench import figures
@@ -32,3 +32,22 @@ def image(figure: Figure) -> Tensor:
     import torch
 
     return torch.from_numpy(figures.pixels(figure).astype(np.float32) / 255)[None]
+
+
+def beside(report: str, draw: Callable[[], Tensor]) -> tuple[str, Tensor]:
+    """The report of a node, and its plot; where that cannot be made, a blank one and a line in the report.
+
+    What was drawn and measured must not be lost for it, whatever is wrong with the library that plots.
+    """
+    import torch
+
+    from ..vortex_core.packages import first_line, missing
+
+    why = missing("matplotlib.figure")
+    if why is None:
+        try:
+            return report, draw()
+        except Exception as error:
+            why = f"does not draw ({first_line(error)})"
+    blank = torch.ones(1, HEIGHT, WIDTH, 3)
+    return f"{report}\nNo plot: matplotlib {why}. Try `pip install --upgrade matplotlib`.", blank

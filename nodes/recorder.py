@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
 
     from ..vortex_core.timeline import Timeline
     from ..vortex_core.vram import Snapshot
+
+log = logging.getLogger(__name__)
 
 INTERVAL = 0.05  # seconds
 KEPT = 36_000  # samples, half an hour
@@ -29,14 +32,23 @@ class Recorder:
         return [(moment.seconds, moment.reading) for moment in self.timeline.moments] if self.timeline else []
 
     def begin(self, device: torch.device, *, reset: bool) -> None:
-        """Start sampling a CUDA device until the host's run ends; with `reset`, forget what was before."""
+        """Start sampling a CUDA device until the host's run ends; with `reset`, forget what was before.
+
+        It only observes: where this fails, less is known at the end, and the log says why.
+        """
+        if device.type != "cuda":
+            return
+        try:
+            self._begin(device, reset=reset)
+        except Exception as error:
+            log.warning("VRAM is not sampled over this run: %s", error)
+
+    def _begin(self, device: torch.device, *, reset: bool) -> None:
         import torch
 
         from ..vortex_core.timeline import Timeline
         from ..vortex_core.vram import snapshot
 
-        if device.type != "cuda":
-            return
         if self.timeline is None:
             read = partial(snapshot, device)
             self.timeline = Timeline(read, interval=INTERVAL, kept=KEPT, goes_on=host.is_running)

@@ -71,24 +71,49 @@ class VRAMMonitor:
     def monitor(
         self, value: Any, soft_limit: float, hard_limit: float, reset_peak: bool
     ) -> dict[str, Any] | tuple[Any, str, str, Tensor]:
-        from ..vortex_core.vram import snapshot
+        from ..vortex_core.errors import VortexError
+        from ..vortex_core.packages import first_line
 
         device = host.device()
         if device.type != "cuda":
-            text = "No NVIDIA GPU: ComfyUI runs on the CPU here, so there is no VRAM to measure."
-            figures = {"device": str(device), "status": "no gpu", "report": text}
-            return value, text, json.dumps(figures), plot.timeline("VRAM: no NVIDIA GPU here", {})
-        recorder.begin(device, reset=False)  # where the host does not ask IS_CHANGED, from here on
-        samples = [*recorder.samples, (time.perf_counter(), snapshot(device))]
-        figures = measure(device, [counters(sample) for _, sample in samples], soft_limit, hard_limit)
+            text = f"No NVIDIA GPU: ComfyUI computes on {where(device)} here, so there is no VRAM to measure."
+            return unmeasured(value, device, "no gpu", text)
+        try:
+            figures, samples = read(device, soft_limit, hard_limit)
+        except Exception as error:  # what was drawn must not be lost for it
+            log.warning("%s does not tell its memory", device, exc_info=True)
+            return unmeasured(value, device, "unknown", f"{device} does not tell its memory: {first_line(error)}")
         text = report(figures)
         if figures["status"] == "over the hard limit":
-            from ..vortex_core.errors import VortexError
-
             raise VortexError(f"VRAM Monitor stops the run.\n{text}")
         if figures["status"] != "ok":
             log.warning(text)
-        return value, text, json.dumps(figures), picture(figures, samples, soft_limit, hard_limit)
+        text, timeline = plot.beside(text, lambda: picture(figures, samples, soft_limit, hard_limit))
+        return value, text, json.dumps(figures), timeline
+
+
+def where(device: torch.device) -> str:
+    """What the host computes on, if not on CUDA."""
+    from ..vortex_core.device import device_words
+
+    return "the CPU" if device.type == "cpu" else device_words(device.type)
+
+
+def unmeasured(value: Any, device: torch.device, status: str, text: str) -> tuple[Any, str, str, Tensor]:
+    """The outputs of a run without figures."""
+    text, timeline = plot.beside(text, lambda: plot.timeline("VRAM: nothing to measure", {}))
+    return value, text, json.dumps({"device": str(device), "status": status, "report": text}), timeline
+
+
+def read(
+    device: torch.device, soft_limit: float, hard_limit: float
+) -> tuple[dict[str, Any], list[tuple[float, Snapshot]]]:
+    """The figures of the run, and its samples, of which the last is now."""
+    from ..vortex_core.vram import snapshot
+
+    recorder.begin(device, reset=False)  # where the host does not ask IS_CHANGED, from here on
+    samples = [*recorder.samples, (time.perf_counter(), snapshot(device))]
+    return measure(device, [counters(sample) for _, sample in samples], soft_limit, hard_limit), samples
 
 
 def counters(sample: Snapshot) -> dict[str, int | None]:

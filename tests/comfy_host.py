@@ -58,8 +58,7 @@ class Host:
         command += ["--disable-api-nodes", *options]
         if "--database-url" in (tree / "comfy" / "cli_args.py").read_text():
             command += ["--database-url", "sqlite:///:memory:"]
-        # one thread: on a busy machine the many small products of the miniature spend their time waiting for a second
-        environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
         with self.log_path.open("w") as log:
             self.process = subprocess.Popen(command, cwd=tree, stdout=log, stderr=log, env=environment)
         deadline = time.monotonic() + START_SECONDS

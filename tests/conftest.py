@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 # Read once by huggingface_hub and transformers, when they are imported: set before any test module is.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
-# The miniature's products are small: a second thread saves a fifth on idle cores, and takes 4 times as long on busy.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 with contextlib.suppress(ImportError):  # a GPU machine may lack it, and runs no test that needs it
     from hypothesis import settings

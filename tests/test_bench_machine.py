@@ -76,3 +76,12 @@ def test_the_fingerprint_is_the_machines_not_vortexs(nvml: SimpleNamespace) -> N
     assert machine(torch.device("cpu")).fingerprint != card.fingerprint
     assert machine(torch.device("cpu")).device.startswith("CPU ")
     assert machine(torch.device("cpu")).allocator is None
+
+
+def test_a_question_that_one_driver_does_not_know_costs_its_answer_alone(nvml: SimpleNamespace) -> None:
+    del nvml.nvmlDeviceGetCurrentClocksEventReasons  # as older modules
+    nvml.nvmlDeviceGetTemperature = lambda handle, sensor: None
+    reading = gauge(CARD)()
+    assert (reading.clock, reading.temperature, reading.throttled) == (1755, None, None)
+    nvml.nvmlSystemGetDriverVersion = lambda: b"470.10"
+    assert machine(CARD).driver == "470.10"

@@ -51,22 +51,46 @@ def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_broken_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(package: str) -> str:
-        raise doctor.metadata.PackageNotFoundError(package)
+    def missing(module: str) -> str:
+        return "does not import (libcudart.so: cannot open shared object file)"
 
     def broken(model: str) -> None:
         raise VortexCheckpointError("it is damaged")
 
     monkeypatch.setattr(doctor, "bitsandbytes_declined", lambda device: "no kernel")
     monkeypatch.setattr(doctor, "open_bundle", broken)
-    monkeypatch.setattr(doctor.metadata, "version", missing)
+    monkeypatch.setattr(doctor, "missing", missing)
     found = findings()
-    assert found["NF4"].state == "note"
-    assert found["diffusers"].state == "note"
-    assert found["transformers"].state == "fault"
-    assert found["bundled model"].state == "fault"
-    monkeypatch.delitem(doctor.sys.modules, "bitsandbytes")
-    assert findings()["NF4"].state == "fault"
+    states = {name: found[name].state for name in ("NF4", "diffusers", "matplotlib", "transformers", "bundled model")}
+    assert states == {
+        "NF4": "note", "diffusers": "note", "matplotlib": "note", "transformers": "fault", "bundled model": "fault"
+    }  # fmt: skip
+    assert "only plots need it" in found["matplotlib"].detail
+
+
+def test_a_package_without_metadata_is_there_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(package: str) -> str:
+        raise doctor.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(doctor.metadata, "version", unknown)
+    assert findings()["transformers"] == doctor.Finding("transformers", "ok", "of unknown version")
+
+
+def test_a_card_that_does_not_answer_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpu(monkeypatch, (8, 6), 12e9, 12e9)
+
+    def fail(index: int) -> None:
+        raise RuntimeError("CUDA error: unknown error\nCompile with TORCH_USE_CUDA_DSA")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", fail)
+    found = findings()["GPU 0"]
+    assert (found.state, found.detail) == ("fault", "it does not answer: CUDA error: unknown error")
+
+
+def test_an_accelerator_that_is_not_used_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
+    assert findings()["GPU"].detail == "an Apple GPU (mps), which Vortex does not use"
 
 
 def test_a_card_without_room_to_try(monkeypatch: pytest.MonkeyPatch) -> None:

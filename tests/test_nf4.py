@@ -29,6 +29,41 @@ def test_quantize_equals_the_naive_quantizer(shape: tuple[int, int], dtype: torc
     assert torch.equal(ours.packed, naive.packed)
 
 
+@pytest.mark.parametrize("body", ["missing", "fails", "wrong"])
+def test_without_bitsandbytes_it_is_quantized_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, body: str
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise OSError("libbitsandbytes_cpu.so: cannot open shared object file")
+
+    weight = torch.randn(65, 192, generator=torch.Generator().manual_seed(0))
+    expected = nf4.quantize(weight)
+    if body == "missing":
+        monkeypatch.setattr(nf4, "missing", lambda module: "does not import (No module named 'bitsandbytes')")
+    elif body == "fails":
+        monkeypatch.setattr(bnb, "quantize_4bit", fail)
+    else:
+        real = bnb.quantize_4bit
+        monkeypatch.setattr(bnb, "quantize_4bit", lambda w, **options: real(w + 1, **options))
+    nf4._quantizer.cache_clear()
+    try:
+        found = nf4.quantize(weight)
+    finally:
+        nf4._quantizer.cache_clear()
+    assert torch.equal(found.packed, expected.packed)
+    assert torch.equal(found.absmax, expected.absmax)
+    assert "bitsandbytes declined on cpu" in caplog.text
+
+
+def test_the_reference_quantizes_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(7, 128)
+    whole = nf4.quantize_reference(weight)
+    monkeypatch.setattr(nf4, "CHUNK", 300)
+    parts = nf4.quantize_reference(weight)
+    assert torch.equal(whole.packed, parts.packed)
+    assert torch.equal(whole.absmax, parts.absmax)
+
+
 def test_zero_blocks_decode_to_zero() -> None:
     weight = torch.zeros(2, 128)
     weight[1, 64:] = 1

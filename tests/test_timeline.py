@@ -31,3 +31,17 @@ def test_it_ends_by_itself_goes_on_when_told_and_keeps_the_latest() -> None:
     timeline.start()
     timeline.join(60)
     assert [moment.reading for moment in timeline.moments] == [1, 2, 3, 4]
+
+
+def test_a_reading_that_fails_is_left_out_and_a_host_that_does_not_tell_ends_it() -> None:
+    left = iter([1, 0, 2])
+    going = iter([True, True])
+
+    def read() -> float:
+        return 1 / next(left)
+
+    timeline = Timeline(read, interval=0.001, goes_on=lambda: next(going))
+    timeline.start()
+    timeline.join(10)
+    assert not timeline.running
+    assert [moment.reading for moment in timeline.moments] == [1, 0.5]

@@ -46,7 +46,7 @@ def latency(engine: Any, workload: Workload, folder: Path) -> dict[str, Any]:
     figures = report.figures()
     target = folder / f"latency-{workload.width}"
     samples = [sample.as_dict() for sample in report.samples]
-    write_folder(target, figures | {"samples": samples}, plots.latency_plots(report))
+    write_folder(target, figures | {"samples": samples}, lambda: plots.latency_plots(report))
     exports.write_csv(report.samples, target / "samples.csv")
     whole = report.series["cached"].whole
     return {"size": workload.width, "overhead": report.overhead_share} | {
@@ -56,13 +56,13 @@ def latency(engine: Any, workload: Workload, folder: Path) -> dict[str, Any]:
 
 def leaks(engine: Any, size: int, iterations: int, folder: Path) -> dict[str, Any]:
     report = leak.run(engine, leak.mixed(size), iterations)
-    write_folder(folder / "leak", report.figures(), {"leak": plots.leak_plot(report)})
+    write_folder(folder / "leak", report.figures(), lambda: {"leak": plots.leak_plot(report)})
     return {verdict.what: verdict.detail for verdict in report.verdicts}
 
 
 def vram(load: Any, device: Any, size: int, folder: Path) -> dict[str, Any]:
     report = vram_report.run(load, device, size=(size, size))
-    write_folder(folder / f"vram-{size}", report.figures(), {"vram": plots.vram_plot(report)})
+    write_folder(folder / f"vram-{size}", report.figures(), lambda: {"vram": plots.vram_plot(report)})
     return {verdict.what: f"{verdict.state}, {verdict.detail}" for verdict in report.verdicts}
 
 

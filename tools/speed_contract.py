@@ -76,7 +76,7 @@ class Contract:
         self._write({})
 
     def _write(self, plots: dict[str, Figure]) -> None:
-        write_folder(self.folder, self.contest.result.figures() | {"promises": self.rows}, plots)
+        write_folder(self.folder, self.contest.result.figures() | {"promises": self.rows}, lambda: plots)
 
     def check(self, promise: str, found: float, wanted: float, *, least: bool = False, form: str = "{:.3f}") -> None:
         """A row: `found` must be at most `wanted`, or with `least` at least."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -11,11 +10,20 @@ from importlib import metadata
 import torch
 
 from .checkpoint.bundle import open_bundle
-from .errors import VortexError
+from .device import device_words, other_accelerator
 from .linear import bitsandbytes_declined
+from .packages import first_line, missing
 
 SMALLEST_CARD = 8e9  # bytes; the smallest card the default budget of 6.5 GB suits
-PACKAGES = ("transformers", "tokenizers", "safetensors", "diffusers")
+NEEDED = ("transformers", "tokenizers", "safetensors")
+WANTED = {  # the module that is used, its package, and what is not there without it
+    "diffusers": ("diffusers", "only Engine.from_pipeline and `vortex bench compare` need it"),
+    "gguf": ("gguf", "only GGUF files need it"),
+    "matplotlib.figure": ("matplotlib", "only plots need it"),
+    "psutil": ("psutil", "only figures of host memory need it"),
+    "pynvml": ("nvidia-ml-py", "only figures of other programs' VRAM, clocks and temperature need it"),
+    "scipy.stats": ("scipy", "only comparisons of benchmarks need it"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,33 +37,54 @@ class Finding:
 
 
 def examine() -> Iterator[Finding]:
-    """Look at Python, torch, the GPU, bitsandbytes, packages and the bundled model. Loads no weights."""
+    """Look at Python, torch, the GPU, bitsandbytes, packages and the bundled model. Loads no weights.
+
+    What is broken is a finding, whatever it raises.
+    """
     yield Finding("Python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     yield Finding("torch", "ok", torch.__version__)
     yield from _devices()
-    for package in PACKAGES:
-        try:
-            yield Finding(package, "ok", metadata.version(package))
-        except metadata.PackageNotFoundError:
-            fix = f"pip install {package}"
-            if package == "diffusers":
-                yield Finding(package, "note", "missing; only Engine.from_pipeline needs it", fix)
-            else:
-                yield Finding(package, "fault", "missing", fix)
+    for package in NEEDED:
+        why = missing(package)
+        fix = "" if why is None else f"pip install --upgrade {package}"
+        yield Finding(package, "ok" if why is None else "fault", why or _version(package), fix)
+    for module, (package, purpose) in WANTED.items():
+        yield _wanted(module, package, purpose)
     yield _bundled_model()
+
+
+def _wanted(module: str, package: str, purpose: str) -> Finding:
+    why = missing(module)
+    if why is None:
+        return Finding(package, "ok", _version(package))
+    return Finding(package, "note", f"{why}; {purpose}", f"pip install --upgrade {package}")
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package) or "of unknown version"
+    except Exception:  # it imports, so it is there: on a path without metadata, or with half of it
+        return "of unknown version"
 
 
 def _devices() -> Iterator[Finding]:
     if not torch.cuda.is_available():
-        built = torch.version.cuda
+        built, other = torch.version.cuda, other_accelerator()
         detail = f"none; torch was built for CUDA {built}" if built else "none; this torch build is for the CPU only"
+        if other is not None:
+            detail = f"{device_words(other)}, which Vortex does not use"
         fix = "Pictures are drawn on the CPU, fine for the bundled model. "
         fix += "Update the NVIDIA driver." if built else "With an NVIDIA card, install a CUDA build of torch."
         yield Finding("GPU", "note", detail, fix)
         yield _bitsandbytes(torch.device("cpu"))
         return
     for index in range(torch.cuda.device_count()):
-        yield _gpu(index)
+        try:
+            yield _gpu(index)
+        except Exception as error:
+            fix = "Update the NVIDIA driver, or install a torch build that fits it."
+            yield Finding(f"GPU {index}", "fault", f"it does not answer: {first_line(error)}", fix)
+    yield _wanted("triton", "triton", "the fast kernels need it")
     yield _bitsandbytes(torch.device("cuda", 0))
 
 
@@ -84,16 +113,15 @@ def _bitsandbytes(device: torch.device) -> Finding:
     except torch.OutOfMemoryError:
         return Finding("NF4", "note", "no room to try it", "Close other programs that use the card, and ask again.")
     if declined is None:
-        return Finding("NF4", "ok", f"bitsandbytes {metadata.version('bitsandbytes')} decodes on {device}")
-    fix = "pip install --upgrade bitsandbytes"
-    if "bitsandbytes" not in sys.modules:
-        return Finding("NF4", "fault", f"bitsandbytes: {declined}; it is needed to quantize", fix)
-    return Finding("NF4", "note", f"reference backend, slower; bitsandbytes on {device}: {declined}", fix)
+        return Finding("NF4", "ok", f"bitsandbytes {_version('bitsandbytes')} decodes on {device}")
+    detail = f"plain torch, slower; bitsandbytes on {device}: {declined}"
+    return Finding("NF4", "note", detail, "pip install --upgrade bitsandbytes")
 
 
 def _bundled_model() -> Finding:
     try:
         bundle = open_bundle("tiny")
-    except VortexError as error:
-        return Finding("bundled model", "fault", str(error), "pip install --force-reinstall --no-deps vortex-flux")
+    except Exception as error:  # of a damaged file, or of a package above
+        fix = "pip install --force-reinstall --no-deps vortex-flux"
+        return Finding("bundled model", "fault", first_line(error), fix)
     return Finding("bundled model", "ok", f"{bundle.name}, {bundle.vae.sample_size} x {bundle.vae.sample_size}")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from . import loading, sampling
+from . import loading, sampling, threads
 from .checkpoint.bundle import Bundle, open_bundle, open_pipeline
 from .checkpoint.cache import Cache
 from .conditioning import Conditioner, Conditioning
@@ -163,6 +163,7 @@ class Engine:
             setup = Setup.check(*options)
             bundle = opened()
             engine = cls(bundle, setup, worker)
+            engine._choose_threads()
             first, placement = engine.plan, engine._memory.placement
             for kind, part in bundle.parts.items():
                 log.info("%s: %s, %s", kind, part.words, part.tensors.where)
@@ -492,7 +493,12 @@ class Engine:
 
     def _turn(self, work: Callable[[MemoryManager], Result]) -> Result:
         self._check_loaded()  # somebody may have unloaded it meanwhile
+        self._choose_threads()
         return work(self._memory)
+
+    def _choose_threads(self) -> None:
+        if self.device.type == "cpu":
+            threads.use(self._spec.hidden)
 
     def _check_usable(self) -> None:
         self._check_loaded()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
@@ -149,18 +150,17 @@ def summarize(samples: Sequence[float]) -> Latency:
 
 def percentile(samples: Sequence[float], q: float) -> Percentile:
     """The nearest-rank percentile, `q` above 0 and below 100."""
-    import numpy as np
-    from scipy.special import bdtrc
-
-    ordered = np.sort(np.asarray(samples, dtype=float))
+    ordered = sorted(samples)
     count = len(ordered)
     # rounded, or the 99.9 % of 1000 samples would be rank 1000: 0.999 is not exact in binary
     rank = max(1, math.ceil(round(q * count / 100, 6)))
     # A resample's percentile is at most the j-th sample if `rank` of its draws or more are. The binomial tail is what
     # the shares of infinitely many resamples tend to, so none has to be drawn.
-    shares = bdtrc(rank - 1, count, np.arange(1, count + 1) / count)
     tail = (1 - CONFIDENCE) / 2
-    low, high = ordered[np.searchsorted(shares, (tail, 1 - tail))]
+    low, high = (
+        ordered[bisect_left(range(1, count + 1), share, key=lambda j: _tail(rank, count, j / count))]
+        for share in (tail, 1 - tail)
+    )
     return Percentile(
         q=q,
         seconds=float(ordered[rank - 1]),
@@ -168,6 +168,17 @@ def percentile(samples: Sequence[float], q: float) -> Percentile:
         low=float(low),
         high=float(high),
         supported=count >= samples_needed(q),
+    )
+
+
+def _tail(least: int, draws: int, chance: float) -> float:
+    """How often `least` or more of `draws` hit, each with this `chance` above 0: the binomial distribution's tail."""
+    if chance >= 1:
+        return 1.0
+    hit, miss, ways = math.log(chance), math.log1p(-chance), math.lgamma(draws + 1)
+    return math.fsum(
+        math.exp(ways - math.lgamma(k + 1) - math.lgamma(draws - k + 1) + k * hit + (draws - k) * miss)
+        for k in range(least, draws + 1)
     )
 
 

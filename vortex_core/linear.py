@@ -24,6 +24,7 @@ from .kernels import Operand, fused_declined, reference
 from .kernels.operand import FP8
 from .kernels.reference import row_scales
 from .nf4 import BLOCK, NF4Weight
+from .packages import first_line, missing
 
 log = logging.getLogger(__name__)
 
@@ -287,19 +288,17 @@ def bitsandbytes_declined(device: torch.device) -> str | None:
 
     Raises torch's `OutOfMemoryError`.
     """
-    try:
-        import bitsandbytes  # noqa: F401
-    except Exception as error:
-        # Broken installs fail in many ways (missing library, wrong CUDA); each only means: not this backend.
-        return f"it does not import ({error})"
+    why = missing("bitsandbytes")
+    if why is not None:
+        return f"it {why}"
     packed = torch.arange(256, dtype=torch.uint8, device=device).view(4, 64)
     sample = NF4Weight(packed, torch.linspace(0.5, 2, 8, device=device).view(4, 2))
     try:
         decoded = BitsAndBytesBackend().decode(sample.packed, sample.absmax, torch.float32)
     except torch.OutOfMemoryError:  # which says nothing of this install
         raise
-    except (RuntimeError, AttributeError) as error:
-        return str(error).partition("\n")[0]
+    except Exception as error:  # of many kinds, and each only means: not this backend
+        return first_line(error)
     if not torch.equal(decoded, nf4.dequantize(sample, torch.float32)):
         return "its decode differs from the reference"
     return None

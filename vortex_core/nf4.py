@@ -7,16 +7,21 @@ so that matrices can be joined and cut by rows. Level table: QLoRA (Dettmers et 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from .errors import VortexCheckpointError
+from .packages import first_line, missing
+
+log = logging.getLogger(__name__)
 
 BLOCK = 64
-CHUNK = 2**21  # values that `dequantize` takes at once
+CHUNK = 2**21  # values that are taken at once
 DECODE_BYTES = CHUNK * (4 + 2) + 2**16  # of it: the chunk in fp32, its bytes as int32, and the table
 LEVELS = (
     -1.0,
@@ -60,37 +65,70 @@ class NF4Weight:
         return NF4Weight(*upper), NF4Weight(*lower)
 
 
+Quantizer = Callable[[Tensor], NF4Weight]
+
+
 def join(weights: Sequence[NF4Weight]) -> NF4Weight:
     """Stack weights by rows, bit for bit: every row of a FLUX matrix is whole blocks, so nothing is re-quantized."""
     return NF4Weight(torch.cat([w.packed for w in weights]), torch.cat([w.absmax for w in weights]))
 
 
 def quantize(weight: Tensor, name: str = "weight") -> NF4Weight:
-    """Quantize `[N, K]` (bf16, fp16 or fp32; K divisible by 64) on the device it is on, with bitsandbytes.
+    """Quantize `[N, K]` (bf16, fp16 or fp32; K divisible by 64) on the device it is on, with bitsandbytes if it works.
 
     Raises `VortexCheckpointError` if the source holds NaN or infinity: it would pass silently into `absmax`.
     """
     n, k = weight.shape
     if k % BLOCK:
         raise VortexCheckpointError(f"{name} is {n} x {k}; NF4 needs the second size divisible by {BLOCK}.")
+    made = _quantizer(weight.device)(weight)
+    if not bool(torch.isfinite(made.absmax).all()):
+        raise VortexCheckpointError(f"{name} holds NaN or infinite values; the file is damaged. Download it again.")
+    return made
+
+
+@cache
+def _quantizer(device: torch.device) -> Quantizer:
+    """The fastest that finds the levels themselves again on `device`. Logs why bitsandbytes was declined."""
+    sample = torch.tensor(LEVELS, device=device).repeat(2, 2 * BLOCK // len(LEVELS)) * 0.5
+    why = missing("bitsandbytes.functional")
+    try:
+        if why is None:
+            found = dequantize(_quantize_bitsandbytes(sample), torch.float32)
+            if torch.equal(found, sample):
+                return _quantize_bitsandbytes
+            why = "a sample comes out otherwise than the reference's"
+    except torch.OutOfMemoryError:  # which says nothing of this install, and is not to be remembered
+        raise
+    except Exception as error:  # of many kinds, and each only means: not with it
+        why = first_line(error)
+    log.warning("NF4 is quantized by plain torch, slower; bitsandbytes declined on %s: %s", device, why)
+    return quantize_reference
+
+
+def _quantize_bitsandbytes(weight: Tensor) -> NF4Weight:
     from bitsandbytes.functional import quantize_4bit
 
+    n, k = weight.shape
     packed, state = quantize_4bit(weight.contiguous(), blocksize=BLOCK, compress_statistics=False, quant_type="nf4")
-    absmax = state.absmax.float()
-    if not bool(torch.isfinite(absmax).all()):
-        raise VortexCheckpointError(f"{name} holds NaN or infinite values; the file is damaged. Download it again.")
-    return NF4Weight(packed.view(n, k // 2), absmax.view(n, k // BLOCK))
+    return NF4Weight(packed.view(n, k // 2), state.absmax.float().view(n, k // BLOCK))
 
 
 def quantize_reference(weight: Tensor) -> NF4Weight:
-    """The naive quantizer: scale each block of 64 to -1..1 and take the nearest level. Oracle for `quantize`."""
+    """The naive quantizer: scale each block of 64 to -1..1 and take the nearest level. Plain torch, any device."""
     n, k = weight.shape
-    blocks = weight.float().reshape(-1, BLOCK)
-    absmax = blocks.abs().amax(dim=1)
-    scaled = blocks * torch.where(absmax > 0, 1 / absmax, 0.0)[:, None]
     levels = torch.tensor(LEVELS, device=weight.device)
-    codes = torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2).to(torch.uint8).view(n, k)
-    return NF4Weight((codes[:, ::2] << 4) | codes[:, 1::2], absmax.view(n, k // BLOCK))
+    between = (levels[1:] + levels[:-1]) / 2
+    packed = torch.empty(n, k // 2, dtype=torch.uint8, device=weight.device)
+    absmax = torch.empty(n, k // BLOCK, device=weight.device)
+    step = max(1, CHUNK // k)
+    for rows, pairs, scales in zip(*(part.split(step) for part in (weight, packed, absmax)), strict=True):
+        blocks = rows.float().reshape(len(rows), -1, BLOCK)
+        torch.amax(blocks.abs(), dim=2, out=scales)
+        scaled = blocks * torch.where(scales > 0, 1 / scales, 0.0)[..., None]
+        codes = torch.bucketize(scaled, between, out_int32=True).to(torch.uint8).view(len(rows), k)
+        pairs.copy_((codes[:, ::2] << 4) | codes[:, 1::2])
+    return NF4Weight(packed, absmax)
 
 
 def dequantize(weight: NF4Weight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:

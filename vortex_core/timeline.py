@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
+
+log = logging.getLogger(__name__)
 
 INTERVAL = 0.02  # seconds
 
@@ -25,7 +28,8 @@ class Moment(Generic[T]):
 class Timeline(Generic[T]):
     """Reads something again and again in the background: `moments`, the oldest first.
 
-    From `start` or while `with` lasts, as long as `goes_on` says so. The last `kept` stay.
+    From `start` or while `with` lasts, as long as `goes_on` says so. The last `kept` stay. It only observes: a reading
+    that fails is left out, and a `goes_on` that fails ends it.
     """
 
     def __init__(
@@ -68,11 +72,21 @@ class Timeline(Generic[T]):
 
     def _run(self) -> None:
         self._take()
-        while self._goes_on():
+        while self._lasts():
             over = self._over.wait(self._interval)
             self._take()
             if over:
                 return
 
+    def _lasts(self) -> bool:
+        try:
+            return self._goes_on()
+        except Exception:
+            log.debug("Nobody tells whether reading goes on; it ends", exc_info=True)
+            return False
+
     def _take(self) -> None:
-        self.moments.append(Moment(time.perf_counter(), self._read()))
+        try:
+            self.moments.append(Moment(time.perf_counter(), self._read()))
+        except Exception:
+            log.debug("A reading failed", exc_info=True)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from .errors import GB
+from .nvml import ask_card
 from .timeline import INTERVAL, Timeline
 
 log = logging.getLogger(__name__)
@@ -83,25 +84,19 @@ class Holder:
 
 def holders(device: torch.device) -> list[Holder]:
     """The processes that NVML sees on a CUDA device; none where it cannot tell."""
-    import pynvml
+    return ask_card(device, _holders) or []
 
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return []
-    try:
-        # by UUID: NVML counts all cards, torch only those CUDA_VISIBLE_DEVICES leaves
-        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
-        return [
-            Holder(process.pid, None if process.usedGpuMemory is None else int(process.usedGpuMemory))
-            for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
-        ]
-    except pynvml.NVMLError as error:
-        log.debug("NVML does not tell who is on %s: %s", device, error)
-        return []
-    finally:
-        pynvml.nvmlShutdown()
+
+def _holders(pynvml: Any, card: Any) -> list[Holder]:
+    return [
+        Holder(int(process.pid), _told(process.usedGpuMemory))
+        for process in pynvml.nvmlDeviceGetComputeRunningProcesses(card)
+    ]
+
+
+def _told(used: Any) -> int | None:
+    """Bytes, or None where NVML does not tell, for which some modules have the largest number of 64 bits."""
+    return None if used is None or int(used) >= 2**63 else int(used)
 
 
 def available(device: torch.device, own: int = 0) -> int | None:
@@ -171,7 +166,7 @@ def _driver(name: str, device: torch.device, *arguments: Any) -> None:
     try:
         if library.cuDeviceGet(ctypes.byref(handle), device.index or 0) == 0:
             getattr(library, name)(handle, *arguments)
-    except AttributeError as error:  # an old driver
+    except Exception as error:  # an old driver, or another's library of that name
         log.debug("%s: %s", name, error)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from ..packages import need
 from ..terminal import plain_errors, progress_bars
 from .comparison import THRESHOLD, Comparison, compare, compare_pairs
 from .options import EXIT_CODES, AsJson, Results, Source, Work, grouped
@@ -78,6 +80,7 @@ def compare_command(
     from .pictures import describe
 
     with plain_errors():
+        need("scipy.stats", "A comparison")
         work.check()
         results.check()
         if against is not None:
@@ -92,8 +95,14 @@ def compare_command(
             history.add(report, baseline=False)
         comparison = compare(baseline.seconds, [sample.seconds for sample in report.samples])
         about = {"title": report.title, "baseline": baseline.when, "phases": _phase_changes(baseline, report)}
-        shown = {"trend": plots.trend_plot(report.title, history.runs())}
-        _finish(comparison, about, threshold, shown, results, report.interrupted)
+        _finish(
+            comparison,
+            about,
+            threshold,
+            lambda: {"trend": plots.trend_plot(report.title, history.runs())},
+            results,
+            report.interrupted,
+        )
 
 
 def _compare_revision(revision: str, source: Source, work: Work, threshold: float, results: Results) -> None:
@@ -114,9 +123,9 @@ def _compare_revision(revision: str, source: Source, work: Work, threshold: floa
             interrupted = True
     old, new = zip(*pairs, strict=True)
     title = f"{after.model['name']}, {workload.words}, against {revision}"
-    shown = {"pairs": plots.pairs_plot(title, revision, old, new)}
+    shown = partial(plots.pairs_plot, title, revision, old, new)
     about = {"title": title, "against": revision, "pairs": pairs}
-    _finish(compare_pairs(old, new), about, threshold, shown, results, interrupted)
+    _finish(compare_pairs(old, new), about, threshold, lambda: {"pairs": shown()}, results, interrupted)
 
 
 def _phase_changes(baseline: Run, report: LatencyReport) -> dict[str, float]:
@@ -133,7 +142,7 @@ def _finish(
     comparison: Comparison,
     about: Mapping[str, Any],
     threshold: float,
-    shown: Mapping[str, Figure],
+    shown: Callable[[], Mapping[str, Figure]],
     results: Results,
     interrupted: bool,
 ) -> NoReturn:

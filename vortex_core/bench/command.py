@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 
 from ..errors import GB
+from ..packages import need
 from ..spec import DEFAULT_STEPS
 from ..terminal import plain_errors, progress_bars
 from .baseline_command import app as baseline
@@ -92,7 +93,7 @@ def latency(
             exports.write_prometheus(exports.latency_metrics(found), "summary", what, prometheus)
         if results.output:
             samples = [sample.as_dict() for sample in report.samples]
-            write_folder(results.output, found | {"samples": samples}, plots.latency_plots(report))
+            write_folder(results.output, found | {"samples": samples}, lambda: plots.latency_plots(report))
             exports.write_csv(report.samples, results.output / "samples.csv")
         results.finish(found, latency_tables(report), report.verdicts, report.interrupted)
 
@@ -165,7 +166,7 @@ def vram(
             exports.write_prometheus(exports.vram_metrics(found), "gauge", what, prometheus)
         if results.output:
             timeline = [asdict(moment) for moment in report.timeline]
-            write_folder(results.output, found | {"timeline": timeline}, {"vram": plots.vram_plot(report)})
+            write_folder(results.output, found | {"timeline": timeline}, lambda: {"vram": plots.vram_plot(report)})
         results.finish(found, vram_tables(report), report.verdicts)
 
 
@@ -203,6 +204,7 @@ def leak(
     from .leak import MB, mixed, run
 
     with plain_errors():
+        need("scipy.stats", "The leak check")
         sizes = [pair for text in size or () if (pair := check_size(text, steps))]
         results.check()
         check_files(prometheus)
@@ -215,7 +217,7 @@ def leak(
             metrics = (("vortex_memory_slope_bytes", {"counter": t.counter}, t.slope) for t in report.trends)
             exports.write_prometheus(metrics, "gauge", "Bytes by which a counter grows with each picture.", prometheus)
         if results.output:
-            write_folder(results.output, found, {"leak": plots.leak_plot(report)})
+            write_folder(results.output, found, lambda: {"leak": plots.leak_plot(report)})
         table = grid("counter", "MB a picture", "99.9 % interval", "10 pictures add at most", title=report.title)
         for t in report.trends:
             interval = f"{t.low / MB:+.3f} to {t.high / MB:+.3f}"

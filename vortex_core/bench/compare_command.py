@@ -12,6 +12,7 @@ from rich.table import Table
 from ..checkpoint.bundle import path_of
 from ..device import resolve_device
 from ..errors import GB, VortexInputError
+from ..packages import need
 from ..spec import DEFAULT_STEPS
 from ..terminal import console, plain_errors
 from ..vram import available
@@ -58,6 +59,8 @@ def compare(
 
     with plain_errors():
         results.check()
+        for package in ("diffusers", "bitsandbytes.nn"):
+            need(package, "A comparison with peers")
         ensure_allocator(allocator, again())
         sizes = [check_size(text, DEFAULT_STEPS) for text in size or ("512x512", "1024x1024")]
         where = resolve_device(device)
@@ -66,7 +69,7 @@ def compare(
         result = run(folder, device=where, sizes=shapes, samples=samples, comfyui=comfyui, on_row=report)
         found = result.figures()
         if results.output:
-            write_folder(results.output, found, {"compare": compare_plot(result)})
+            write_folder(results.output, found, lambda: {"compare": compare_plot(result)})
         results.finish(found, [table(result), floors(result)], [])
 
 

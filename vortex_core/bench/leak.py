@@ -120,6 +120,8 @@ def run(
     Two rounds of all sizes and prompts come first and do not count: caches fill, allocators settle. Ctrl-C ends the
     check early and keeps what was measured. `options` go to `Engine.generate`.
     """
+    if not any(value is not None for value in read(engine.device).values()):
+        raise VortexInputError("No counter of memory can be read here. Install psutil, which tells the host's.")
     when = now()
     settle = 2 * max(len(sizes), len(PROMPTS))
     readings: dict[str, list[int]] = {}

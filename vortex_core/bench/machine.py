@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import platform
 from collections.abc import Callable
@@ -12,13 +11,13 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from .. import __version__
+from .. import __version__, nvml
 
-log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 PACKAGES = ("bitsandbytes", "transformers", "triton")
 REASON = "nvmlClocksEventReason"
@@ -63,7 +62,7 @@ class Reading:
     temperature: int | None
     power: float | None
     throttled: tuple[str, ...] | None
-    load: float
+    load: float | None
 
     @property
     def words(self) -> tuple[str, str, str, str]:
@@ -72,7 +71,7 @@ class Reading:
             "unknown" if self.clock is None else f"{self.clock} MHz",
             "unknown" if self.temperature is None else f"{self.temperature} °C",
             "unknown" if self.throttled is None else ", ".join(self.throttled) or "nothing",
-            f"{self.load:.1f}",
+            "unknown" if self.load is None else f"{self.load:.1f}",
         )
 
 
@@ -80,7 +79,7 @@ def machine(device: torch.device) -> Machine:
     """This machine, as it runs pictures on `device`."""
     packages = {}
     for package in PACKAGES:
-        with suppress(metadata.PackageNotFoundError):
+        with suppress(Exception):  # not installed, or half of it
             packages[package] = metadata.version(package)
     cuda = device.type == "cuda"
     return Machine(
@@ -98,41 +97,40 @@ def machine(device: torch.device) -> Machine:
 
 def gauge(device: torch.device) -> Callable[[], Reading]:
     """What takes a reading of the device and the host."""
-    if device.type != "cuda":
-        return lambda: Reading(None, None, None, None, None, os.getloadavg()[0])
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        # by UUID: NVML counts all cards, torch only those CUDA_VISIBLE_DEVICES leaves
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-    except pynvml.NVMLError as error:
-        log.info("NVML does not tell clocks and temperature: %s", error)
-        return lambda: Reading(None, None, None, None, None, os.getloadavg()[0])
-    reasons = {
-        name.removeprefix(REASON): getattr(pynvml, name)
-        for name in dir(pynvml)
-        if name.startswith(REASON) and name.removeprefix(REASON) not in NO_REASON
-    }
-
-    def ask(question: Callable[..., Any], *arguments: Any) -> Any:
-        with suppress(pynvml.NVMLError):  # what a card does not support
-            return question(handle, *arguments)
-        return None
 
     def read() -> Reading:
-        power = ask(pynvml.nvmlDeviceGetPowerUsage)
-        mask = ask(pynvml.nvmlDeviceGetCurrentClocksEventReasons)
-        return Reading(
-            clock=ask(pynvml.nvmlDeviceGetClockInfo, pynvml.NVML_CLOCK_SM),
-            memory_clock=ask(pynvml.nvmlDeviceGetClockInfo, pynvml.NVML_CLOCK_MEM),
-            temperature=ask(pynvml.nvmlDeviceGetTemperature, pynvml.NVML_TEMPERATURE_GPU),
-            power=None if power is None else power / 1e3,
-            throttled=None if mask is None else tuple(name for name, bit in reasons.items() if mask & bit),
-            load=os.getloadavg()[0],
-        )
+        card = nvml.ask_card(device, _card) if device.type == "cuda" else None
+        return Reading(*[*(card or [None] * 5), _load()])
 
     return read
+
+
+def _card(pynvml: Any, card: Any) -> list[Any]:
+    """The first fields of a `Reading`, each None where this card, driver or module does not tell."""
+
+    def tell(answer: Callable[[], T]) -> T | None:
+        with suppress(Exception):
+            return answer()
+        return None
+
+    def throttled() -> tuple[str, ...]:
+        mask = int(pynvml.nvmlDeviceGetCurrentClocksEventReasons(card))
+        reasons = {name.removeprefix(REASON): getattr(pynvml, name) for name in dir(pynvml) if name.startswith(REASON)}
+        return tuple(name for name, bit in reasons.items() if name not in NO_REASON and mask & bit)
+
+    return [
+        tell(lambda: int(pynvml.nvmlDeviceGetClockInfo(card, pynvml.NVML_CLOCK_SM))),
+        tell(lambda: int(pynvml.nvmlDeviceGetClockInfo(card, pynvml.NVML_CLOCK_MEM))),
+        tell(lambda: int(pynvml.nvmlDeviceGetTemperature(card, pynvml.NVML_TEMPERATURE_GPU))),
+        tell(lambda: float(pynvml.nvmlDeviceGetPowerUsage(card) / 1e3)),
+        tell(throttled),
+    ]
+
+
+def _load() -> float | None:
+    with suppress(AttributeError, OSError):  # Windows has none
+        return os.getloadavg()[0]
+    return None
 
 
 def now() -> str:
@@ -141,16 +139,12 @@ def now() -> str:
 
 
 def _driver() -> str | None:
-    import pynvml
-
-    with suppress(pynvml.NVMLError):
-        pynvml.nvmlInit()
-        return str(pynvml.nvmlSystemGetDriverVersion())
-    return None
+    version = nvml.ask(lambda pynvml: pynvml.nvmlSystemGetDriverVersion())
+    return version.decode() if isinstance(version, bytes) else version and str(version)
 
 
 def _processor() -> str:
-    with suppress(OSError), open("/proc/cpuinfo") as lines:
+    with suppress(OSError), open("/proc/cpuinfo", errors="replace") as lines:
         for line in lines:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()

@@ -8,22 +8,32 @@ from contextlib import suppress
 import torch
 
 from ..latency import synchronize
+from ..packages import missing
 from ..vram import snapshot
 
 ALLOCATED, RESERVED, PROCESS, HOST = "torch allocated", "torch reserved", "process (NVML)", "host (RSS)"
 
-Counters = dict[str, int | None]  # bytes by name; None where NVML does not tell
+Counters = dict[str, int | None]  # bytes by name; None where nobody tells
 
 
 def counters(device: torch.device) -> Counters:
     """Bytes at this moment. On the CPU only the host's."""
-    import psutil
-
     found: Counters = {}
     if device.type == "cuda":
         now = snapshot(device)
         found = {ALLOCATED: now.allocated, RESERVED: now.reserved, PROCESS: now.process}
-    return {**found, HOST: int(psutil.Process().memory_info().rss)}
+    return {**found, HOST: _resident()}
+
+
+def _resident() -> int | None:
+    """Bytes of host memory that this process has, or None where nobody tells."""
+    if missing("psutil") is not None:
+        return None
+    import psutil
+
+    with suppress(Exception):  # of many kinds, where /proc is hidden
+        return int(psutil.Process().memory_info().rss)
+    return None
 
 
 def at_rest(device: torch.device) -> Counters:

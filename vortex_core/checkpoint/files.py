@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import VortexCheckpointError
+from ..packages import missing
 from .upload import FileBytes, Upload, upload_to
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
@@ -168,12 +169,14 @@ class GgufFile:
     """A GGUF file, decoded by the `gguf` package. Raises `VortexCheckpointError` where it is damaged or missing."""
 
     def __init__(self, path: Path) -> None:
-        try:
-            import gguf
-        except ImportError as error:
+        why = missing("gguf")
+        if why is not None:
             raise VortexCheckpointError(
-                f"{path} is a GGUF file; reading it needs the package gguf: pip install gguf.", path=str(path)
-            ) from error
+                f"{path} is a GGUF file; reading it needs the package gguf, which {why}: pip install gguf.",
+                path=str(path),
+            )
+        import gguf
+
         self._gguf: Any = gguf
         self.where = str(path)
         self.files: tuple[Path, ...] = (path,)

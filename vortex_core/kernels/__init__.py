@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..packages import missing
 from . import reference
 from .operand import TILE, Heads, Moments, Operand, Window, empty_heads, most_parts
 
@@ -114,11 +115,8 @@ def fused_declined(device: torch.device) -> str | None:
         return f"they need CUDA, not {device.type}"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "they need compute capability 8.0"
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        return f"Triton does not import ({error})"
-    return _broken(device)
+    why = missing("triton")
+    return _broken(device) if why is None else f"Triton {why}"
 
 
 @cache
