@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import Progress
-from rich.table import Table
-
-from ..terminal import console
+from ..disk import write
+from ..terminal import err
+from ..terminal import grid as grid
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from ..console import Bars
 
-def picture_count(progress: Progress, what: str) -> Callable[[int, int], None]:
+
+def picture_count(progress: Bars, what: str) -> Callable[[int, int], None]:
     """A new bar that counts pictures: `report(done, total)`."""
     task = progress.add_task(what, total=None, count="")
 
@@ -31,17 +33,19 @@ def write_folder(folder: Path, figures: Mapping[str, Any], plots: Mapping[str, F
     from .figures import save
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(figures, indent=1) + "\n")
+    report = homeless(json.dumps(figures, indent=1)) + "\n"
+    write(folder / "report.json", report.encode(), replace=True)
     for name, figure in plots.items():
         save(figure, folder / name)
-    console.print(f"[green]{folder}[/]  {', '.join(['report.json', *(f'{name}.png, .svg' for name in plots)])}")
+    err().say((str(folder), "green"), f"  {', '.join(['report.json', *(f'{name}.png, .svg' for name in plots)])}")
+
+
+def homeless(report: str) -> str:
+    """JSON without the user's name in paths: reports are shown to others."""
+    home = os.path.expanduser("~")
+    return report if home in ("~", "/") else report.replace(json.dumps(home)[1:-1] + "/", "~/")
 
 
 def milliseconds(seconds: float) -> str:
     """Seconds, as they are read."""
     return f"{seconds * 1e3:.1f} ms"
-
-
-def grid(*columns: str, title: str = "") -> Table:
-    """An empty table in the style of all commands."""
-    return Table(*columns, title=title or None, title_justify="left", box=None, pad_edge=False)
