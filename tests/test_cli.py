@@ -2,13 +2,18 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
+from test_disk import file_size_limit
 from typer.testing import CliRunner
 
 import vortex_core
+from vortex_core import Engine, disk, png
 from vortex_core.cli import app
 
 runner = CliRunner()
@@ -106,14 +111,84 @@ def test_warnings_are_notes(tmp_path: Path) -> None:
     assert "note: negative_prompt has no effect" in said
 
 
-def test_cancelling_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*arguments: object, **options: object) -> None:
-        raise KeyboardInterrupt
+@pytest.fixture
+def loaded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """The shared engine, in place of one that each command loads."""
+    monkeypatch.setattr("vortex_core.cli.load_engine", lambda *arguments, **options: engine)
+    return engine
 
-    monkeypatch.setattr("vortex_core.engine.Engine.generate", interrupt)
-    said = run("generate", "a red circle", "-o", str(tmp_path / "x.png"), *SMALL, code=130)
-    assert "cancelled; nothing was written" in said
-    assert not list(tmp_path.iterdir())
+
+def test_cancelling_counts_what_was_written(loaded: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate, left = loaded.generate, [True]
+
+    def interrupt(*arguments: Any, **options: Any) -> Any:
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        return generate(*arguments, **options)
+
+    monkeypatch.setattr(loaded, "generate", interrupt)
+    arguments = ["generate", "a red circle", "--batch", "6", "-o", str(tmp_path / "x.png"), *SMALL]
+    assert "cancelled; 4 of 6 pictures were written" in run(*arguments, code=130)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"x-{i}.png" for i in range(1, 5)]
+    assert "cancelled; nothing was written" in run(*arguments, "--overwrite", code=130)
+
+
+def test_a_large_batch_is_the_single_pictures(loaded: Engine, tmp_path: Path) -> None:
+    run("generate", "a red circle", "--seed", "3", "--batch", "5", "-o", str(tmp_path / "x.png"), *SMALL)
+    run("generate", "a red circle", "--seed", "7", "-o", str(tmp_path / "y.png"), *SMALL)
+    with Image.open(tmp_path / "x-5.png") as last, Image.open(tmp_path / "y.png") as single:
+        assert last.tobytes() == single.tobytes()
+        assert last.text == single.text
+
+
+def test_a_name_that_is_taken_meanwhile_loses_no_picture(
+    loaded: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate, path = loaded.generate, tmp_path / "x.png"
+
+    def other(*arguments: Any, **options: Any) -> Any:
+        path.write_text("of another run")
+        return generate(*arguments, **options)
+
+    monkeypatch.setattr(loaded, "generate", other)
+    said = run("generate", "a red circle", "-o", str(path), *SMALL)
+    assert "was made by somebody else meanwhile and is left alone" in said
+    assert path.read_text() == "of another run"
+    (beside,) = tmp_path.glob("x-*.png")
+    with Image.open(beside) as image:
+        assert image.size == (80, 64)
+
+
+def test_a_full_disk_leaves_whole_pictures(loaded: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, room = disk.write, [True, True]
+
+    def fill(path: Path, data: bytes, *, replace: bool) -> None:
+        with file_size_limit(10**9 if room and room.pop() else 100):
+            write(path, data, replace=replace)
+
+    monkeypatch.setattr("vortex_core.pictures.write", fill)
+    said = run("generate", "a red circle", "--batch", "4", "-o", str(tmp_path / "x.png"), *SMALL, code=1)
+    assert "error: [Errno 27] File too large" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x-1.png", "x-2.png"]
+
+
+@pytest.mark.parametrize("prompt", ["[/b] [red] [x:y:0.5]", "🔴 紅い円\n星", "a\tb\nSteps: 9, Seed: 1\x0b\x1b[31m"])
+def test_a_picture_remembers_any_prompt(loaded: Engine, tmp_path: Path, prompt: str) -> None:
+    path = tmp_path / "x[" / "tmp] star [final].png"  # together: x[/tmp]
+    path.parent.mkdir()
+    said = run("generate", prompt, "-o", str(path), *SMALL)
+    assert str(path) in said
+    with Image.open(path) as image:
+        text, _, line = image.text["parameters"].rpartition("\n")
+        assert text == prompt
+        assert line.startswith("Steps: 1, Sampler: Euler, CFG scale: 1, Seed: ")
+        assert not {"prompt", "workflow"} & set(image.text)
+
+
+def test_names_with_commas_are_quoted() -> None:
+    made = png.parameters("x", steps=4, seed=7, width=64, height=80, model='flux, "mine"')
+    assert ', Size: 64x80, Model: "flux, \\"mine\\"", Version: vortex ' in made
 
 
 def test_doctor_says_what_it_found() -> None:
@@ -130,13 +205,10 @@ def test_help_teaches() -> None:
     assert f"vortex {vortex_core.__version__}" in run("--version")
 
 
-def test_module_runs_as_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    import runpy
-
-    monkeypatch.setattr("sys.argv", ["vortex", "--version"])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_module("vortex_core", run_name="__main__")
-    assert stop.value.code == 0
+def test_module_runs_as_the_command() -> None:
+    command = [sys.executable, "-m", "vortex_core", "--version"]
+    said = subprocess.run(command, cwd=Path(__file__).parent.parent, check=True, capture_output=True, text=True).stdout
+    assert said == f"vortex {vortex_core.__version__}\n"
 
 
 def test_plan_needs_no_gpu_and_no_model() -> None:

@@ -9,7 +9,7 @@ from typing import TextIO
 
 from . import cancel
 
-EXIT_ERROR, EXIT_BROKEN_PIPE = 1, 141  # as a shell counts whoever died of SIGPIPE
+EXIT_ERROR = 1
 
 
 def main() -> None:
@@ -28,13 +28,11 @@ def _run() -> int:
         code = run()
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # whoever read has seen enough
-        code = EXIT_BROKEN_PIPE
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = EXIT_ERROR
-    _forget(sys.stdout)
-    return code
+        if not isinstance(error, BrokenPipeError):  # whoever reads a pipe may have seen enough
+            print(f"error: {error}", file=sys.stderr)
+        _forget(sys.stdout)
+        return EXIT_ERROR
 
 
 def _whole(stream: TextIO | None) -> TextIO:

@@ -13,7 +13,7 @@ from . import __version__, cancel
 from .bench.command import app as bench
 from .disk import check_folder
 from .errors import VortexInputError
-from .foreign import printable
+from .foreign import printable, printable_lines
 from .pictures import Pictures, check_new, output_paths
 from .request import Request, check_choice, check_prompt
 from .spec import DEFAULT_STEPS, MAX_SIZE, MAX_STEPS, MIN_SIZE, MODES, QUANTIZATIONS, SIZE_MULTIPLE
@@ -65,7 +65,7 @@ def run() -> int:
     except Exception as error:
         if not hasattr(error, "format_message"):  # click's own, for bad usage; typer brings its own click, or not
             raise
-        error.message = printable(error.message)  # type: ignore[attr-defined]
+        error.message = printable_lines(error.message)  # type: ignore[attr-defined]
         error.show()  # type: ignore[attr-defined]
         return int(error.exit_code)  # type: ignore[attr-defined]
 

@@ -27,7 +27,11 @@ class Console(console.Console):
     def say(self, *parts: str | tuple[str, str], style: str = "") -> None:
         """A sentence; a part may be `(text, style)`."""
         safe = [printable(part) if isinstance(part, str) else (printable(part[0]), part[1]) for part in parts]
-        self.print(Text.assemble(*safe, style=style), soft_wrap=True)
+        super().print(Text.assemble(*safe, style=style), soft_wrap=True)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Rich's own, for tables and texts."""
+        super().print(*map(plain, objects), **options)
 
     def on_broken_pipe(self) -> None:
         """Leave it to whoever runs the command."""

@@ -17,7 +17,7 @@ import typer
 
 from . import cancel
 from .errors import VortexError, VortexInputError, VortexWarning, quoted
-from .foreign import printable
+from .foreign import printable_lines
 
 if TYPE_CHECKING:
     from .console import Bars, Console, Grid
@@ -142,7 +142,7 @@ class Lines(logging.Formatter):
     """Log lines that cannot steer a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return "\n".join(map(printable, super().format(record).split("\n")))
+        return printable_lines(super().format(record))
 
 
 def log_to_stderr(verbose: bool) -> None:
@@ -175,9 +175,12 @@ def load_engine(progress: Bars, model: str | Path, **options: Any) -> Engine:
     report = byte_count(progress, "loading")
     from .engine import Engine  # seconds of imports: after the bar shows
 
-    cancel.raises()
+    def begin(done: int, total: int) -> None:
+        cancel.raises()  # not before: more imports, on a thread that nothing interrupts, come first
+        report(done, total)
+
     try:
-        return Engine.load(model, on_progress=report, **options)
+        return Engine.load(model, on_progress=begin, **options)
     except VortexError:
         progress.remove_task(progress.task_ids[-1])  # the sentence says it all
         raise
