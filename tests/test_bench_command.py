@@ -236,6 +236,16 @@ def test_a_history_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         history.runs()
 
 
+def test_a_missing_matplotlib_is_told_before_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Engine, "load", lambda *a, **o: pytest.fail("loaded"))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = runner.invoke(app, ["bench", "latency", "-o", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert "pip install --upgrade matplotlib" in result.output
+    assert not list(tmp_path.iterdir())
+
+
 def test_where_runs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VORTEX_BASELINES", "")  # empty is unset
     monkeypatch.setenv("XDG_DATA_HOME", "/data")

@@ -186,6 +186,24 @@ def test_a_picture_remembers_any_prompt(loaded: Engine, tmp_path: Path, prompt: 
         assert not {"prompt", "workflow"} & set(image.text)
 
 
+def test_no_prompt_is_logged(loaded: Engine, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG")
+    run("-v", "generate", "a magenta heptagon", "-o", str(tmp_path / "x.png"), *SMALL)
+    assert "heptagon" not in caplog.text
+
+
+def test_a_missing_pillow_is_told_before_drawing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vortex_core.cli.load_engine", lambda *a, **o: pytest.fail("loaded"))
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    said = run("generate", "a red circle", "-o", str(tmp_path / "x.png"), code=1)
+    assert "pip install --upgrade pillow" in said
+
+
+def test_a_model_s_name_is_any_file_s() -> None:
+    made = png.parameters("x", steps=4, seed=7, width=64, height=80, model="caf\udce9\n")
+    assert made.encode().endswith(f"Model: caf\\udce9\\n, Version: vortex {vortex_core.__version__}".encode())
+
+
 def test_names_with_commas_are_quoted() -> None:
     made = png.parameters("x", steps=4, seed=7, width=64, height=80, model='flux, "mine"')
     assert ', Size: 64x80, Model: "flux, \\"mine\\"", Version: vortex ' in made

@@ -53,6 +53,12 @@ def raises() -> None:
         signal.signal(signal.SIGINT, _raise)
 
 
+def ends() -> None:
+    """From now on Ctrl-C ends the process at once again: whatever there was to clean up is."""
+    if _installed:
+        signal.signal(signal.SIGINT, _leave)
+
+
 def ignore() -> None:
     """From now on Ctrl-C does nothing: everything is done but the interpreter's own end."""
     if _installed:

@@ -15,6 +15,7 @@ from .disk import check_folder
 from .errors import VortexInputError
 from .foreign import printable, printable_lines
 from .pictures import Pictures, check_new, output_paths
+from .png import check_writer
 from .request import Request, check_choice, check_prompt
 from .spec import DEFAULT_STEPS, MAX_SIZE, MAX_STEPS, MIN_SIZE, MODES, QUANTIZATIONS, SIZE_MULTIPLE
 from .terminal import (
@@ -150,6 +151,7 @@ def generate(
         check_choice("mode", mode, MODES)
         check_choice("quantization", quantization, QUANTIZATIONS)
         check_number("--vram", vram, **BUDGETS)
+        check_writer()
         paths = output_paths(output or Path(f"vortex-{seed}.png"), batch, overwrite)
         pictures = Pictures(prompt, negative_prompt, seed, steps, height, width, paths, overwrite)
         with progress_bars() as progress:

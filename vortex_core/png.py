@@ -7,9 +7,21 @@ import json
 from typing import TYPE_CHECKING
 
 from . import __version__
+from .errors import VortexError
+from .foreign import printable
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def check_writer() -> None:
+    """Raise `VortexError` where Pillow is missing or broken, before anything is drawn."""
+    try:
+        from PIL import Image, PngImagePlugin  # noqa: F401
+    except Exception as error:  # a broken install fails in many ways
+        raise VortexError(
+            f"Pictures are written with Pillow, which does not import ({error}): pip install --upgrade pillow."
+        ) from error
 
 
 def encode(picture: Tensor, parameters: str) -> bytes:
@@ -33,6 +45,7 @@ def encode(picture: Tensor, parameters: str) -> bytes:
 
 def parameters(prompt: str, *, steps: int, seed: int, width: int, height: int, model: str) -> str:
     """How a picture was made, as AUTOMATIC1111 writes it: the prompt, then one line of `Name: value, ...`."""
+    model = printable(model)  # a file's name, whose bytes may be no text
     facts = {
         "Steps": steps,
         "Sampler": "Euler",

@@ -102,6 +102,7 @@ class plain_errors:
         cancel.tally.begin(0)
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        cancel.ends()
         warnings.showwarning = self._show
         if isinstance(error, BrokenPipeError):
             return

@@ -66,7 +66,9 @@ def write_prometheus(metrics: Iterable[Metric], kind: str, about: str, path: Pat
             lines = [f"# HELP {name} {about}", f"# TYPE {name} {kind}"]
         quoted = ",".join(f'{key}="{_escape(text)}"' for key, text in labels.items())
         lines.append(f"{name}{{{quoted}}} {value:.9g}")
-    write(path, ("\n".join(lines) + "\n").encode(), replace=True)  # whole: the collector may read at any moment
+    write(
+        path, ("\n".join(lines) + "\n").encode(errors="backslashreplace"), replace=True
+    )  # whole: the collector may read at any moment
 
 
 def _escape(text: str) -> str:

@@ -142,6 +142,7 @@ class Results:
         """Raise `VortexInputError` for a folder that cannot be, before anything is measured."""
         if self.output is not None:
             check_output(self.output, "--output")
+            check_plots()
 
     def finish(
         self,
@@ -205,6 +206,17 @@ def check_output(folder: Path, option: str) -> None:
     if not place.is_dir():
         raise VortexInputError(f"{option} must be a folder, and {place} is a file.")
     check_folder(place)
+
+
+def check_plots() -> None:
+    """Raise `VortexInputError` where matplotlib is missing or broken, before anything is measured."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except Exception as error:  # a broken install fails in many ways
+        raise VortexInputError(
+            f"--output draws plots with matplotlib, which does not import ({error}): pip install --upgrade matplotlib, "
+            "or leave --output out."
+        ) from error
 
 
 def check_files(*paths: Path | None) -> None:
