@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 import subprocess
 import sys
@@ -16,8 +17,11 @@ from typer.testing import CliRunner, Result
 
 from vortex_core import Engine
 from vortex_core.bench import against, latency_report, pictures
+from vortex_core.bench.baseline import History, default_folder
+from vortex_core.bench.output import homeless
 from vortex_core.bench.workload import Workload
 from vortex_core.cli import app
+from vortex_core.errors import VortexError, VortexInputError
 
 runner = CliRunner()
 SMALL = ["--size", "64x64", "--steps", "1", "--device", "cpu"]
@@ -167,6 +171,98 @@ def test_a_baseline_is_kept_and_compared_with(
     assert "line 1 is not a benchmark's run" in re.sub(r"\s+", " ", damaged.output)
 
 
+GOOD = {
+    "schema": "vortex.bench.run/1", "when": "2026-01-01T00:00:00+00:00", "vortex": "0.1.0", "baseline": True,
+    "seconds": [0.5], "phases": {"decode": 0.1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"null",
+        b"[]",
+        b"7",
+        b"\xff\xfe\x00",
+        b"{" * 100_000,
+        b"[" * 100_000,
+        b"",
+        json.dumps(GOOD).encode()[:60],
+        *(
+            json.dumps(GOOD | changed).encode()
+            for changed in (
+                {"schema": "vortex.bench.run/9"},
+                {"seconds": []},
+                {"seconds": 7},
+                {"seconds": ["a"]},
+                {"seconds": [0.5, math.nan]},
+                {"seconds": [0]},
+                {"seconds": [-1.0]},
+                {"seconds": [True]},
+                {"seconds": [10**400]},
+                {"phases": []},
+                {"phases": {"decode": "slow"}},
+                {"baseline": "yes"},
+                {"when": None},
+                {"when": "x" * 100},
+                {"vortex": "0.1\x1b[31m"},
+            )
+        ),
+    ],
+    ids=lambda content: repr(content[-24:]),
+)
+def test_a_damaged_history_is_named(tmp_path: Path, content: bytes) -> None:
+    history = object.__new__(History)
+    history.path = tmp_path / "runs.jsonl"
+    assert history.runs() == []
+    history.path.write_bytes(json.dumps(GOOD).encode() + b"\n")
+    assert history.runs()[0].seconds == (0.5,)
+    history.path.write_bytes(json.dumps(GOOD).encode() + b"\n" + content + b"\n")
+    with pytest.raises(VortexError, match="line 2 is not a benchmark's run") as error:
+        history.runs()
+    assert len(str(error.value)) < 600
+    assert "\x1b" not in str(error.value)
+
+
+def test_a_history_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    history = object.__new__(History)
+    history.path = tmp_path
+    with pytest.raises(VortexError, match="cannot be read: Is a directory"):
+        history.runs()
+    history.path = tmp_path / "huge.jsonl"
+    with history.path.open("wb") as file:
+        file.truncate(10**12)
+    with pytest.raises(VortexError, match="is over 100 MB"):
+        history.runs()
+
+
+def test_a_missing_matplotlib_is_told_before_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Engine, "load", lambda *a, **o: pytest.fail("loaded"))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = runner.invoke(app, ["bench", "latency", "-o", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert "pip install --upgrade matplotlib" in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_runs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VORTEX_BASELINES", "")  # empty is unset
+    monkeypatch.setenv("XDG_DATA_HOME", "/data")
+    assert default_folder() == Path("/data/vortex/baselines")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # nobody knows this user
+    monkeypatch.delenv("XDG_DATA_HOME")
+    with pytest.raises(VortexInputError, match="name one with --folder"):
+        default_folder()
+
+
+def test_reports_name_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert homeless('{"file": "/home/somebody/x", "other": "/home/somebodyelse"}') == (
+        '{"file": "~/x", "other": "/home/somebodyelse"}'
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -175,6 +271,18 @@ def test_a_baseline_is_kept_and_compared_with(
         (["latency", "--iterations", "0"], "equal to 1"),
         (["latency", "--trace", "no/such/folder/t.json"], "There is no folder"),
         (["latency", "--output", __file__], "--output must be a folder"),
+        (["latency", "--output", __file__ + "/x/y"], "--output must be a folder"),
+        (["latency", "--output", "/proc/self/x"], "No file can be written into /proc/self"),
+        (["latency", "--log", "/proc/self/x"], "No file can be written into /proc/self"),
+        (["latency", "--mode", "quick"], "Unknown mode 'quick'"),
+        (["latency", "--quantization", "int8"], "Unknown quantization 'int8'"),
+        (["latency", "--vram", "nan"], "--vram must be above 0"),
+        (["latency", "--target-p50", "inf"], "--target-p50 must be at least 0"),
+        (["latency", "--prompt", "caf\udce9"], "A prompt is not UTF-8 at character 4"),
+        (["latency", *(["--prompt", "x"] * 17)], "Give from 1 to 16 prompts, not 17"),
+        (["baseline", "save", "--folder", "/proc/self/x"], "No file can be written into /proc/self"),
+        (["baseline", "compare", "--threshold", "inf"], "--threshold must be at least 0"),
+        (["compare", "--comfyui", "no/such/tree"], "There is no ComfyUI tree"),
         (["leak", "--size", "x"], "--size must look like"),
         (["vram", "--size", "16x16"], "must be a multiple of 16 from 64"),
         (["baseline", "compare", "--against", "no-such-revision"], "that knows 'no-such-revision'"),

@@ -2,13 +2,18 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
+from test_disk import file_size_limit
 from typer.testing import CliRunner
 
 import vortex_core
+from vortex_core import Engine, disk, png
 from vortex_core.cli import app
 
 runner = CliRunner()
@@ -28,10 +33,12 @@ def test_generate_writes_a_png_that_remembers(tmp_path: Path) -> None:
     assert "80 x 64, seed 7" in said
     with Image.open(path) as image:
         assert image.size == (80, 64)
-        assert image.text["prompt"] == "a red circle — naïve"
-        assert image.text["seed"] == "7"
-        assert image.text["model"] == "tiny-schnell"
-        assert image.text["software"] == f"vortex {vortex_core.__version__}"
+        version = f"vortex {vortex_core.__version__}"
+        assert image.text == {
+            "parameters": "a red circle — naïve\nSteps: 1, Sampler: Euler, CFG scale: 1, Seed: 7, Size: 80x64, "
+            f"Model: tiny-schnell, Version: {version}",
+            "Software": version,
+        }
     assert [p.name for p in tmp_path.iterdir()] == ["circle.png"]
 
 
@@ -50,7 +57,7 @@ def test_a_batch_writes_numbered_files(tmp_path: Path) -> None:
     run("generate", "a red circle", "--seed", "3", "--batch", "2", "-o", str(tmp_path / "c.png"), *SMALL)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c-1.png", "c-2.png"]
     with Image.open(tmp_path / "c-2.png") as image:
-        assert image.text["seed"] == "4"
+        assert "Seed: 4," in image.text["parameters"]
 
 
 def test_the_default_name_holds_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,10 +69,20 @@ def test_the_default_name_holds_the_seed(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("arguments", "code", "sentence"),
     [
-        (["", *SMALL], 2, "prompt must be a text"),
         (["x", "--size", "80"], 2, "--size must look like 512x512"),
         (["x", "--size", "81x64"], 2, "width must be a multiple of 16"),
+        (["x", "--size", "9" * 5000 + "x64"], 2, "--size must look like 512x512"),
         (["x", "--batch", "0"], 2, "--batch must be at least 1"),
+        (["x", "--batch", "1000000000000"], 2, "at most 10000"),
+        (["x", "--seed", "-1"], 2, "seed must be a whole number from 0"),
+        (["x", "--mode", "quick"], 2, "Unknown mode 'quick'"),
+        (["x", "--vram", "nan"], 2, "--vram must be above 0"),
+        (["x", "--vram", "1e308"], 2, "--vram must be above 0"),
+        (["caf\udce9"], 2, "The prompt is not UTF-8 at character 4"),
+        (["x", "--model", "~nosuchuser/model"], 2, "no home folder is known for '~nosuchuser'"),
+        (["x", "-o", "~nosuchuser/x.png"], 2, "no home folder is known for '~nosuchuser'"),
+        (["x", "-o", "/proc/self/x.png"], 2, "No file can be written into /proc/self"),
+        (["x", "-o", "x" * 252 + ".png"], 2, "File name too long"),
         (["x", "-o", "picture.jpg"], 2, "must end in .png"),
         (["x", "-o", "no/such/folder/x.png"], 2, "There is no folder"),
         (["x", "--model", "no/such/model"], 1, "There is no model at"),
@@ -78,6 +95,10 @@ def test_bad_input_gets_a_sentence_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int, sentence: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    loads = "--model" in arguments or "--device" in arguments  # what only the library can tell, before it reads
+    if not loads:
+        monkeypatch.setattr("vortex_core.pictures.Pictures.draw", None)
+        monkeypatch.setattr("vortex_core.cli.load_engine", lambda *a, **o: pytest.fail("loaded"))
     said = run("generate", *arguments, code=code)
     assert sentence in said
     assert "Traceback" not in said
@@ -90,14 +111,102 @@ def test_warnings_are_notes(tmp_path: Path) -> None:
     assert "note: negative_prompt has no effect" in said
 
 
-def test_cancelling_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*arguments: object, **options: object) -> None:
-        raise KeyboardInterrupt
+@pytest.fixture
+def loaded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """The shared engine, in place of one that each command loads."""
+    monkeypatch.setattr("vortex_core.cli.load_engine", lambda *arguments, **options: engine)
+    return engine
 
-    monkeypatch.setattr("vortex_core.engine.Engine.generate", interrupt)
-    said = run("generate", "a red circle", "-o", str(tmp_path / "x.png"), *SMALL, code=130)
-    assert "cancelled; nothing was written" in said
-    assert not list(tmp_path.iterdir())
+
+def test_cancelling_counts_what_was_written(loaded: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate, left = loaded.generate, [True]
+
+    def interrupt(*arguments: Any, **options: Any) -> Any:
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        return generate(*arguments, **options)
+
+    monkeypatch.setattr(loaded, "generate", interrupt)
+    arguments = ["generate", "a red circle", "--batch", "6", "-o", str(tmp_path / "x.png"), *SMALL]
+    assert "cancelled; 4 of 6 pictures were written" in run(*arguments, code=130)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"x-{i}.png" for i in range(1, 5)]
+    assert "cancelled; nothing was written" in run(*arguments, "--overwrite", code=130)
+
+
+def test_a_large_batch_is_the_single_pictures(loaded: Engine, tmp_path: Path) -> None:
+    run("generate", "a red circle", "--seed", "3", "--batch", "5", "-o", str(tmp_path / "x.png"), *SMALL)
+    run("generate", "a red circle", "--seed", "7", "-o", str(tmp_path / "y.png"), *SMALL)
+    with Image.open(tmp_path / "x-5.png") as last, Image.open(tmp_path / "y.png") as single:
+        assert last.tobytes() == single.tobytes()
+        assert last.text == single.text
+
+
+def test_a_name_that_is_taken_meanwhile_loses_no_picture(
+    loaded: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate, path = loaded.generate, tmp_path / "x.png"
+
+    def other(*arguments: Any, **options: Any) -> Any:
+        path.write_text("of another run")
+        return generate(*arguments, **options)
+
+    monkeypatch.setattr(loaded, "generate", other)
+    said = run("generate", "a red circle", "-o", str(path), *SMALL)
+    assert "was made by somebody else meanwhile and is left alone" in said
+    assert path.read_text() == "of another run"
+    (beside,) = tmp_path.glob("x-*.png")
+    with Image.open(beside) as image:
+        assert image.size == (80, 64)
+
+
+def test_a_full_disk_leaves_whole_pictures(loaded: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, room = disk.write, [True, True]
+
+    def fill(path: Path, data: bytes, *, replace: bool) -> None:
+        with file_size_limit(10**9 if room and room.pop() else 100):
+            write(path, data, replace=replace)
+
+    monkeypatch.setattr("vortex_core.pictures.write", fill)
+    said = run("generate", "a red circle", "--batch", "4", "-o", str(tmp_path / "x.png"), *SMALL, code=1)
+    assert "error: [Errno 27] File too large" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x-1.png", "x-2.png"]
+
+
+@pytest.mark.parametrize("prompt", ["[/b] [red] [x:y:0.5]", "🔴 紅い円\n星", "a\tb\nSteps: 9, Seed: 1\x0b\x1b[31m"])
+def test_a_picture_remembers_any_prompt(loaded: Engine, tmp_path: Path, prompt: str) -> None:
+    path = tmp_path / "x[" / "tmp] star [final].png"  # together: x[/tmp]
+    path.parent.mkdir()
+    said = run("generate", prompt, "-o", str(path), *SMALL)
+    assert str(path) in said
+    with Image.open(path) as image:
+        text, _, line = image.text["parameters"].rpartition("\n")
+        assert text == prompt
+        assert line.startswith("Steps: 1, Sampler: Euler, CFG scale: 1, Seed: ")
+        assert not {"prompt", "workflow"} & set(image.text)
+
+
+def test_no_prompt_is_logged(loaded: Engine, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG")
+    run("-v", "generate", "a magenta heptagon", "-o", str(tmp_path / "x.png"), *SMALL)
+    assert "heptagon" not in caplog.text
+
+
+def test_a_missing_pillow_is_told_before_drawing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vortex_core.cli.load_engine", lambda *a, **o: pytest.fail("loaded"))
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    said = run("generate", "a red circle", "-o", str(tmp_path / "x.png"), code=1)
+    assert "pip install --upgrade pillow" in said
+
+
+def test_a_model_s_name_is_any_file_s() -> None:
+    made = png.parameters("x", steps=4, seed=7, width=64, height=80, model="caf\udce9\n")
+    assert made.encode().endswith(f"Model: caf\\udce9\\n, Version: vortex {vortex_core.__version__}".encode())
+
+
+def test_names_with_commas_are_quoted() -> None:
+    made = png.parameters("x", steps=4, seed=7, width=64, height=80, model='flux, "mine"')
+    assert ', Size: 64x80, Model: "flux, \\"mine\\"", Version: vortex ' in made
 
 
 def test_doctor_says_what_it_found() -> None:
@@ -114,13 +223,10 @@ def test_help_teaches() -> None:
     assert f"vortex {vortex_core.__version__}" in run("--version")
 
 
-def test_module_runs_as_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    import runpy
-
-    monkeypatch.setattr("sys.argv", ["vortex", "--version"])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_module("vortex_core", run_name="__main__")
-    assert stop.value.code == 0
+def test_module_runs_as_the_command() -> None:
+    command = [sys.executable, "-m", "vortex_core", "--version"]
+    said = subprocess.run(command, cwd=Path(__file__).parent.parent, check=True, capture_output=True, text=True).stdout
+    assert said == f"vortex {vortex_core.__version__}\n"
 
 
 def test_plan_needs_no_gpu_and_no_model() -> None:

@@ -60,7 +60,7 @@ def test_wheel_holds_vortex_core_and_nothing_else(wheel: zipfile.ZipFile) -> Non
 
 def test_wheel_brings_the_one_command(wheel: zipfile.ZipFile) -> None:
     (entry_points,) = (name for name in wheel.namelist() if name.endswith("entry_points.txt"))
-    assert wheel.read(entry_points).decode().strip() == "[console_scripts]\nvortex = vortex_core.cli:app"
+    assert wheel.read(entry_points).decode().strip() == "[console_scripts]\nvortex = vortex_core.__main__:main"
 
 
 def test_install_exposes_no_other_folder(tmp_path: Path) -> None:

@@ -3,46 +3,72 @@
 from __future__ import annotations
 
 import json
-import logging
 import secrets
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from . import __version__
+from . import __version__, cancel
 from .bench.command import app as bench
+from .disk import check_folder
 from .errors import VortexInputError
-from .spec import DEFAULT_STEPS, MAX_SIZE, MAX_STEPS, MIN_SIZE, SIZE_MULTIPLE
+from .foreign import printable, printable_lines
+from .pictures import Pictures, check_new, output_paths
+from .png import check_writer
+from .request import Request, check_choice, check_prompt
+from .spec import DEFAULT_STEPS, MAX_SIZE, MAX_STEPS, MIN_SIZE, MODES, QUANTIZATIONS, SIZE_MULTIPLE
 from .terminal import (
     T5,
     CacheDir,
     Clip,
     Mode,
+    Tokenizers,
     Vae,
     Vram,
+    as_options,
     byte_count,
-    console,
+    check_number,
+    check_text,
+    err,
+    grid,
     load_engine,
+    log_to_stderr,
+    out,
     parse_size,
+    path_option,
     plain_errors,
     progress_bars,
+    user_path,
 )
 
+MAX_BATCH = 10_000
+BUDGETS = {"above": 0.0, "most": 1e6}  # GB
+
+# without markup: help texts, too, quote what is not meant as such
 app = typer.Typer(
     help="FLUX.1-schnell pictures with resident NF4 weights, in 4 steps.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
 )
 cache = typer.Typer(help="The quantized weights that Vortex keeps on disk.", no_args_is_help=True)
 fetch = typer.Typer(help="Download what Vortex needs; nothing else ever uses the network.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 app.add_typer(cache, name="cache")
 app.add_typer(fetch, name="fetch")
+
+
+def run() -> int:
+    """Run the command that `sys.argv` names; its exit code."""
+    try:
+        return app(prog_name="vortex", standalone_mode=False) or 0
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # click's own, for bad usage; typer brings its own click, or not
+            raise
+        error.message = printable_lines(error.message)  # type: ignore[attr-defined]
+        error.show()  # type: ignore[attr-defined]
+        return int(error.exit_code)  # type: ignore[attr-defined]
 
 
 def _version(wanted: bool) -> None:
@@ -59,7 +85,7 @@ def vortex(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say what is chosen and why.")] = False,
 ) -> None:
     """Options that every command takes."""
-    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(message)s", stream=sys.stderr)
+    log_to_stderr(verbose)
 
 
 @app.command(
@@ -78,10 +104,11 @@ def generate(
     clip: Clip = None,
     t5: T5 = None,
     vae: Vae = None,
+    tokenizers: Tokenizers = None,
     cache_dir: CacheDir = None,
     output: Annotated[
         Path | None,
-        typer.Option(
+        path_option(
             "--output",
             "-o",
             help="PNG to write; a batch adds -1, -2, ... [default: vortex-SEED.png]",
@@ -100,7 +127,7 @@ def generate(
         ),
     ] = None,
     steps: Annotated[int, typer.Option(help=f"1 to {MAX_STEPS}; schnell is made for 4.")] = DEFAULT_STEPS,
-    batch: Annotated[int, typer.Option(help="How many pictures.")] = 1,
+    batch: Annotated[int, typer.Option(help=f"How many pictures, up to {MAX_BATCH}.")] = 1,
     negative_prompt: Annotated[
         str | None, typer.Option(help="Accepted, but without effect: schnell draws at guidance 0.")
     ] = None,
@@ -112,35 +139,27 @@ def generate(
     ] = "nf4",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
 ) -> None:
-    """Draw a prompt and write it as PNG. The file carries prompt, seed, model and version as text."""
+    """Draw a prompt and write it as PNG. The file says how it was made, in the words that other programs read."""
     with plain_errors():
-        width, height = parse_size(size)
-        if batch < 1:
-            raise VortexInputError(f"--batch must be at least 1, not {batch}.")
+        check_text("The prompt", prompt)
+        check_prompt(prompt)
+        if not 1 <= batch <= MAX_BATCH:
+            raise VortexInputError(f"--batch must be at least 1 and at most {MAX_BATCH}, not {batch}.")
         seed = secrets.randbits(32) if seed is None else seed
-        paths = _output_paths(output or Path(f"vortex-{seed}.png"), batch, overwrite)
+        width, height = parse_size(size)
+        Request(seed, height or MIN_SIZE, width or MIN_SIZE, steps, batch)
+        check_choice("mode", mode, MODES)
+        check_choice("quantization", quantization, QUANTIZATIONS)
+        check_number("--vram", vram, **BUDGETS)
+        check_writer()
+        paths = output_paths(output or Path(f"vortex-{seed}.png"), batch, overwrite)
+        pictures = Pictures(prompt, negative_prompt, seed, steps, height, width, paths, overwrite)
         with progress_bars() as progress:
-            parts = {"clip": clip, "t5": t5, "vae": vae, "cache_dir": cache_dir}
+            parts = {"clip": clip, "t5": t5, "vae": vae, "tokenizers": tokenizers, "cache_dir": cache_dir}
             limits = {"vram_budget": vram, "cap_process": True}  # the process is ours
             how = {"device": device, "mode": mode, "quantization": quantization}
-            engine = load_engine(progress, model, **how, **limits, **parts)
-            task = progress.add_task("drawing", total=steps, count=f"0/{steps} steps")
-            pictures = engine.generate(
-                prompt,
-                negative_prompt,
-                seed=seed,
-                height=height,
-                width=width,
-                steps=steps,
-                batch_size=batch,
-                on_step=lambda i, n, latents: progress.update(task, completed=i, count=f"{i}/{n} steps"),
-            )
-        from .png import save_png
-
-        for i, (picture, path) in enumerate(zip(pictures, paths, strict=True)):
-            made = {"prompt": prompt, "seed": str(seed + i), "steps": str(steps), "model": engine.name}
-            save_png(picture, path, {**made, "software": f"vortex {__version__}"})
-            console.print(f"[green]{path}[/]  {picture.shape[1]} x {picture.shape[0]}, seed {seed + i}")
+            engine = load_engine(progress, _model(model), **how, **limits, **parts)
+            pictures.draw(engine, progress)
 
 
 @app.command(
@@ -159,6 +178,7 @@ def plan(
     clip: Clip = None,
     t5: T5 = None,
     vae: Vae = None,
+    tokenizers: Tokenizers = None,
     pcie: Annotated[float, typer.Option(help="GB/s from pinned host memory to the card.")] = 12.0,
     step_ms: Annotated[
         float, typer.Option(help="What a step takes with everything on the card; copies hide behind it.")
@@ -167,28 +187,30 @@ def plan(
 ) -> None:
     """Say where weights would live on any card, the peak of VRAM, and what streaming costs. Needs no GPU."""
     with plain_errors():
+        check_number("--vram", vram, **BUDGETS)
+        check_number("--pcie", pcie, above=0)
+        check_number("--step-ms", step_ms, least=0)
         width, height = parse_size(size)
+        Request(0, height or MIN_SIZE, width or MIN_SIZE, DEFAULT_STEPS, batch)
         from .proposal import propose
 
-        made = propose(vram, height, width, batch, model, {"clip": clip, "t5": t5, "vae": vae})
+        others = {"clip": clip, "t5": t5, "vae": vae, "tokenizers": tokenizers}
+        made = propose(vram, height, width, batch, None if model is None else _model(model), others)
         costs = made.costs(pcie * 1e9, step_ms)
         if as_json:
             typer.echo(json.dumps(made.figures | costs))
             return
-        table = Table("part", "size", "on the card", "streams", box=None, pad_edge=False)
+        table = grid("part", "size", "on the card", "streams")
         for row in made.rows:
             sizes = (row.nbytes, row.resident, row.streamed)
             table.add_row(row.name, *(f"{size / 1e9:6.2f} GB" if size else "" for size in sizes))
-        out = Console()
-        out.print(table)
+        out().print(table)
         for sentence in made.sentences:
-            out.print(sentence, highlight=False, soft_wrap=True)
+            out().say(sentence)
         bound = "" if step_ms else "at most "
-        out.print(
+        out().say(
             f"streaming at {pcie:g} GB/s adds {bound}{costs['prompt_ms']:.0f} ms to a new prompt, "
-            f"{bound}{costs['picture_ms']:.0f} ms to a picture of {DEFAULT_STEPS} steps",
-            highlight=False,
-            soft_wrap=True,
+            f"{bound}{costs['picture_ms']:.0f} ms to a picture of {DEFAULT_STEPS} steps"
         )
 
 
@@ -205,18 +227,23 @@ def doctor(
     if as_json:
         typer.echo(json.dumps({"vortex": __version__, "findings": [asdict(f) for f in findings]}))
     else:
-        table = Table("", "what", "found", "to do", box=None, pad_edge=False)
-        marks = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "fault": "[red]fault[/]"}
+        from rich.text import Text
+
+        table = grid("", "what", "found", "to do")
+        marks = {"ok": "green", "note": "yellow", "fault": "red"}
         for finding in findings:
-            table.add_row(marks[finding.state], finding.name, finding.detail, finding.fix)
-        Console().print(table)
+            state = Text(finding.state, marks[finding.state])
+            table.add_row(state, finding.name, finding.detail, as_options(finding.fix))
+        out().print(table)
     if any(finding.state == "fault" for finding in findings):
         raise typer.Exit(1)
 
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A file or folder.", show_default=False)],
+    path: Annotated[
+        Path, typer.Argument(help="A file or folder.", parser=user_path, metavar="PATH", show_default=False)
+    ],
     clip: Clip = None,
     t5: T5 = None,
     vae: Vae = None,
@@ -226,46 +253,59 @@ def inspect(
     """Say what a model file is, what it lacks, and what it takes on the GPU. Reads headers only."""
     from dataclasses import asdict
 
-    from .inspection import inspect as look
-
     with plain_errors():
+        check_number("--budget", budget, **BUDGETS)
+        from .inspection import inspect as look
+
         seen = look(path, {"clip": clip, "t5": t5, "vae": vae})
         if as_json:
             typer.echo(json.dumps(asdict(seen) | {"path": str(path), "resident": seen.resident}))
             return
-        table = Table("part", "written as", "tensors", "in the file", box=None, pad_edge=False)
+        table = grid("part", "written as", "tensors", "in the file")
         for part in seen.found:
             table.add_row(part.kind, part.words, str(part.tensors), f"{part.nbytes / 1e9:.2f} GB")
-        out = Console()
-        out.print(table)
+        out().print(table)
         for missing in seen.missing:
-            out.print(f"[yellow]lacks[/] {missing}")
+            out().say(("lacks", "yellow"), f" {missing}")
         for what, size in seen.placement.items():
-            out.print(f"{size / 1e9:6.2f} GB  {what}")
+            out().say(f"{size / 1e9:6.2f} GB  {what}")
         if seen.placement:
             left = budget - seen.resident / 1e9
             verdict = f"leaves {left:.2f} GB for activations" if left > 0 else f"is {-left:.2f} GB over"
-            out.print(f"{seen.resident / 1e9:6.2f} GB  on the GPU between pictures; a budget of {budget} GB {verdict}")
+            out().say(f"{seen.resident / 1e9:6.2f} GB  on the GPU between pictures; a budget of {budget} GB {verdict}")
 
 
 @app.command()
 def quantize(
-    source: Annotated[Path, typer.Argument(help="A FLUX.1-schnell transformer: folder or file.", show_default=False)],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="A FLUX.1-schnell transformer: folder or file.", parser=user_path, metavar="PATH", show_default=False
+        ),
+    ],
     target: Annotated[
-        Path, typer.Argument(help="The .safetensors file to write, or a folder for diffusers.", show_default=False)
+        Path,
+        typer.Argument(
+            help="The .safetensors file to write, or a folder for diffusers.",
+            parser=user_path,
+            metavar="PATH",
+            show_default=False,
+        ),
     ],
     device: Annotated[str | None, typer.Option(help="'cuda' or 'cpu'. [default: the GPU if any]")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")] = False,
 ) -> None:
     """Write a transformer in NF4: one file under BFL's names, or a folder that diffusers loads."""
     with plain_errors():
-        _check_new([target], overwrite)
+        check_folder(target.parent)
+        check_new([target], overwrite)
         from .quantize import quantize_file
 
+        cancel.raises()
         with progress_bars() as progress:
             quantize_file(source, target, device=device, on_progress=byte_count(progress, "writing"))
         files = [target] if target.is_file() else target.iterdir()
-        console.print(f"[green]{target}[/]  {sum(file.stat().st_size for file in files) / 1e9:.2f} GB")
+        err().say((str(target), "green"), f"  {sum(file.stat().st_size for file in files) / 1e9:.2f} GB")
 
 
 @cache.command("list")
@@ -275,11 +315,10 @@ def cache_list(cache_dir: CacheDir = None) -> None:
 
     with plain_errors():
         kept = Cache(cache_dir)
-        table = Table("part", "of", "size", "file", box=None, pad_edge=False)
+        table = grid("part", "of", "size", "file")
         for entry in kept.entries():
             table.add_row(entry.kind, entry.source, f"{entry.nbytes / 1e9:.2f} GB", entry.path.name)
-        out = Console(markup=False)
-        out.print(table if table.row_count else f"nothing is kept in {kept.folder}")
+        out().print(table if table.row_count else f"nothing is kept in {kept.folder}")
 
 
 @cache.command("clear")
@@ -299,7 +338,7 @@ def cache_verify(cache_dir: CacheDir = None) -> None:
     damaged = False
     with plain_errors():
         for entry, differs in Cache(cache_dir).damaged():
-            typer.echo(f"{'DAMAGED' if differs else 'ok'}  {entry.path}")
+            typer.echo(printable(f"{'DAMAGED' if differs else 'ok'}  {entry.path}"))
             damaged = damaged or differs
     if damaged:
         raise typer.Exit(1)
@@ -312,23 +351,8 @@ def fetch_tokenizers() -> None:
 
     with plain_errors():
         for path in download():
-            typer.echo(str(path))
+            typer.echo(printable(path))
 
 
-def _output_paths(output: Path, batch: int, overwrite: bool) -> list[Path]:
-    """One path a picture, checked before any work is done."""
-    if output.suffix.lower() != ".png":
-        raise VortexInputError(f"--output must end in .png, not {output.name!r}.")
-    if not output.parent.is_dir():
-        raise VortexInputError(f"There is no folder {output.parent}; make it first.")
-    paths = [output]
-    if batch > 1:
-        paths = [output.with_stem(f"{output.stem}-{i + 1}") for i in range(batch)]
-    _check_new(paths, overwrite)
-    return paths
-
-
-def _check_new(paths: list[Path], overwrite: bool) -> None:
-    existing = [str(path) for path in paths if path.exists()]
-    if existing and not overwrite:
-        raise VortexInputError(f"{', '.join(existing)} exists; choose another name, or add --overwrite.")
+def _model(model: str) -> str | Path:
+    return model if model == "tiny" else user_path(model)

@@ -20,6 +20,8 @@ from .linear import Backend, choose_backend, fp8_declined
 from .model import Model, Sources
 from .placement import Placement
 from .planner import MemoryPlan, plan, smallest_budget
+from .request import check_choice
+from .spec import MODES, QUANTIZATIONS
 from .streams import streams_of
 from .vram import available, hand_back, shortage, snapshot
 from .worker import ask, check
@@ -27,8 +29,6 @@ from .worker import ask, check
 log = logging.getLogger(__name__)
 
 OnLoad = Callable[[int, int], None]
-QUANTIZATIONS = ("nf4", "none")
-MODES = ("fast", "exact")
 DEFAULT_BUDGET = 6.5 * GB
 CONTEXT = 1 * GB  # what a card needs besides: the CUDA context, the desktop
 
@@ -61,10 +61,8 @@ class Setup:
     ) -> Setup:
         """Check `Engine.load`'s options, and try samples of the kernels. Raises what `Engine.load` does."""
         where = resolve_device(device)
-        if quantization not in QUANTIZATIONS:
-            raise VortexInputError(f"Unknown quantization {quantization!r}; choose from {', '.join(QUANTIZATIONS)}.")
-        if mode not in MODES:
-            raise VortexInputError(f"Unknown mode {mode!r}; choose from {', '.join(MODES)}.")
+        check_choice("quantization", quantization, QUANTIZATIONS)
+        check_choice("mode", mode, MODES)
         total = snapshot(where).total if where.type == "cuda" else None
         dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
         budget = check_budget(vram_budget, total)

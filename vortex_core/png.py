@@ -1,30 +1,58 @@
-"""PNG files that remember how they were made."""
+"""PNG files that remember how they were made, in the words that other programs read."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from pathlib import Path
+import io
+import json
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+from . import __version__
+from .errors import VortexError
+from .foreign import printable
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def save_png(picture: Tensor, path: Path, metadata: Mapping[str, str]) -> None:
-    """Write a float `[H, W, 3]` picture in 0..1, with `metadata` as PNG text, whole or not at all.
+def check_writer() -> None:
+    """Raise `VortexError` where Pillow is missing or broken, before anything is drawn."""
+    try:
+        from PIL import Image, PngImagePlugin  # noqa: F401
+    except Exception as error:  # a broken install fails in many ways
+        raise VortexError(
+            f"Pictures are written with Pillow, which does not import ({error}): pip install --upgrade pillow."
+        ) from error
 
-    Raises `OSError` where the folder cannot be written.
+
+def encode(picture: Tensor, parameters: str) -> bytes:
+    """A float `[H, W, 3]` picture in 0..1 as a PNG file with `parameters` as its text.
+
+    ComfyUI's names (`prompt`, `workflow`) hold its own JSON; AUTOMATIC1111's `parameters` is what everybody reads.
     """
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
-    for key, value in metadata.items():
-        info.add_itxt(key, value)
+    for key, text in {"parameters": parameters, "Software": f"vortex {__version__}"}.items():
+        # iTXt takes every character; readers that know only tEXt are served wherever that can be
+        (info.add_text if text.isascii() else info.add_itxt)(key, text)
     levels = picture.mul(255).round().byte().cpu()
     image = Image.frombytes("RGB", (levels.shape[1], levels.shape[0]), bytes(levels.contiguous().untyped_storage()))
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        image.save(partial, format="PNG", pnginfo=info)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    file = io.BytesIO()
+    image.save(file, format="PNG", pnginfo=info)
+    return file.getvalue()
+
+
+def parameters(prompt: str, *, steps: int, seed: int, width: int, height: int, model: str) -> str:
+    """How a picture was made, as AUTOMATIC1111 writes it: the prompt, then one line of `Name: value, ...`."""
+    model = printable(model)  # a file's name, whose bytes may be no text
+    facts = {
+        "Steps": steps,
+        "Sampler": "Euler",
+        "CFG scale": 1,  # no guidance
+        "Seed": seed,
+        "Size": f"{width}x{height}",
+        "Model": json.dumps(model, ensure_ascii=False) if set(model) & set(',:"\n') else model,
+        "Version": f"vortex {__version__}",
+    }
+    return f"{prompt}\n" + ", ".join(f"{name}: {value}" for name, value in facts.items())

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from .errors import VortexInputError
+from .errors import VortexInputError, quoted
 from .spec import MAX_SIZE, MAX_STEPS, MIN_SIZE, SIZE_MULTIPLE
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 MAX_SEED = 2**64 - 1
 
@@ -46,6 +49,8 @@ class Request:
 
     def check_out(self, out: Tensor, device: torch.device) -> None:
         """Raise `VortexInputError` unless `out` can take these pictures in place."""
+        import torch  # here, so that a command can check what it was given before seconds of imports
+
         if not out.is_contiguous():
             raise VortexInputError("out must be contiguous.")
         found = (tuple(out.shape), out.dtype, out.device)
@@ -79,3 +84,9 @@ def check_latents(latents: Tensor, channels: int) -> None:
     """Raise `VortexInputError` for another shape than `[B, channels, H/8, W/8]`."""
     if latents.ndim != 4 or latents.shape[1] != channels or not latents.numel():
         raise VortexInputError(f"latents must be [B, {channels}, H/8, W/8], at least one, not {list(latents.shape)}.")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise `VortexInputError` unless `value` is one of `choices`."""
+    if value not in choices:
+        raise VortexInputError(f"Unknown {name} {quoted(value)}; choose from {', '.join(choices)}.")

@@ -18,6 +18,8 @@ DEFAULT_STEPS = 4
 MAX_STEPS = 8
 SIZE_MULTIPLE = 16  # 8x VAE downsampling times 2x2 packing
 MIN_SIZE, MAX_SIZE = 64, 2048  # pixels a side
+QUANTIZATIONS = ("nf4", "none")
+MODES = ("fast", "exact")
 CLIP_L = {
     "vocab_size": 49408,
     "hidden_size": 768,

@@ -10,15 +10,18 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard
 
 from ..errors import VortexError
+from ..foreign import printable
 from ..paths import expanded
 from .latency_report import LatencyReport
 from .machine import Machine
 from .workload import Workload
 
 SCHEMA = "vortex.bench.run/1"
+MAX_BYTES = 100_000_000  # a run of 10,000 pictures takes 0.2 MB
+YEAR = 3.2e7  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,19 +42,23 @@ class History:
     """
 
     def __init__(self, folder: Path | None, machine: Machine, model: dict[str, str], workload: Workload) -> None:
-        named = folder or os.environ.get("VORTEX_BASELINES")
-        data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
-        folder = expanded(named or Path(data, "vortex", "baselines"))
         work = asdict(workload)
         facts = {"model": model} | {key: work[key] for key in ("width", "height", "steps", "prompts")}
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
-        self.path = folder / f"{machine.fingerprint}-{digest}.jsonl"
+        self.path = (folder or default_folder()) / f"{machine.fingerprint}-{digest}.jsonl"
 
     def runs(self) -> list[Run]:
-        """The oldest first. Raises `VortexError` for a file that is damaged."""
-        if not self.path.exists():
+        """The oldest first. Raises `VortexError` for a file that is damaged, or too large to be a history."""
+        try:
+            with self.path.open("rb") as file:
+                content = file.read(MAX_BYTES + 1)
+        except FileNotFoundError:
             return []
-        lines = self.path.read_text().splitlines()
+        except OSError as error:
+            raise VortexError(f"{self.path} cannot be read: {error.strerror}.") from error
+        if len(content) > MAX_BYTES:
+            raise VortexError(f"{self.path} is over {MAX_BYTES / 1e6:.0f} MB, which no history is. Remove the file.")
+        lines = content.removesuffix(b"\n").split(b"\n") if content else []
         return [_parse(line, f"{self.path}, line {i + 1}") for i, line in enumerate(lines)]
 
     def baseline(self) -> Run:
@@ -75,16 +82,40 @@ class History:
             phases={name: latency.percentile(50).seconds for name, latency in series.phases.items()},
         )
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps({"schema": SCHEMA} | asdict(run)) + "\n")
+        with self.path.open("ab") as file:
+            file.write(json.dumps({"schema": SCHEMA} | asdict(run)).encode() + b"\n")
 
 
-def _parse(line: str, where: str) -> Run:
+def default_folder() -> Path:
+    """`$VORTEX_BASELINES`, else in the user's data folder. Raises `VortexInputError` where nobody knows one."""
+    named, data = os.environ.get("VORTEX_BASELINES"), os.environ.get("XDG_DATA_HOME")
+    return expanded(named) if named else expanded(data or "~/.local/share") / "vortex" / "baselines"
+
+
+def _parse(line: bytes, where: str) -> Run:
     try:
-        fields: dict[str, Any] = json.loads(line)
-        schema = fields.pop("schema")
-        if schema != SCHEMA:
-            raise ValueError(f"schema {schema!r}, expected {SCHEMA!r}")
-        return Run(**fields | {"seconds": tuple(fields["seconds"])})
-    except (ValueError, KeyError, TypeError) as error:
-        raise VortexError(f"{where} is not a benchmark's run ({error}). Remove the line or the file.") from error
+        fields = json.loads(line)
+        if not isinstance(fields, dict) or fields.get("schema") != SCHEMA:
+            raise ValueError(f"it does not say {SCHEMA!r}")
+        seconds, phases = fields["seconds"], fields["phases"]
+        when, vortex = fields["when"], fields["vortex"]
+        if not all(isinstance(word, str) and len(word) <= 64 and word.isprintable() for word in (when, vortex)):
+            raise ValueError("its date or version is no text")
+        if not isinstance(fields["baseline"], bool):
+            raise ValueError("it does not say whether it is a baseline")
+        if not isinstance(seconds, list) or not seconds or not all(_is_time(value) and value > 0 for value in seconds):
+            raise ValueError("its seconds are no list of times above 0")
+        if not isinstance(phases, dict) or not all(_is_time(value) for value in phases.values()):
+            raise ValueError("its phases are no numbers of seconds")
+        return Run(when, vortex, fields["baseline"], tuple(map(float, seconds)), phases)
+    except KeyError as error:
+        why = f"it lacks {error}"
+    except RecursionError:
+        why = "it is nested too deep"
+    except ValueError as error:
+        why = str(error)
+    raise VortexError(f"{where} is not a benchmark's run ({printable(why)[:200]}). Remove the line or the file.")
+
+
+def _is_time(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < YEAR

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from .. import cancel
 from ..packages import need
-from ..terminal import plain_errors, progress_bars
+from ..terminal import check_number, check_text, path_option, plain_errors, progress_bars
 from .comparison import THRESHOLD, Comparison, compare, compare_pairs
-from .options import EXIT_CODES, AsJson, Results, Source, Work, grouped
+from .options import EXIT_CODES, AsJson, Results, Source, Work, check_output, grouped
 from .output import grid, milliseconds, picture_count, write_folder
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ SCHEMA = "vortex.bench.comparison/1"
 app = typer.Typer(help="Keep a run, and judge later ones against it.", no_args_is_help=True)
 Folder = Annotated[
     Path | None,
-    typer.Option(help="Where runs are kept; $VORTEX_BASELINES or ~/.local/share/vortex/baselines where none is given."),
+    path_option(help="Where runs are kept; $VORTEX_BASELINES or ~/.local/share/vortex/baselines where none is given."),
 ]
 
 
@@ -34,11 +35,13 @@ Folder = Annotated[
 @grouped
 def save(source: Source, work: Work, folder: Folder = None, as_json: AsJson = False) -> None:
     """Measure, and keep the run as what later ones on this machine are compared with. Ends with one JSON line."""
-    from . import latency_report
-    from .baseline import History
-
     with plain_errors():
+        source.check()
         work.check()
+        from . import latency_report
+        from .baseline import History, default_folder
+
+        check_output(folder or default_folder(), "--folder")
         with progress_bars() as progress:
             engine = source.load(progress)
             workload = work.workload(engine.native_size)
@@ -74,17 +77,22 @@ def compare_command(
     Compared with the last saved baseline; the run joins the history. With --against REV two revisions take turns
     in one run and are compared picture by picture: what the machine does meanwhile meets both.
     """
-    from . import latency_report, plots
-    from .baseline import History
-    from .machine import machine
-    from .pictures import describe
-
     with plain_errors():
+        source.check()
         need("scipy.stats", "A comparison")
         work.check()
         results.check()
+        check_number("--threshold", threshold, least=0)
+        from . import latency_report, plots
+        from .baseline import History, default_folder
+        from .machine import machine
+        from .pictures import describe
+
         if against is not None:
+            check_text("--against", against)
+            cancel.raises()
             _compare_revision(against, source, work, threshold, results)
+        check_output(folder or default_folder(), "--folder")
         with progress_bars() as progress:
             engine = source.load(progress)
             workload = work.workload(engine.native_size)

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
+from ..disk import write
 from ..errors import GB
 from ..packages import need
 from ..spec import DEFAULT_STEPS
-from ..terminal import plain_errors, progress_bars
+from ..terminal import check_number, path_option, plain_errors, progress_bars
 from .baseline_command import app as baseline
 from .compare_command import compare
 from .options import (
@@ -35,6 +35,7 @@ from .output import grid, milliseconds, picture_count, write_folder
 from .workload import COLD, ITERATIONS
 
 if TYPE_CHECKING:
+    from ..console import Grid
     from .latency_report import LatencyReport
     from .pictures import Sample
     from .vram_report import VramReport
@@ -57,7 +58,7 @@ def latency(
     target_p90: Target = None,
     target_p95: Target = None,
     target_p99: Target = None,
-    trace: Annotated[Path | None, typer.Option(help="File for a Chrome trace (ui.perfetto.dev reads it).")] = None,
+    trace: Annotated[Path | None, path_option(help="File for a Chrome trace (ui.perfetto.dev reads it).")] = None,
     prometheus: Prometheus = None,
     log: Log = None,
 ) -> None:
@@ -66,14 +67,17 @@ def latency(
     A percentile counts as supported where the sample holds a time beyond it with 95 % confidence: P90 takes 29
     pictures, P95 59, P99 299. A target on one that is not supported is undecided, unless a lower percentile breaks it.
     """
-    from . import exports, latency_report, plots
-    from .trace import chrome_trace
-
     with plain_errors():
+        source.check()
         work.check()
         results.check()
         check_files(trace, prometheus, log)
         wanted = {50.0: target_p50, 90.0: target_p90, 95.0: target_p95, 99.0: target_p99}
+        for q, target in wanted.items():
+            check_number(f"--target-p{q:g}", target, least=0)
+        from . import exports, latency_report, plots
+        from .trace import chrome_trace
+
         with progress_bars() as progress:
             engine = source.load(progress)
             report = latency_report.run(
@@ -87,7 +91,7 @@ def latency(
         if log:
             exports.append_json(log, "report", found)
         if trace:
-            trace.write_text(json.dumps(chrome_trace(report.samples)))
+            write(trace, json.dumps(chrome_trace(report.samples)).encode(), replace=True)
         if prometheus:
             what = "Seconds that a picture or one of its phases takes."
             exports.write_prometheus(exports.latency_metrics(found), "summary", what, prometheus)
@@ -98,15 +102,17 @@ def latency(
         results.finish(found, latency_tables(report), report.verdicts, report.interrupted)
 
 
-def latency_tables(report: LatencyReport) -> list[Table]:
+def latency_tables(report: LatencyReport) -> list[Grid]:
     """Percentiles, phases and outliers."""
+    from rich.text import Text
+
     whole = grid("prompt", "", "took", "95 % interval", "", title=report.title)
     parts = grid("prompt", "phase", "P50", "P95", "slowest")
     for kind, series in report.series.items():
         found = series.whole
         whole.add_row(f"{kind}, {found.count}", "mean", milliseconds(found.mean), f"± {milliseconds(found.deviation)}")
         for p in found.percentiles:
-            remark = "" if p.supported else "[yellow]unsupported[/]"
+            remark = "" if p.supported else Text("unsupported", "yellow")
             interval = f"{milliseconds(p.low)} to {milliseconds(p.high)}"
             whole.add_row("", f"P{p.q:g}", milliseconds(p.seconds), interval, remark)
         for name, phase in series.phases.items():
@@ -144,14 +150,15 @@ def vram(
 
     Undecided where there is no GPU; then the host's memory is what is shown.
     """
-    from ..device import resolve_device
-    from . import exports, plots
-    from .vram_report import run
-
     with plain_errors():
+        source.check()
         chosen = check_size(size, steps)
         results.check()
         check_files(prometheus)
+        from ..device import resolve_device
+        from . import exports, plots
+        from .vram_report import run
+
         with progress_bars() as progress:
             report = run(
                 partial(source.load, progress),
@@ -170,7 +177,7 @@ def vram(
         results.finish(found, vram_tables(report), report.verdicts)
 
 
-def vram_tables(report: VramReport) -> list[Table]:
+def vram_tables(report: VramReport) -> list[Grid]:
     """The counters of each stage, and who holds what when loaded."""
     stages = grid("", *report.stages[0].counters, title=report.title)
     for stage in report.stages:
@@ -200,14 +207,15 @@ def leak(
     Fails where a counter's slope is above 0.1 MB a picture with 99.9 % confidence, or 10 pictures in a row
     add more than 50 MB.
     """
-    from . import exports, plots
-    from .leak import MB, mixed, run
-
     with plain_errors():
+        source.check()
         need("scipy.stats", "The leak check")
         sizes = [pair for text in size or () if (pair := check_size(text, steps))]
         results.check()
         check_files(prometheus)
+        from . import exports, plots
+        from .leak import MB, mixed, run
+
         with progress_bars() as progress:
             engine = source.load(progress)
             counter = picture_count(progress, "drawing")

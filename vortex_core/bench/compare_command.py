@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
-from ..checkpoint.bundle import path_of
-from ..device import resolve_device
+from .. import cancel
 from ..errors import GB, VortexInputError
 from ..packages import need
 from ..spec import DEFAULT_STEPS
-from ..terminal import console, plain_errors
-from ..vram import available
-from .allocator import again, ensure_allocator
+from ..terminal import err, path_option, plain_errors, user_path
 from .options import Results, check_size, grouped
 from .output import grid, milliseconds, write_folder
 
 if TYPE_CHECKING:
     import torch
 
-    from .compare import Result
+    from ..console import Grid
+    from .compare import Result, Row
 
 NEEDED = 31 * GB  # of VRAM: 24 of 16-bit weights, and an engine beside them
 
@@ -38,7 +34,7 @@ def compare(
         list[str] | None, typer.Option(help="Such as 512x512; may be repeated. [default: that, 1024x1024]")
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Pictures of each contender and size.")] = 30,
-    comfyui: Annotated[Path | None, typer.Option(help="A ComfyUI tree, to time its Flux forward too.")] = None,
+    comfyui: Annotated[Path | None, path_option(help="A ComfyUI tree, to time its Flux forward too.")] = None,
     device: Annotated[str | None, typer.Option(help="[default: the first CUDA device, else the CPU]")] = None,
     allocator: Annotated[
         str | None, typer.Option(help="native or cudaMallocAsync, ComfyUI's. [default: as the process has it]")
@@ -48,21 +44,25 @@ def compare(
 
     Takes 31 GB of VRAM for the peers with 16-bit weights, and needs diffusers and bitsandbytes.
     """
-    from .compare import Row, run
-    from .plots import compare_plot
-
-    logging.basicConfig(level=logging.WARNING)
 
     def report(row: Row) -> None:
         median = milliseconds(row.picture.percentile(50).seconds)
-        console.print(f"{row.contender}, {row.width} x {row.height}: {median}, {row.peak / GB:.2f} GB")
+        err().say(f"{row.contender}, {row.width} x {row.height}: {median}, {row.peak / GB:.2f} GB")
 
     with plain_errors():
         results.check()
         for package in ("diffusers", "bitsandbytes.nn"):
             need(package, "A comparison with peers")
-        ensure_allocator(allocator, again())
         sizes = [check_size(text, DEFAULT_STEPS) for text in size or ("512x512", "1024x1024")]
+        if comfyui is not None and not comfyui.is_dir():
+            raise VortexInputError(f"There is no ComfyUI tree at {comfyui}.")
+        from ..device import resolve_device
+        from .allocator import again, ensure_allocator
+        from .compare import run
+        from .plots import compare_plot
+
+        cancel.raises()
+        ensure_allocator(allocator, again())
         where = resolve_device(device)
         folder = source(model, where)
         shapes = [(height, width) for width, height in filter(None, sizes)]
@@ -75,8 +75,11 @@ def compare(
 
 def source(model: str | None, device: torch.device) -> Path | None:
     """The model's folder, None for random weights. Raises `VortexInputError` where it is none, or has no room."""
+    from ..checkpoint.bundle import path_of
+    from ..vram import available
+
     if model is not None:
-        folder = path_of(model)
+        folder = path_of(model if model == "tiny" else user_path(model))
         if not (folder / "model_index.json").is_file():
             raise VortexInputError(f"{folder} is no folder in the diffusers layout: it has no model_index.json.")
         return folder
@@ -90,7 +93,7 @@ def source(model: str | None, device: torch.device) -> Path | None:
     return None
 
 
-def table(result: Result) -> Table:
+def table(result: Result) -> Grid:
     """A row for each contender and size."""
     title = f"{result.machine['device']}, torch {result.machine['torch']}"
     if result.machine["allocator"]:
@@ -105,7 +108,7 @@ def table(result: Result) -> Table:
     return made
 
 
-def floors(result: Result) -> Table:
+def floors(result: Result) -> Grid:
     """What a step takes whoever computes it."""
     made = grid("a step of", "TFLOP", "of them attention", "weights in NF4", "in bf16")
     for name, card in result.card.items():

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..disk import write
+
 if TYPE_CHECKING:
     from .pictures import Sample
 
@@ -18,7 +20,7 @@ def write_csv(samples: Sequence[Sample], path: Path) -> None:
     """One picture a line, its phases as columns, seconds."""
     phases = list(dict.fromkeys(name for sample in samples for name in sample.phases))
     reading = ("clock", "memory_clock", "temperature", "power", "throttled", "load")
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         lines = csv.writer(file, lineterminator="\n")
         lines.writerow(("index", "cold", "prompt", "seed", "started", "seconds", *phases, "unmarked", *reading))
         for s in samples:
@@ -30,7 +32,7 @@ def write_csv(samples: Sequence[Sample], path: Path) -> None:
 
 def append_json(path: Path, event: str, fields: Mapping[str, Any]) -> None:
     """Add one JSON line to a log."""
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"event": event, **fields}) + "\n")
 
 
@@ -64,9 +66,9 @@ def write_prometheus(metrics: Iterable[Metric], kind: str, about: str, path: Pat
             lines = [f"# HELP {name} {about}", f"# TYPE {name} {kind}"]
         quoted = ",".join(f'{key}="{_escape(text)}"' for key, text in labels.items())
         lines.append(f"{name}{{{quoted}}} {value:.9g}")
-    half = path.with_name(f".{path.name}.half")  # the collector may read at any moment
-    half.write_text("\n".join(lines) + "\n")
-    half.replace(path)
+    write(
+        path, ("\n".join(lines) + "\n").encode(errors="backslashreplace"), replace=True
+    )  # whole: the collector may read at any moment
 
 
 def _escape(text: str) -> str:

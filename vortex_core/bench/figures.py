@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..foreign import printable
+
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.axes import Axes
@@ -42,7 +44,7 @@ def histogram(title: str, samples: Sequence[float], marks: Sequence[tuple[float,
     bins = min(30, max(5, math.ceil(2 * math.sqrt(len(samples)))))
     axes.hist(samples, bins=bins, color=COLOURS[0], edgecolor="white")
     for (value, name), colour in zip(marks, (*COLOURS[1:], STOP), strict=False):
-        axes.axvline(value, color=colour, linewidth=2, label=name)
+        axes.axvline(value, color=colour, linewidth=2, label=printable(name))
     _legend(axes)
     return figure
 
@@ -60,7 +62,7 @@ def timeline(
     for (name, line), colour in zip(series.items(), COLOURS, strict=False):
         if line:
             marker = "o" if len(line) == 1 else None
-            axes.plot(*zip(*line, strict=True), color=colour, linewidth=2, marker=marker, label=name)
+            axes.plot(*zip(*line, strict=True), color=colour, linewidth=2, marker=marker, label=printable(name))
     for value, name, colour in levels:
         axes.axhline(value, color=colour, linewidth=1.5, linestyle="--", label=name)
     for x, name in moments:
@@ -132,6 +134,7 @@ def pixels(figure: Figure) -> NDArray[np.uint8]:
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+    _literal(figure)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
@@ -141,10 +144,19 @@ def save(figure: Figure, stem: Path) -> None:
     """Write `stem.png` and `stem.svg`."""
     import matplotlib
 
+    _literal(figure)
     # text stays text, and the same figures make the same file
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "vortex"}):
         figure.savefig(f"{stem}.png")
         figure.savefig(f"{stem}.svg", metadata={"Date": None})
+
+
+def _literal(figure: Figure) -> None:
+    """Dollar signs in names and prompts begin no formula."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
 
 
 def _sheet(title: str, x: str, y: str) -> tuple[Figure, Axes]:
@@ -152,7 +164,7 @@ def _sheet(title: str, x: str, y: str) -> tuple[Figure, Axes]:
 
     figure = Figure(figsize=(WIDTH / DPI, HEIGHT / DPI), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
-    axes.set_title(title, loc="left", color=INK, size=13)
+    axes.set_title(printable(title), loc="left", color=INK, size=13)
     axes.set_xlabel(x, color=SOFT)
     axes.set_ylabel(y, color=SOFT)
     axes.tick_params(colors=SOFT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import wraps
@@ -11,31 +12,47 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 
+from ..disk import check_file, check_folder
 from ..errors import VortexInputError
-from ..spec import DEFAULT_STEPS
-from ..terminal import EXIT_CANCELLED, T5, CacheDir, Clip, Vae, Vram, load_engine, parse_size
+from ..request import Request, check_choice, check_prompt
+from ..spec import DEFAULT_STEPS, MIN_SIZE, MODES, QUANTIZATIONS
+from ..terminal import (
+    EXIT_CANCELLED,
+    T5,
+    CacheDir,
+    Clip,
+    Tokenizers,
+    Vae,
+    Vram,
+    check_number,
+    check_text,
+    load_engine,
+    out,
+    parse_size,
+    path_option,
+    user_path,
+)
+from .output import homeless
 from .verdict import EXIT_FAIL, EXIT_UNDECIDED, FAIL, PASS, UNDECIDED, Verdict, exit_code
 from .workload import ITERATIONS, MAX_PROMPTS, PROMPTS, WARMUP, Workload
 
 if TYPE_CHECKING:
+    from ..console import Bars, Grid
     from ..engine import Engine
 
 Size = Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels; the model's own where none is given.")]
 Steps = Annotated[int, typer.Option(help="Steps of a picture; schnell is made for 4.")]
 Iterations = Annotated[int, typer.Option(min=1, help="Pictures that count.")]
-Prometheus = Annotated[Path | None, typer.Option(help="File to write in Prometheus' text format.")]
-Log = Annotated[Path | None, typer.Option(help="File to which JSON lines are added, one a picture.")]
+Prometheus = Annotated[Path | None, path_option(help="File to write in Prometheus' text format.")]
+Log = Annotated[Path | None, path_option(help="File to which JSON lines are added, one a picture.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print nothing but the JSON line.")]
 
 EXIT_CODES = (
     f"Exit codes: 0 pass, {EXIT_FAIL} fail, 2 bad usage, {EXIT_UNDECIDED} the samples cannot tell, "
     f"{EXIT_CANCELLED} interrupted (what was measured is reported)."
 )
-MARKS = {PASS: "[green]PASS[/]", FAIL: "[red]FAIL[/]", UNDECIDED: "[yellow]UNDECIDED[/]"}
+MARKS = {PASS: ("PASS", "green"), FAIL: ("FAIL", "red"), UNDECIDED: ("UNDECIDED", "yellow")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +65,7 @@ class Source:
     clip: Clip = None
     t5: T5 = None
     vae: Vae = None
+    tokenizers: Tokenizers = None
     cache_dir: CacheDir = None
     device: Annotated[
         str | None, typer.Option(help="'cuda', 'cuda:1' or 'cpu'; the GPU, if any, where none is given.")
@@ -58,15 +76,25 @@ class Source:
     ] = None
     quantization: Annotated[str, typer.Option(help="'nf4', or 'none' for 16-bit weights.")] = "nf4"
 
+    def check(self) -> None:
+        """Raise `VortexInputError` for options that cannot be, before a model is loaded."""
+        if self.mode is not None:
+            check_choice("mode", self.mode, MODES)
+        check_choice("quantization", self.quantization, QUANTIZATIONS)
+        check_number("--vram", self.vram, above=0, most=1e6)
+
     @property
     def options(self) -> dict[str, Any]:
         """Those of `Engine.load`, `model` among them."""
         options = asdict(self)
-        if self.mode is None:  # revisions from before the modes do not know it
-            del options["mode"]
+        for name in ("mode", "tokenizers"):  # earlier revisions do not know them
+            if options[name] is None:
+                del options[name]
+        if self.model != "tiny":
+            options["model"] = str(user_path(self.model))
         return options | {"vram_budget": options.pop("vram")}
 
-    def load(self, progress: Progress) -> Engine:
+    def load(self, progress: Bars) -> Engine:
         """The engine, behind a bar."""
         return load_engine(progress, **self.options)
 
@@ -87,8 +115,11 @@ class Work:
     ] = None
 
     def check(self) -> None:
-        """Raise `VortexInputError` for a size or steps out of range, before a model is loaded."""
-        check_size(self.size, self.steps)
+        """Raise `VortexInputError` for what is out of range, before a model is loaded."""
+        self.workload(MIN_SIZE)
+        for prompt in self.prompt or ():
+            check_text("A prompt", prompt)
+            check_prompt(prompt)
 
     def workload(self, native: int, cold: int = 0) -> Workload:
         """The pictures of a model whose native side is `native`."""
@@ -103,31 +134,31 @@ class Results:
 
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Folder for report.json, samples.csv and plots as PNG and SVG."),
+        path_option("--output", "-o", help="Folder for report.json, samples.csv and plots as PNG and SVG."),
     ] = None
     as_json: AsJson = False
 
     def check(self) -> None:
-        """Raise `VortexInputError` for a folder that is a file, before anything is measured."""
-        if self.output is not None and self.output.exists() and not self.output.is_dir():
-            raise VortexInputError(f"--output must be a folder, and {self.output} is a file.")
+        """Raise `VortexInputError` for a folder that cannot be, before anything is measured."""
+        if self.output is not None:
+            check_output(self.output, "--output")
+            check_plots()
 
     def finish(
         self,
         figures: Mapping[str, Any],
-        tables: Sequence[Table],
+        tables: Sequence[Grid],
         verdicts: Sequence[Verdict],
         interrupted: bool = False,
     ) -> NoReturn:
         """Print tables and verdicts, then the JSON line; raise `typer.Exit` with the code that says how it went."""
         if not self.as_json:
-            out = Console()
             for table in tables:
-                out.print(table)
+                out().print(table)
             for verdict in verdicts:
-                out.print(f"{MARKS[verdict.state]}  {verdict.what}: {verdict.detail}", highlight=False)
+                out().say(MARKS[verdict.state], f"  {verdict.what}: {verdict.detail}")
         code = EXIT_CANCELLED if interrupted else exit_code(verdicts)
-        typer.echo(json.dumps({**figures, "exit_code": code}))
+        typer.echo(homeless(json.dumps({**figures, "exit_code": code})))
         raise typer.Exit(code)
 
 
@@ -162,15 +193,34 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
 def check_size(size: str | None, steps: int) -> tuple[int, int] | None:
     """Width and height of `--size`, checked before a model is loaded. Raises `VortexInputError`."""
-    from ..request import Request
-
     width, height = parse_size(size)
-    Request(seed=0, height=height or 64, width=width or 64, steps=steps, batch_size=1)
+    Request(seed=0, height=height or MIN_SIZE, width=width or MIN_SIZE, steps=steps, batch_size=1)
     return None if width is None or height is None else (width, height)
 
 
+def check_output(folder: Path, option: str) -> None:
+    """Raise `VortexInputError` for a folder that can neither be made nor take a file. Makes nothing."""
+    place = folder.absolute()
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise VortexInputError(f"{option} must be a folder, and {place} is a file.")
+    check_folder(place)
+
+
+def check_plots() -> None:
+    """Raise `VortexInputError` where matplotlib is missing or broken, before anything is measured."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except Exception as error:  # a broken install fails in many ways
+        raise VortexInputError(
+            f"--output draws plots with matplotlib, which does not import ({error}): pip install --upgrade matplotlib, "
+            "or leave --output out."
+        ) from error
+
+
 def check_files(*paths: Path | None) -> None:
-    """Raise `VortexInputError` for a file whose folder does not exist, before anything is measured."""
+    """Raise `VortexInputError` for a file that cannot be written, before anything is measured."""
     for path in paths:
-        if path is not None and not path.parent.is_dir():
-            raise VortexInputError(f"There is no folder {path.parent}; make it first.")
+        if path is not None:
+            check_file(path)

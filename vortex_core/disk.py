@@ -1,0 +1,75 @@
+"""Files that are written whole or not at all, and never over another one unless that is asked for."""
+
+from __future__ import annotations
+
+import secrets
+import tempfile
+from pathlib import Path
+
+from .errors import VortexInputError
+
+
+def check_folder(folder: Path) -> None:
+    """Raise `VortexInputError` unless `folder` is there and takes a file. Leaves nothing in it."""
+    if not folder.is_dir():
+        raise VortexInputError(f"There is no folder {folder}; make it first.")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise VortexInputError(
+            f"No file can be written into {folder.absolute()} ({error.strerror}); choose another folder."
+        ) from error
+
+
+def check_file(path: Path) -> None:
+    """Raise `VortexInputError` unless a file can be at `path`: its folder takes one, and it is not a folder itself."""
+    check_folder(path.parent)
+    check_name(path)
+
+
+def check_name(path: Path) -> None:
+    """Raise `VortexInputError` for a name that is too long, or that of a folder."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise VortexInputError(f"{path} cannot be a file ({error.strerror}); choose another name.") from error
+    if path.is_dir():
+        raise VortexInputError(f"{path} is a folder; choose another name.")
+
+
+def write(path: Path, data: bytes, *, replace: bool) -> None:
+    """Write `data` to `path`, with the modes that the umask leaves.
+
+    Raises `FileExistsError` where there is something and `replace` is False, and `OSError` where it cannot be written;
+    then nothing is left. A process that is killed leaves at most a hidden file that blocks nobody.
+    """
+    if replace and path.exists() and not path.is_file():  # a pipe, /dev/null: it is written to, not replaced
+        path.write_bytes(data)
+        return
+    part = path.with_name(f".vortex-{secrets.token_hex(4)}.part")
+    try:
+        with part.open("xb") as file:
+            file.write(data)
+        if replace:
+            part.replace(path)
+        else:
+            _name(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _name(part: Path, path: Path) -> None:
+    try:
+        path.hardlink_to(part)
+    except FileExistsError:
+        raise
+    except OSError:  # file systems without links: the name is taken first, then filled
+        path.touch(exist_ok=False)
+        try:
+            part.replace(path)
+        except BaseException:
+            path.unlink()
+            raise
