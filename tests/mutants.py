@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -89,7 +90,7 @@ def _changed(random: Random, said: Any) -> bytes:
             case 2 if isinstance(owner, dict):
                 other = random.choice(sorted(owner))
                 owner[key], owner[other] = owner[other], place
-            case 3 if type(place) in (int, float):
+            case 3 if type(place) in (int, float) and abs(place) < 2**63:
                 owner[key] = random.choice(
                     (place * 2, place // 2, place + 1, -place, float(place), str(place), [place])
                 )
@@ -145,8 +146,7 @@ class Trial:
                     picture = engine.generate(prompt, **DRAW)
                     assert bool(picture.isfinite().all()), f"a picture that is none: {mutant.path}"
             return "drawn"
-        except VortexCheckpointError as error:
-            assert len(str(error)) < 2000
+        except VortexCheckpointError:
             return "refused"
         finally:
             path.unlink()
@@ -160,4 +160,7 @@ def _link(source: str, target: str) -> None:
 def _seen(bundle: Bundle) -> Any:
     """All that a load takes from configs and tokenizers."""
     tokenizers = bundle.tokenizer, bundle.tokenizer_2
-    return bundle.flux, bundle.vae, bundle.clip, bundle.t5, [tokenize_prompt(*tokenizers, words) for words in PROMPTS]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one prompt is too long, on purpose
+        tokens = [tokenize_prompt(*tokenizers, words) for words in PROMPTS]
+    return bundle.flux, bundle.vae, bundle.clip, bundle.t5, tokens

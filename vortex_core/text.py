@@ -26,6 +26,7 @@ from .worker import warn
 
 HOST = torch.device("cpu")
 T5_PAD = 0
+ENOUGH = 20_000  # characters; a million take seconds, for tokens that are lost
 # what ComfyUI and other programs do not read as words
 SYNTAX = tuple(
     re.compile(pattern)
@@ -45,7 +46,9 @@ class Tokens:
 
 def tokenize(tokenizer: Tokenizer, prompt: str, length: int, pad: int | None = None) -> Tokens:
     """Ids of `prompt`, ending in the end token, exactly `length` of them; padded with `pad` or the end token."""
-    encoding = encode(tokenizer, prompt)
+    encoding = encode(tokenizer, prompt[:ENOUGH])
+    if len(prompt) > ENOUGH and len(encoding.ids) < 2 * length:
+        encoding = encode(tokenizer, prompt)
     end = encoding.ids[-1]
     if len(encoding.ids) <= length:
         fill = end if pad is None else pad

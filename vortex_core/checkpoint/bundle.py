@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
-from torch import Tensor, nn
 
-from ..errors import VortexCheckpointError, quoted
+from ..errors import VortexCheckpointError
 from ..spec import ClipSpec, FluxSpec, T5Spec, VaeSpec
 from .config import read_config, sizes
 from .dialect import Part, find_part
-from .files import Raw, StateDict, open_file, open_folder, unreadable
+from .files import Raw, open_file, open_folder, unreadable
+from .pipeline import member, part_of
 from .tensors import Tensors
 from .tokenizer import find_tokenizers, read_tokenizer, tokenizer_of
 from .vocabulary import token_count
@@ -93,63 +93,14 @@ def open_pipeline(pipe: FluxPipeline) -> Bundle:
 
     Raises `VortexCheckpointError` for FLUX.1-dev, weights quantized in another way, and parts it has not got.
     """
-    found = {kind: pipeline_part(pipe, kind) for kind in SUBFOLDERS}
-    name = Path(str(getattr(pipe, "name_or_path", None) or "pipeline")).name
-    tokenizers = (tokenizer_of(_of(pipe, part), f"The pipeline's {part}") for part in ("tokenizer", "tokenizer_2"))
-    parts = {kind: part for kind, (part, _) in found.items()}
-    return _bundle(name, parts, {kind: config for kind, (_, config) in found.items()}, *tokenizers)
-
-
-def pipeline_part(pipe: FluxPipeline, kind: str) -> tuple[Part, dict[str, Any]]:
-    """One part of a pipeline, and its config. Raises `VortexCheckpointError` where Vortex cannot read it."""
-    where = f"The pipeline's {SUBFOLDERS[kind]}"
-    module = _of(pipe, SUBFOLDERS[kind])
-    module = getattr(module, "_orig_mod", module)  # of a compiled one
-    try:
-        method, config = getattr(module, "quantization_method", None), module.config
-        config = dict(config.to_dict() if hasattr(config, "to_dict") else config)
-        state = weights_of(module)
-    except (AttributeError, TypeError, ValueError, KeyError, RuntimeError) as error:
-        raise VortexCheckpointError(
-            f"{where} is {type(module).__name__}, which Vortex cannot read ({quoted(str(error))}). Load the pipeline "
-            "anew with diffusers' FluxPipeline.from_pretrained."
-        ) from error
-    away = [name for name, tensor in state.items() if tensor.is_meta]
-    if away:
-        raise VortexCheckpointError(
-            f"{where} has {len(away)} tensors that are not in memory, such as {away[0]}. Take the engine before the "
-            "pipeline is offloaded, or call pipe.remove_all_hooks() first."
-        )
-    part = find_part(StateDict(state, where), kind)
-    if part is None or (method is not None and not part.is_nf4):
-        raise VortexCheckpointError(
-            f"{where} is quantized ({method}) or not FLUX's; Vortex takes 16 or 32 bits, or bitsandbytes NF4."
-        )
-    return part, config
-
-
-def weights_of(module: nn.Module) -> dict[str, Tensor]:
-    """A module's state, with what accelerate's hooks have put away from where they keep it."""
-    state = dict(module.state_dict())
-    for path, child in module.named_modules():
-        hook = getattr(child, "_hf_hook", None)
-        for one in getattr(hook, "hooks", (hook,)):
-            kept = getattr(one, "weights_map", None) or {}
-            for name in child.state_dict() if kept else ():
-                whole = f"{path}.{name}".lstrip(".")
-                if state[whole].is_meta and name in kept:
-                    state[whole] = kept[name]
-    return state
-
-
-def _of(pipe: FluxPipeline, name: str) -> Any:
-    found = getattr(pipe, name, None)
-    if found is None:
-        raise VortexCheckpointError(
-            f"The pipeline ({type(pipe).__name__}) has no {name}. Vortex takes a diffusers FluxPipeline with all of "
-            "its parts: load it without leaving any out."
-        )
-    return found
+    found = {kind: part_of(pipe, name, kind) for kind, name in SUBFOLDERS.items()}
+    tokenizers = (tokenizer_of(member(pipe, name), f"The pipeline's {name}") for name in ("tokenizer", "tokenizer_2"))
+    return _bundle(
+        Path(str(getattr(pipe, "name_or_path", None) or "pipeline")).name,
+        {kind: part for kind, (part, _) in found.items()},
+        {kind: config for kind, (_, config) in found.items()},
+        *tokenizers,
+    )
 
 
 def find_parts(
@@ -244,7 +195,8 @@ def _check_fit(described: Mapping[str, Any], parts: Mapping[str, Part], tokenize
         if kind in tokenizers and (tokens := token_count(tokenizers[kind])) > described[kind].vocab_size:
             raise VortexCheckpointError(
                 f"{where} has embeddings for {described[kind].vocab_size} tokens and its tokenizer has {tokens}: "
-                "it is another model's. Give tokenizers=, a folder with both.",
+                "it is another model's."
+                + (" Give tokenizers=, a folder with both." if parts[kind].stored.raw.files else ""),
                 path=where,
             )
 

@@ -28,7 +28,7 @@ def read_config(path: Path) -> dict[str, Any]:
             data = file.read(LARGEST + 1)
         if len(data) > LARGEST:
             raise ValueError(f"more than {LARGEST} bytes")
-        config = json.loads(data, object_pairs_hook=_once)
+        config = unambiguous(data)
     except (OSError, ValueError, RecursionError) as error:
         raise VortexCheckpointError(
             f"{path} is missing or not JSON ({error}). Download it again.", path=str(path)
@@ -36,6 +36,11 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise VortexCheckpointError(f"{path} is not a model's config. Download it again.", path=str(path))
     return config
+
+
+def unambiguous(text: str | bytes) -> Any:
+    """JSON in which no object has a key twice. Raises `ValueError`, or `RecursionError`."""
+    return json.loads(text, object_pairs_hook=_once)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -58,7 +63,7 @@ def sizes(kind: str, tensors: Tensors, config: Mapping[str, Any] | None = None) 
     for name, value in said.items():
         if found.get(name, value) != value:
             raise VortexCheckpointError(
-                f"The config.json says {form.keys[name]} {quoted(value)}, and the tensors have {found[name]}. One of "
+                f"its config says {form.keys[name]} {quoted(value)}, and the tensors have {found[name]}. One of "
                 "them is another model's, or the download is incomplete: run it again."
             )
     return form.spec(**{**said, **found})
@@ -95,7 +100,7 @@ class Form:
 
 
 def _damaged(what: str) -> VortexCheckpointError:
-    return VortexCheckpointError(f"The config.json is another model's, or damaged: {what}. Download it again.")
+    return VortexCheckpointError(f"its config is another model's, or damaged: {what}. Download it again.")
 
 
 def infer_flux(tensors: Tensors) -> dict[str, Any]:

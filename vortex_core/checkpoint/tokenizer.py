@@ -53,7 +53,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
     """From a tokenizer.json, or a folder with one, or with CLIP's older pair of vocab.json and merges.txt."""
     file = path if path.is_file() else path / "tokenizer.json"
     if file.is_file():
-        return build(read_text(file), str(file))
+        return build(read_text(file), file)
     if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
         return read_pair(path)  # the released folder has CLIP's tokenizer only in this older form
     raise VortexCheckpointError(
@@ -74,8 +74,9 @@ def tokenizer_of(theirs: Any, where: str) -> Tokenizer:
         ranks = getattr(theirs, "bpe_ranks", None)
         if ranks is not None and END in theirs.encoder:  # CLIP's slow one
             return build_clip(theirs.encoder, sorted(ranks, key=ranks.__getitem__), where)
-        if theirs is not None and (folder := Path(getattr(theirs, "name_or_path", ""))).is_dir():
-            return read_tokenizer(folder)
+        name = getattr(theirs, "name_or_path", None)
+        if name and Path(name).is_dir():
+            return read_tokenizer(Path(name))
     raise VortexCheckpointError(
         f"{where} is {type(theirs).__name__}, which Vortex cannot read. Load the pipeline with a fast tokenizer, such "
         "as T5TokenizerFast."

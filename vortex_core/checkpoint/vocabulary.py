@@ -18,23 +18,26 @@ from typing import Any
 from tokenizers import AddedToken, Encoding, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from ..errors import VortexCheckpointError, quoted
+from .config import unambiguous
 
 LARGEST = 8 * 10**6  # bytes of a file; the released ones have 2.5, written wide 4
-LONGEST = 256  # characters of a token; T5's longest has 16
+LONGEST = 128  # characters of a token; T5's longest has 16
+LETTERS = 10**6  # characters of all tokens together; a table of them takes 400 bytes for each
+RULES = 4000  # characters of what is done around the words, as JSON; CLIP's have 900
 TEMPLATE = 8  # most tokens that are put around a text
 GROWTH = 256  # how many times longer a normalizer may make a text
 CHARACTER = 64  # most bytes that a table of characters may put for one; Unicode's own longest is 33
+MODELS = (models.BPE, models.Unigram)  # CLIP's and T5's; others can take for ever over a long word
 START, END = "<|startoftext|>", "<|endoftext|>"  # CLIP's
 CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-AGAIN = "Download it again."
 
 # Alternatives of single characters, of which the last may repeat: no such pattern ever takes a step back.
 _ONE = r"(?:\\[pP]\{\^?\w+\}|\\[^\d]|\[(?:\\[pP]\{\^?\w+\}|\\[^\d]|[^\\\[\]])+\]|[^\\()\[\]{}*+?|])"
-_BRANCH = rf"{_ONE}*(?:{_ONE}(?:[*+?]|\{{\d{{1,2}},?\d{{0,2}}\}}))?"
+_BRANCH = rf"{_ONE}*(?:{_ONE}(?:[*+?]|\{{\d{{1,2}}(?:,\d{{0,2}})?\}}))?"
 STEADY = re.compile(rf"{_BRANCH}(?:\|{_BRANCH})*")
 
 
-def build(text: str, where: str) -> Tokenizer:
+def build(text: str, where: Path | str) -> Tokenizer:
     """The tokenizer that a tokenizer.json's `text` describes, without padding and truncation.
 
     Raises `VortexCheckpointError` for whatever it cannot be.
@@ -42,11 +45,13 @@ def build(text: str, where: str) -> Tokenizer:
     if len(text) > LARGEST:
         raise _wrong(where, f"it has more than {LARGEST // 10**6} MB")
     with guarded(where):
-        _look_through(json.loads(text), where)
+        _look_through(unambiguous(text), where)
         return _finished(Tokenizer.from_str(text), where)
 
 
-def _finished(tokenizer: Tokenizer, where: str) -> Tokenizer:
+def _finished(tokenizer: Tokenizer, where: Path | str) -> Tokenizer:
+    if not isinstance(tokenizer.model, MODELS):
+        raise _wrong(where, f"it is a {type(tokenizer.model).__name__}, and CLIP's is a BPE, T5's a Unigram")
     if isinstance(tokenizer.model, models.BPE):
         tokenizer.model.dropout = None  # or a prompt would be other tokens each time
     tokenizer.no_padding()  # a file stores those of whoever used it last
@@ -57,7 +62,7 @@ def _finished(tokenizer: Tokenizer, where: str) -> Tokenizer:
     return tokenizer
 
 
-def build_clip(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]], where: str) -> Tokenizer:
+def build_clip(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]], where: Path | str) -> Tokenizer:
     """CLIP's tokenizer from the words and merges of its older form, as transformers joins them."""
     with guarded(where):
         for word in (START, END):
@@ -89,14 +94,15 @@ def build_clip(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]],
 
 def read_pair(folder: Path) -> Tokenizer:
     """CLIP's tokenizer from `vocab.json` and `merges.txt`."""
-    vocabulary = parse(read_text(folder / "vocab.json"), str(folder / "vocab.json"))
+    file = folder / "vocab.json"
+    vocabulary = parse(read_text(file), file)
     if not isinstance(vocabulary, dict) or not all(type(number) is int for number in vocabulary.values()):
-        raise _wrong(str(folder / "vocab.json"), "it does not give numbers to words")
+        raise _wrong(file, "it does not give numbers to words")
     lines = read_text(folder / "merges.txt").splitlines()
     merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     if any(len(pair) != 2 for pair in merges):
-        raise _wrong(str(folder / "merges.txt"), "it does not hold pairs")
-    return build_clip(vocabulary, merges, str(folder))  # type: ignore[arg-type]
+        raise _wrong(folder / "merges.txt", "it does not hold pairs")
+    return build_clip(vocabulary, merges, folder)  # type: ignore[arg-type]
 
 
 def read_text(path: Path) -> str:
@@ -105,24 +111,24 @@ def read_text(path: Path) -> str:
         with path.open("rb") as file:
             data = file.read(LARGEST + 1)
         if len(data) > LARGEST:
-            raise _wrong(str(path), f"it has more than {LARGEST // 10**6} MB")
+            raise _wrong(path, f"it has more than {LARGEST // 10**6} MB")
         return data.decode()
     except PermissionError as error:
         raise VortexCheckpointError(
             f"{path} may not be read by this user ({error}). Change its permissions, or its owner.", path=str(path)
         ) from error
     except (OSError, ValueError) as error:
-        raise _wrong(str(path), str(error)) from error
+        raise _wrong(path, str(error)) from error
 
 
-def parse(text: str, where: str) -> Any:
+def parse(text: str, where: Path | str) -> Any:
     """JSON. Raises `VortexCheckpointError`."""
     with guarded(where):
-        return json.loads(text)
+        return unambiguous(text)
 
 
 @contextmanager
-def guarded(where: str) -> Iterator[None]:
+def guarded(where: Path | str) -> Iterator[None]:
     """Whatever `tokenizers` raises becomes a `VortexCheckpointError` that names the tokenizer."""
     try:
         yield
@@ -137,39 +143,42 @@ def guarded(where: str) -> Iterator[None]:
 
 def encode(tokenizer: Tokenizer, text: str) -> Encoding:
     """`text` in tokens. Raises `VortexCheckpointError` where the tokenizer cannot."""
-    with guarded("The tokenizer"):
+    with guarded("The model's tokenizer"):
         return tokenizer.encode(text)
 
 
 def token_count(tokenizer: Tokenizer) -> int:
     """How many embeddings its tokens need: the highest of their numbers, and one."""
-    with guarded("The tokenizer"):
+    with guarded("The model's tokenizer"):
         return 1 + max((*tokenizer.get_vocab().values(), *tokenizer.encode("").ids))
 
 
-def _look_through(said: Any, where: str) -> None:
+def _look_through(said: Any, where: Path | str) -> None:
     """Raise `VortexCheckpointError` for what could take for ever, or all memory."""
-    growth, tables = 1, 0
+    growth, table = 1, ""
     for part in _parts([said.get("normalizer"), said.get("pre_tokenizer")]):
-        kind, pattern, content = part.get("type"), part.get("pattern"), part.get("content")
+        kind, pattern = part.get("type"), part.get("pattern")
         regex = pattern.get("Regex", "") if isinstance(pattern, dict) else ""
-        if len(regex) > 1000 or not STEADY.fullmatch(regex):
+        if not STEADY.fullmatch(regex):
             raise _wrong(where, f"its pattern {quoted(regex)} could take for ever")
-        if kind in ("Replace", "Prepend") and isinstance(content, str):
-            growth *= 1 + len(content)
-        if kind in ("ByteLevel", "Metaspace"):
+        if kind == "Replace":
+            growth *= 1 + len(part["content"])
+        elif kind == "ByteLevel":
             growth *= 2
-        if kind == "Precompiled":
-            tables += 1
-            growth *= 1 + _widest(part["precompiled_charsmap"]) // CHARACTER * GROWTH
-    if growth > GROWTH or tables > 1:
+        elif kind == "Precompiled":
+            growth *= GROWTH if table else 1
+            table = part.pop("precompiled_charsmap")
+            growth *= 1 if _widest(table) <= CHARACTER else 2 * GROWTH
+    if growth > GROWTH:
         raise _wrong(where, "it makes texts longer and longer")
-    model = said["model"]
-    words = model.get("vocab", ())
+    if any(len(json.dumps(said.get(key))) > RULES for key in ("normalizer", "pre_tokenizer", "post_processor")):
+        raise _wrong(where, f"it has more rules than {RULES} characters")
+    words = said["model"].get("vocab", ())
     words = words if isinstance(words, dict) else [word for word, _ in words]
     added = [token["content"] for token in said.get("added_tokens") or ()]
-    if max((len(word) for word in (*words, *added)), default=0) > LONGEST:
-        raise _wrong(where, f"it has tokens of more than {LONGEST} characters")
+    lengths = [len(word) for word in (*words, *added)]
+    if max(lengths, default=0) > LONGEST or sum(lengths) > LETTERS:
+        raise _wrong(where, f"it has tokens of more than {LONGEST} characters, or of more than {LETTERS} together")
 
 
 def _parts(waiting: list[Any]) -> Iterator[dict[str, Any]]:
@@ -192,5 +201,6 @@ def _widest(table: str) -> int:
     return max(len(text) for text in data[start:].split(b"\0"))
 
 
-def _wrong(where: str, what: str) -> VortexCheckpointError:
-    return VortexCheckpointError(f"{where} is not a readable tokenizer file: {what}. {AGAIN}", path=where)
+def _wrong(where: Path | str, what: str) -> VortexCheckpointError:
+    path = str(where) if isinstance(where, Path) else None
+    return VortexCheckpointError(f"{where} is not a readable tokenizer file: {what}. Download it again.", path=path)
