@@ -47,8 +47,8 @@ def untouched(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"prompt": ""}, "prompt must be a text that is not empty"),
-        ({"prompt": " \n"}, "prompt must be a text"),
+        ({"prompt": None}, "prompt must be a text, not None"),
+        ({"prompt": "a red circle \ud83d"}, r"half a character \(U\+D83D\) at place 13"),
         ({"prompt": 3}, "prompt must be a text"),
         ({"height": 100}, "height must be a multiple of 16"),
         ({"width": 48}, "width must be a multiple of 16 from 64"),

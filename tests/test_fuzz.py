@@ -1,4 +1,4 @@
-"""Headers changed at random: read as they are, or refused in words. Never another exception.
+"""Headers, configs and tokenizers changed at random: read as they are, or refused in words. Never another exception.
 
 100 examples a test here; `pytest tests/test_fuzz.py --hypothesis-profile=nightly` runs 10,000.
 """
@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import mutants
 import pytest
 import specimens
 from specimens import look, read, save, write_gguf
@@ -125,3 +128,11 @@ def read_or_refused(path: Path, data: bytes) -> None:
     except VortexCheckpointError as error:
         refusal = str(error)
     assert refusal is None or str(path) in refusal
+
+
+def test_mutated_configs_and_tokenizers(tmp_path: Path, tiny_dir: Path) -> None:
+    """300 of them, always the same; tools/fuzz.py takes more."""
+    trial = mutants.Trial(tiny_dir, tmp_path / "model")
+    found = Counter(trial(mutant) for mutant in islice(mutants.mutants(7, tiny_dir), 300))
+    assert found["refused"] > 150
+    assert found["same"] > 30

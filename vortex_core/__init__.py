@@ -34,6 +34,7 @@ _HOMES = {
             "BusyError",
             "DeadlineError",
             "VortexWarning",
+            "PromptSyntaxWarning",
             "PromptTruncatedWarning",
             "NoEffectWarning",
             "MemoryPressureWarning",

@@ -23,7 +23,7 @@ from .device import host_buffer
 from .errors import VortexInputError
 from .sampling import timesteps
 from .spec import FluxSpec
-from .text import T5, Clip, Tokens, tokenize_prompt
+from .text import T5, Clip, Tokens, note_syntax, tokenize_prompt
 
 Staged = Callable[[], AbstractContextManager[None]]
 CACHED = 16  # prompts; about 10 MB of host memory each at full size, 18 pinned, as torch rounds it
@@ -158,7 +158,11 @@ class Conditioner:
         self._cache: OrderedDict[tuple[object, ...], Conditioning] = OrderedDict()
 
     def __call__(self, prompt: str, steps: int, staged: Staged) -> Conditioning:
-        """The conditioning of a prompt; from the cache if its tokens were seen before. Warns when text is cut."""
+        """The conditioning of a prompt; from the cache if its tokens were seen before.
+
+        Warns of text that is cut, and of what is taken literally.
+        """
+        note_syntax(prompt)
         clip, t5 = self._tokens.get(prompt) or tokenize_prompt(*self.tokenizers, prompt)
         if not (clip.lost or t5.lost):  # what is lost is said each time
             self._tokens = {prompt: (clip, t5)}

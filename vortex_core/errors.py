@@ -108,6 +108,10 @@ class PromptTruncatedWarning(VortexWarning):
     """Part of a prompt does not reach an encoder; the message quotes the text that was lost."""
 
 
+class PromptSyntaxWarning(VortexWarning):
+    """A prompt has what other programs do not read as words, and Vortex does; the message quotes it."""
+
+
 class NoEffectWarning(VortexWarning):
     """An argument was accepted but cannot change the picture."""
 

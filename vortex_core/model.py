@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from math import prod
-from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +20,7 @@ from .linear import NF4Linear
 from .nf4 import BLOCK, DECODE_BYTES
 from .planner import BLOCKS, SLACK, MemoryRequirements, Piece, StepRequirements
 from .residency import Unit
-from .spec import MAX_STEPS, T5_TOKENS, FluxSpec, VaeSpec
+from .spec import MAX_STEPS, T5_TOKENS, ClipSpec, FluxSpec, T5Spec, VaeSpec
 from .streams import streams_of
 from .strips import DecoderLayout
 from .text import T5, Clip
@@ -50,8 +49,8 @@ class Model:
         self,
         flux: FluxSpec,
         vae: VaeSpec,
-        clip: Mapping[str, Any],
-        t5: Mapping[str, Any],
+        clip: ClipSpec,
+        t5: T5Spec,
         dtype: torch.dtype,
         *,
         quantized: bool,

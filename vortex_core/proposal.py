@@ -16,7 +16,7 @@ from .loading import check_budget
 from .model import Model
 from .planner import ALWAYS, BLOCKS, PROMPT, MemoryPlan, cost, plan, smallest_budget
 from .request import Request
-from .spec import CLIP_L, DEFAULT_STEPS, T5_XXL, FluxSpec, VaeSpec
+from .spec import DEFAULT_STEPS, ClipSpec, FluxSpec, T5Spec, VaeSpec
 
 BLAS = 3 * 33 * MIB  # cuBLAS' workspaces on three streams of a Hopper card; earlier cards take a quarter
 WORDS = {
@@ -110,7 +110,7 @@ def propose(
     assert budget is not None
     how: dict[str, Any] = {"dtype": torch.bfloat16, "quantized": True, "fast": True, "fused": True}
     if model is None:
-        whole = Model(FluxSpec(), VaeSpec(), CLIP_L, T5_XXL, **how)
+        whole = Model(FluxSpec(), VaeSpec(), ClipSpec(), T5Spec(), **how)
     else:
         bundle = open_bundle(model, **others)
         whole = Model(bundle.flux, bundle.vae, bundle.clip, bundle.t5, **how)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_SEED = 2**64 - 1
+HALF = re.compile("[\ud800-\udfff]")  # of a pair that makes one character
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +63,15 @@ class Request:
 
 
 def check_prompt(prompt: object) -> None:
-    """Raise `VortexInputError` unless `prompt` is a text that says something."""
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise VortexInputError(f"The prompt must be a text that is not empty, not {prompt!r}.")
+    """Raise `VortexInputError` unless `prompt` is a text. It may be empty: schnell then draws what it likes."""
+    if not isinstance(prompt, str):
+        raise VortexInputError(f"The prompt must be a text, not {quoted(prompt)}.")
+    half = HALF.search(prompt)
+    if half is not None:
+        raise VortexInputError(
+            f"The prompt has half a character (U+{ord(half[0]):04X}) at place {half.start()}: an emoji that was cut in "
+            "two, or bytes that are not UTF-8. Write it anew."
+        )
 
 
 def check_steps(steps: object) -> None:

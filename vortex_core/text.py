@@ -7,8 +7,8 @@ hundred rows, which is cheaper to send than a third of a GB is to keep.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import re
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -19,12 +19,21 @@ from torch.nn import Embedding
 
 from .checkpoint.materialize import Target, check, materialize
 from .checkpoint.tensors import Tensors
-from .errors import PromptTruncatedWarning
-from .spec import CLIP_TOKENS, T5_TOKENS
+from .checkpoint.vocabulary import encode
+from .errors import SHOWN, PromptSyntaxWarning, PromptTruncatedWarning, quoted
+from .spec import CLIP_TOKENS, T5_TOKENS, ClipSpec, T5Spec
 from .worker import warn
 
 HOST = torch.device("cpu")
 T5_PAD = 0
+ENOUGH = 20_000  # characters; a million take seconds, for tokens that are lost
+# what ComfyUI and other programs do not read as words
+SYNTAX = tuple(
+    re.compile(pattern)
+    for pattern in (r"(?<!\\)\([^()]*:\s*[-+]?\d{0,4}\.?\d{1,4}\s*\)", r"\bembedding:\S{1,200}", r"\bBREAK\b")
+)
+# pooling is done here, and transformers warns of its own defaults where a vocabulary is smaller
+UNUSED = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +46,9 @@ class Tokens:
 
 def tokenize(tokenizer: Tokenizer, prompt: str, length: int, pad: int | None = None) -> Tokens:
     """Ids of `prompt`, ending in the end token, exactly `length` of them; padded with `pad` or the end token."""
-    encoding = tokenizer.encode(prompt)
+    encoding = encode(tokenizer, prompt[:ENOUGH])
+    if len(prompt) > ENOUGH and len(encoding.ids) < 2 * length:
+        encoding = encode(tokenizer, prompt)
     end = encoding.ids[-1]
     if len(encoding.ids) <= length:
         fill = end if pad is None else pad
@@ -50,23 +61,34 @@ def tokenize_prompt(clip: Tokenizer, t5: Tokenizer, prompt: str) -> tuple[Tokens
     clip_tokens = tokenize(clip, prompt, CLIP_TOKENS)
     t5_tokens = tokenize(t5, prompt, T5_TOKENS, pad=T5_PAD)
     if t5_tokens.lost:
-        _warn(f"The prompt is longer than the {T5_TOKENS} tokens FLUX.1-schnell reads. Lost: {t5_tokens.lost!r}")
+        _warn(f"The prompt is longer than the {T5_TOKENS} tokens FLUX.1-schnell reads. Lost: {_ends(t5_tokens.lost)}")
     elif clip_tokens.lost:
         _warn(
             f"The prompt is longer than CLIP's {CLIP_TOKENS} tokens. T5 still reads all of it, but the pooled "
-            f"vector is without: {clip_tokens.lost!r}"
+            f"vector is without: {_ends(clip_tokens.lost)}"
         )
     return clip_tokens, t5_tokens
+
+
+def note_syntax(prompt: str) -> None:
+    """Warn (`PromptSyntaxWarning`), once for each, of what other programs would not read as words."""
+    for found in (pattern.search(prompt) for pattern in SYNTAX):
+        if found is not None:
+            warn(
+                f"{quoted(found[0])} is taken literally, as words of the prompt: FLUX's encoders know neither weights "
+                "such as (word:1.2), nor embedding: names, nor BREAK.",
+                PromptSyntaxWarning,
+            )
 
 
 class T5:
     """T5's encoder. `units` are its blocks, the pieces that may stream."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, spec: T5Spec) -> None:
         from transformers import T5Config, T5EncoderModel
 
         with torch.device("meta"):
-            model = T5EncoderModel(T5Config.from_dict(dict(config))).eval()
+            model = T5EncoderModel(T5Config(**asdict(spec), **_ours(T5EncoderModel))).eval()
         self._model: Any = model.encoder
         self._model.embed_tokens = None  # tied to `shared`, which is looked up here
         self._table = Embedding(model.config.vocab_size, model.config.d_model, device="meta")
@@ -111,11 +133,11 @@ class T5:
 class Clip:
     """CLIP's text encoder, for its pooled vector. `units` are its layers, the pieces that may stream."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, spec: ClipSpec) -> None:
         from transformers import CLIPTextConfig, CLIPTextModel
 
         with torch.device("meta"):
-            model = CLIPTextModel(CLIPTextConfig.from_dict(dict(config))).eval()
+            model = CLIPTextModel(CLIPTextConfig(**asdict(spec), **_ours(CLIPTextModel), **UNUSED)).eval()
         self._model: Any = getattr(model, "text_model", model)  # transformers 4 nests it
         self._device = HOST
 
@@ -144,7 +166,17 @@ class Clip:
 
     def __call__(self, ids: tuple[int, ...]) -> Tensor:
         """The pooled vector `[1, vec]` on the device."""
-        return self._model(input_ids=torch.tensor([ids])).pooler_output
+        states = self._model(input_ids=torch.tensor([ids])).last_hidden_state
+        return states[:, ids.index(ids[-1])]  # where the end token, which also pads, stands first
+
+
+def _ours(model: Any) -> dict[str, Any]:
+    """What is ours to say of one of transformers' models: attention is torch's, whatever anybody's config asks for."""
+    return {"attn_implementation": "sdpa" if model._supports_sdpa else "eager"}
+
+
+def _ends(text: str) -> str:
+    return repr(text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} ... {text[-SHOWN // 2 :]}")
 
 
 def _warn(message: str) -> None:

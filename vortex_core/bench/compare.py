@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from .. import sampling
+from ..checkpoint.bundle import describe
+from ..checkpoint.pipeline import part_of
 from ..engine import Engine
 from ..latency import Latency, Stopwatch, summarize
 from ..spec import DEFAULT_STEPS, T5_TOKENS, FluxSpec
@@ -100,7 +102,7 @@ class Contest:
         self.pipe = _pipeline(model, device)
         self.config = dict(self.pipe.transformer.config)
         self.jobs = [_job(self.config, height, width, device, self.pipe.vae.dtype) for height, width in sizes]
-        spec = FluxSpec.from_diffusers(self.config)
+        spec = describe("transformer", *part_of(self.pipe, "transformer", "transformer"))
         self.result = Result(machine(device).as_dict(), {f"{h} x {w}": card(spec, h, w) for h, w in sizes})
         self.on_row: Callable[[Row], None] = lambda row: None
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +11,14 @@ from tokenizers import Tokenizer
 
 from ..errors import VortexCheckpointError
 from ..paths import expanded
-from ..spec import FluxSpec, VaeSpec
-from .config import infer_clip, infer_flux, infer_t5, infer_vae
+from ..spec import ClipSpec, FluxSpec, T5Spec, VaeSpec
+from .config import read_config, sizes
 from .dialect import Part, find_part
-from .files import Raw, StateDict, open_file, open_folder, unreadable
+from .files import Raw, open_file, open_folder, unreadable
+from .pipeline import member, part_of
 from .tensors import Tensors
-from .tokenizer import find_tokenizers, read_tokenizer, whole
+from .tokenizer import find_tokenizers, read_tokenizer, tokenizer_of
+from .vocabulary import token_count
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
@@ -30,24 +31,17 @@ WORDS = {
     "t5": "the T5 encoder (such as t5xxl_fp16.safetensors)",
     "vae": "the VAE (such as ae.safetensors)",
 }
-SIZES: dict[str, tuple[Callable[[Mapping[str, Any]], Any], Callable[[Tensors], Any]]] = {
-    "transformer": (FluxSpec.from_diffusers, infer_flux),
-    "clip": (dict, infer_clip),
-    "t5": (dict, infer_t5),
-    "vae": (VaeSpec.from_diffusers, infer_vae),
-}
-NEEDED = {"clip": ("hidden_size", "vocab_size"), "t5": ("d_model", "vocab_size")}  # of transformers' dictionaries
 
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A FLUX.1-schnell model, opened but not yet read. `clip` and `t5` are transformers' own config dictionaries."""
+    """A FLUX.1-schnell model, opened but not yet read."""
 
     name: str
     flux: FluxSpec
     vae: VaeSpec
-    clip: Mapping[str, Any]
-    t5: Mapping[str, Any]
+    clip: ClipSpec
+    t5: T5Spec
     parts: Mapping[str, Part]
     tokenizer: Tokenizer
     tokenizer_2: Tokenizer
@@ -98,27 +92,16 @@ def path_of(model: str | Path) -> Path:
 def open_pipeline(pipe: FluxPipeline) -> Bundle:
     """The parts of a diffusers `FluxPipeline` (16 or 32 bits, or bitsandbytes NF4), which keeps its own copy.
 
-    Raises `VortexCheckpointError` for FLUX.1-dev and for weights quantized in another way.
+    Raises `VortexCheckpointError` for FLUX.1-dev, weights quantized in another way, and parts it has not got.
     """
-    modules = {"transformer": pipe.transformer, "clip": pipe.text_encoder, "t5": pipe.text_encoder_2, "vae": pipe.vae}
-    parts = {}
-    for kind, module in modules.items():
-        method = getattr(module, "quantization_method", None)
-        raw = StateDict(module.state_dict(), f"the pipeline's {SUBFOLDERS[kind]}")
-        part = find_part(raw, kind)
-        if part is None or (method is not None and not part.is_nf4):
-            raise VortexCheckpointError(
-                f"{raw.where} is quantized ({method}) or not FLUX's; Vortex takes 16 or 32 bits, or bitsandbytes NF4."
-            )
-        parts[kind] = part
-    configs = {kind: dict(module.config.to_dict() if kind in ("clip", "t5") else module.config)
-               for kind, module in modules.items()}  # fmt: skip
-    name = Path(getattr(pipe, "name_or_path", "") or "pipeline").name
-    tokenizers = (
-        whole(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
-        for tokenizer in (pipe.tokenizer, pipe.tokenizer_2)
+    found = {kind: part_of(pipe, name, kind) for kind, name in SUBFOLDERS.items()}
+    tokenizers = (tokenizer_of(member(pipe, name), f"The pipeline's {name}") for name in ("tokenizer", "tokenizer_2"))
+    return _bundle(
+        Path(str(getattr(pipe, "name_or_path", None) or "pipeline")).name,
+        {kind: part for kind, (part, _) in found.items()},
+        {kind: config for kind, (_, config) in found.items()},
+        *tokenizers,
     )
-    return _bundle(name, parts, configs, *tokenizers)
 
 
 def find_parts(
@@ -147,7 +130,7 @@ def find_parts(
         if part is not None:
             parts[kind] = part
             if folder is not None and (folder / "config.json").is_file():
-                configs[kind] = _config(folder)
+                configs[kind] = read_config(folder / "config.json")
         elif given is not None:
             raise VortexCheckpointError(f"{given} does not hold {WORDS[kind]}.", path=str(given))
     return parts, configs
@@ -186,9 +169,6 @@ def _bundle(
     tokenizer_2: Tokenizer,
 ) -> Bundle:
     described = {kind: describe(kind, part, configs.get(kind)) for kind, part in parts.items()}
-    if "clip" not in configs:
-        # pooling looks for the end token; only the tokenizer knows which one it writes
-        described["clip"]["eos_token_id"] = tokenizer.encode("").ids[-1]
     _check_fit(described, parts, {"clip": tokenizer, "t5": tokenizer_2})
     return Bundle(
         name=name,
@@ -213,56 +193,36 @@ def _check_fit(described: Mapping[str, Any], parts: Mapping[str, Part], tokenize
                 f"Give {WORDS[kind]}.",
                 path=where,
             )
-        if kind in tokenizers and (tokens := tokenizers[kind].get_vocab_size()) > described[kind]["vocab_size"]:
+        if kind in tokenizers and (tokens := token_count(tokenizers[kind])) > described[kind].vocab_size:
             raise VortexCheckpointError(
-                f"{where} has embeddings for {described[kind]['vocab_size']} tokens and its tokenizer has {tokens}: "
-                "it is another model's. Give tokenizers=, a folder with both.",
+                f"{where} has embeddings for {described[kind].vocab_size} tokens and its tokenizer has {tokens}: "
+                "it is another model's."
+                + (" Give tokenizers=, a folder with both." if parts[kind].stored.raw.files else ""),
                 path=where,
             )
 
 
 def describe(kind: str, part: Part, config: Mapping[str, Any] | None = None) -> Any:
-    """A part's sizes, from the config beside it, else from the tensors: `FluxSpec`, `VaeSpec` or transformers' config.
+    """A part's sizes, from its tensors and the config beside them: `FluxSpec`, `ClipSpec`, `T5Spec` or `VaeSpec`.
 
-    Raises `VortexCheckpointError` where it is another model.
+    Raises `VortexCheckpointError` where it is another model, or the two disagree.
     """
-    read, infer = SIZES[kind]
     where = part.tensors.where
     try:
-        sizes = read(config) if config is not None else infer(part.tensors)
-        for size in NEEDED.get(kind, ()):
-            int(sizes[size])
+        return sizes(kind, part.tensors, config)
     except VortexCheckpointError as error:
         if error.path is not None:
             raise
         raise VortexCheckpointError(f"{where}: {error}", path=where) from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise VortexCheckpointError(
-            f"The config.json of {where} is another model's, or damaged ({error!r}). Download it again.", path=where
-        ) from error
-    return sizes
 
 
 def width(kind: str, described: Any) -> int:
     """The width of a part's output: of CLIP's pooled vector, T5's embeddings, or the VAE's latents."""
     if kind == "vae":
         return int(described.latent_channels)
-    return int(described[{"clip": "hidden_size", "t5": "d_model"}[kind]])
+    return int(described.hidden_size if kind == "clip" else described.d_model)
 
 
 def wanted_width(kind: str, flux: FluxSpec) -> int:
     """The width that a transformer takes from `clip`, `t5` or `vae`."""
     return {"clip": flux.vec, "t5": flux.context, "vae": flux.latent_channels}[kind]
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise VortexCheckpointError(
-            f"{path} is missing or not JSON ({error}). Download it again.", path=str(path)
-        ) from error
-    if not isinstance(config, dict):
-        raise VortexCheckpointError(f"{path} is not a model's config. Download it again.", path=str(path))
-    return config

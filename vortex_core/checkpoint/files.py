@@ -262,7 +262,7 @@ def _indexed(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         outside = [name for name in names if Path(name).name != name]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise VortexCheckpointError(
             f"{index} is not an index of shards ({error!r}). Download it again.", path=str(index)
         ) from error

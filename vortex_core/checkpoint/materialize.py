@@ -95,8 +95,11 @@ def read_nf4(tensors: Tensors, name: str, target: Target, home: torch.device) ->
     if tensors.is_nf4(name):
         weight = tensors.read_nf4(name, home)
     else:
+        values = tensors.read(name, target.device)
+        if values.dtype == torch.float64:
+            values = values.float()  # bitsandbytes takes 16 and 32 bits
         try:
-            weight = nf4.quantize(tensors.read(name, target.device), name).to(home)
+            weight = nf4.quantize(values, name).to(home)
         except VortexCheckpointError as error:
             raise VortexCheckpointError(f"{tensors.where}: {error}", path=tensors.where) from error
     target.progress(tensors.nbytes(name))

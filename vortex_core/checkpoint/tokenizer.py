@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
 from ..errors import VortexCheckpointError
-from .files import unreadable
+from .vocabulary import END, build, build_clip, guarded, read_pair, read_text
 
 # Where `vortex fetch tokenizers` downloads from, and where a cache is looked through: repository, file.
 CLIP_HOMES = (("openai/clip-vit-large-patch14", "tokenizer.json"),)
@@ -52,27 +53,34 @@ def read_tokenizer(path: Path) -> Tokenizer:
     """From a tokenizer.json, or a folder with one, or with CLIP's older pair of vocab.json and merges.txt."""
     file = path if path.is_file() else path / "tokenizer.json"
     if file.is_file():
-        try:
-            return whole(Tokenizer.from_file(str(file)))
-        except Exception as error:  # tokenizers raises nothing narrower
-            raise unreadable(file, "tokenizer", error) from error
+        return build(read_text(file), file)
     if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
-        # the released folder has CLIP's tokenizer only in this older form; transformers knows how to join it
-        from transformers import CLIPTokenizerFast
-
-        fast = CLIPTokenizerFast.from_pretrained(str(path), local_files_only=True)
-        return whole(Tokenizer.from_str(fast.backend_tokenizer.to_str()))
+        return read_pair(path)  # the released folder has CLIP's tokenizer only in this older form
     raise VortexCheckpointError(
         f"{path} holds no tokenizer.json (nor vocab.json and merges.txt). Download it with the model.",
         path=str(path),
     )
 
 
-def whole(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer without padding and truncation: its file stores those of whoever used it last."""
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
+def tokenizer_of(theirs: Any, where: str) -> Tokenizer:
+    """The tokenizer inside one of transformers', fast or slow, of version 4 or 5. It stays as it is.
+
+    Raises `VortexCheckpointError` where it cannot be had.
+    """
+    with guarded(where):
+        backend = getattr(theirs, "backend_tokenizer", None)
+        if backend is not None:
+            return build(backend.to_str(), where)
+        ranks = getattr(theirs, "bpe_ranks", None)
+        if ranks is not None and END in theirs.encoder:  # CLIP's slow one
+            return build_clip(theirs.encoder, sorted(ranks, key=ranks.__getitem__), where)
+        name = getattr(theirs, "name_or_path", None)
+        if name and Path(name).is_dir():
+            return read_tokenizer(Path(name))
+    raise VortexCheckpointError(
+        f"{where} is {type(theirs).__name__}, which Vortex cannot read. Load the pipeline with a fast tokenizer, such "
+        "as T5TokenizerFast."
+    )
 
 
 def fetch_tokenizers() -> list[Path]:
