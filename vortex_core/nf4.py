@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from .errors import VortexCheckpointError
+
+if TYPE_CHECKING:  # whoever looks at headers needs the format alone
+    import torch
+    from torch import Tensor
 
 BLOCK = 64
 CHUNK = 2**21  # values that `dequantize` takes at once
@@ -62,6 +64,8 @@ class NF4Weight:
 
 def join(weights: Sequence[NF4Weight]) -> NF4Weight:
     """Stack weights by rows, bit for bit: every row of a FLUX matrix is whole blocks, so nothing is re-quantized."""
+    import torch
+
     return NF4Weight(torch.cat([w.packed for w in weights]), torch.cat([w.absmax for w in weights]))
 
 
@@ -73,6 +77,7 @@ def quantize(weight: Tensor, name: str = "weight") -> NF4Weight:
     n, k = weight.shape
     if k % BLOCK:
         raise VortexCheckpointError(f"{name} is {n} x {k}; NF4 needs the second size divisible by {BLOCK}.")
+    import torch
     from bitsandbytes.functional import quantize_4bit
 
     packed, state = quantize_4bit(weight.contiguous(), blocksize=BLOCK, compress_statistics=False, quant_type="nf4")
@@ -84,6 +89,8 @@ def quantize(weight: Tensor, name: str = "weight") -> NF4Weight:
 
 def quantize_reference(weight: Tensor) -> NF4Weight:
     """The naive quantizer: scale each block of 64 to -1..1 and take the nearest level. Oracle for `quantize`."""
+    import torch
+
     n, k = weight.shape
     blocks = weight.float().reshape(-1, BLOCK)
     absmax = blocks.abs().amax(dim=1)
@@ -98,6 +105,8 @@ def dequantize(weight: NF4Weight, dtype: torch.dtype, out: Tensor | None = None)
 
     Written into `out`, of that shape and type, if it is given; besides it, `DECODE_BYTES` are taken at most.
     """
+    import torch
+
     n, k = weight.shape
     device = weight.packed.device
     if out is None:
