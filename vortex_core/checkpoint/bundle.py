@@ -95,7 +95,7 @@ def open_bundle(
 
 def path_of(model: str | Path) -> Path:
     """Where a model lies, by its name (`"tiny"`) or path. It may not exist."""
-    return TINY if model == "tiny" else Path(model).expanduser()
+    return TINY if model == "tiny" else _snapshot(Path(model).expanduser())
 
 
 def open_pipeline(pipe: FluxPipeline) -> Bundle:

@@ -85,7 +85,7 @@ def beginning(head: bytes) -> str | None:
             return words
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if text.startswith(PAGES):
-        return "a web page, not the file: the server wanted a login or an accepted licence. Download it again."
+        return "a web page: the server wanted a login or an accepted licence. Download it again."
     if text.startswith((b"{", b"[")):
         return "a text of JSON, not weights. Give the file of weights."
     if head.startswith(ZEROS):
