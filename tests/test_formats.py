@@ -117,7 +117,7 @@ def test_fp8_that_lies_there_as_bytes(tmp_path: Path, plain: dict[str, Tensor], 
 
 def test_nf4_whose_bytes_wear_another_type(tmp_path: Path) -> None:
     packed = specimens.packed(False)
-    path = save(packed | {WEIGHT: packed[WEIGHT].view(torch.bfloat16)}, tmp_path / "worn.safetensors")
+    path = save(packed | {WEIGHT: packed[WEIGHT].view(-1).view(torch.bfloat16)}, tmp_path / "worn.safetensors")
     assert look(path)
     found = find_parts(path, {})[0]["transformer"].tensors.read_nf4(WEIGHT)
     assert torch.equal(found.packed.view(-1), packed[WEIGHT].view(-1))
@@ -221,7 +221,7 @@ def test_shards_without_an_index(tmp_path: Path, plain: dict[str, Tensor]) -> No
     (tmp_path / "transformer" / "other.safetensors").unlink()
     third.unlink()
     for given in (tmp_path, first):
-        with pytest.raises(VortexCheckpointError, match="2 of 3 shards of model; model-00003-of-00003.safetensors is"):
+        with pytest.raises(VortexCheckpointError, match=r"2 of 3 shards of model; model-00003-of-00003\.s"):
             look(given)
 
 
@@ -234,7 +234,7 @@ def test_an_index(tmp_path: Path, plain: dict[str, Tensor]) -> None:
     assert look(index)
     index.write_text(json.dumps({"weight_map": places | {WEIGHT: first.name, "img_in.weight": first.name,
                                                         "img_in.bias": first.name}}))  # fmt: skip
-    with pytest.raises(VortexCheckpointError, match="does not hold .* which model.safetensors.index.json says it does"):
+    with pytest.raises(VortexCheckpointError, match=r"does not hold .* which model\.safetensors\.index\.json says"):
         look(index)
 
 
@@ -306,7 +306,7 @@ def test_a_long_array_in_gguf(tmp_path: Path) -> None:
     ):
         path.write_bytes(data)
         started = time.process_time()
-        with pytest.raises(VortexCheckpointError, match="is not a readable GGUF|holds no part of FLUX"):
+        with pytest.raises(VortexCheckpointError, match=r"is not a readable GGUF|holds no part of FLUX"):
             inspect(path)
         assert time.process_time() - started < 1
 
