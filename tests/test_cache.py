@@ -277,7 +277,8 @@ def sparse_gguf(path: Path, tensors: dict[str, tuple[int, ...]], form: str) -> N
         values, is_linear = torch.Size(shape).numel(), len(shape) == 2
         kind = gguf.GGMLQuantizationType["Q8_0" if is_linear else "F32"]
         bytes_a_row = shape[-1] // 32 * 34 if is_linear else shape[-1] * 4
-        writer.add_tensor_info(name, [*shape[:-1], bytes_a_row], np.dtype(np.uint8), values, raw_dtype=kind)
+        nbytes = values // shape[-1] * bytes_a_row
+        writer.add_tensor_info(name, [*shape[:-1], bytes_a_row], np.dtype(np.uint8), nbytes, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

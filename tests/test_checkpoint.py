@@ -1,6 +1,7 @@
 """Folders that are wrong in some way get a sentence, before anything is loaded; sharded ones read like whole ones."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from vortex_core import Engine, VortexCheckpointError, load_flux_schnell
 from vortex_core.checkpoint.bundle import open_bundle, open_pipeline
-from vortex_core.checkpoint.files import MAPPED, SafetensorsFiles
+from vortex_core.checkpoint.files import open_file
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -156,22 +157,37 @@ def test_sharded_weights_read_like_whole_ones(copy: Path, engine: Engine) -> Non
     refused(copy, "lacks b.safetensors, which its index names")
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="NOT RUN: Linux alone says what is mapped")
-def test_a_large_table_does_not_stay_in_memory_once_it_was_copied(tmp_path: Path) -> None:
-    path = tmp_path / "table.safetensors"
-    save_file({"table": torch.ones(MAPPED + 1, dtype=torch.uint8)}, path)
-    files = SafetensorsFiles(path, [path])
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="NOT RUN: Linux alone says what is mapped")
+def test_nothing_is_mapped(copy: Path) -> None:
+    files = open_file(copy / "vae" / WEIGHTS)
+    tensors = [files.read(name) for name in files.names()]
+    assert sum(tensor.nbytes for tensor in tensors) > 100_000
+    assert str(copy) not in Path("/proc/self/maps").read_text()
 
-    def mapped() -> int:
-        """Bytes of the file that this process holds."""
-        entries = Path("/proc/self/smaps").read_text().split(f"{path}\n")[1:]
-        return sum(int(entry.partition("Rss:")[2].split()[0]) * 1024 for entry in entries)
 
-    table = files.read("table")
-    assert bool(table.all())
-    assert mapped() > MAPPED
-    del table
-    assert mapped() < MAPPED / 100
+@pytest.mark.parametrize("how", ["truncated", "rewritten", "replaced", "removed"])
+def test_a_file_that_changes_underneath(copy: Path, how: str) -> None:
+    """What is cut or written to is an error; a new file under the name leaves the old one, which is open, as it was."""
+    path = copy / "vae" / WEIGHTS
+    files = open_file(path)
+    first, *_, last = sorted(files.names(), key=lambda name: files._places[name][1].offset)
+    expected = load_file(path)[last]
+    files.read(first)
+    match how:
+        case "truncated":
+            os.truncate(path, path.stat().st_size // 2)
+        case "rewritten":
+            os.utime(path, ns=(1, 1))
+        case "replaced":
+            save_file({"other": torch.zeros(3)}, path.with_name("new"))
+            path.with_name("new").replace(path)
+        case "removed":
+            path.unlink()
+    if how in ("replaced", "removed"):
+        assert torch.equal(files.read(last), expected)
+    else:
+        with pytest.raises(VortexCheckpointError, match=r"was changed while it was read.*Load it again once"):
+            files.read(last)
 
 
 def test_clip_under_either_name(copy: Path) -> None:

@@ -255,7 +255,7 @@ def test_other_four_bit_formats_are_refused(canonical: dict[str, Tensor]) -> Non
     with pytest.raises(VortexCheckpointError, match="blocks of 128; Vortex reads nf4 with blocks of 64"):
         find_part(StateDict(state, "a file"), "transformer")
     fp4 = {name: state[name], f"{name}.quant_state.bitsandbytes__fp4": state[key]}
-    with pytest.raises(VortexCheckpointError, match="is in FP4"):
+    with pytest.raises(VortexCheckpointError, match="is in FP4 of bitsandbytes"):
         find_part(StateDict(fp4, "a file"), "transformer")
 
 

@@ -5,15 +5,17 @@
 
 from __future__ import annotations
 
-import json
+import time
 from collections import Counter
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import mutants
+import mutations
 import pytest
 import specimens
+from mutations import GGUF_HEADER, mutated
 from specimens import look, read, save, write_gguf
 
 from vortex_core import VortexCheckpointError
@@ -22,7 +24,6 @@ pytest.importorskip("hypothesis")
 from hypothesis import given
 from hypothesis import strategies as st
 
-GGUF_HEADER = 400  # bytes of the sound file's
 SHARES = st.floats(0, 1, exclude_max=True)
 JUNK = st.one_of(
     st.none(), st.booleans(), st.integers(-(2**65), 2**65), st.floats(), st.text(max_size=8),
@@ -42,44 +43,6 @@ EDITS = st.one_of(
     st.tuples(st.just("entry"), st.integers(0), JUNK),
     st.tuples(st.just("data"), st.integers(0), st.integers(0, 255)),
 )
-
-
-def mutated(source: bytes, edits: list[tuple[str, Any, Any]]) -> bytes:
-    """A safetensors file, changed in its header as `edits` say: by bytes, or in its meaning."""
-    for what, where, value in edits:
-        length = int.from_bytes(source[:8], "little")
-        if what in ("byte", "cut"):
-            at = int(where * min(len(source), 8 + length))
-            source = source[:at] + (bytes([value]) + source[at + 1 :] if what == "byte" else b"")
-            continue
-        if what == "length":
-            source = value.to_bytes(8, "little") + source[8:]
-            continue
-        try:
-            header = json.loads(source[8 : 8 + length])
-            names = sorted(header)
-            name = names[where % len(names)]
-            entry = header[name]
-            if what == "drop":
-                del header[name]
-            elif what == "rename":
-                header[value] = header.pop(name)
-            elif what == "swap":
-                other = names[value % len(names)]
-                header[name], header[other] = header[other], entry
-            elif what == "entry":
-                header[name] = value
-            elif what == "data":
-                at = 8 + length + entry["data_offsets"][0]
-                source = source[:at] + bytes([value]) + source[at + 1 :]
-                continue
-            else:
-                entry[what] = value
-            text = json.dumps(header).encode("utf-8", "surrogatepass")
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError, ZeroDivisionError):
-            continue  # an edit before this one left no header to change
-        source = len(text).to_bytes(8, "little") + text + source[8 + length :]
-    return source
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +79,17 @@ def test_mutated_gguf(sound: Path, edits: list[tuple[float, int]], cut: float | 
     for where, value in edits:
         data[int(where * GGUF_HEADER)] = value
     read_or_refused(sound / "mutated.gguf", bytes(data if cut is None else data[: int(cut * len(data))]))
+
+
+@pytest.mark.parametrize("form", ["plain.safetensors", "nested.safetensors", "whole.gguf"])
+def test_mutated_by_seed(sound: Path, form: str) -> None:
+    """The same inputs each time, each in little time, and those of a tool that tries many more."""
+    mutate = mutations.gguf if form.endswith("gguf") else mutations.safetensors
+    original, path = (sound / form).read_bytes(), sound / f"seeded.{form}"
+    for seed in range(60):
+        started = time.process_time()
+        read_or_refused(path, mutate(original, seed))
+        assert time.process_time() - started < 5, f"seed {seed}"
 
 
 def read_or_refused(path: Path, data: bytes) -> None:

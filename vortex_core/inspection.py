@@ -1,24 +1,21 @@
-"""What a file or folder is, from headers alone: the words and figures behind `vortex inspect`."""
+"""What a file or folder is, from headers alone and without torch: the words and figures behind `vortex inspect`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from .checkpoint.bundle import SUBFOLDERS, WORDS, describe, find_parts
-from .checkpoint.dialect import Part
-from .checkpoint.materialize import check, is_quantized
+from .checkpoint.dialect import Part, depth
+from .checkpoint.layout import UNQUANTIZED, modulation_shapes, step_shapes
+from .checkpoint.tensors import check_shapes
 from .checkpoint.tokenizer import locate_tokenizers
-from .conditioning import Modulation
 from .errors import VortexCheckpointError
 from .nf4 import BLOCK
 from .paths import expanded
-from .transformer import Transformer
 
 NF4_BYTES = 0.5 + 4 / BLOCK  # a value, with its share of the scale
 
@@ -61,7 +58,8 @@ def inspect(path: str | Path, others: Mapping[str, str | Path | None] | None = N
             path=str(where),
         )
     found = tuple(
-        Found(kind, part.words, sum(1 for _ in part.stored.names()), part.nbytes) for kind, part in parts.items()
+        Found(kind, _words(kind, part, configs), sum(1 for _ in part.stored.names()), part.nbytes)
+        for kind, part in parts.items()
     )
     missing = [WORDS[kind] for kind in SUBFOLDERS if kind not in parts]
     missing += [
@@ -72,37 +70,35 @@ def inspect(path: str | Path, others: Mapping[str, str | Path | None] | None = N
     return Inspection(where, found, tuple(missing), dict(_placement(parts, configs)))
 
 
+def _words(kind: str, part: Part, configs: Mapping[str, Mapping[str, Any]]) -> str:
+    if kind != "transformer":
+        return part.words
+    return f"{part.words}, {depth(describe(kind, part, configs.get(kind)))}"
+
+
 def _placement(parts: Mapping[str, Part], configs: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, int]]:
     if "transformer" not in parts:
         return
     tensors = parts["transformer"].tensors
     spec = describe("transformer", parts["transformer"], configs.get("transformer"))
-    with torch.device("meta"):
-        step_time, modulation = Transformer(spec), Modulation(spec)
+    step_time, modulation = step_shapes(spec), modulation_shapes(spec)
     for half in (step_time, modulation):
-        check(half, tensors, scales=False)
+        check_shapes(half, tensors, scales=False)
     yield "step-time weights, on the GPU", nf4_size(step_time)
-    yield (
-        "a decoded weight, on the GPU",
-        2 * max(part.weight.numel() for part in step_time.modules() if isinstance(part, nn.Linear)),
-    )
+    yield "a decoded weight, on the GPU", 2 * max(prod(shape) for shape in step_time.values())
     yield "modulation, in host memory", nf4_size(modulation)
     if "t5" in parts:
         stored = parts["t5"].stored
         tables = ("shared.", "encoder.embed_tokens.", "token_embd.")
-        values = sum(_numel(stored.shape(name)) for name in stored.names() if not name.startswith(tables))
+        values = sum(prod(stored.shape(name)) for name in stored.names() if not name.startswith(tables))
         yield "T5, in host memory", int(values * NF4_BYTES)
 
 
-def nf4_size(module: nn.Module) -> int:
-    """Bytes of a module on `meta` once its linears are NF4 and the rest is bf16."""
-    packed = {
-        f"{name}.weight"
-        for name, part in module.named_modules()
-        if isinstance(part, nn.Linear) and is_quantized(part, name)
-    }
-    return int(sum(p.numel() * (NF4_BYTES if name in packed else 2) for name, p in module.named_parameters()))
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
+def nf4_size(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Bytes of parameters once those of linears are NF4 and the rest is bf16."""
+    return int(
+        sum(
+            prod(shape) * (NF4_BYTES if len(shape) == 2 and not name.startswith(UNQUANTIZED) else 2)
+            for name, shape in shapes.items()
+        )
+    )

@@ -194,6 +194,8 @@ def fill(
         model.clip.load_table(sources["clip"], target)
         mark("tables")
         _place(model, sources, target, made, placement)
+        for source in sources.values():
+            source.settle()
     phases = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in watch.phases.items())
     log.debug("Weights arrived in %.2f s: %s", watch.seconds, phases)
 
@@ -207,7 +209,7 @@ def _place(model: Model, sources: Sources, target: Target, made: MemoryPlan, pla
         piece.name: torch.empty(piece.nbytes, dtype=torch.uint8, device=target.device) for piece in made.resident
     }
     for unit in model.units:
-        # what streams, too, comes by way of the device: from there to pinned memory is faster than from a mapped file
+        # what streams, too, comes by way of the device: from there to pinned memory is faster than from a file
         model.read(unit, sources, target)
         size = unit.measure()
         if unit.name in made.streamed:

@@ -11,14 +11,16 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from .errors import VortexCheckpointError
 from .packages import first_line, missing
 
 log = logging.getLogger(__name__)
+
+if TYPE_CHECKING:  # whoever looks at headers needs the format alone
+    import torch
+    from torch import Tensor
 
 BLOCK = 64
 CHUNK = 2**21  # values that are taken at once
@@ -65,11 +67,13 @@ class NF4Weight:
         return NF4Weight(*upper), NF4Weight(*lower)
 
 
-Quantizer = Callable[[Tensor], NF4Weight]
+Quantizer = Callable[["Tensor"], NF4Weight]
 
 
 def join(weights: Sequence[NF4Weight]) -> NF4Weight:
     """Stack weights by rows, bit for bit: every row of a FLUX matrix is whole blocks, so nothing is re-quantized."""
+    import torch
+
     return NF4Weight(torch.cat([w.packed for w in weights]), torch.cat([w.absmax for w in weights]))
 
 
@@ -81,6 +85,8 @@ def quantize(weight: Tensor, name: str = "weight") -> NF4Weight:
     n, k = weight.shape
     if k % BLOCK:
         raise VortexCheckpointError(f"{name} is {n} x {k}; NF4 needs the second size divisible by {BLOCK}.")
+    import torch
+
     made = _quantizer(weight.device)(weight)
     if not bool(torch.isfinite(made.absmax).all()):
         raise VortexCheckpointError(f"{name} holds NaN or infinite values; the file is damaged. Download it again.")
@@ -90,6 +96,8 @@ def quantize(weight: Tensor, name: str = "weight") -> NF4Weight:
 @cache
 def _quantizer(device: torch.device) -> Quantizer:
     """The fastest that finds the levels themselves again on `device`. Logs why bitsandbytes was declined."""
+    import torch
+
     sample = torch.tensor(LEVELS, device=device).repeat(2, 2 * BLOCK // len(LEVELS)) * 0.5
     why = missing("bitsandbytes.functional")
     try:
@@ -116,6 +124,8 @@ def _quantize_bitsandbytes(weight: Tensor) -> NF4Weight:
 
 def quantize_reference(weight: Tensor) -> NF4Weight:
     """The naive quantizer: scale each block of 64 to -1..1 and take the nearest level. Plain torch, any device."""
+    import torch
+
     n, k = weight.shape
     levels = torch.tensor(LEVELS, device=weight.device)
     between = (levels[1:] + levels[:-1]) / 2
@@ -136,6 +146,8 @@ def dequantize(weight: NF4Weight, dtype: torch.dtype, out: Tensor | None = None)
 
     Written into `out`, of that shape and type, if it is given; besides it, `DECODE_BYTES` are taken at most.
     """
+    import torch
+
     n, k = weight.shape
     device = weight.packed.device
     if out is None:

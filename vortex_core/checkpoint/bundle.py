@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import stat
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
-from ..errors import VortexCheckpointError
+from ..errors import VortexCheckpointError, VortexWarning, quoted
 from ..paths import expanded
 from ..spec import ClipSpec, FluxSpec, T5Spec, VaeSpec
 from .config import read_config, sizes
-from .dialect import Part, find_part
-from .files import Raw, open_file, open_folder, unreadable
+from .dialect import Part, check_depth, depth, find_part, is_cut
+from .files import SAFETENSORS, Raw, open_file, unreadable
+from .folders import open_folder, whole_of
+from .formats import READ, config_format
 from .pipeline import member, part_of
 from .tensors import Tensors
 from .tokenizer import find_tokenizers, read_tokenizer, tokenizer_of
@@ -86,7 +90,7 @@ def open_bundle(
 
 def path_of(model: str | Path) -> Path:
     """Where a model lies, by its name (`"tiny"`) or path. It may not exist."""
-    return TINY if model == "tiny" else expanded(model)
+    return TINY if model == "tiny" else _snapshot(expanded(model))
 
 
 def open_pipeline(pipe: FluxPipeline) -> Bundle:
@@ -113,24 +117,32 @@ def find_parts(
     """
     for place in (path, *(expanded(other) for other in others.values() if other is not None)):
         _check_readable(place)
+    path = _snapshot(path)
     parts: dict[str, Part] = {}
     configs: dict[str, dict[str, Any]] = {}
-    whole_file = open_file(path) if path.is_file() else None
+    opened = None if path.is_dir() else _open_file(path)
     for kind, subfolder in SUBFOLDERS.items():
         given = others.get(kind)
         if given is not None:
             raw, folder = _open(expanded(given), subfolder)
-        elif whole_file is not None:
-            raw, folder = whole_file, None
+        elif opened is not None:
+            raw, folder = opened
         elif (path / subfolder).is_dir() or (kind == "transformer" and (path / "config.json").is_file()):
             raw, folder = _open(path, subfolder)
         else:
             continue
+        config = (
+            None if folder is None or not (folder / "config.json").is_file() else read_config(folder / "config.json")
+        )
+        if config is not None and (words := config_format(config)) is not None:
+            raise VortexCheckpointError(
+                f"{folder} is {words}, as its config.json says, which Vortex does not read. {READ}", path=str(folder)
+            )
         part = find_part(raw, kind)
         if part is not None:
             parts[kind] = part
-            if folder is not None and (folder / "config.json").is_file():
-                configs[kind] = read_config(folder / "config.json")
+            if config is not None:
+                configs[kind] = config
         elif given is not None:
             raise VortexCheckpointError(f"{given} does not hold {WORDS[kind]}.", path=str(given))
     return parts, configs
@@ -138,7 +150,7 @@ def find_parts(
 
 def _check_readable(path: Path) -> None:
     try:
-        path.stat()
+        mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError) as error:
         raise VortexCheckpointError(
             f"There is no model at {path}. Give 'tiny' (bundled), a FLUX.1-schnell folder in the diffusers layout "
@@ -147,18 +159,45 @@ def _check_readable(path: Path) -> None:
         ) from error
     except OSError as error:
         raise unreadable(path, "model", error) from error
+    except ValueError as error:
+        raise VortexCheckpointError(f"{quoted(str(path))} cannot be a path ({error}).") from error
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise VortexCheckpointError(f"{path} is a pipe or a device, neither a file nor a folder.", path=str(path))
+
+
+def _snapshot(path: Path) -> Path:
+    """The model in a folder of a Hugging Face cache, `models--OWNER--NAME`: what `main` names, or the only one."""
+    if not path.name.startswith("models--") or not (path / "snapshots").is_dir():
+        return path
+    revisions = [folder for folder in (path / "snapshots").iterdir() if folder.is_dir()]
+    main = path / "refs" / "main"
+    if main.is_file():
+        named = main.read_bytes()[:64].decode("ascii", "replace").strip()
+        revisions = [folder for folder in revisions if folder.name == named] or revisions
+    return revisions[0] if len(revisions) == 1 else path
 
 
 def _files_in(path: Path) -> str:
-    files = [*path.glob("*.safetensors"), *path.glob("*.gguf")] if path.is_dir() else []
-    return f" It is a folder; perhaps you mean the file {files[0].name} in it." if files else ""
+    if not path.is_dir():
+        return ""
+    files = sorted(
+        file.name for file in path.iterdir()
+        if file.suffix.lower() in (*SAFETENSORS, ".gguf") and not file.name.startswith(".") and file.is_file()
+    )  # fmt: skip
+    return f" It is a folder; perhaps you mean the file {files[0]} in it." if files else ""
 
 
 def _open(path: Path, subfolder: str) -> tuple[Raw, Path | None]:
-    if path.is_file():
-        return open_file(path), None
+    if not path.is_dir():
+        return _open_file(path)
     folder = path / subfolder if (path / subfolder).is_dir() else path
     return open_folder(folder), folder
+
+
+def _open_file(path: Path) -> tuple[Raw, Path | None]:
+    """A file, and the folder of the config that belongs to it: of a shard or an index, the whole model beside it."""
+    whole_model = whole_of(path)
+    return (open_file(path), None) if whole_model is None else (whole_model, path.parent)
 
 
 def _bundle(
@@ -170,6 +209,12 @@ def _bundle(
 ) -> Bundle:
     described = {kind: describe(kind, part, configs.get(kind)) for kind, part in parts.items()}
     _check_fit(described, parts, {"clip": tokenizer, "t5": tokenizer_2})
+    if is_cut(described["transformer"]):
+        warnings.warn(
+            f"{name} has {depth(described['transformer'])}. Unless it was trained so, its pictures are noise.",
+            VortexWarning,
+            stacklevel=3,
+        )
     return Bundle(
         name=name,
         flux=described["transformer"],
@@ -209,11 +254,13 @@ def describe(kind: str, part: Part, config: Mapping[str, Any] | None = None) -> 
     """
     where = part.tensors.where
     try:
-        return sizes(kind, part.tensors, config)
+        described = sizes(kind, part.tensors, config)
     except VortexCheckpointError as error:
         if error.path is not None:
             raise
         raise VortexCheckpointError(f"{where}: {error}", path=where) from error
+    check_depth(kind, part, described)
+    return described
 
 
 def width(kind: str, described: Any) -> int:

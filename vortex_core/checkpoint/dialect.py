@@ -5,13 +5,16 @@ A part is recognised by tensors that only it has, under any of the prefixes its 
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from ..errors import VortexCheckpointError
-from ..spec import dev_checkpoint_message
+from ..errors import VortexCheckpointError, quoted
+from ..spec import FluxSpec, dev_checkpoint_message
 from .files import GgufFile, Raw
+from .formats import ARCHITECTURES, READ, format_of
 from .layout import SWAPPED, flux_sources, t5_gguf_sources, vae_sources
 from .tensors import Renamed, Stored, Tensors
 
@@ -73,6 +76,20 @@ STRANGERS = {
     "distilled_guidance_layer.in_proj.weight": "a Chroma checkpoint",
     "double_stream_modulation_img.lin.weight": "a FLUX.2 checkpoint",
 }  # tensors that give away what people mistake for FLUX.1, under any of the transformer's prefixes
+SHORT = 8  # double blocks of Flex.1-alpha and others that were cut down, with guidance embeddings of their own
+BLOCKS = (
+    *("double_blocks", "single_blocks", "transformer_blocks", "single_transformer_blocks"),
+    *("block", "blk", "layers", "up", "up_blocks"),
+)  # what is numbered from 0 on, without gaps
+DEPTHS = {
+    "transformer": (
+        (("double_blocks", "transformer_blocks"), "double blocks", "double_blocks"),
+        (("single_blocks", "single_transformer_blocks"), "single blocks", "single_blocks"),
+    ),
+    "clip": ((("encoder.layers", "text_model.encoder.layers"), "layers", "num_hidden_layers"),),
+    "t5": ((("encoder.block", "enc.blk"), "blocks", "num_layers"),),
+}  # what a part's blocks are numbered in, in words, and under which name their count is described
+BLOCK = re.compile(r"(.*?)\.(\d+)\.")
 LORA = (".lora_A.weight", ".lora_B.weight", ".lora_down.weight", ".lora_up.weight")
 
 
@@ -89,6 +106,11 @@ class Part:
         """Whether its linears are NF4 already."""
         return bool(self.stored.nf4)
 
+    def blocks(self, *families: str) -> int:
+        """How many blocks there are, numbered in the first of `families` that there is."""
+        found = numbered(self.stored.names())
+        return next((len(found[family]) for family in families if family in found), 0)
+
     @property
     def nbytes(self) -> int:
         """Bytes in the file, about."""
@@ -98,23 +120,33 @@ class Part:
 def find_part(raw: Raw, kind: str) -> Part | None:
     """The part `kind` (`transformer`, `clip`, `t5` or `vae`) of a source, or None where it has none.
 
-    Raises `VortexCheckpointError` for FLUX.1-dev, other models and 4-bit formats other than NF4.
+    Raises `VortexCheckpointError` for FLUX.1-dev, other models, quantizations that are not read, and gaps in blocks.
     """
+    words = format_of(raw.names(), raw.said)
+    if words is not None:
+        raise VortexCheckpointError(f"{raw.where} is {words}, which Vortex does not read. {READ}", path=raw.where)
     if kind == "transformer":
         _refuse_strangers(raw)
     for prefix in PREFIXES[kind]:
         for layout in LAYOUTS[kind]:
             if prefix + layout.witness in raw:
                 stored = Stored(raw, prefix)
+                _refuse_gaps(stored)
                 tensors = Renamed(stored, layout.sources, layout.swapped)
                 return Part(tensors, stored, f"{layout.words} names, {storage(stored, layout.witness)}")
     return None
 
 
 def _refuse_strangers(raw: Raw) -> None:
+    if isinstance(raw, GgufFile) and raw.architecture not in (*ARCHITECTURES, None):
+        raise VortexCheckpointError(
+            f"{raw.where} is a GGUF file of a {quoted(raw.architecture)} model; Vortex draws with FLUX.1-schnell. "
+            "Point it at such a model.",
+            path=raw.where,
+        )
     for prefix in PREFIXES["transformer"]:
         if any(name.startswith(tuple(prefix + guidance for guidance in GUIDANCE)) for name in raw.names()):
-            raise VortexCheckpointError(f"{raw.where}: {dev_checkpoint_message()}", path=raw.where)
+            raise VortexCheckpointError(f"{raw.where}: {_guided(raw, prefix)}", path=raw.where)
         found = next((what for name, what in STRANGERS.items() if prefix + name in raw), None)
         if found is not None:
             raise VortexCheckpointError(
@@ -126,9 +158,71 @@ def _refuse_strangers(raw: Raw) -> None:
         )
 
 
+def _guided(raw: Raw, prefix: str) -> str:
+    """What a transformer with guidance embeddings is: of dev's size, or one of those that were cut down."""
+    numbers = numbered(name.removeprefix(prefix) for name in raw.names() if name.startswith(prefix))
+    doubles = numbers.get("double_blocks") or numbers.get("transformer_blocks") or set()
+    if len(doubles) != SHORT:
+        return dev_checkpoint_message()
+    return (
+        f"It has guidance embeddings and {SHORT} double blocks, as Flex.1-alpha, Flex.2 and Flux.1-lite have; Vortex "
+        "draws with FLUX.1-schnell, 4 steps and no guidance. Point it at a FLUX.1-schnell model instead."
+    )
+
+
+def numbered(names: Iterable[str]) -> dict[str, set[int]]:
+    """The numbers that blocks have, by what they are numbered in: `double_blocks`, `encoder.block`."""
+    found: dict[str, set[int]] = defaultdict(set)
+    for name in names:
+        block = BLOCK.match(name)
+        if block and len(block[2]) < 9:
+            found[block[1]].add(int(block[2]))
+    return found
+
+
+def check_depth(kind: str, part: Part, described: Any) -> None:
+    """Raise `VortexCheckpointError` where a file holds more blocks than its config, or what was found of them, says."""
+    for names, words, key in DEPTHS.get(kind, ()):
+        held = part.blocks(*names)
+        said = int(described[key] if isinstance(described, Mapping) else getattr(described, key))
+        if held > said:
+            raise VortexCheckpointError(
+                f"{part.stored.where} holds {held} {words} and would be read as having {said}: its config.json is "
+                f"another model's, or {words[:-1]} {said} is not whole. Download it again.",
+                path=part.stored.where,
+            )
+
+
+def depth(flux: FluxSpec) -> str:
+    """How many blocks a transformer has, in words, and whether FLUX.1-schnell, if it is as wide, has others."""
+    words = f"{flux.double_blocks} double and {flux.single_blocks} single blocks"
+    return f"{words}, where FLUX.1-schnell has 19 and 38" if is_cut(flux) else words
+
+
+def is_cut(flux: FluxSpec) -> bool:
+    """Whether a transformer as wide as FLUX.1-schnell's has other blocks. A narrower one was trained at its size."""
+    whole = FluxSpec()
+    return flux.hidden == whole.hidden and (flux.double_blocks, flux.single_blocks) != (
+        whole.double_blocks,
+        whole.single_blocks,
+    )
+
+
+def _refuse_gaps(stored: Stored) -> None:
+    for family, numbers in numbered(stored.names()).items():
+        if family.rpartition(".")[2] not in BLOCKS:
+            continue
+        gap = next((number for number in range(max(numbers)) if number not in numbers), None)
+        if gap is not None:
+            raise VortexCheckpointError(
+                f"{stored.where} lacks {family}.{gap}, though it has {family}.{max(numbers)}: the download is "
+                "incomplete, or blocks were cut out of it. Download it again.",
+                path=stored.where,
+            )
+
+
 def storage(stored: Stored, witness: str) -> str:
     """How the weights are stored, in words, such as `bf16`, `fp8 e4m3 scaled` or `NF4 nested`."""
-    name = stored.prefix + witness
     if stored.nf4:
         packed = next(iter(stored.nf4))
         nested = f"{stored.prefix}{packed}.nested_absmax" in stored.raw
@@ -136,6 +230,6 @@ def storage(stored: Stored, witness: str) -> str:
     if isinstance(stored.raw, GgufFile):
         types = Counter(stored.raw.dtype(name) for name in stored.raw.names() if name.endswith(".weight"))
         return f"GGUF {types.most_common(1)[0][0]}"
-    dtype = stored.raw.dtype(name)
+    dtype = stored.dtype(witness)
     words = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F8_E4M3": "fp8 e4m3", "F8_E5M2": "fp8 e5m2"}
     return words.get(dtype, dtype) + (" scaled" if stored.scaled else "")

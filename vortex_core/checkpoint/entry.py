@@ -22,9 +22,10 @@ from torch import Tensor
 
 from ..errors import VortexCheckpointError
 from .checksum import CHECKSUMS, checksum, numbers, pieces, split, words
-from .files import DTYPES
+from .dtypes import DTYPES
+from .filebytes import FileBytes
 from .partial import partial
-from .upload import PIECE, THREADS, FileBytes, Upload, upload_to
+from .upload import PIECE, THREADS, Upload, upload_to
 
 CPU = torch.device("cpu")
 LARGEST = 100 * 10**6  # bytes of a header, as in safetensors itself

@@ -1,47 +1,44 @@
 """Tensors as they are stored, under the names and types they have there: safetensors, GGUF, or a state dict.
 
-Opening reads headers only. Whatever is wrong with a file is a `VortexCheckpointError` that names it.
+Opening reads headers only, and nothing is mapped. Whatever is wrong with a file is a `VortexCheckpointError` that
+names it. torch is imported when the first tensor is read: looking at headers does without.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
-from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from ..errors import VortexCheckpointError, quoted
+from .filebytes import FileBytes, FileChanged
+from .formats import beginning
+from .headers import MAGIC, Entry, Header, read_gguf, read_safetensors
 
-from ..errors import VortexCheckpointError
-from ..packages import missing
-from .upload import FileBytes, Upload, upload_to
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from .upload import Upload
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
-CPU = torch.device("cpu")
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I32": torch.int32,
-    "I64": torch.int64,
-}  # safetensors' words for what FLUX files hold
-MAPPED = 200 * 10**6  # bytes read from mapped files before they are mapped anew; T5's table of tokens has 263 MB
-WORDS = {dtype: word for word, dtype in DTYPES.items()}
+SAFETENSORS = (".safetensors", ".sft")
+SMALL = 2**16  # bytes of what is read to be looked at
+CPU = "cpu"
 
 
 class Raw(Protocol):
-    """A source of tensors as they are stored. `files` are what it was read from; `where` names it in errors."""
+    """A source of tensors as they are stored. `files` are what it was read from; `where` names it in errors.
+
+    `said` is what its files say of themselves.
+    """
 
     where: str
     files: tuple[Path, ...]
+
+    @property
+    def said(self) -> Mapping[str, str]: ...
 
     def __contains__(self, name: str) -> bool: ...
 
@@ -53,81 +50,128 @@ class Raw(Protocol):
 
     def nbytes(self, name: str) -> int: ...
 
-    def read(self, name: str, device: torch.device = CPU) -> Tensor: ...
+    def small(self, name: str) -> bytes: ...
+
+    def read(self, name: str, device: torch.device | str = CPU) -> Tensor: ...
 
 
-class SafetensorsFiles:
-    """Memory-mapped safetensors files, as one. Raises `VortexCheckpointError` for a damaged one."""
+class Files:
+    """Tensors that lie in files, by their headers. Files stay open while this lives.
 
-    def __init__(self, where: Path, paths: Iterable[Path]) -> None:
+    `steady` files are nobody's to write to: one that changes while it is read is an error.
+    """
+
+    kind = ""
+
+    def __init__(self, where: Path, paths: Iterable[Path], *, steady: bool = False) -> None:
+        self._steady = steady
         self.where = str(where)
         self.files = tuple(paths)
-        self._upload: Upload | None = None
-        self._map()
-
-    def _map(self) -> None:
-        files: dict[str, Any] = {}
+        self.said: dict[str, str] = {}
+        self._places: dict[str, tuple[FileBytes, Entry]] = {}
         for path in self.files:
             try:
-                path.open("rb").close()  # safe_open says of a forbidden file that there is none
-                file = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise unreadable(path, "safetensors", error) from error
-            files.update(dict.fromkeys(file.keys(), file))
-        self._files = files
-        self._mapped = 0
+                file = FileBytes(path)
+                header = self._header(file)
+            except (OSError, ValueError) as error:
+                raise unreadable(path, self.kind, error) from error
+            both = self._places.keys() & header.tensors.keys()
+            if both:
+                raise VortexCheckpointError(
+                    f"{path} and {self._places[min(both)][0].path.name} beside it both hold {quoted(min(both))}: "
+                    "one of them is left from another download. Remove it.",
+                    path=str(path),
+                )
+            self.said |= header.said
+            self._places |= {name: (file, entry) for name, entry in header.tensors.items()}
 
-    @cached_property
-    def _places(self) -> dict[str, tuple[FileBytes, int]]:
-        """Each tensor's file, and where it begins there. The headers were checked when the files were mapped."""
-        places = {}
-        for path in self.files:
-            file = FileBytes(path)
-            with path.open("rb") as opened:
-                size = int.from_bytes(opened.read(8), "little")
-                header = json.loads(opened.read(size))
-            for name in header.keys() - {"__metadata__"}:
-                places[name] = file, 8 + size + header[name]["data_offsets"][0]
-        return places
+    def _header(self, file: FileBytes) -> Header:
+        raise NotImplementedError
 
     def __contains__(self, name: str) -> bool:
-        return name in self._files
+        return name in self._places
 
     def names(self) -> Iterable[str]:
         """Every tensor's name."""
-        return self._files.keys()
+        return self._places.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape in the header."""
-        return tuple(self._files[name].get_slice(name).get_shape())
+        """The logical shape in the header."""
+        return self._places[name][1].shape
 
     def dtype(self, name: str) -> str:
-        """The type in the header, such as `BF16`."""
-        return str(self._files[name].get_slice(name).get_dtype())
+        """The type in the header, such as `BF16`; of GGUF its own name, such as `Q4_K`."""
+        return self._places[name][1].dtype
 
     def nbytes(self, name: str) -> int:
         """Bytes in the file."""
-        dtype = DTYPES.get(self.dtype(name), torch.uint8)
-        return torch.Size(self.shape(name)).numel() * dtype.itemsize
+        return self._places[name][1].nbytes
 
-    def read(self, name: str, device: torch.device = CPU) -> Tensor:
-        """The tensor on `device`; on the CPU it is the mapped file itself."""
+    def file_of(self, name: str) -> Path:
+        """The file that a tensor lies in."""
+        return self._places[name][0].path
+
+    def small(self, name: str) -> bytes:
+        """A small tensor's bytes, such as a JSON text. Raises `ValueError` for a large one."""
+        file, entry = self._places[name]
+        if entry.nbytes > SMALL:
+            raise ValueError(f"it has {entry.nbytes} bytes")
+        try:
+            return file.take(entry.offset, entry.nbytes)
+        except OSError as error:
+            raise unreadable(file.path, self.kind, error) from error
+
+    def _fill(self, name: str, memory: memoryview) -> None:
+        file, entry = self._places[name]
+        try:
+            file.read(entry.offset, memory)
+            if self._steady:
+                file.check()
+        except OSError as error:
+            raise unreadable(file.path, self.kind, error) from error
+
+
+class SafetensorsFiles(Files):
+    """safetensors files, as one. Raises `VortexCheckpointError` for a damaged one."""
+
+    kind = "safetensors"
+
+    def __init__(self, where: Path, paths: Iterable[Path], *, steady: bool = False) -> None:
+        super().__init__(where, paths, steady=steady)
+        self._upload: Upload | None = None
+
+    def _header(self, file: FileBytes) -> Header:
+        return read_safetensors(file)
+
+    def read(self, name: str, device: torch.device | str = CPU) -> Tensor:
+        """The tensor on `device`, in memory of its own."""
+        import torch
+
+        from .dtypes import DTYPES, fresh, memory_of
+
+        device = torch.device(device)
         if device.type == "cuda":
             return self._uploaded(name, device)
-        tensor: Tensor = self._files[name].get_tensor(name)
-        self._mapped += tensor.nbytes
-        if self._mapped > MAPPED:
-            self._map()  # or what was read before would still count as this process' memory
+        tensor = fresh(self.shape(name), DTYPES[self.dtype(name)])
+        self._fill(name, memory_of(tensor))
         return tensor.to(device)
 
     def _uploaded(self, name: str, device: torch.device) -> Tensor:
-        tensor = torch.empty(self.shape(name), dtype=DTYPES[self.dtype(name)], device=device)
+        import torch
+
+        from .dtypes import DTYPES
+        from .upload import upload_to
+
+        file, entry = self._places[name]
+        tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device=device)
         if self._upload is None:
             self._upload = upload_to(device)
         try:
-            self._upload(*self._places[name], tensor)
+            self._upload(file, entry.offset, tensor)
+            if self._steady:
+                file.check()
         except OSError as error:
-            raise unreadable(Path(self.where), "safetensors", error) from error
+            raise unreadable(file.path, self.kind, error) from error
         return tensor
 
 
@@ -135,6 +179,7 @@ class StateDict:
     """Tensors that are already in memory."""
 
     files: tuple[Path, ...] = ()
+    said: Mapping[str, str] = {}
 
     def __init__(self, tensors: Mapping[str, Tensor], where: str) -> None:
         self.where = where
@@ -153,6 +198,8 @@ class StateDict:
 
     def dtype(self, name: str) -> str:
         """The tensor's type, in safetensors' words."""
+        from .dtypes import WORDS
+
         dtype = self._tensors[name].dtype
         return WORDS.get(dtype, str(dtype))
 
@@ -160,139 +207,121 @@ class StateDict:
         """Bytes in memory."""
         return self._tensors[name].nbytes
 
-    def read(self, name: str, device: torch.device = CPU) -> Tensor:
-        """The tensor itself, or a copy on `device`."""
-        return self._tensors[name].to(device)
+    def small(self, name: str) -> bytes:
+        """A small tensor's bytes."""
+        from .dtypes import memory_of
+
+        if self.nbytes(name) > SMALL:
+            raise ValueError(f"it has {self.nbytes(name)} bytes")
+        return bytes(memory_of(self._tensors[name].detach().cpu().contiguous()))
+
+    def read(self, name: str, device: torch.device | str = CPU) -> Tensor:
+        """A copy on `device`."""
+        return self._tensors[name].detach().to(device, copy=True)
 
 
-class GgufFile:
+class GgufFile(Files):
     """A GGUF file, decoded by the `gguf` package. Raises `VortexCheckpointError` where it is damaged or missing."""
 
+    kind = "GGUF"
+
     def __init__(self, path: Path) -> None:
-        why = missing("gguf")
-        if why is not None:
+        super().__init__(path, [path], steady=True)
+        if find_spec("gguf") is None:
             raise VortexCheckpointError(
-                f"{path} is a GGUF file; reading it needs the package gguf, which {why}: pip install gguf.",
-                path=str(path),
+                f"{path} is a GGUF file; reading it needs the package gguf: pip install gguf.", path=str(path)
             )
-        import gguf
+        self._decoded: set[str] = set()
 
-        self._gguf: Any = gguf
-        self.where = str(path)
-        self.files: tuple[Path, ...] = (path,)
+    def _header(self, file: FileBytes) -> Header:
+        return read_gguf(file)
+
+    @property
+    def architecture(self) -> str | None:
+        """What model it says it is; None where it does not."""
+        return self.said.get("general.architecture")
+
+    def check(self, name: str) -> None:
+        """Try to decode a block of the tensor's type. Raises `VortexCheckpointError` where `gguf` cannot."""
+        dtype = self.dtype(name)
+        if dtype in self._decoded:
+            return
         try:
-            reader = gguf.GGUFReader(path)
-        except Exception as error:
-            # Its parser trusts every length and type: a damaged header shows as any exception.
-            raise unreadable(path, "GGUF", error) from error
-        self._tensors: dict[str, Any] = {tensor.name: tensor for tensor in reader.tensors}
-        for kind, name in {tensor.tensor_type: tensor.name for tensor in reader.tensors}.items():
-            self._try_decoding(kind, name)
+            import gguf
+            import numpy as np
 
-    def _try_decoding(self, kind: Any, name: str) -> None:
-        import numpy as np
-
-        try:
-            self._gguf.dequantize(np.zeros(self._gguf.GGML_QUANT_SIZES[kind][1], dtype=np.uint8), kind)
-        except NotImplementedError as error:
+            kind = gguf.GGMLQuantizationType[dtype]
+            gguf.dequantize(np.zeros(gguf.GGML_QUANT_SIZES[kind][1], dtype=np.uint8), kind)
+        except (NotImplementedError, KeyError) as error:
             raise VortexCheckpointError(
-                f"{self.where}: {name} is {kind.name}, which the package gguf cannot decode. "
+                f"{self.where}: {name} is {dtype}, which the package gguf cannot decode. "
                 "Use a Q8_0, Q4_0, Q4_K, Q5_K or F16 file.",
                 path=self.where,
             ) from error
+        except Exception as error:  # whatever a package that is broken, or of another age, raises
+            raise VortexCheckpointError(
+                f"{self.where} needs the package gguf, which does not work here ({quoted(error)}): "
+                "pip install --force-reinstall gguf.",
+                path=self.where,
+            ) from error
+        self._decoded.add(dtype)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._tensors
-
-    def names(self) -> Iterable[str]:
-        """Every tensor's name."""
-        return self._tensors.keys()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The logical shape; GGUF stores it innermost first."""
-        return tuple(int(size) for size in reversed(self._tensors[name].shape))
-
-    def dtype(self, name: str) -> str:
-        """GGUF's own name of the type, such as `Q4_K`."""
-        return str(self._tensors[name].tensor_type.name)
-
-    def nbytes(self, name: str) -> int:
-        """Bytes in the file."""
-        return int(self._tensors[name].n_bytes)
-
-    def read(self, name: str, device: torch.device = CPU) -> Tensor:
+    def read(self, name: str, device: torch.device | str = CPU) -> Tensor:
         """The tensor, decoded to fp32."""
-        tensor = self._tensors[name]
-        values = self._gguf.dequantize(tensor.data, tensor.tensor_type)
-        if not values.flags.writeable:  # fp32 comes back as the mapped file
-            values = values.copy()
-        return torch.from_numpy(values).view(self.shape(name)).to(device)
+        import gguf
+        import numpy as np
+        import torch
+
+        entry = self._places[name][1]
+        shape = (entry.shape[:-1] or (1,)) if entry.nbytes else (0,)
+        data = np.empty(entry.nbytes, dtype=np.uint8)
+        self._fill(name, data.data)
+        rows = data.reshape(*shape, -1) if entry.nbytes else data
+        values = gguf.dequantize(rows, gguf.GGMLQuantizationType[entry.dtype])
+        return torch.from_numpy(values).view(entry.shape).to(device)
 
 
-def open_folder(folder: Path) -> SafetensorsFiles:
-    """All `*.safetensors` of a model's subfolder; follows the index of a sharded model.
-
-    Raises `VortexCheckpointError` for a missing or empty folder, a missing shard, and for pickles, by name.
-    """
-    if not folder.is_dir():
-        raise VortexCheckpointError(f"Expected a folder at {folder}; there is none.", path=str(folder))
-    try:
-        files = sorted(folder.iterdir())
-    except OSError as error:
-        raise unreadable(folder, "model", error) from error
-    indices = [path for path in files if path.name.endswith(".safetensors.index.json")]
-    shards = _indexed(indices[0]) if indices else [path for path in files if path.suffix == ".safetensors"]
-    missing = [path.name for path in shards if not path.is_file()]
-    if missing:
-        raise VortexCheckpointError(
-            f"{folder} lacks {', '.join(missing)}, which its index names. The download is incomplete; run it again.",
-            path=str(folder),
-        )
-    if not shards:
-        pickles = [path for path in files if path.suffix in PICKLES]
-        if pickles:
-            raise VortexCheckpointError(pickle_message(pickles[0]), path=str(pickles[0]))
-        raise VortexCheckpointError(
-            f"{folder} holds no .safetensors file. Download the model's weights into it.", path=str(folder)
-        )
-    return SafetensorsFiles(folder, shards)
-
-
-def _indexed(index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        outside = [name for name in names if Path(name).name != name]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise VortexCheckpointError(
-            f"{index} is not an index of shards ({error!r}). Download it again.", path=str(index)
-        ) from error
-    if outside:
-        raise VortexCheckpointError(
-            f"{index} names {outside[0]!r}, which is not a file beside it. Download the model again.", path=str(index)
-        )
-    return [index.parent / name for name in names]
-
-
-def open_file(path: Path) -> Raw:
-    """A single safetensors or GGUF file. Raises `VortexCheckpointError` for anything else, pickles by name."""
-    if path.suffix in PICKLES:
+def open_file(path: Path) -> SafetensorsFiles | GgufFile:
+    """A single safetensors or GGUF file. Raises `VortexCheckpointError` for anything else, by what it is."""
+    ending = path.suffix.lower()
+    if ending in PICKLES:
         raise VortexCheckpointError(pickle_message(path), path=str(path))
-    if path.suffix == ".gguf":
-        return GgufFile(path)
-    if path.suffix != ".safetensors":
+    if ending not in (*SAFETENSORS, ".gguf"):
         raise VortexCheckpointError(
             f"{path} is neither .safetensors nor .gguf; Vortex reads nothing else.", path=str(path)
         )
-    return SafetensorsFiles(path, [path])
+    return GgufFile(path) if _begins(path, ending) else SafetensorsFiles(path, [path], steady=True)
+
+
+def _begins(path: Path, ending: str) -> bool:
+    """Whether a file is GGUF, by its first bytes if they say anything, else by its name's ending."""
+    try:
+        head = FileBytes(path).head(len(MAGIC))
+    except OSError as error:
+        raise unreadable(path, ending.removeprefix(".").upper(), error) from error
+    return head == MAGIC or ending == ".gguf"
 
 
 def unreadable(path: Path, kind: str, error: Exception) -> VortexCheckpointError:
-    """What a file that cannot be opened or parsed gets: forbidden, or damaged."""
+    """What a file that cannot be opened or parsed gets: forbidden, out of reach, of another kind, or damaged."""
     if isinstance(error, PermissionError):
         message = f"{path} may not be read by this user ({error}). Change its permissions, or its owner."
+    elif isinstance(error, FileChanged):
+        message = f"{path} was changed while it was read ({error}). Load it again once whatever writes it is done."
+    elif isinstance(error, OSError):
+        message = f"{path} could not be read ({error.strerror or error}). Check the disk, the drive or the link."
+    elif kind in (SafetensorsFiles.kind, GgufFile.kind) and (words := _beginning(path)) is not None:
+        message = f"{path} is not a readable {kind} file: it is {words}"
     else:
         message = f"{path} is not a readable {kind} file ({error or type(error).__name__}). Download it again."
     return VortexCheckpointError(message, path=str(path))
+
+
+def _beginning(path: Path) -> str | None:
+    try:
+        return beginning(FileBytes(path).head(512))
+    except OSError:
+        return None
 
 
 def pickle_message(path: Path) -> str:

@@ -57,7 +57,7 @@ class Kept:
         """See `Stored.is_nf4`."""
         return self._headers.is_nf4(name)
 
-    def read(self, name: str, device: torch.device = CPU) -> Tensor:
+    def read(self, name: str, device: torch.device | str = CPU) -> Tensor:
         """See `Stored.read`."""
         if self.is_nf4(name):
             return dequantize(self.read_nf4(name, device), torch.float32)
@@ -66,12 +66,18 @@ class Kept:
             lambda: self._part.tensors.read(name, device).view(self.shape(name)),
         )
 
-    def read_nf4(self, name: str, device: torch.device = CPU) -> NF4Weight:
+    def read_nf4(self, name: str, device: torch.device | str = CPU) -> NF4Weight:
         """See `Stored.read_nf4`."""
         return self._read(
             lambda stored: stored.read_nf4(name, device),
-            lambda: read_nf4(self._part.tensors, name, self._target, device),
+            lambda: read_nf4(self._part.tensors, name, self._target, torch.device(device)),
         )
+
+    def settle(self) -> None:
+        """See `Stored.settle`."""
+        for tensors in (self._stored, self._part.tensors):
+            if tensors is not None:
+                tensors.settle()
 
     def _read(self, kept: Callable[[Stored], T], anew: Callable[[], T]) -> T:
         while self._stored is not None:

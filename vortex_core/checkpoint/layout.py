@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from ..spec import FluxSpec
+
 _TOP = {
     "img_in": ("x_embedder",),
     "txt_in": ("context_embedder",),
@@ -58,7 +60,44 @@ _T5 = {
     ("1", "layer_norm"): "ffn_norm",
 }  # by sublayer and module
 VAE_LEVELS = 4
+# Embedders and the last projection are small, and their error would reach every token: they stay unquantized.
+UNQUANTIZED = ("img_in", "txt_in", "time_in", "vector_in", "final_layer.linear")
+TIME = 256  # sinusoids of a timestep
 SWAPPED = ("final_layer.adaLN_modulation.1",)  # diffusers stores (scale, shift), BFL (shift, scale)
+
+
+def step_shapes(spec: FluxSpec) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what `Transformer(spec)` is filled with, for those who look at a file without torch."""
+    d, m = spec.hidden, spec.mlp
+    shapes = dict([*_linear("img_in", d, spec.in_channels), *_linear("txt_in", d, spec.context)])
+    for i in range(spec.double_blocks):
+        for stream in ("img", "txt"):
+            block = f"double_blocks.{i}.{stream}"
+            shapes |= dict([*_linear(f"{block}_attn.qkv", 3 * d, d), *_linear(f"{block}_attn.proj", d, d)])
+            shapes |= dict([*_linear(f"{block}_mlp.0", m, d), *_linear(f"{block}_mlp.2", d, m)])
+            shapes |= {f"{block}_attn.norm.{kind}_norm.scale": (spec.head_dim,) for kind in ("query", "key")}
+    for i in range(spec.single_blocks):
+        block = f"single_blocks.{i}"
+        shapes |= dict([*_linear(f"{block}.linear1", 3 * d + m, d), *_linear(f"{block}.linear2", d, d + m)])
+        shapes |= {f"{block}.norm.{kind}_norm.scale": (spec.head_dim,) for kind in ("query", "key")}
+    return shapes | dict(_linear("final_layer.linear", spec.in_channels, d))
+
+
+def modulation_shapes(spec: FluxSpec) -> dict[str, tuple[int, ...]]:
+    """As `step_shapes`, of `Modulation(spec)`."""
+    d = spec.hidden
+    linears = {"time_in.in_layer": (d, TIME), "time_in.out_layer": (d, d)}
+    linears |= {"vector_in.in_layer": (d, spec.vec), "vector_in.out_layer": (d, d)}
+    doubles = (f"double_blocks.{i}.{stream}_mod.lin" for i in range(spec.double_blocks) for stream in ("img", "txt"))
+    linears |= dict.fromkeys(doubles, (6 * d, d))
+    linears |= {f"single_blocks.{i}.modulation.lin": (3 * d, d) for i in range(spec.single_blocks)}
+    linears |= {"final_layer.adaLN_modulation.1": (2 * d, d)}
+    return dict(pair for name, shape in linears.items() for pair in _linear(name, *shape))
+
+
+def _linear(name: str, rows: int, columns: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{name}.weight", (rows, columns)
+    yield f"{name}.bias", (rows,)
 
 
 def flux_sources(name: str) -> tuple[str, ...]:

@@ -12,10 +12,8 @@ from .. import nf4
 from ..errors import VortexCheckpointError
 from ..linear import Backend, NF4Linear
 from ..nf4 import NF4Weight
-from .tensors import Tensors
-
-# Embedders and the last projection are small, and their error would reach every token: they stay unquantized.
-UNQUANTIZED = ("img_in", "txt_in", "time_in", "vector_in", "final_layer.linear")
+from .layout import UNQUANTIZED as UNQUANTIZED
+from .tensors import Tensors, check_shapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,33 +30,9 @@ class Target:
 
 
 def check(module: nn.Module, tensors: Tensors, prefix: str = "", *, scales: bool = True) -> int:
-    """Compare names, types and shapes with the headers; the bytes that will be read.
-
-    Takes no memory, and reads nothing but, with `scales`, those of NF4 weights, for NaN and infinity. Raises
-    `VortexCheckpointError` naming the first tensors that are missing or of another type or shape.
-    """
-    total = 0
-    missing, other = [], []
-    for name, parameter in module.named_parameters(prefix=prefix.rstrip(".")):
-        if name not in tensors:
-            missing.append(name)
-        elif _squeezed(tensors.shape(name)) != _squeezed(tuple(parameter.shape)):
-            other.append(f"{name}: expected {tuple(parameter.shape)}, found {tensors.shape(name)}")
-        else:
-            tensors.check(name, scales=scales)
-            total += tensors.nbytes(name)
-    if missing:
-        raise VortexCheckpointError(
-            f"{tensors.where} lacks {len(missing)} tensors, such as {', '.join(missing[:3])}. "
-            "It is another model, or the download is incomplete: run it again.",
-            path=tensors.where,
-        )
-    if other:
-        raise VortexCheckpointError(
-            f"{tensors.where} does not fit together: {'; '.join(other[:3])}. Download it again.",
-            path=tensors.where,
-        )
-    return total
+    """See `check_shapes`, of the parameters of a module."""
+    named = module.named_parameters(prefix=prefix.rstrip("."))
+    return check_shapes({name: tuple(parameter.shape) for name, parameter in named}, tensors, scales=scales)
 
 
 def materialize(
@@ -67,7 +41,7 @@ def materialize(
     """Fill `module` (built on `meta`) from `tensors`, names prefixed with `prefix`, tensor by tensor; returns it.
 
     Quantization runs on `target.device`; the results stay on `home` (default: there too). What is NF4 already goes
-    straight home; on the CPU it stays in the mapped file. Host memory holds about one tensor at a time.
+    straight home. Host memory holds about one tensor at a time. What is not finite on a GPU shows in `Tensors.settle`.
     """
     home = home or target.device
     for path, child in list(module.named_modules()):
@@ -107,12 +81,6 @@ def read_nf4(tensors: Tensors, name: str, target: Target, home: torch.device) ->
 
 
 def _read(tensors: Tensors, name: str, target: Target, home: torch.device) -> Tensor:
-    # on the CPU a copy, so that a plain tensor does not hold on to the mapped file
-    tensor = tensors.read(name, home).to(dtype=target.dtype, copy=home.type == "cpu")
+    tensor = tensors.read(name, home).to(target.dtype)
     target.progress(tensors.nbytes(name))
     return tensor
-
-
-def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    # the VAE's 1x1 convolutions are linears in Vortex and in diffusers, but not in BFL's file
-    return shape[:2] if shape[2:] == (1, 1) else shape

@@ -8,25 +8,30 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import Tensor
-
-from ..errors import VortexCheckpointError
+from ..errors import VortexCheckpointError, quoted
 from ..nf4 import BLOCK, LEVELS, NF4Weight, dequantize, join
 from .files import CPU, GgufFile, Raw
+from .finite import Finite
+from .formats import READ, layer_format, layers_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 NF4_STATE = ".quant_state.bitsandbytes__nf4"
-FP4_STATE = ".quant_state.bitsandbytes__fp4"
+COMFY = ".comfy_quant"  # ComfyUI's description of a layer, JSON
 NF4_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", NF4_STATE)
 FP8_SCALES = (".scale_weight", ".weight_scale")  # ComfyUI's older and newer name, beside `.weight`
-FP8_OTHERS = (".scale_input", ".input_scale", ".comfy_quant")
+FP8_OTHERS = (".scale_input", ".input_scale", COMFY)
+FP8_TYPES = ("F8_E4M3", "F8_E5M2")
 SCALES = ("F64", "F32", "F16", "BF16")
-FLOATS = (*SCALES, "F8_E4M3", "F8_E5M2")
+FLOATS = (*SCALES, *FP8_TYPES)
 AGAIN = "The file is damaged or of another kind; download it again."
+QUOTES = "'\""
 
 
 class Tensors(Protocol):
@@ -46,9 +51,46 @@ class Tensors(Protocol):
 
     def is_nf4(self, name: str) -> bool: ...
 
-    def read(self, name: str, device: torch.device = CPU) -> Tensor: ...
+    def read(self, name: str, device: torch.device | str = CPU) -> Tensor: ...
 
-    def read_nf4(self, name: str, device: torch.device = CPU) -> NF4Weight: ...
+    def read_nf4(self, name: str, device: torch.device | str = CPU) -> NF4Weight: ...
+
+    def settle(self) -> None: ...
+
+
+def check_shapes(shapes: Mapping[str, tuple[int, ...]], tensors: Tensors, *, scales: bool = True) -> int:
+    """Compare names, types and `shapes` with the headers; the bytes that will be read.
+
+    Takes no memory, and reads nothing but, with `scales`, those of NF4 weights, for NaN and infinity. Raises
+    `VortexCheckpointError` naming the first tensors that are missing or of another type or shape.
+    """
+    total = 0
+    missing, other = [], []
+    for name, shape in shapes.items():
+        if name not in tensors:
+            missing.append(name)
+        elif _squeezed(tensors.shape(name)) != _squeezed(shape):
+            other.append(f"{name}: expected {shape}, found {tensors.shape(name)}")
+        else:
+            tensors.check(name, scales=scales)
+            total += tensors.nbytes(name)
+    if missing:
+        raise VortexCheckpointError(
+            f"{tensors.where} lacks {len(missing)} tensors, such as {', '.join(missing[:3])}. "
+            "It is another model, or the download is incomplete: run it again.",
+            path=tensors.where,
+        )
+    if other:
+        raise VortexCheckpointError(
+            f"{tensors.where} does not fit together: {'; '.join(other[:3])}. Download it again.",
+            path=tensors.where,
+        )
+    return total
+
+
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    # the VAE's 1x1 convolutions are linears in Vortex and in diffusers, but not in BFL's file
+    return shape[:2] if shape[2:] == (1, 1) else shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +105,8 @@ class State:
 class Stored:
     """Logical tensors of a raw source under a prefix: NF4 (plain or nested), fp8 and its scales look like weights.
 
-    `trusted` files were written by Vortex, which saw that every scale is finite. Raises `VortexCheckpointError` for
-    4-bit formats that are not NF4 with blocks of 64.
+    Whatever lies beside a weight is understood or refused. `trusted` files were written by Vortex, which saw that every
+    scale is finite. Raises `VortexCheckpointError` for what is packed in another way.
     """
 
     def __init__(self, raw: Raw, prefix: str = "", *, trusted: bool = False) -> None:
@@ -72,34 +114,80 @@ class Stored:
         self.raw = raw
         self.prefix = prefix
         own = [name.removeprefix(prefix) for name in raw.names() if name.startswith(prefix)]
-        fp4 = [name for name in own if name.endswith(FP4_STATE)]
-        if fp4:
-            raise self._error(fp4[0].removesuffix(FP4_STATE), "is in FP4; Vortex reads NF4. Use an NF4 or bf16 file.")
         self.nf4 = {name.removesuffix(NF4_STATE): self._state(name) for name in own if name.endswith(NF4_STATE)}
-        hidden = (*NF4_PARTS, *FP8_SCALES, *FP8_OTHERS)
-        self._names = {name for name in own if not name.endswith(hidden) and name != "scaled_fp8"}
-        self.scaled = any(name.endswith(FP8_SCALES) for name in own)
-        self._finite = set(self.nf4) if trusted else set()
+        self._types = dict(self._layers(own))
+        companions = self._companions(own)
+        self._names = {name for name in own if name not in companions and name != "scaled_fp8"}
+        self.scaled = any(name.endswith(FP8_SCALES) for name in companions)
+        self._seen = set(self.nf4) if trusted else set()  # NF4 weights whose scales are finite
+        self._finite = Finite(self.where)
 
     def _state(self, key: str) -> State:
         name = key.removesuffix(NF4_STATE)
         try:
-            said: dict[str, Any] = json.loads(bytes(self.raw.read(self.prefix + key).tolist()))
+            said: dict[str, Any] = json.loads(self.raw.small(self.prefix + key))
             kind, block = said["quant_type"], said["blocksize"]
             n, k = (int(size) for size in said["shape"])
             nested = None
             if f"{self.prefix}{name}.nested_absmax" in self.raw:
                 nested = int(said["nested_blocksize"]), float(said["nested_offset"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise self._error(name, f"does not say how it was quantized ({error!r}). {AGAIN}") from error
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            raise self._error(name, f"does not say how it was quantized ({quoted(error)}). {AGAIN}") from error
         if (kind, block) != ("nf4", BLOCK):
             raise self._error(
                 name,
-                f"is {kind} with blocks of {block}; Vortex reads nf4 with blocks of {BLOCK}. Use such a file, or bf16.",
+                f"is {quoted(kind).strip(QUOTES)} with blocks of {quoted(block)}; Vortex reads nf4 with blocks of "
+                f"{BLOCK}. Use such a file, or bf16.",
             )
         if n < 1 or k < 1 or k % BLOCK or (nested and (nested[0] < 1 or not math.isfinite(nested[1]))):
-            raise self._error(name, f"is {n} x {k} in NF4, nested {nested}, which cannot be. {AGAIN}")
+            raise self._error(
+                name, f"is {quoted(n)} x {quoted(k)} in NF4, nested {quoted(nested)}, which cannot be. {AGAIN}"
+            )
         return State(n, k, nested)
+
+    def _layers(self, own: Iterable[str]) -> Iterator[tuple[str, str]]:
+        """The types that ComfyUI's descriptions of layers give to weights, which may lie there as plain bytes."""
+        try:
+            said = {layer.removeprefix(self.prefix): value for layer, value in layers_of(self.raw.said).items()}
+            described = [name for name in own if name.endswith(COMFY)]
+            said |= {name.removesuffix(COMFY): json.loads(self.raw.small(self.prefix + name)) for name in described}
+        except (ValueError, RecursionError) as error:
+            raise self._error("", f"does not say how its layers were quantized ({error}). {AGAIN}") from error
+        for layer, value in said.items():
+            dtype, words = layer_format(value)
+            weight = f"{layer}.weight"
+            if self.prefix + weight not in self.raw:
+                continue
+            if dtype is None:
+                raise self._error(weight, f"is {words}, which Vortex does not read. {READ}")
+            yield weight, dtype
+
+    def _companions(self, own: Iterable[str]) -> set[str]:
+        """The tensors beside weights that say how to read them. Raises for any that is not understood."""
+        modules = {name.removesuffix(".weight") for name in own if name.endswith(".weight")}
+        found = set()
+        for name in own:
+            module = next((name[:i] for i, mark in enumerate(name) if mark in "._:" and name[:i] in modules), None)
+            if module is None or name in (f"{module}.weight", f"{module}.bias"):
+                continue
+            if name.removeprefix(module) not in self._understood(module):
+                raise self._error(
+                    name,
+                    f"lies beside a weight in {self._dtype(f'{module}.weight')} and is nothing that Vortex knows: the "
+                    f"weight may be quantized in a way that it does not read. {READ}",
+                )
+            found.add(name)
+        return found
+
+    def _understood(self, module: str) -> tuple[str, ...]:
+        weight = f"{module}.weight"
+        if weight in self.nf4:
+            return tuple(f".weight{part}" for part in NF4_PARTS)
+        return (*FP8_SCALES, *FP8_OTHERS) if self._dtype(weight) in FP8_TYPES else ()
+
+    def _dtype(self, name: str) -> str:
+        stored = self.raw.dtype(self.prefix + name)
+        return self._types.get(name, stored) if stored == "U8" else stored
 
     def __contains__(self, name: str) -> bool:
         return name in self._names
@@ -113,6 +201,10 @@ class Stored:
         state = self.nf4.get(name)
         return (state.n, state.k) if state else self.raw.shape(self.prefix + name)
 
+    def dtype(self, name: str) -> str:
+        """The type it is stored in, such as `BF16`, `NF4` or `Q4_K`."""
+        return "NF4" if name in self.nf4 else self._dtype(name)
+
     def nbytes(self, name: str) -> int:
         """Bytes in the file, scales included; what progress is counted in."""
         whole = self.prefix + name
@@ -120,28 +212,37 @@ class Stored:
         return sum(self.raw.nbytes(part) for part in stored if part in self.raw)
 
     def check(self, name: str, *, scales: bool = True) -> None:
-        """Compare the types and sizes that make one tensor, from headers; with `scales`, that an NF4 one's are finite.
+        """Compare the types and sizes that make one tensor, from headers.
 
-        Raises `VortexCheckpointError` naming the tensor.
+        With `scales` also that those of an NF4 one are finite, and that a GGUF one can be decoded. Raises
+        `VortexCheckpointError` naming the tensor.
         """
         state = self.nf4.get(name)
         if state is not None:
             self._check_nf4(name, state)
-            if scales and name not in self._finite:
+            if scales and name not in self._seen:
                 self._check_scales(name, state)
-                self._finite.add(name)
-        elif not isinstance(self.raw, GgufFile):  # which tried every type it holds when it was opened
-            self._expect(name, FLOATS)
+                self._seen.add(name)
+        elif isinstance(self.raw, GgufFile):
+            if scales:
+                self.raw.check(self.prefix + name)
+        else:
+            if self._dtype(name) not in FLOATS:
+                raise self._error(name, f"is {self._dtype(name)}; expected {' or '.join(FLOATS)}. {AGAIN}")
             scale = self._scale_name(name)
             if scale is not None:
                 self._expect(scale, SCALES)
-                values = math.prod(self.raw.shape(self.prefix + scale))
-                if values not in (1, self.shape(name)[0]):
-                    raise self._error(scale, f"holds {values} values, neither one nor one a row. {AGAIN}")
+                shape = self.raw.shape(self.prefix + scale)
+                if math.prod(shape) != 1 and (shape[:1] != self.shape(name)[:1] or math.prod(shape[1:]) != 1):
+                    values = math.prod(shape)
+                    raise self._error(scale, f"holds {values} values, neither one nor one a row, but {shape}. {AGAIN}")
 
     def _check_nf4(self, name: str, state: State) -> None:
         blocks = state.n * state.k // BLOCK
-        self._expect(name, ("U8",), state.n * state.k // 2)
+        nbytes = self.raw.nbytes(self.prefix + name)  # of whatever type the bytes wear
+        if nbytes != state.n * state.k // 2:
+            dtype = self.raw.dtype(self.prefix + name)
+            raise self._error(name, f"holds {nbytes} bytes of {dtype}; expected {state.n * state.k // 2}. {AGAIN}")
         self._expect(f"{name}.quant_map", SCALES, len(LEVELS))
         if state.nested is None:
             self._expect(f"{name}.absmax", SCALES, blocks)
@@ -151,10 +252,12 @@ class Stored:
             self._expect(f"{name}.nested_quant_map", SCALES, 256)
 
     def _check_scales(self, name: str, state: State) -> None:
-        scale = f"{name}.absmax" if state.nested is None else f"{name}.nested_absmax"
-        if not bool(self.raw.read(self.prefix + scale).isfinite().all()):
-            raise self._error(scale, f"holds NaN or infinite values. {AGAIN}")
-        levels = self.raw.read(f"{self.prefix}{name}.quant_map").float().view(-1)
+        import torch
+
+        parts = ("absmax",) if state.nested is None else ("nested_absmax", "nested_quant_map")
+        for part in parts:
+            self._read(f"{name}.{part}")
+        levels = self._read(f"{name}.quant_map").float().view(-1)
         if not torch.allclose(levels, torch.tensor(LEVELS), atol=1e-3):
             raise self._error(name, f"has levels other than NF4's. {AGAIN}")
 
@@ -175,34 +278,51 @@ class Stored:
         """Whether the tensor is stored in NF4."""
         return name in self.nf4
 
-    def read(self, name: str, device: torch.device = CPU) -> Tensor:
-        """The tensor in 16 or 32 bits on `device`, decoded there."""
+    def read(self, name: str, device: torch.device | str = CPU) -> Tensor:
+        """The tensor in 16 or 32 bits on `device`, decoded there. See `settle` for what is not finite."""
+        import torch
+
+        from .dtypes import DTYPES
+
         if name in self.nf4:
             return dequantize(self.read_nf4(name, device), torch.float32)
         tensor = self.raw.read(self.prefix + name, device)
-        if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        if self._dtype(name) in FP8_TYPES:
+            tensor = tensor.view(DTYPES[self._dtype(name)])
             scale = self._scale_name(name)
             if scale is None:
-                return tensor.to(torch.bfloat16)  # fp8 fits bf16 exactly; a scaled value does not
-            factor = self.raw.read(self.prefix + scale, device).float()
-            return tensor.float() * factor.view(-1, *[1] * (tensor.ndim - 1))
-        return tensor
+                tensor = tensor.to(torch.bfloat16)  # fp8 fits bf16 exactly; a scaled value does not
+            else:
+                factor = self._read(scale, device).float()
+                tensor = tensor.float().mul_(factor.view(-1, *[1] * (tensor.ndim - 1)))
+        return self._finite.watch(self.prefix + name, tensor)
+
+    def _read(self, name: str, device: torch.device | str = CPU) -> Tensor:
+        return self._finite.watch(self.prefix + name, self.raw.read(self.prefix + name, device))
 
     def _scale_name(self, name: str) -> str | None:
         stem = name.removesuffix(".weight")
         return next((stem + suffix for suffix in FP8_SCALES if self.prefix + stem + suffix in self.raw), None)
 
-    def read_nf4(self, name: str, device: torch.device = CPU) -> NF4Weight:
+    def read_nf4(self, name: str, device: torch.device | str = CPU) -> NF4Weight:
         """The packed weight on `device`, un-nested there; only where `is_nf4`."""
+        import torch
+
         state, whole = self.nf4[name], self.prefix + name
-        absmax = self.raw.read(f"{whole}.absmax", device)
-        if state.nested is not None:
+        if state.nested is None:
+            absmax = self._read(f"{name}.absmax", device)
+        else:
             block, offset = state.nested
-            levels = self.raw.read(f"{whole}.nested_quant_map", device)
-            scales = self.raw.read(f"{whole}.nested_absmax", device).repeat_interleave(block)
+            levels = self._read(f"{name}.nested_quant_map", device)
+            scales = self._read(f"{name}.nested_absmax", device).repeat_interleave(block)
+            absmax = self.raw.read(f"{whole}.absmax", device)
             absmax = levels[absmax.view(-1).int()] * scales[: absmax.numel()] + offset
-        packed = self.raw.read(whole, device).view(state.n, state.k // 2)
+        packed = self.raw.read(whole, device).view(-1).view(torch.uint8).view(state.n, state.k // 2)
         return NF4Weight(packed, absmax.float().view(state.n, state.k // BLOCK))
+
+    def settle(self) -> None:
+        """Raise `VortexCheckpointError` where a tensor that was read holds NaN or infinity; on the CPU `read` did."""
+        self._finite.settle()
 
 
 class Renamed:
@@ -253,16 +373,22 @@ class Renamed:
         """Whether all of the tensor is stored in NF4."""
         return all(self._source.is_nf4(part) for part in self._sources(name))
 
-    def read(self, name: str, device: torch.device = CPU) -> Tensor:
+    def read(self, name: str, device: torch.device | str = CPU) -> Tensor:
         """The joined tensor."""
+        import torch
+
         parts = [self._source.read(part, device) for part in self._sources(name)]
         if name.startswith(self._swapped):
             parts = [*torch.cat(parts).chunk(2)[::-1]]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def read_nf4(self, name: str, device: torch.device = CPU) -> NF4Weight:
+    def read_nf4(self, name: str, device: torch.device | str = CPU) -> NF4Weight:
         """The joined packed weight, bit for bit; only where `is_nf4`."""
         packed = [self._source.read_nf4(part, device) for part in self._sources(name)]
         if name.startswith(self._swapped):
             packed = [*join(packed).halves()[::-1]]
         return packed[0] if len(packed) == 1 else join(packed)
+
+    def settle(self) -> None:
+        """See `Stored.settle`."""
+        self._source.settle()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..nf4 import BLOCK, LEVELS, join
 from .checksum import CHECKSUMS, blank, checksum, pieces, words
-from .files import WORDS
+from .dtypes import WORDS
 from .layout import SWAPPED, flux_sources, source_rows
 from .materialize import UNQUANTIZED, Target, is_quantized, read_nf4
 from .tensors import NF4_STATE, Tensors
