@@ -212,9 +212,8 @@ def test_a_negative_prompt_says_that_it_has_no_effect(comfy: FakeHost, model: An
 
 
 @pytest.mark.parametrize("prompt", ["", "   \n"])
-def test_an_empty_prompt_is_refused_in_words(comfy: FakeHost, model: Any, prompt: str) -> None:
-    with pytest.raises(errors.VortexInputError, match="not empty"):
-        sample(model, prompt)
+def test_an_empty_prompt_draws(comfy: FakeHost, model: Any, prompt: str) -> None:
+    assert sample(model, prompt)[0].shape == (1, SIDE, SIDE, 3)
 
 
 def test_the_vae_only_decodes_and_says_so(comfy: FakeHost, model: Any) -> None:

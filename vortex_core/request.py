@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import VortexInputError
+from .errors import VortexInputError, quoted
 from .spec import MAX_SIZE, MAX_STEPS, MIN_SIZE, SIZE_MULTIPLE
 
 MAX_SEED = 2**64 - 1
@@ -56,9 +56,9 @@ class Request:
 
 
 def check_prompt(prompt: object) -> None:
-    """Raise `VortexInputError` unless `prompt` is a text that says something."""
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise VortexInputError(f"The prompt must be a text that is not empty, not {prompt!r}.")
+    """Raise `VortexInputError` unless `prompt` is a text. It may be empty: schnell then draws what it likes."""
+    if not isinstance(prompt, str):
+        raise VortexInputError(f"The prompt must be a text, not {quoted(prompt)}.")
 
 
 def check_steps(steps: object) -> None:
