@@ -11,7 +11,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from stat import S_ISREG
@@ -23,7 +22,9 @@ from .places import MODELS, PARTS
 
 READ = ("flux", "pig", "t5", "t5encoder", None)  # `pig` is what one public converter writes of any model
 ARCHITECTURE = b"general.architecture"
-PATIENCE = 0.2  # seconds that a table may take to read headers; what is left is read in the background
+PATIENCE = 0.3  # seconds for reading headers, after which lists are made of what was read
+AT_LEAST = 64  # headers that are read for a list, however long that takes; one takes some milliseconds
+KNOWN = 2**16  # files whose contents are remembered
 MODEL_FILES = 10_000  # of a model folder; the released one has 30
 
 
@@ -35,10 +36,13 @@ def models() -> dict[str, Path]:
     )
 
 
-def parts(part: str) -> dict[str, Path]:
-    """Files that hold `clip`, `t5` or `vae`, by their names below the folder, as the host's own loaders show them."""
+def parts(part: str, patient: bool = False) -> dict[str, Path]:
+    """Files that hold `clip`, `t5` or `vae`, by their names below the folder, as the host's own loaders show them.
+
+    `patient`: all of them, however long that takes.
+    """
     kind = PARTS[part]
-    listed = _holding(places.found(kind), lambda path: part in held(path))
+    listed = _holding(places.found(kind), lambda path: part in held(path), patient)
     return {name.removeprefix(f"{kind}/"): path for name, path in listed.items()}
 
 
@@ -75,15 +79,21 @@ def fingerprint(path: Path) -> str:
 
 
 def look(path: Path) -> dict[str, Any]:
-    """The parts of FLUX.1-schnell at `path` with their sizes, from headers.
+    """The parts of FLUX.1-schnell at `path` with their sizes, from headers; there is one at least.
 
     Raises `VortexCheckpointError` where it is another model, damaged, or needs a package that is missing.
     """
     from ..vortex_core.checkpoint.bundle import describe, find_parts
 
+    architecture = _architecture(path)
+    if architecture not in READ:  # the vocabulary of a language model takes long to read
+        raise VortexCheckpointError(
+            f"{quoted(path.name)} is a GGUF file of {quoted(architecture)}, which is no part of FLUX.1-schnell.",
+            path=str(path),
+        )
     try:
         found, configs = find_parts(path, {})
-        return {kind: describe(kind, part, configs.get(kind)) for kind, part in found.items()}
+        parts = {kind: describe(kind, part, configs.get(kind)) for kind, part in found.items()}
     except VortexError:
         raise
     except Exception as error:  # of any file that lies there
@@ -91,52 +101,85 @@ def look(path: Path) -> dict[str, Any]:
             f"{quoted(str(path))} cannot be read ({type(error).__name__}: {quoted(str(error))}). Download it again.",
             path=str(path),
         ) from error
+    if not parts:
+        raise VortexCheckpointError(
+            f"{quoted(path.name)} holds no part of FLUX.1-schnell that Vortex knows (transformer, text encoders or "
+            "VAE).",
+            path=str(path),
+        )
+    return parts
 
 
 def held(path: Path) -> Mapping[str, Any]:
-    """What a file holds, in `look`'s terms; nothing of a folder, nor of what is no model, which the log then says."""
-    try:
-        stat = path.stat()
-    except OSError:  # it went away
+    """What a file holds, in `look`'s terms; nothing of a folder, nor of what is no model, which the log then says.
+
+    It is read once for each size and time that it has.
+    """
+    stamp = _stamp(path)
+    if stamp is None:
         return {}
-    if not S_ISREG(stat.st_mode):
-        return {}
-    return contents(path, (stat.st_size, stat.st_mtime_ns))
+    known = _known.get(path)
+    if known is None or known[0] != stamp:
+        if len(_known) >= KNOWN:
+            _known.clear()
+        known = _known[path] = stamp, _contents(path)
+    return known[1]
 
 
-@lru_cache(maxsize=2**16)
-def contents(path: Path, stamp: tuple[int, int]) -> Mapping[str, Any]:
-    """As `look`, once for each size and time of a file; nothing, and a line in the log, where that raises."""
+def _contents(path: Path) -> Mapping[str, Any]:
     try:
-        architecture = _architecture(path)
-        if architecture not in READ:  # the vocabulary of a language model takes long to read
-            raise VortexCheckpointError(f"its architecture is {quoted(architecture)}, which is no part of FLUX.1")
-        found = look(path)
-        if not found:
-            raise VortexCheckpointError("it holds no part of FLUX.1-schnell")
-        return found
+        return look(path)
     except Exception as error:  # the host would lose the node's whole list
         places.say_once(logging.INFO, f"{quoted(path.name)} is not for Vortex: {error}")
         return {}
 
 
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """The size and time of a regular file."""
+    try:
+        stat = path.stat()
+    except OSError:  # it went away
+        return None
+    return (stat.st_size, stat.st_mtime_ns) if S_ISREG(stat.st_mode) else None
+
+
+def _is_known(path: Path) -> bool:
+    known = _known.get(path)
+    return known is not None and known[0] == _stamp(path)
+
+
+_known: dict[Path, tuple[tuple[int, int], Mapping[str, Any]]] = {}
+_until = 0.0  # when the lists that the host asks for now have read enough
 _reader: threading.Thread | None = None
 
 
-def _holding(found: Mapping[str, Path], wanted: Callable[[Path], bool]) -> dict[str, Path]:
-    """Those of `found` that are `wanted`, as far as their headers can be read in a moment."""
-    global _reader
-    until, listed, unread = time.monotonic() + PATIENCE, {}, []
+def _holding(found: Mapping[str, Path], wanted: Callable[[Path], bool], patient: bool = False) -> dict[str, Path]:
+    """Those of `found` that are `wanted`, as far as headers can be read in a moment; a thread reads the others."""
+    global _until, _reader
+    if found:
+        from ..vortex_core.checkpoint import bundle  # noqa: F401  # takes its time, once
+    if time.monotonic() > _until + PATIENCE:
+        _until = time.monotonic() + PATIENCE
+    listed, read, left = {}, 0, []
     for name, path in found.items():
-        if time.monotonic() > until:
-            unread.append(path)
-        elif wanted(path):
+        if not _is_known(path):
+            if not patient and read >= AT_LEAST and time.monotonic() > _until:
+                left.append(path)
+                continue
+            read += 1
+        if wanted(path):
             listed[name] = path
-    if unread and (_reader is None or not _reader.is_alive()):
-        places.say_once(logging.INFO, f"{len(unread)} model files are still being read: press R in a while.")
-        _reader = threading.Thread(target=lambda: [held(path) for path in unread], name="vortex-headers", daemon=True)
+    if left and (_reader is None or not _reader.is_alive()):
+        places.say_once(logging.INFO, "There are many files in the model folders: some are listed after R is pressed.")
+        _reader = threading.Thread(target=_read, args=(left,), name="vortex-headers", daemon=True)
         _reader.start()
     return listed
+
+
+def _read(paths: list[Path]) -> None:
+    for path in paths:
+        held(path)
+        time.sleep(0.002)  # or whoever makes a list meanwhile waits for the interpreter at each file
 
 
 def _files(root: Path) -> Iterator[Path]:

@@ -47,8 +47,8 @@ def find(name: str, vram_budget: float, mode: str, *, clip: str = OWN, t5: str =
     held = files.held(path) or files.look(path)
     if "transformer" not in held:
         raise VortexCheckpointError(
-            f"{quoted(name)} does not hold FLUX.1-schnell's transformer, but "
-            f"{', '.join(WORDS[part] for part in held) or 'nothing of FLUX.1-schnell'}. Choose another model.",
+            f"{quoted(name)} does not hold FLUX.1-schnell's transformer, only {', '.join(WORDS[p] for p in held)}. "
+            "Choose another model.",
             path=str(path),
         )
     chosen = {"clip": clip, "t5": t5, "vae": vae}
@@ -76,7 +76,7 @@ def _part(name: str, held: Mapping[str, Any], part: str, choice: str) -> Path | 
         if part not in (files.held(picked) or files.look(picked)):
             raise VortexCheckpointError(f"{quoted(choice)} does not hold {WORDS[part]}.", path=str(picked))
         return picked
-    found = files.parts(part)
+    found = files.parts(part, patient=True)
     wanted = wanted_width(part, held["transformer"])
     fitting = [other for other, path in found.items() if width(part, files.held(path)[part]) == wanted]
     if len(fitting) == 1:

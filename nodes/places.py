@@ -11,7 +11,6 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 
 from ..vortex_core.errors import VortexCheckpointError, quoted
@@ -25,7 +24,8 @@ PARTS = {"clip": "text_encoders", "t5": "text_encoders", "vae": "vae"}
 WEIGHTS = (".safetensors", ".sft", ".gguf")
 DEPTH = 12  # folders below a registered one
 FOLDERS = 5_000  # below a registered one
-ENTRIES = 100_000  # of one folder, which takes 0.1 s, and twice as many below a registered one
+ENTRIES = 50_000  # of one folder, which takes 0.05 s, and twice as many below a registered one
+LINES = 1_000  # in the log
 SETTLED = 2.0  # seconds; the coarsest clock that a file system keeps
 
 
@@ -69,10 +69,14 @@ def is_model_folder(path: str | Path) -> bool:
     return os.path.isdir(os.path.join(path, "transformer"))
 
 
-@lru_cache(maxsize=2**16)
+_said: set[str] = set()
+
+
 def say_once(level: int, message: str) -> None:
-    """Log a line, however often the host asks for the list."""
-    log.log(level, message)
+    """Log a line, however often the host asks for the list, and not too many of them."""
+    if message not in _said and len(_said) <= LINES:
+        _said.add(message)
+        log.log(level, message if len(_said) <= LINES else "Other files are passed over, too; pick one to hear why.")
 
 
 class Walk:
@@ -110,11 +114,16 @@ class Walk:
                     self._refuse(below, folder, f"is not searched: {error.strerror or error}")
         self.models = dict(sorted(self.models.items(), key=lambda item: item[0].split("/")))
         self._settled = all(changed < (started - SETTLED) * 1e9 for changed in self._changed.values())
+        self._until = time.time() + 5 * (time.time() - started)
 
     @property
     def is_current(self) -> bool:
-        """Whether no folder has changed since."""
-        return self._settled and all(_changed(folder) == before for folder, before in self._changed.items())
+        """Whether no folder has changed since. One that took long stands for a while without being certain."""
+        if not (self._settled or time.time() < self._until):
+            return False
+        return all(
+            _changed(folder) == before for folder, before in self._changed.items()
+        )
 
     def _search(self, below: str, folder: str) -> None:
         entries, count, limit = [], 0, min(ENTRIES, self._left)
@@ -195,7 +204,6 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 def _is_text(name: str) -> bool:
     try:
-        name.encode()
+        return name.isascii() or bool(name.encode())
     except UnicodeEncodeError:
         return False
-    return True

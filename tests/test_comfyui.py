@@ -238,7 +238,6 @@ def test_free_frees_and_the_next_run_works(host: Host, free: dict[str, bool]) ->
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ({"prompt": "  "}, "not empty"),
         ({"width": 250}, "multiple of 16"),
         ({"seed": 2**64 - 1, "batch_size": 2}, "seed must be a whole number"),
     ],

@@ -213,7 +213,7 @@ def test_gguf_is_listed_by_its_header_and_says_what_it_needs(
     models.find(name, 6.5, "exact")
     monkeypatch.setitem(sys.modules, "gguf", None)
     monkeypatch.setattr(files, "find_spec", lambda name: None)
-    files.contents.cache_clear()
+    files._known.clear()
     assert models.available() == [models.BUNDLED, name, FILE]
     with pytest.raises(errors.VortexCheckpointError, match="pip install gguf"):
         models.find(name, 6.5, "exact")
