@@ -85,6 +85,7 @@ Y = 80  # below a group's title
 MODEL_AT, PICTURE_AT, RESULT_AT = (0, Y), (400, Y), (880, Y)
 MODEL_SIZE, PICTURE_SIZE, RESULT_SIZE = (340, 230), (420, 580), (440, 580)
 NOTE_AT = (0, Y + 270)  # below the loader, down to the group's end
+FILE_NOTE_HEIGHT = 100  # with its title
 
 
 def loader(**inputs: Any) -> Node:
@@ -331,36 +332,47 @@ def ui(schemas: Schemas, workflow: Workflow) -> dict[str, Any]:
         )  # fmt: skip
     for link, source, slot, *_ in links:
         nodes[source - 1]["outputs"][slot]["links"].append(link)
-    note = {
-        "id": len(nodes) + 1, "type": "MarkdownNote", "pos": list(NOTE_AT),
-        "size": [MODEL_SIZE[0], workflow.groups[0][4] - NOTE_AT[1] - 20],
-        "flags": {}, "order": len(nodes), "mode": 0, "inputs": [], "outputs": [], "title": "What to do",
-        "properties": {},
-        "widgets_values": [workflow.note], "color": "#432", "bgcolor": "#653",
-    }  # fmt: skip
+    notes = [
+        note(len(nodes) + 2, "Note", f"The file for models/{file['directory']}", file["name"], {"models": [file]})
+        for node in workflow.nodes.values() for file in node.models
+    ]  # fmt: skip
+    x, y = NOTE_AT
+    for i, small in enumerate(notes):
+        small |= {"pos": [x, y + i * FILE_NOTE_HEIGHT], "size": [MODEL_SIZE[0], FILE_NOTE_HEIGHT - 40]}
+    y += len(notes) * FILE_NOTE_HEIGHT
+    text = note(len(nodes) + 1, "MarkdownNote", "What to do", workflow.note, {})
+    text |= {"pos": [x, y], "size": [MODEL_SIZE[0], workflow.groups[0][4] - y - 20]}
     return {
-        "last_node_id": len(nodes) + 1,
+        "last_node_id": len(nodes) + 1 + len(notes),
         "last_link_id": len(links),
-        "nodes": [*nodes, note],
+        # front ends to 1.41 look a file up by what the first node that names its address calls it, below its folder
+        "nodes": [*notes, *nodes, text],
         "links": links,
         "groups": [
             {"id": i, "title": name, "bounding": list(box), "color": "#3f789e", "font_size": 24, "flags": {}}
             for i, (name, *box) in enumerate(workflow.groups, 1)
         ],
-        # of a node's own list the dialog shows only files that a widget names, and ours names the folder, too
-        **({"models": wanted} if (wanted := [m for node in workflow.nodes.values() for m in node.models]) else {}),
         "config": {},
         "extra": {"ds": {"scale": 0.75, "offset": [80, 120]}},
         "version": 0.4,
     }
 
 
+def note(number: int, kind: str, title: str, text: str, properties: dict[str, Any]) -> dict[str, Any]:
+    """A note without its place."""
+    return {
+        "id": number, "type": kind, "flags": {}, "order": number - 1, "mode": 0, "inputs": [], "outputs": [],
+        "title": title, "properties": properties, "widgets_values": [text], "color": "#432", "bgcolor": "#653",
+    }  # fmt: skip
+
+
 def properties(node: Node) -> dict[str, Any]:
-    """What ComfyUI and its Manager know a node by, and the files it needs."""
+    """What ComfyUI and its Manager know a node by, and the files it needs, each called as the widget calls it."""
     project = (ROOT / "vortex_core" / "__init__.py").read_text()
     version = project.partition('__version__ = "')[2].partition('"')[0]
     pack = {"cnr_id": "comfy-core", "ver": "0.3.40"} if node.type in CORE else {"cnr_id": "vortex-flux", "ver": version}
-    models = {"models": list(node.models)} if node.models else {}
+    named = [file | {"name": f"{file['directory']}/{file['name']}"} for file in node.models]
+    models = {"models": named} if named else {}
     return {"Node name for S&R": node.type, **pack, **models}
 
 
