@@ -121,9 +121,7 @@ class Walk:
         """Whether no folder has changed since. One that took long stands for a while without being certain."""
         if not (self._settled or time.time() < self._until):
             return False
-        return all(
-            _changed(folder) == before for folder, before in self._changed.items()
-        )
+        return all(_changed(folder) == before for folder, before in self._changed.items())
 
     def _search(self, below: str, folder: str) -> None:
         entries, count, limit = [], 0, min(ENTRIES, self._left)

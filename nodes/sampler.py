@@ -100,9 +100,8 @@ class SchnellSampler:
         seed: int | None = None,
     ) -> str | bool:
         """Whether pictures of this kind can be drawn, before a model is loaded. A linked input is None."""
-        return verdict(
-            lambda: check(width or SIZE_MULTIPLE * 4, height or SIZE_MULTIPLE * 4, batch_size or 1, seed or 0)
-        )
+        given = {"width": width, "height": height, "batch_size": batch_size, "seed": seed}
+        return verdict(lambda: check(**{name: value for name, value in given.items() if value is not None}))
 
     def sample(
         self,

@@ -29,7 +29,11 @@ class Decoder:
     not_video = handles_tiling = False
 
     def __init__(self, model: Model) -> None:
+        import torch
+
         self.model = model
+        self.device, self.output_device = host.device(), torch.device("cpu")
+        self.vae_dtype, self.working_dtypes = torch.float32, [torch.float32]  # of LATENT samples, as they come in
 
     # ------------------------------------------------------------ what it does
 
@@ -58,30 +62,6 @@ class Decoder:
     encode_tiled = encode_tiled_ = get_sd = encode
 
     # ------------------------------------------------------------ what is read of it
-
-    @property
-    def device(self) -> torch.device:
-        """Where the host computes, and this decodes."""
-        return host.device()
-
-    @property
-    def output_device(self) -> torch.device:
-        """Where pictures are handed out."""
-        import torch
-
-        return torch.device("cpu")
-
-    @property
-    def vae_dtype(self) -> torch.dtype:
-        """The type in which LATENT samples are taken."""
-        import torch
-
-        return torch.float32
-
-    @property
-    def working_dtypes(self) -> list[torch.dtype]:
-        """As `vae_dtype`, of which there is one."""
-        return [self.vae_dtype]
 
     def vae_output_dtype(self) -> torch.dtype:
         """The type of pictures."""

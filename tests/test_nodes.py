@@ -221,7 +221,7 @@ def test_an_empty_prompt_draws(comfy: FakeHost, model: Any, prompt: str) -> None
 def test_the_vae_only_decodes_and_says_so(comfy: FakeHost, model: Any) -> None:
     decoder = module("nodes.vae").Decoder(model)
     for refuses in (decoder.encode, decoder.encode_tiled):
-        with pytest.raises(errors.VortexError, match="only decodes.*Load VAE"):
+        with pytest.raises(errors.VortexError, match=r"only decodes.*Load VAE"):
             refuses(torch.zeros(1, 64, 64, 3), tile_x=512)
     with pytest.raises(errors.VortexError, match="Load VAE"):
         decoder.get_sd()
