@@ -273,6 +273,10 @@ def test_what_cannot_be_drawn_is_refused_before_a_model_is_loaded(
     }.items():
         with pytest.raises(errors.VortexInputError, match=message):
             draw(model, *arguments)
+    for arguments in ((PROMPT, 65, SIDE, 1, 5, 1), (None, SIDE, SIDE, 1, 5, 1), (PROMPT, SIDE, SIDE, 9, 5, 1)):
+        with pytest.raises(errors.VortexInputError):
+            node("VortexLatencyProbe").probe(model, *arguments)
+    assert "width" in PACK.NODE_CLASS_MAPPINGS["VortexLatencyProbe"].VALIDATE_INPUTS(width=65)
     for native in ("text", [[torch.zeros(8, 128), {"pooled_output": torch.zeros(1, 128)}]], []):
         with pytest.raises(errors.VortexInputError, match="conditioning"):
             draw(model, PROMPT, SIDE, SIDE, 1, 7, 2, conditioning=native)
