@@ -98,6 +98,11 @@ def sampler(**inputs: Any) -> Node:
     return Node("VortexSchnellSampler", PICTURE_AT, PICTURE_SIZE, {"model": (1, "model"), **inputs})
 
 
+def save(name: str) -> Node:
+    """Save Image in the third column."""
+    return Node("SaveImage", RESULT_AT, RESULT_SIZE, {"images": (2, "image"), "filename_prefix": f"vortex/{name}"})
+
+
 def columns(*titles: str, height: int = 680, last: int = 480) -> tuple[tuple[str, int, int, int, int], ...]:
     """Groups side by side, the last one `last` wide."""
     widths = [380, 460, last]
@@ -115,7 +120,7 @@ def schnell(side: int, prompt: str, seed: int, seconds: str) -> Workflow:
                 "VortexFluxLoader", MODEL_AT, MODEL_SIZE, {"model": f"checkpoints/{CHECKPOINT}"}, models=(DOWNLOAD,)
             ),
             2: sampler(prompt=prompt, width=side, height=side, seed=seed),
-            3: Node("SaveImage", RESULT_AT, RESULT_SIZE, {"images": (2, "image"), "filename_prefix": f"vortex/{name}"}),
+            3: save(name),
         },
         columns("1. The model", "2. The picture", "3. The result"),
         f"## FLUX.1-schnell at {side} x {side}\n\n"
@@ -133,12 +138,7 @@ WORKFLOWS: dict[str, Workflow] = {
             2: sampler(
                 prompt="a green ring in the center of a yellow background", width=TINY_SIDE, height=TINY_SIDE, seed=7
             ),
-            3: Node(
-                "SaveImage",
-                RESULT_AT,
-                RESULT_SIZE,
-                {"images": (2, "image"), "filename_prefix": "vortex/first-picture"},
-            ),
+            3: save("first-picture"),
         },
         columns("1. The model", "2. The picture", "3. The result"),
         "## Your first picture\n\nPress **Run**. Nothing is downloaded: tiny-schnell comes with Vortex. It is a "
@@ -332,16 +332,14 @@ def ui(schemas: Schemas, workflow: Workflow) -> dict[str, Any]:
         )  # fmt: skip
     for link, source, slot, *_ in links:
         nodes[source - 1]["outputs"][slot]["links"].append(link)
-    notes = [
-        note(len(nodes) + 2, "Note", f"The file for models/{file['directory']}", file["name"], {"models": [file]})
-        for node in workflow.nodes.values() for file in node.models
-    ]  # fmt: skip
-    x, y = NOTE_AT
-    for i, small in enumerate(notes):
-        small |= {"pos": [x, y + i * FILE_NOTE_HEIGHT], "size": [MODEL_SIZE[0], FILE_NOTE_HEIGHT - 40]}
-    y += len(notes) * FILE_NOTE_HEIGHT
-    text = note(len(nodes) + 1, "MarkdownNote", "What to do", workflow.note, {})
-    text |= {"pos": [x, y], "size": [MODEL_SIZE[0], workflow.groups[0][4] - y - 20]}
+    (x, y), width = NOTE_AT, MODEL_SIZE[0]
+    notes: list[Any] = []
+    for file in [file for node in workflow.nodes.values() for file in node.models]:
+        where = f"The file for models/{file['directory']}"
+        notes.append(note(len(nodes) + 2, "Note", where, file["name"], (x, y, width, 60), {"models": [file]}))
+        y += FILE_NOTE_HEIGHT
+    box = (x, y, width, workflow.groups[0][4] - y - 20)
+    text = note(len(nodes) + 1, "MarkdownNote", "What to do", workflow.note, box, {})
     return {
         "last_node_id": len(nodes) + 1 + len(notes),
         "last_link_id": len(links),
@@ -358,11 +356,12 @@ def ui(schemas: Schemas, workflow: Workflow) -> dict[str, Any]:
     }
 
 
-def note(number: int, kind: str, title: str, text: str, properties: dict[str, Any]) -> dict[str, Any]:
-    """A note without its place."""
+def note(number: int, kind: str, title: str, text: str, box: tuple[int, ...], properties: dict[str, Any]) -> Any:
+    """A note at `(x, y, width, height)`."""
     return {
-        "id": number, "type": kind, "flags": {}, "order": number - 1, "mode": 0, "inputs": [], "outputs": [],
-        "title": title, "properties": properties, "widgets_values": [text], "color": "#432", "bgcolor": "#653",
+        "id": number, "type": kind, "pos": list(box[:2]), "size": list(box[2:]), "flags": {}, "order": number - 1,
+        "mode": 0, "inputs": [], "outputs": [], "title": title, "properties": properties, "widgets_values": [text],
+        "color": "#432", "bgcolor": "#653",
     }  # fmt: skip
 
 
