@@ -80,11 +80,11 @@ def test_workflows_are_in_step_with_the_nodes() -> None:
 @pytest.mark.parametrize("name", ["schnell-512", "schnell-1024"])
 def test_what_a_template_needs_is_offered_for_download(name: str) -> None:
     nodes = json.loads((workflows.FOLDER / f"{name}.json").read_text())["nodes"]
-    wanting = [node for node in nodes if node["properties"].get("models")]
-    for node in wanting:  # front ends drop what no widget names
-        assert {file["name"] for file in node["properties"]["models"]} <= set(node["widgets_values"])
+    wanting = [one for one in nodes if one["properties"].get("models")]
+    for one in wanting:  # front ends drop what no widget names
+        assert {file["name"] for file in one["properties"]["models"]} <= set(one["widgets_values"])
     # newer ones ask the loader, older ones the first node that has the address, by its name below the folder
-    (named,) = next(node for node in wanting if node["type"] == "VortexFluxLoader")["properties"]["models"]
+    (named,) = next(one for one in wanting if one["type"] == "VortexFluxLoader")["properties"]["models"]
     (first,) = wanting[0]["properties"]["models"]
     assert named == first | {"name": f"{first['directory']}/{first['name']}"}
 
