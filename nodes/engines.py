@@ -56,6 +56,13 @@ def acquire(model: Model) -> Engine:
         return loaded.engine
 
 
+def patcher(model: Model) -> Any:
+    """What stands in the host's list of loaded models for the engine of a handle, which is loaded where it is not."""
+    with _lock:
+        acquire(model)
+        return _loaded[model.key].patcher
+
+
 @contextmanager
 def torchs_own_memory_errors() -> Iterator[None]:
     """Vortex's errors of too little memory as torch's own: the host then unloads its models and says so."""

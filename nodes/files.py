@@ -1,163 +1,217 @@
-"""What lies in the host's model folders, told by headers: models, and the parts that single files lack.
+"""What the files in the host's model folders hold, told by headers: models, and the parts that single files lack.
 
-The nodes pick from these tables and never build a path from what a workflow says. A link that leads out of all model
-folders is left out.
+The nodes pick from these tables and never build a path from what a workflow says.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import os
-import re
-from collections.abc import Iterator, Mapping
-from functools import cache, lru_cache
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
-from . import host
+from ..vortex_core.errors import VortexCheckpointError, VortexError, quoted
+from . import places
+from .places import MODELS, PARTS
 
-log = logging.getLogger(__name__)
-
-# Registered model folders; ComfyUI's `diffusion_models` is `unet` too, and its `text_encoders` is `clip` too.
-MODELS = ("vortex", "diffusers", "diffusion_models", "checkpoints")
-PARTS = {"clip": "text_encoders", "t5": "text_encoders", "vae": "vae"}
-WEIGHTS = (".safetensors", ".gguf")
-ARCHITECTURE = re.compile(rb"general\.architecture.{12}([a-z0-9_]+)", re.DOTALL)  # its type and length lie between
-READ = ("flux", "t5", "t5encoder", None)
+READ = ("flux", "pig", "t5", "t5encoder", None)  # `pig` is what one public converter writes of any model
+ARCHITECTURE = b"general.architecture"
+PATIENCE = 0.3  # seconds for reading headers, after which lists are made of what was read
+AT_LEAST = 64  # headers that are read for a list, however long that takes; one takes some milliseconds
+KNOWN = 2**16  # files whose contents are remembered
+MODEL_FILES = 10_000  # of a model folder; the released one has 30
 
 
 def models() -> dict[str, Path]:
     """Diffusers folders, and files that hold FLUX.1-schnell's transformer, by the name the loader shows."""
-    return {
-        name: path for kind in MODELS for name, path in _found(kind).items()
-        if _is_model_folder(path) or "transformer" in held(path) or _needs_gguf(path)
-    }  # fmt: skip
+    return _holding(
+        {name: path for kind in MODELS for name, path in places.found(kind).items()},
+        lambda path: places.is_model_folder(path) or "transformer" in held(path) or _needs_gguf(path),
+    )
 
 
-def parts(part: str) -> dict[str, Path]:
-    """Files that hold `clip`, `t5` or `vae`, by their names below the folder, as the host's own loaders show them."""
+def parts(part: str, patient: bool = False) -> dict[str, Path]:
+    """Files that hold `clip`, `t5` or `vae`, by their names below the folder, as the host's own loaders show them.
+
+    `patient`: all of them, however long that takes.
+    """
     kind = PARTS[part]
-    return {
-        name.removeprefix(f"{kind}/"): path for name, path in _found(kind).items()
-        if part in held(path)
-    }  # fmt: skip
+    listed = _holding(places.found(kind), lambda path: part in held(path), patient)
+    return {name.removeprefix(f"{kind}/"): path for name, path in listed.items()}
+
+
+def pick(name: str) -> Path | None:
+    """What is called so, `kind/sub/name`, listed or not; None where there is nothing.
+
+    Raises `VortexCheckpointError`, with the reason, for what may not be read.
+    """
+    kind = name.partition("/")[0]
+    if kind not in {*MODELS, *PARTS.values()}:
+        return None
+    return places.found(kind).get(name) or places.search(kind, name.removeprefix(f"{kind}/"))
 
 
 def fingerprint(path: Path) -> str:
     """Changes when a file of the model does: names, sizes and times, since 34 GB take too long to read.
 
-    Raises `VortexCheckpointError` for a file that a link leads out of a model's folder.
+    Raises `VortexCheckpointError` for a file that a link leads out of the host's model folders, and for a folder that
+    no model has.
     """
-    from ..vortex_core.errors import VortexCheckpointError
-
     root = path.resolve()
-    files = [root] if root.is_file() else [Path(base, file) for base, _, files in os.walk(root) for file in files]
+    inside = (str(root), *places.allowed())
     digest = hashlib.sha256(str(root).encode(errors="surrogateescape"))
-    for file in sorted(files):
-        if not file.resolve().is_relative_to(root):
+    for file in sorted(_files(root)) if root.is_dir() else [root]:
+        if not places.is_inside(os.path.realpath(file), inside):
             raise VortexCheckpointError(
                 f"{file} is a link that leads out of its model folder, and is not followed. Put the file itself there.",
                 path=str(file),
             )
-        stat = file.stat()
+        stat = file.stat() if file.exists() else file.lstat()
         line = f"{file.relative_to(root)}\0{stat.st_size}\0{stat.st_mtime_ns}\n"
         digest.update(line.encode(errors="surrogateescape"))
     return digest.hexdigest()[:16]
 
 
 def look(path: Path) -> dict[str, Any]:
-    """The parts of FLUX.1-schnell at `path` with their sizes, from headers.
+    """The parts of FLUX.1-schnell at `path` with their sizes, from headers; there is one at least.
 
     Raises `VortexCheckpointError` where it is another model, damaged, or needs a package that is missing.
     """
     from ..vortex_core.checkpoint.bundle import describe, find_parts
 
-    found, configs = find_parts(path, {})
-    return {kind: describe(kind, part, configs.get(kind)) for kind, part in found.items()}
-
-
-@lru_cache(maxsize=4096)
-def contents(path: Path, fingerprint: str) -> Mapping[str, Any]:
-    """As `look`, once for each `fingerprint`; nothing, and a line in the log, where that raises."""
+    architecture = _architecture(path)
+    if architecture not in READ:  # the vocabulary of a language model takes long to read
+        raise VortexCheckpointError(
+            f"{quoted(path.name)} is a GGUF file of {quoted(architecture)}, which is no part of FLUX.1-schnell.",
+            path=str(path),
+        )
     try:
-        return look(path)
-    except Exception as error:  # of any file that lies there; the host would lose the node's whole list
-        log.info("%s is not for Vortex: %s", path.name, error)
-        return {}
+        found, configs = find_parts(path, {})
+        parts = {kind: describe(kind, part, configs.get(kind)) for kind, part in found.items()}
+    except VortexError:
+        raise
+    except Exception as error:  # of any file that lies there
+        raise VortexCheckpointError(
+            f"{quoted(str(path))} cannot be read ({type(error).__name__}: {quoted(str(error))}). Download it again.",
+            path=str(path),
+        ) from error
+    if not parts:
+        raise VortexCheckpointError(
+            f"{quoted(path.name)} holds no part of FLUX.1-schnell that Vortex knows (transformer, text encoders or "
+            "VAE).",
+            path=str(path),
+        )
+    return parts
 
 
 def held(path: Path) -> Mapping[str, Any]:
-    """What a file holds, in `look`'s terms; nothing of a folder."""
-    if path.is_dir():
+    """What a file holds, in `look`'s terms; nothing of a folder, nor of what is no model, which the log then says.
+
+    It is read once for each size and time that it has.
+    """
+    stamp = _stamp(path)
+    if stamp is None:
         return {}
+    known = _known.get(path)
+    if known is None or known[0] != stamp:
+        if len(_known) >= KNOWN:
+            _known.clear()
+        known = _known[path] = stamp, _contents(path)
+    return known[1]
+
+
+def _contents(path: Path) -> Mapping[str, Any]:
     try:
-        # the vocabulary of a language model in GGUF takes seconds to read
-        return contents(path, fingerprint(path)) if _architecture(path) in READ else {}
-    except OSError as error:  # it went away
-        log.debug("%s is not listed: %s", path, error)
+        return look(path)
+    except Exception as error:  # the host would lose the node's whole list
+        places.say_once(logging.INFO, f"{quoted(path.name)} is not for Vortex: {error}")
         return {}
 
 
-def _is_model_folder(path: Path) -> bool:
-    return (path / "transformer").is_dir()
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """The size and time of a regular file."""
+    try:
+        stat = path.stat()
+    except OSError:  # it went away
+        return None
+    return (stat.st_size, stat.st_mtime_ns) if S_ISREG(stat.st_mode) else None
+
+
+def _is_known(path: Path) -> bool:
+    known = _known.get(path)
+    return known is not None and known[0] == _stamp(path)
+
+
+_known: dict[Path, tuple[tuple[int, int], Mapping[str, Any]]] = {}
+_until = 0.0  # when the lists that the host asks for now have read enough
+_reader: threading.Thread | None = None
+
+
+def _holding(found: Mapping[str, Path], wanted: Callable[[Path], bool], patient: bool = False) -> dict[str, Path]:
+    """Those of `found` that are `wanted`, as far as headers can be read in a moment; a thread reads the others."""
+    global _until, _reader
+    if found:
+        from ..vortex_core.checkpoint import bundle  # noqa: F401  # takes its time, once
+    if time.monotonic() > _until + PATIENCE:
+        _until = time.monotonic() + PATIENCE
+    listed, read, left = {}, 0, []
+    for name, path in found.items():
+        if not _is_known(path):
+            if not patient and read >= AT_LEAST and time.monotonic() > _until:
+                left.append(path)
+                continue
+            read += 1
+        if wanted(path):
+            listed[name] = path
+    if left and (_reader is None or not _reader.is_alive()):
+        places.say_once(logging.INFO, "There are many files in the model folders: some are listed after R is pressed.")
+        _reader = threading.Thread(target=_read, args=(left,), name="vortex-headers", daemon=True)
+        _reader.start()
+    return listed
+
+
+def _read(paths: list[Path]) -> None:
+    for path in paths:
+        held(path)
+        time.sleep(0.002)  # or whoever makes a list meanwhile waits for the interpreter at each file
+
+
+def _files(root: Path) -> Iterator[Path]:
+    """Everything in a model folder but folders of its own. Raises `VortexCheckpointError` for too much of it."""
+    count, folders = 0, [root]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                count += 1
+                if count > MODEL_FILES:
+                    raise VortexCheckpointError(
+                        f"{root} holds more than {MODEL_FILES:,} files, which is no model's folder.", path=str(root)
+                    )
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(Path(entry.path))
+                else:
+                    yield Path(entry.path)
 
 
 def _needs_gguf(path: Path) -> bool:
     """Listed without being read, so that loading it can say what to install."""
-    from ..vortex_core.packages import missing
-
-    if path.suffix.lower() != ".gguf" or missing("gguf") is None:
-        return False
-    with contextlib.suppress(OSError):  # it went away
-        return _architecture(path) in ("flux", None)
-    return False
+    return path.suffix.lower() == ".gguf" and find_spec("gguf") is None and _architecture(path) in ("flux", "pig", None)
 
 
 def _architecture(path: Path) -> str | None:
-    """What a GGUF file says first; None where it does not, and of other files. Raises `OSError`."""
+    """What a GGUF file says in its first bytes; None where it does not, and of other files."""
     if path.suffix.lower() != ".gguf":
         return None
-    with path.open("rb") as file:
-        said = ARCHITECTURE.search(file.read(4096))
-    return said[1].decode() if said else None
-
-
-def _found(kind: str) -> dict[str, Path]:
-    """Everything below the registered folders of `kind` that may be a model, as `kind/sub/name`."""
-    allowed = [root.resolve() for other in {*MODELS, *PARTS.values()} for root in host.model_folders(other)]
-    found: dict[str, Path] = {}
-    for root in host.model_folders(kind):
-        for path in _walk(root):
-            if any(path.resolve().is_relative_to(folder) for folder in allowed):
-                found.setdefault(f"{kind}/{path.relative_to(root).as_posix()}", path)
-            else:
-                _warn_of_link(path)
-    return found
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    """Model folders, links to folders and weight files below `folder`. Links are never searched, nor is the cache."""
     try:
-        entries = sorted(folder.iterdir())
-    except OSError as error:  # most folders that are registered do not exist
-        log.debug("%s is not listed: %s", folder, error)
-        return
-    for path in entries:
-        if path.is_dir():
-            if path.is_symlink() or _is_model_folder(path):
-                yield path
-            elif path != host.cache_folder():
-                yield from _walk(path)
-        elif path.suffix.lower() in WEIGHTS:
-            yield path
-
-
-@cache
-def _warn_of_link(path: Path) -> None:
-    """Once for each link, however often the host asks for the list."""
-    log.warning(
-        "%s leads out of ComfyUI's model folders and is not listed; name its folder in extra_model_paths.yaml instead.",
-        path,
-    )
+        with path.open("rb") as file:
+            _, key, value = file.read(4096).partition(ARCHITECTURE)
+    except OSError:
+        return None
+    size = int.from_bytes(value[4:12], "little")  # a string: its type, its length, and its letters
+    return value[12 : 12 + size].decode(errors="replace") if key and value[:4] == b"\x08\0\0\0" else None

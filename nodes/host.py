@@ -4,8 +4,10 @@ pack loads fast, and its nodes import and test where there is no ComfyUI.
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,15 +18,35 @@ if TYPE_CHECKING:
 
     from ..vortex_core import Engine
 
+log = logging.getLogger(__name__)
+
 # ---------------------------------------------------------------- folders
 
 
+_registered_with: Any = None
+
+
 def model_folders(kind: str) -> list[Path]:
-    """The host's registered folders of one kind, such as `checkpoints`; `vortex` is registered here."""
+    """The host's registered folders of one kind, such as `checkpoints`; none of a kind that it does not know.
+
+    `vortex` is registered here, once, and again where the host forgot it: some hosts do a lot whenever they are told.
+    """
+    global _registered_with
     import folder_paths
 
-    folder_paths.add_model_folder_path("vortex", os.path.join(folder_paths.models_dir, "vortex"))
-    return [Path(folder) for folder in folder_paths.get_folder_paths(kind)]
+    if _registered_with is not folder_paths or (kind == "vortex" and not _folders(kind)):
+        folder_paths.add_model_folder_path("vortex", os.path.join(folder_paths.models_dir, "vortex"))
+        _registered_with = folder_paths
+    return _folders(kind)
+
+
+def _folders(kind: str) -> list[Path]:
+    import folder_paths
+
+    try:
+        return list(dict.fromkeys(Path(folder) for folder in folder_paths.get_folder_paths(kind)))
+    except KeyError:
+        return []
 
 
 def cache_folder() -> Path:
@@ -129,12 +151,16 @@ def _patcher_class() -> type:
 
 def progress(total: int) -> Callable[..., None]:
     """`report(done, preview=None)` for the running node's progress bar; raises when the user interrupts."""
-    import comfy.utils
+    bar = None
+    with _only_shown("progress"):
+        import comfy.utils
 
-    bar = comfy.utils.ProgressBar(total)
+        bar = comfy.utils.ProgressBar(total)
 
     def report(done: int, preview: Any = None) -> None:
-        bar.update_absolute(done, total, preview)
+        with _only_shown("progress"):
+            if bar is not None:
+                bar.update_absolute(done, total, preview)
         check_interrupt()
 
     return report
@@ -149,11 +175,37 @@ def check_interrupt() -> None:
 
 def previewer(device: torch.device) -> Callable[[Tensor], Any] | None:
     """From latents in the model's scale to a preview, by the method the user chose; None where previews are off."""
-    import comfy.latent_formats
-    import latent_preview
+    found = None
+    with _only_shown("previews"):
+        import comfy.latent_formats
+        import latent_preview
 
-    found = latent_preview.get_previewer(device, comfy.latent_formats.Flux())
-    return found and (lambda latents: found.decode_latent_to_preview_image("JPEG", latents))
+        found = latent_preview.get_previewer(device, comfy.latent_formats.Flux())
+
+    def preview(latents: Tensor) -> Any:
+        with _only_shown("previews"):
+            return found.decode_latent_to_preview_image("JPEG", latents)
+        return None
+
+    return preview if found else None
+
+
+@contextmanager
+def _only_shown(what: str) -> Iterator[None]:
+    """Where the host's way to show something is not as it was, a line in the log, and the picture goes on."""
+    import comfy.model_management as management
+
+    try:
+        yield
+    except getattr(management, "InterruptProcessingException", ()):  # the bar asks for it, too
+        raise
+    except Exception as error:
+        _say_once(f"No {what} here: ComfyUI's way to show them is another ({error!r})")
+
+
+@cache
+def _say_once(line: str) -> None:
+    log.warning(line)
 
 
 def is_running() -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..vortex_core.spec import DEFAULT_STEPS, MAX_STEPS
 from . import engines, host, plot
-from .sampler import SIDE
+from .sampler import SIDE, SchnellSampler, check
 from .types import ANY, MODEL, Model
 
 if TYPE_CHECKING:
@@ -66,6 +66,11 @@ class LatencyProbe:
         }
 
     @classmethod
+    def VALIDATE_INPUTS(cls, width: int | None = None, height: int | None = None) -> str | bool:
+        """Whether pictures of this size can be drawn, before a model is loaded. A linked input is None."""
+        return SchnellSampler.VALIDATE_INPUTS(width, height)
+
+    @classmethod
     def IS_CHANGED(cls, **inputs: Any) -> str:
         return str(time.time_ns())  # the host would hand out the last measurement
 
@@ -83,7 +88,10 @@ class LatencyProbe:
         from ..vortex_core.bench.latency_report import summarize_series
         from ..vortex_core.bench.pictures import measure
         from ..vortex_core.bench.workload import Workload
+        from ..vortex_core.request import check_prompt
 
+        check(width, height, steps=steps)
+        check_prompt(prompt)
         engine = engines.acquire(model)
         workload = Workload(width, height, steps, iterations=runs, warmup=warmup, cold=0, prompts=(prompt,))
         report = host.progress(workload.total)

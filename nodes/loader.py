@@ -6,7 +6,7 @@ from typing import Any
 
 from . import engines
 from .models import OWN, available, choices, find
-from .types import MODEL, Model
+from .types import MODEL, Model, verdict
 from .vae import Decoder
 
 
@@ -72,6 +72,15 @@ class NF4FluxLoader:
                 ),
             },
         }
+
+    @classmethod
+    def VALIDATE_INPUTS(
+        cls, model: str | None = None, clip_l: str | None = OWN, t5xxl: str | None = OWN, vae: str | None = OWN
+    ) -> str | bool:
+        """Whether these files would do, or why not, before anything of a workflow runs. A linked input is None."""
+        return verdict(
+            lambda: model is None or find(model, 1.0, "", clip=clip_l or OWN, t5=t5xxl or OWN, vae=vae or OWN)
+        )
 
     @classmethod
     def IS_CHANGED(

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ..vortex_core.errors import VortexCheckpointError, VortexInputError, quoted
 from . import files
 from .types import Model
 
 BUNDLED = "tiny-schnell"
 OWN = "automatic"
+SHOWN = 10  # names of a list that an error repeats
 
 
 def available() -> list[str]:
@@ -28,23 +31,26 @@ def find(name: str, vram_budget: float, mode: str, *, clip: str = OWN, t5: str =
     """The handle of a model in `available`, with the parts that it lacks.
 
     `clip`, `t5` and `vae` are `choices`: `OWN` is the model's own, else the one file that fits. Raises
-    `VortexInputError` for any other name and where a part is missing, `VortexCheckpointError` for another model.
+    `VortexInputError` where there is no such file and where a part is missing, `VortexCheckpointError` with the reason
+    for a file that is there but is another model, damaged, or may not be read.
     """
-    from ..vortex_core.checkpoint.bundle import TINY
-    from ..vortex_core.errors import VortexInputError
+    from ..vortex_core.checkpoint.bundle import TINY, WORDS
 
-    found = {BUNDLED: TINY, **files.models()}
-    if name not in found:
+    path = TINY if name == BUNDLED else files.pick(name)
+    if path is None:
         raise VortexInputError(
-            f"There is no model {name!r} here. Found: {', '.join(found)}. Put FLUX.1-schnell into "
-            "models/diffusion_models or models/checkpoints (a file) or models/vortex (a whole folder), and press R to "
-            "refresh the list."
+            f"There is no model {quoted(name)} here: it is not in list. Found: {_some(available())}. Put "
+            "FLUX.1-schnell into models/diffusion_models or models/checkpoints (a file) or models/vortex (a whole "
+            "folder), and press R to refresh the list."
         )
-    path = found[name]
     fingerprint = files.fingerprint(path)
-    held = files.contents(path, fingerprint) or files.look(path)
+    held = files.held(path) or files.look(path)
     if "transformer" not in held:
-        raise VortexInputError(f"{name} does not hold FLUX.1-schnell's transformer.")
+        raise VortexCheckpointError(
+            f"{quoted(name)} does not hold FLUX.1-schnell's transformer, only {', '.join(WORDS[p] for p in held)}. "
+            "Choose another model.",
+            path=str(path),
+        )
     chosen = {"clip": clip, "t5": t5, "vae": vae}
     parts = {part: file for part, choice in chosen.items() if (file := _part(name, held, part, choice)) is not None}
     if parts:
@@ -56,24 +62,34 @@ def find(name: str, vram_budget: float, mode: str, *, clip: str = OWN, t5: str =
 def _part(name: str, held: Mapping[str, Any], part: str, choice: str) -> Path | None:
     """The file for a part of a model that holds `held`; None for its own."""
     from ..vortex_core.checkpoint.bundle import WORDS, wanted_width, width
-    from ..vortex_core.errors import VortexInputError
 
     if choice == OWN and part in held:
         return None
-    found, folder = files.parts(part), f"models/{files.PARTS[part]}"
-    if choice in found:
-        return found[choice]
+    folder = f"models/{files.PARTS[part]}"
     if choice != OWN:
-        raise VortexInputError(
-            f"There is no file {choice!r} with {WORDS[part]} in {folder}. Found: {', '.join(found) or 'none'}."
-        )
+        picked = files.pick(f"{files.PARTS[part]}/{choice}")
+        if picked is None:
+            raise VortexInputError(
+                f"There is no file {quoted(choice)} with {WORDS[part]} in {folder}: it is not in list. "
+                f"Found: {_some(files.parts(part))}."
+            )
+        if part not in (files.held(picked) or files.look(picked)):
+            raise VortexCheckpointError(f"{quoted(choice)} does not hold {WORDS[part]}.", path=str(picked))
+        return picked
+    found = files.parts(part, patient=True)
     wanted = wanted_width(part, held["transformer"])
     fitting = [other for other, path in found.items() if width(part, files.held(path)[part]) == wanted]
     if len(fitting) == 1:
         return found[fitting[0]]
     remedy = (
-        f"{', '.join(fitting)} would do: choose one of them in the loader."
+        f"{_some(fitting)} would do: choose one of them in the loader."
         if fitting
         else f"Put it into {folder} and press R."
     )
-    raise VortexInputError(f"{name} does not hold {WORDS[part]}. {remedy}")
+    raise VortexInputError(f"{quoted(name)} does not hold {WORDS[part]}. {remedy}")
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first names of a list that may be long."""
+    shown = list(islice(names, SHOWN + 1))
+    return ", ".join(shown[:SHOWN]) + (", and more" if len(shown) > SHOWN else "") or "none"

@@ -7,16 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from ..vortex_core.spec import DEFAULT_STEPS, MAX_SIZE, MAX_STEPS, MIN_SIZE, SIZE_MULTIPLE
 from . import engines, host
-from .types import MODEL, Model
+from .types import MODEL, Model, verdict
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..vortex_core import Conditioning, Engine
-
 log = logging.getLogger(__name__)
 
 SIDE = {"default": 1024, "min": MIN_SIZE, "max": MAX_SIZE, "step": SIZE_MULTIPLE}
+MAX_BATCH = 64
 USED = {"pooled_output", "guidance"}  # guidance: schnell has none, and a Flux graph often sets it
 
 
@@ -52,7 +51,7 @@ class SchnellSampler:
                     {
                         "default": 1,
                         "min": 1,
-                        "max": 64,
+                        "max": MAX_BATCH,
                         "tooltip": "Pictures. Picture i starts from the noise of seed + i.",
                     },
                 ),
@@ -92,6 +91,18 @@ class SchnellSampler:
             },
         }
 
+    @classmethod
+    def VALIDATE_INPUTS(
+        cls,
+        width: int | None = None,
+        height: int | None = None,
+        batch_size: int | None = None,
+        seed: int | None = None,
+    ) -> str | bool:
+        """Whether pictures of this kind can be drawn, before a model is loaded. A linked input is None."""
+        given = {"width": width, "height": height, "batch_size": batch_size, "seed": seed}
+        return verdict(lambda: check(**{name: value for name, value in given.items() if value is not None}))
+
     def sample(
         self,
         model: Model,
@@ -106,11 +117,17 @@ class SchnellSampler:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         import torch
 
-        engine = engines.acquire(model)
+        from ..vortex_core.request import check_prompt
+
+        check(width, height, batch_size, seed, steps)
         if conditioning is None:
-            calls = [(prompt, seed, batch_size)]
+            check_prompt(prompt)
+            engine = engines.acquire(model)
+            calls: list[tuple[Any, int, int]] = [(prompt, seed, batch_size)]
         else:
-            several = from_native(engine, conditioning, steps)
+            pairs = from_native(conditioning)
+            engine = engines.acquire(model)
+            several = [engine.condition(txt, pooled, steps) for txt, pooled in pairs]
             calls = [(several[0], seed, batch_size)]
             if len(several) > 1:
                 calls = [(several[i % len(several)], seed + i, 1) for i in range(batch_size)]
@@ -136,13 +153,29 @@ class SchnellSampler:
         return torch.cat(images), {"samples": torch.cat(latents)}
 
 
-def from_native(engine: Engine, conditioning: list[Any], steps: int) -> list[Conditioning]:
-    """One `Conditioning` for each prompt of a native CONDITIONING, `[[T5 [B, N, D], {"pooled_output": [B, V]}]]`.
+def check(
+    width: int = MIN_SIZE, height: int = MIN_SIZE, batch_size: int = 1, seed: int = 0, steps: int = DEFAULT_STEPS
+) -> None:
+    """Raise `VortexInputError` for what no model draws."""
+    from ..vortex_core.errors import VortexInputError, quoted
+    from ..vortex_core.request import Request
+
+    Request(seed=seed, height=height, width=width, steps=steps, batch_size=batch_size)
+    if batch_size > MAX_BATCH:
+        raise VortexInputError(f"batch_size must be at most {MAX_BATCH}, not {quoted(batch_size)}. Queue more often.")
+
+
+def from_native(conditioning: Any) -> list[tuple[Tensor, Tensor]]:
+    """T5's `[1, N, D]` and CLIP's `[1, V]` for each prompt of `[[T5 [B, N, D], {"pooled_output": [B, V]}]]`.
 
     Raises `VortexInputError` for several entries (Combine, areas), or what no Flux CLIP made.
     """
-    from ..vortex_core.errors import VortexInputError
+    import torch
 
+    from ..vortex_core.errors import VortexInputError, quoted
+
+    if not isinstance(conditioning, list | tuple):
+        raise VortexInputError(f"conditioning must come from CLIP Text Encode; this is {quoted(conditioning)}.")
     if len(conditioning) != 1:
         raise VortexInputError(
             f"conditioning holds {len(conditioning)} entries; Vortex takes one, straight from CLIP Text Encode. "
@@ -152,10 +185,11 @@ def from_native(engine: Engine, conditioning: list[Any], steps: int) -> list[Con
     pooled = extras.get("pooled_output")
     if pooled is None:
         raise VortexInputError("conditioning has no pooled CLIP vector. Load the CLIP with type flux.")
+    if not (isinstance(txt, torch.Tensor) and isinstance(pooled, torch.Tensor) and (txt.ndim, pooled.ndim) == (3, 2)):
+        raise VortexInputError("conditioning is not of a Flux CLIP: expected T5's [B, N, D] and CLIP's [B, V].")
     if pooled.shape[0] not in (1, txt.shape[0]):
         raise VortexInputError(f"conditioning has {txt.shape[0]} texts but {pooled.shape[0]} pooled vectors.")
     ignored = sorted(set(extras) - USED)
     if ignored:
         log.warning("conditioning: %s has no effect in Vortex", ", ".join(ignored))
-    pooled = pooled.expand(txt.shape[0], -1)
-    return [engine.condition(txt[i : i + 1], pooled[i : i + 1], steps) for i in range(txt.shape[0])]
+    return list(zip(txt.split(1), pooled.expand(txt.shape[0], -1).split(1), strict=True))

@@ -1,9 +1,14 @@
-"""What travels between the nodes."""
+"""What travels between the nodes, and to the host."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from ..vortex_core.errors import VortexError, VortexInputError
 
 MODEL = "VORTEX_MODEL"
 
@@ -37,6 +42,10 @@ class Model:
     mode: str
     parts: tuple[tuple[str, Path], ...] = ()
 
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.vram_budget) and self.vram_budget > 0):
+            raise VortexInputError(f"vram_budget must be a number of GB above 0, not {self.vram_budget}.")
+
     @property
     def key(self) -> tuple[str, str]:
         """What makes two handles the same engine; the budget can change without loading again."""
@@ -46,3 +55,12 @@ class Model:
     def budget(self) -> int:
         """The VRAM budget in bytes."""
         return int(self.vram_budget * 1e9)
+
+
+def verdict(check: Callable[[], Any]) -> str | bool:
+    """What the host wants of VALIDATE_INPUTS: True where `check` passes, else the reason in words."""
+    try:
+        check()
+    except VortexError as error:
+        return str(error)
+    return True

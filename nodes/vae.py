@@ -1,36 +1,114 @@
-"""The model's VAE decoder in the shape that the host's decode nodes call."""
+"""The model's VAE decoder in the shape of the host's VAE: what its nodes and those of other packs read and call."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import engines, host
 from .types import Model
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+ADVICE = "To encode a picture, or to reach the weights, use Load VAE with FLUX's ae.safetensors."
+FACTOR = 8  # pixels for each latent
+CHANNELS = 16
 
 
 class Decoder:
-    """Decodes with the engine of `model`, which already holds these weights; a second copy would cost VRAM."""
+    """Decodes with the engine of `model`, which already holds these weights; a second copy would cost VRAM.
+
+    The attributes are those of the host's `comfy.sd.VAE` for FLUX. There is no `first_stage_model` behind them.
+    """
+
+    downscale_ratio = upscale_ratio = FACTOR
+    latent_channels, latent_dim, output_channels = CHANNELS, 2, 3
+    downscale_index_formula = upscale_index_formula = extra_1d_channel = pad_channel_value = size = None
+    crop_input = disable_offload = True
+    not_video = handles_tiling = False
 
     def __init__(self, model: Model) -> None:
+        import torch
+
         self.model = model
+        self.device, self.output_device = host.device(), torch.device("cpu")
+        self.vae_dtype, self.working_dtypes = torch.float32, [torch.float32]  # of LATENT samples, as they come in
 
-    def decode(self, samples: Tensor, vae_options: object = None) -> Tensor:
+    # ------------------------------------------------------------ what it does
+
+    def decode(self, samples_in: Tensor, vae_options: object = None) -> Tensor:
         """LATENT samples `[B, 16, H/8, W/8]` to IMAGE `[B, H, W, 3]`."""
-        with engines.torchs_own_memory_errors():
-            return engines.acquire(self.model).decode(host.from_native(samples)).cpu()
+        from ..vortex_core.request import check_latents
 
-    def decode_tiled(self, samples: Tensor, **tiling: object) -> Tensor:
-        """Whole all the same: tiles would change the picture."""
+        check_latents(samples_in, CHANNELS)
+        with engines.torchs_own_memory_errors():
+            return engines.acquire(self.model).decode(host.from_native(samples_in)).cpu()
+
+    def decode_tiled(self, samples: Tensor, *tiles: object, **tiling: object) -> Tensor:
+        """Whole all the same: the engine decodes within its budget, and tiles would change the picture."""
         return self.decode(samples)
 
-    def __getattr__(self, name: str) -> Any:
+    decode_tiled_ = decode_tiled
+
+    # ------------------------------------------------------------ what it does not
+
+    def encode(self, *pixels: object, **options: object) -> NoReturn:
+        """Raise `VortexError`: the engine has no encoder."""
         from ..vortex_core.errors import VortexError
 
-        if name.startswith("encode"):
-            raise VortexError(
-                "Vortex's VAE only decodes. To encode a picture, use Load VAE with FLUX's ae.safetensors."
-            )
-        raise AttributeError(f"Vortex's VAE has no {name}; for this node, use Load VAE with FLUX's ae.safetensors.")
+        raise VortexError(f"Vortex's VAE only decodes. {ADVICE}")
+
+    encode_tiled = encode_tiled_ = get_sd = encode
+
+    # ------------------------------------------------------------ what is read of it
+
+    def vae_output_dtype(self) -> torch.dtype:
+        """The type of pictures."""
+        return self.vae_dtype
+
+    @property
+    def patcher(self) -> Any:
+        """What stands in the host's list of loaded models: that of the engine, whose weights these are."""
+        return engines.patcher(self.model)
+
+    def model_size(self) -> int:
+        """Bytes that the host can free by moving it away."""
+        return int(self.patcher.model_size())
+
+    def memory_used_decode(self, shape: tuple[int, ...], dtype: object = None) -> int:
+        """Bytes that the host should free before decoding: none, the engine's budget has them."""
+        return 0
+
+    memory_used_encode = memory_used_decode
+
+    def prepare_decode(self, sample_shape: tuple[int, ...], memory_required: int | None = None) -> int:
+        """Make the model resident; pictures that are decoded at once."""
+        engines.acquire(self.model)
+        return 1
+
+    def throw_exception_if_invalid(self) -> None:
+        """It is valid."""
+
+    def is_dynamic(self) -> bool:
+        """Weights move as a whole."""
+        return False
+
+    def spacial_compression_decode(self) -> int:
+        """Pixels for each latent."""
+        return FACTOR
+
+    spacial_compression_encode = spacial_compression_decode
+
+    def temporal_compression_decode(self) -> None:
+        """No frames."""
+
+    def vae_encode_crop_pixels(self, pixels: Tensor) -> Tensor:
+        """IMAGE `[B, H, W, C]` cut in the middle to multiples of 8, as the host does before it encodes."""
+        for dim in (1, 2):
+            size = pixels.shape[dim] // FACTOR * FACTOR
+            pixels = pixels.narrow(dim, (pixels.shape[dim] - size) // 2, size)
+        return pixels[..., : self.output_channels]
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"Vortex's VAE has no {name}. {ADVICE}", name=name, obj=self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import fake_host
 import pytest
 import torch
 from fake_host import PACK, FakeHost, Interrupted, module, node
@@ -73,6 +75,18 @@ def test_workflows_are_in_step_with_the_nodes() -> None:
     assert workflows.stale() == []
     for name in workflows.WORKFLOWS:
         assert (workflows.FOLDER / f"{name}.jpg").is_file()
+
+
+@pytest.mark.parametrize("name", ["schnell-512", "schnell-1024"])
+def test_what_a_template_needs_is_offered_for_download(name: str) -> None:
+    nodes = json.loads((workflows.FOLDER / f"{name}.json").read_text())["nodes"]
+    wanting = [one for one in nodes if one["properties"].get("models")]
+    for one in wanting:  # front ends drop what no widget names
+        assert {file["name"] for file in one["properties"]["models"]} <= set(one["widgets_values"])
+    # newer ones ask the loader, older ones the first node that has the address, by its name below the folder
+    (named,) = next(one for one in wanting if one["type"] == "VortexFluxLoader")["properties"]["models"]
+    (first,) = wanting[0]["properties"]["models"]
+    assert named == first | {"name": f"{first['directory']}/{first['name']}"}
 
 
 def test_the_registry_finds_the_icon() -> None:
@@ -218,13 +232,134 @@ def test_an_empty_prompt_draws(comfy: FakeHost, model: Any, prompt: str) -> None
 
 def test_the_vae_only_decodes_and_says_so(comfy: FakeHost, model: Any) -> None:
     decoder = module("nodes.vae").Decoder(model)
+    for refuses in (decoder.encode, decoder.encode_tiled):
+        with pytest.raises(errors.VortexError, match=r"only decodes.*Load VAE"):
+            refuses(torch.zeros(1, 64, 64, 3), tile_x=512)
     with pytest.raises(errors.VortexError, match="Load VAE"):
-        decoder.encode(torch.zeros(1, 64, 64, 3))
-    assert not hasattr(decoder, "first_stage_model")
+        decoder.get_sd()
+    with pytest.raises(AttributeError, match="Load VAE"):
+        decoder.first_stage_model.decode(torch.zeros(1, 16, 8, 8))
+    assert not hasattr(decoder, "first_stage_model")  # what other packs ask before they reach for it
     _, latent = sample(model)
-    assert torch.equal(decoder.decode_tiled(latent["samples"], tile_x=64), decoder.decode(latent["samples"]))
+    whole = decoder.decode(latent["samples"])
+    assert torch.equal(decoder.decode_tiled(latent["samples"], tile_x=64, tile_y=64, overlap=8, tile_t=None), whole)
+    assert torch.equal(decoder.decode_tiled(latent["samples"], 64, 64, 8), whole)
     with pytest.raises(errors.VortexInputError, match=r"latents must be \[B, 16"):
         decoder.decode(torch.zeros(1, 4, 8, 8))
+
+
+def test_the_vae_has_what_the_hosts_nodes_read_of_one(comfy: FakeHost, model: Any) -> None:
+    decoder = module("nodes.vae").Decoder(model)
+    found = [getattr(decoder, name) for name in ("downscale_ratio", "upscale_ratio", "latent_channels", "latent_dim")]
+    assert found == [8, 8, 16, 2]
+    calls = (decoder.spacial_compression_decode, decoder.spacial_compression_encode)
+    assert [call() for call in calls] == [8, 8]
+    assert decoder.temporal_compression_decode() is None
+    assert decoder.device == host.device()
+    assert decoder.output_channels == 3
+    assert decoder.patcher is engines._loaded[model.key].patcher
+    assert decoder.model_size() == decoder.patcher.model_size()
+    assert decoder.vae_encode_crop_pixels(torch.zeros(1, 70, 67, 4)).shape == (1, 64, 64, 3)
+    decoder.throw_exception_if_invalid()
+    copy.copy(decoder).device = "elsewhere"  # as a node does that moves a VAE to another card
+    assert copy.deepcopy(decoder).model == model
+
+
+# ---------------------------------------------------------------- checks before a model is loaded
+
+
+def test_what_cannot_be_drawn_is_refused_before_a_model_is_loaded(
+    comfy: FakeHost, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "acquire", lambda model: pytest.fail("loaded a model"))
+    draw = node("VortexSchnellSampler").sample
+    for arguments, message in {
+        (PROMPT, 65, SIDE, 1, 7, 2): "width must be a multiple of 16",
+        (PROMPT, SIDE, 4096, 1, 7, 2): "height must be",
+        (PROMPT, SIDE, SIDE, 0, 7, 2): "batch_size",
+        (PROMPT, SIDE, SIDE, 65, 7, 2): "at most 64",
+        (PROMPT, SIDE, SIDE, 2, 2**64 - 1, 2): "seed must be",
+        (PROMPT, SIDE, SIDE, 1, 7, 9): "steps must be",
+        (None, SIDE, SIDE, 1, 7, 2): "prompt must be a text",
+        (7, SIDE, SIDE, 1, 7, 2): "prompt must be a text",
+    }.items():
+        with pytest.raises(errors.VortexInputError, match=message):
+            draw(model, *arguments)
+    for arguments in ((PROMPT, 65, SIDE, 1, 5, 1), (None, SIDE, SIDE, 1, 5, 1), (PROMPT, SIDE, SIDE, 9, 5, 1)):
+        with pytest.raises(errors.VortexInputError):
+            node("VortexLatencyProbe").probe(model, *arguments)
+    assert "width" in PACK.NODE_CLASS_MAPPINGS["VortexLatencyProbe"].VALIDATE_INPUTS(width=65)
+    for native in ("text", [[torch.zeros(8, 128), {"pooled_output": torch.zeros(1, 128)}]], []):
+        with pytest.raises(errors.VortexInputError, match="conditioning"):
+            draw(model, PROMPT, SIDE, SIDE, 1, 7, 2, conditioning=native)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({}, None),
+        ({"width": 512, "height": None, "seed": None, "batch_size": None}, None),  # linked inputs are None
+        ({"width": 0}, "width must be"),
+        ({"height": 1000}, "height must be a multiple of 16"),
+        ({"batch_size": 10**12}, "at most 64"),
+        ({"seed": -1}, "seed must be"),
+        ({"seed": 2**64 - 1, "batch_size": 2}, "seed must be"),
+        ({"seed": 2**64 - 1}, None),
+    ],
+)
+def test_the_host_is_told_before_anything_runs(comfy: FakeHost, inputs: dict[str, Any], message: str | None) -> None:
+    verdict = PACK.NODE_CLASS_MAPPINGS["VortexSchnellSampler"].VALIDATE_INPUTS(**inputs)
+    assert verdict is True if message is None else message in verdict
+
+
+# ---------------------------------------------------------------- hosts of another time
+
+
+class Elsewhere:
+    """What a host has in place of its own progress bar and previews."""
+
+    def __init__(self, *arguments: Any) -> None:
+        raise TypeError("another signature")
+
+
+@pytest.mark.parametrize(
+    ("place", "name"), [("comfy.utils", "ProgressBar"), ("latent_preview", "get_previewer"), ("comfy.utils", None)]
+)
+def test_pictures_are_drawn_where_the_host_shows_things_otherwise(
+    comfy: FakeHost, model: Any, place: str, name: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted, _ = sample(model)
+    if name is None:
+        monkeypatch.delattr(sys.modules[place], "ProgressBar")
+    else:
+        monkeypatch.setattr(sys.modules[place], name, Elsewhere)
+    host._say_once.cache_clear()
+    assert torch.equal(sample(model)[0], wanted)
+
+
+def test_a_preview_that_cannot_be_made_is_said_once(
+    comfy: FakeHost, model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    host._say_once.cache_clear()
+    comfy.previewer = SimpleNamespace(decode_latent_to_preview_image=Elsewhere)
+    sample(model)
+    assert comfy.progress[-1] == [(1, 2, None), (2, 2, None)]
+    assert len([line for line in caplog.messages if "previews" in line]) == 1
+
+
+def test_an_interrupt_that_the_progress_bar_raises_gets_through(
+    comfy: FakeHost, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stopped(Exception):
+        """As hosts before 0.29 had it."""
+
+    def update(self: Any, *arguments: Any) -> None:
+        raise Stopped
+
+    monkeypatch.setattr(sys.modules["comfy.model_management"], "InterruptProcessingException", Stopped, raising=False)
+    monkeypatch.setattr(fake_host.Bar, "update_absolute", update)
+    with pytest.raises(Stopped):
+        sample(model)
 
 
 # ---------------------------------------------------------------- VRAM Monitor

@@ -85,6 +85,7 @@ Y = 80  # below a group's title
 MODEL_AT, PICTURE_AT, RESULT_AT = (0, Y), (400, Y), (880, Y)
 MODEL_SIZE, PICTURE_SIZE, RESULT_SIZE = (340, 230), (420, 580), (440, 580)
 NOTE_AT = (0, Y + 270)  # below the loader, down to the group's end
+FILE_NOTE_HEIGHT = 100  # with its title
 
 
 def loader(**inputs: Any) -> Node:
@@ -95,6 +96,11 @@ def loader(**inputs: Any) -> Node:
 def sampler(**inputs: Any) -> Node:
     """Schnell Sampler in the second column."""
     return Node("VortexSchnellSampler", PICTURE_AT, PICTURE_SIZE, {"model": (1, "model"), **inputs})
+
+
+def save(name: str) -> Node:
+    """Save Image in the third column."""
+    return Node("SaveImage", RESULT_AT, RESULT_SIZE, {"images": (2, "image"), "filename_prefix": f"vortex/{name}"})
 
 
 def columns(*titles: str, height: int = 680, last: int = 480) -> tuple[tuple[str, int, int, int, int], ...]:
@@ -114,7 +120,7 @@ def schnell(side: int, prompt: str, seed: int, seconds: str) -> Workflow:
                 "VortexFluxLoader", MODEL_AT, MODEL_SIZE, {"model": f"checkpoints/{CHECKPOINT}"}, models=(DOWNLOAD,)
             ),
             2: sampler(prompt=prompt, width=side, height=side, seed=seed),
-            3: Node("SaveImage", RESULT_AT, RESULT_SIZE, {"images": (2, "image"), "filename_prefix": f"vortex/{name}"}),
+            3: save(name),
         },
         columns("1. The model", "2. The picture", "3. The result"),
         f"## FLUX.1-schnell at {side} x {side}\n\n"
@@ -132,12 +138,7 @@ WORKFLOWS: dict[str, Workflow] = {
             2: sampler(
                 prompt="a green ring in the center of a yellow background", width=TINY_SIDE, height=TINY_SIDE, seed=7
             ),
-            3: Node(
-                "SaveImage",
-                RESULT_AT,
-                RESULT_SIZE,
-                {"images": (2, "image"), "filename_prefix": "vortex/first-picture"},
-            ),
+            3: save("first-picture"),
         },
         columns("1. The model", "2. The picture", "3. The result"),
         "## Your first picture\n\nPress **Run**. Nothing is downloaded: tiny-schnell comes with Vortex. It is a "
@@ -331,36 +332,46 @@ def ui(schemas: Schemas, workflow: Workflow) -> dict[str, Any]:
         )  # fmt: skip
     for link, source, slot, *_ in links:
         nodes[source - 1]["outputs"][slot]["links"].append(link)
-    note = {
-        "id": len(nodes) + 1, "type": "MarkdownNote", "pos": list(NOTE_AT),
-        "size": [MODEL_SIZE[0], workflow.groups[0][4] - NOTE_AT[1] - 20],
-        "flags": {}, "order": len(nodes), "mode": 0, "inputs": [], "outputs": [], "title": "What to do",
-        "properties": {},
-        "widgets_values": [workflow.note], "color": "#432", "bgcolor": "#653",
-    }  # fmt: skip
+    (x, y), width = NOTE_AT, MODEL_SIZE[0]
+    notes: list[Any] = []
+    for file in [file for node in workflow.nodes.values() for file in node.models]:
+        where = f"The file for models/{file['directory']}"
+        notes.append(note(len(nodes) + 2, "Note", where, file["name"], (x, y, width, 60), {"models": [file]}))
+        y += FILE_NOTE_HEIGHT
+    box = (x, y, width, workflow.groups[0][4] - y - 20)
+    text = note(len(nodes) + 1, "MarkdownNote", "What to do", workflow.note, box, {})
     return {
-        "last_node_id": len(nodes) + 1,
+        "last_node_id": len(nodes) + 1 + len(notes),
         "last_link_id": len(links),
-        "nodes": [*nodes, note],
+        # front ends to 1.41 look a file up by what the first node that names its address calls it, below its folder
+        "nodes": [*notes, *nodes, text],
         "links": links,
         "groups": [
             {"id": i, "title": name, "bounding": list(box), "color": "#3f789e", "font_size": 24, "flags": {}}
             for i, (name, *box) in enumerate(workflow.groups, 1)
         ],
-        # of a node's own list the dialog shows only files that a widget names, and ours names the folder, too
-        **({"models": wanted} if (wanted := [m for node in workflow.nodes.values() for m in node.models]) else {}),
         "config": {},
         "extra": {"ds": {"scale": 0.75, "offset": [80, 120]}},
         "version": 0.4,
     }
 
 
+def note(number: int, kind: str, title: str, text: str, box: tuple[int, ...], properties: dict[str, Any]) -> Any:
+    """A note at `(x, y, width, height)`."""
+    return {
+        "id": number, "type": kind, "pos": list(box[:2]), "size": list(box[2:]), "flags": {}, "order": number - 1,
+        "mode": 0, "inputs": [], "outputs": [], "title": title, "properties": properties, "widgets_values": [text],
+        "color": "#432", "bgcolor": "#653",
+    }  # fmt: skip
+
+
 def properties(node: Node) -> dict[str, Any]:
-    """What ComfyUI and its Manager know a node by, and the files it needs."""
+    """What ComfyUI and its Manager know a node by, and the files it needs, each called as the widget calls it."""
     project = (ROOT / "vortex_core" / "__init__.py").read_text()
     version = project.partition('__version__ = "')[2].partition('"')[0]
     pack = {"cnr_id": "comfy-core", "ver": "0.3.40"} if node.type in CORE else {"cnr_id": "vortex-flux", "ver": version}
-    models = {"models": list(node.models)} if node.models else {}
+    named = [file | {"name": f"{file['directory']}/{file['name']}"} for file in node.models]
+    models = {"models": named} if named else {}
     return {"Node name for S&R": node.type, **pack, **models}
 
 

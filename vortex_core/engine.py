@@ -196,7 +196,7 @@ class Engine:
     def encode(self, prompt: str, steps: int = DEFAULT_STEPS) -> Conditioning:
         """The `Conditioning` of a prompt, cached by its tokens; pass it to `generate` in place of the prompt.
 
-        Raises `VortexInputError` for an empty prompt or steps out of 1 to 8.
+        Raises `VortexInputError` for a prompt that is no text, or steps out of 1 to 8.
         """
         self._check_usable()
         check_prompt(prompt)

@@ -131,9 +131,8 @@ def find_parts(
             raw, folder = _open(path, subfolder)
         else:
             continue
-        config = (
-            None if folder is None or not (folder / "config.json").is_file() else read_config(folder / "config.json")
-        )
+        beside = None if folder is None else folder / "config.json"
+        config = read_config(beside) if beside is not None and beside.is_file() else None
         if config is not None and (words := config_format(config)) is not None:
             raise VortexCheckpointError(
                 f"{folder} is {words}, as its config.json says, which Vortex does not read. {READ}", path=str(folder)

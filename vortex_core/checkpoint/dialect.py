@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,7 +184,7 @@ def check_depth(kind: str, part: Part, described: Any) -> None:
     """Raise `VortexCheckpointError` where a file holds more blocks than its config, or what was found of them, says."""
     for names, words, key in DEPTHS.get(kind, ()):
         held = part.blocks(*names)
-        said = int(described[key] if isinstance(described, Mapping) else getattr(described, key))
+        said = getattr(described, key)
         if held > said:
             raise VortexCheckpointError(
                 f"{part.stored.where} holds {held} {words} and would be read as having {said}: its config.json is "
