@@ -22,10 +22,11 @@ from vortex_core import (
     sampling,
     text,
 )
-from vortex_core import engine as engine_module
+from vortex_core import painter as painter_module
 from vortex_core.conditioning import CACHED
 from vortex_core.linear import ReferenceBackend, TritonBackend
 from vortex_core.model import Model
+from vortex_core.painter import Painter
 from vortex_core.residency import Unit
 
 PROMPT = "a blue square"
@@ -39,7 +40,7 @@ def untouched(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
     def work(*arguments: object) -> None:
         pytest.fail("worked before checking")
 
-    monkeypatch.setattr(engine_module.sampling, "noise", work)
+    monkeypatch.setattr(painter_module.sampling, "noise", work)
     monkeypatch.setattr(type(engine._conditioner), "__call__", work)
     return engine
 
@@ -160,7 +161,7 @@ def test_on_step_sees_every_step_and_the_final_latents(engine: Engine) -> None:
     latents = seen[-1][2]
     assert latents.shape == (1, 16, 8, 8)
     with torch.inference_mode():
-        decoded = engine_module.decode(engine._decoder, latents, torch.empty_like(picture))
+        decoded = painter_module.decode(engine._model.decoder, latents, torch.empty_like(picture))
     torch.testing.assert_close(decoded, picture, atol=1e-5, rtol=0)
 
 
@@ -292,16 +293,16 @@ def test_no_latents_are_refused(engine: Engine) -> None:
 
 
 def test_a_load_that_is_interrupted_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    unloaded: list[Engine] = []
-    unload = Engine.unload
-    monkeypatch.setattr(Engine, "unload", lambda engine: (unloaded.append(engine), unload(engine)))
+    closed: list[Painter] = []
+    close = Painter.close
+    monkeypatch.setattr(Painter, "close", lambda painter: (closed.append(painter), close(painter)))
 
     def interrupt(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         load_flux_schnell("tiny", device="cpu", on_progress=interrupt)
-    assert len(unloaded) == 1
+    assert [vars(painter) for painter in closed] == [{}]
 
 
 def out_of_memory(*arguments: object) -> None:

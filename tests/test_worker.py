@@ -25,10 +25,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vortex_core import jobs
 from vortex_core import worker as module
-from vortex_core.errors import BusyError, DeadlineError, VortexError, VortexInputError, VortexWarning
-from vortex_core.streams import blas_of, streams_of
-from vortex_core.worker import QUEUE, Cancelled, Worker, ask, check, inside, warn, worker_of
+from vortex_core.errors import (
+    BusyError,
+    DeadlineError,
+    VortexError,
+    VortexInputError,
+    VortexWarning,
+)
+from vortex_core.jobs import Cancelled, Job, ask, check, inside, warn
+from vortex_core.streams import Order, blas_of, streams_of
+from vortex_core.worker import QUEUE, Worker, worker_of
 
 CPU = torch.device("cpu")
 TIMES = 200
@@ -186,11 +194,55 @@ def test_of_two_threads_that_start_at_once_one_serves(worker: Worker) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_after_a_fork_there_is_a_new_thread() -> None:
-    assert (
-        _run("print(w.run(lambda: 1), flush=True); os.fork() and os.wait() or print(w.run(lambda: 2), flush=True)")
-        == "1\n2\n"
-    )
+def test_in_a_fork_every_call_is_refused_and_a_new_worker_works() -> None:
+    """Whatever the parent did: it drew, held the lock, or forked in `on_step`, from where the child returns."""
+    script = """
+import asyncio, threading
+from vortex_core.errors import VortexInputError
+from vortex_core import jobs, worker
+
+def told(call):
+    try:
+        return call()
+    except VortexInputError as error:
+        return "fork" if "a fork has left" in str(error) else error
+
+def forked(call):
+    if pid := os.fork():
+        return os.waitpid(pid, 0)[1]
+    print(told(call), told(lambda: w.run(int)), told(lambda: asyncio.run(w.arun(int))), flush=True)
+    other = worker.worker_of(w.device)
+    other.attach(e)
+    print(other.run(lambda: 3), flush=True)
+    os._exit(0)
+
+busy, gate = threading.Event(), threading.Event()
+drawing = threading.Thread(target=w.run, args=(lambda: (busy.set(), gate.wait(30)),))
+drawing.start()
+busy.wait()
+assert forked(lambda: w.run(int)) == 0
+gate.set(); drawing.join()
+
+def locked():
+    with worker._lock:
+        busy.set(); gate.wait(30)
+
+busy.clear(); gate.clear()
+holding = threading.Thread(target=locked)
+holding.start()
+busy.wait()
+assert forked(lambda: w.run(int)) == 0
+gate.set(); holding.join()
+
+parent = os.getpid()
+found = told(lambda: w.run(lambda: jobs.ask(os.fork)))
+if os.getpid() != parent:
+    print(found, flush=True)
+    os._exit(0)
+os.wait()
+print(w.run(lambda: 4))
+"""
+    assert _run(script).split() == ["fork", "fork", "fork", "3"] * 2 + ["fork", "4"]
 
 
 def test_the_interpreter_ends_with_a_worker_alive() -> None:
@@ -296,11 +348,11 @@ def test_an_inline_call_has_a_deadline_of_its_own(worker: Worker) -> None:
 
 
 def test_a_thread_of_the_worker_without_a_job_runs_a_call_inline(worker: Worker) -> None:
-    module._here.worker = worker  # as where a finalizer calls while it waits
+    jobs.here.worker = worker  # as where a finalizer calls while it waits
     try:
         assert worker.run(threading.get_ident) == threading.get_ident()
     finally:
-        module._here.worker = None
+        jobs.here.worker = None
 
 
 def test_context_variables_go_in_and_stay_there(worker: Worker) -> None:
@@ -374,7 +426,7 @@ def test_a_deadline_is_a_finite_number_above_0(worker: Worker, deadline: Any) ->
 
 @given(st.floats(min_value=1, max_value=sys.float_info.max) | st.integers(1, 10**300))
 def test_any_other_is_taken(deadline: float) -> None:
-    assert module._Job(Worker(CPU), int, None, deadline).pause() > 0  # type: ignore[operator]
+    assert Job(Worker(CPU), int, None, deadline).pause() > 0  # type: ignore[operator]
 
 
 def test_a_call_whose_time_is_up_in_the_queue_is_taken_out(worker: Worker) -> None:
@@ -667,7 +719,7 @@ def test_a_filter_that_makes_it_an_error_raises_in_the_job(worker: Worker) -> No
 
 
 def test_code_without_a_frame_outside_is_its_own_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_PACKAGE", "")
+    monkeypatch.setattr(jobs, "PACKAGE", "")
     with pytest.warns(VortexWarning) as given:
         warn("all inside", VortexWarning)
     assert len(given) == 1
@@ -771,7 +823,7 @@ def test_questions_are_answered_with_the_cancellation(worker: Worker) -> None:
     ends: list[str] = []
 
     def call() -> None:
-        job = module._here.job
+        job = jobs.here.job
         assert job is not None
         job.gone = True  # as by an interrupt between two instructions
         try:
@@ -780,7 +832,7 @@ def test_questions_are_answered_with_the_cancellation(worker: Worker) -> None:
             ends.append("cancelled")
             raise
 
-    job = module._Job(worker, call, None, None)
+    job = Job(worker, call, None, None)
     job.notify = int  # type: ignore[assignment]
     worker._submit(job)
     until(lambda: job.done)
@@ -973,8 +1025,8 @@ def log(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What happens on streams when the caller's is another one than the worker's."""
     log: list[str] = []
     theirs, ours = FakeStream("theirs", log), FakeStream("ours", log)
-    monkeypatch.setattr(worker._order, "foreign", lambda: theirs)
-    monkeypatch.setattr(worker._order, "default", lambda: ours)
+    monkeypatch.setattr(worker.order, "foreign", lambda: theirs)
+    monkeypatch.setattr(worker.order, "default", lambda: ours)
     monkeypatch.setattr(
         torch.Tensor, "record_stream", lambda tensor, stream: log.append(f"{stream.name} keeps {int(tensor[0])}")
     )
@@ -1029,33 +1081,33 @@ def test_the_streams_wait_after_an_exception_which_stays_the_one_that_is_raised(
     assert log == ["ours waits for theirs", "theirs waits for ours"]
 
     def broken(*_: object) -> None:
-        raise RuntimeError("CUDA error")
+        raise RuntimeError("no such stream")
 
     with monkeypatch.context() as patch:
-        patch.setattr(worker._order, "lead", broken)
+        patch.setattr(worker.order, "lead", broken)
         with pytest.raises(ZeroDivisionError):
             worker.run(lambda: divmod(1, 0))
-        with pytest.raises(RuntimeError, match="CUDA error"):
+        with pytest.raises(RuntimeError, match="no such stream"):
             worker.run(lambda: 1)
 
 
 def test_no_waits_where_the_streams_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    streams = module._Order(torch.device("cuda:0"))
+    streams = Order(torch.device("cuda:0"))
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: 0)
     assert streams.foreign() is None
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: 1)
     assert streams.foreign() == 1
-    assert module._Order(CPU).foreign() is None
+    assert Order(CPU).foreign() is None
 
 
 def test_the_device_is_the_threads_in_every_job(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "set_device", calls.append)
-    streams = module._Order(torch.device("cuda:0"))
+    streams = Order(torch.device("cuda:0"))
     streams.enter()
     streams.enter()  # another thread may serve by now
-    module._Order(CPU).enter()
+    Order(CPU).enter()
     assert calls == [torch.device("cuda:0")] * 2
 
 

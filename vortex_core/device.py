@@ -7,7 +7,7 @@ import logging
 import torch
 from torch import Tensor
 
-from .errors import VortexDeviceError
+from .errors import VortexDeviceError, quoted
 
 log = logging.getLogger(__name__)
 
@@ -23,12 +23,14 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         where = torch.device(device)
-    except RuntimeError as error:
-        raise VortexDeviceError(f"{device!r} is not a device; give 'cuda', 'cuda:1' or 'cpu'.") from error
+    except (RuntimeError, TypeError, ValueError) as error:  # no such name; no name at all
+        raise VortexDeviceError(f"{quoted(device)} is not a device; give 'cuda', 'cuda:1' or 'cpu'.") from error
     if where.type == "cpu":
         return where
     if where.type != "cuda":
         raise VortexDeviceError(f"Vortex runs on CUDA and on the CPU, not on {where.type!r}.")
+    if torch.cuda._is_in_bad_fork():
+        raise VortexDeviceError("CUDA works in no forked process. Start it by spawn, or use device='cpu'.")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     index = where.index or 0
     if index >= count:

@@ -8,15 +8,18 @@ from pathlib import Path
 
 from torch import Tensor
 
+from .finite import check_finite
+
 
 def save_png(picture: Tensor, path: Path, metadata: Mapping[str, str]) -> None:
     """Write a float `[H, W, 3]` picture in 0..1, with `metadata` as PNG text, whole or not at all.
 
-    Raises `OSError` where the folder cannot be written.
+    Raises `NotFiniteError` for NaN, before anything is written, and `OSError` where the folder cannot be written.
     """
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
+    check_finite(picture, f"The picture for {path.name}")
     info = PngInfo()
     for key, value in metadata.items():
         info.add_itxt(key, value)

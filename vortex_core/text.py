@@ -20,8 +20,8 @@ from torch.nn import Embedding
 from .checkpoint.materialize import Target, check, materialize
 from .checkpoint.tensors import Tensors
 from .errors import PromptTruncatedWarning
+from .jobs import warn
 from .spec import CLIP_TOKENS, T5_TOKENS
-from .worker import warn
 
 HOST = torch.device("cpu")
 T5_PAD = 0
