@@ -106,6 +106,8 @@ class SchnellSampler:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         import torch
 
+        from ..vortex_core.finite import check_finite
+
         engine = engines.acquire(model)
         if conditioning is None:
             calls = [(prompt, seed, batch_size)]
@@ -133,6 +135,7 @@ class SchnellSampler:
                     on_step=on_step,
                 )  # fmt: skip
             images.append(done.cpu())
+            check_finite(images[-1], "The picture")
         return torch.cat(images), {"samples": torch.cat(latents)}
 
 

@@ -30,6 +30,7 @@ from vortex_core import worker as module
 from vortex_core.errors import (
     BusyError,
     DeadlineError,
+    DeviceLostError,
     VortexError,
     VortexInputError,
     VortexWarning,
@@ -675,6 +676,108 @@ def test_a_context_that_outlives_the_question_counts_no_longer(worker: Worker) -
     ref = weakref.ref(owner)
     del owner
     assert ref() is None
+
+
+def test_a_job_that_only_the_return_of_an_asked_function_would_serve_is_given_up(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "HELD_UP", 0.2)
+    monkeypatch.setattr(module, "PATIENCE", 0.02)
+    mine, waited = Thing(), []
+
+    def call() -> None:
+        started = time.monotonic()
+        with pytest.raises(BusyError, match=r"on_step of another call has not returned for 0\.2 s.*return first"):
+            worker.run(int, owner=mine)
+        waited.append(time.monotonic() - started)
+
+    def on_step() -> None:
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join(30)
+
+    worker.run(lambda: (ask(on_step), ask(on_step)), owner=mine)
+    assert waited[0] >= 0.2
+    assert worker._queue == []
+    waited.clear()
+
+    async def main() -> None:
+        """On the worker's thread: nobody is served, and a coroutine may be what it waits for."""
+        loop = asyncio.get_running_loop()
+
+        def blocks() -> None:
+            with pytest.raises(BusyError):
+                asyncio.run_coroutine_threadsafe(worker.arun(int), loop).result(30)
+            waited.append(0)
+
+        await worker.arun(lambda: ask(blocks), owner=mine)
+
+    asyncio.run(main())
+    assert waited == [0]
+
+
+# Loss
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("CUDA error: an illegal memory access was encountered\nmore"), True),
+        (RuntimeError("CUDA driver error: unspecified launch failure"), True),
+        (RuntimeError("Triton Error [CUDA]: misaligned address"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"), True),
+        (RuntimeError("CUDA error: out of memory"), False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), False),
+        (torch.OutOfMemoryError("CUDA error"), False),
+        (ValueError("CUDA error"), False),
+        (RuntimeError("The size of tensor a (3) must match"), False),
+    ],
+)
+def test_what_tells_that_the_device_is_lost(error: Exception, lost: bool) -> None:
+    assert module._tells_loss(error) is lost
+
+
+def test_a_lost_worker_is_replaced_and_its_own_callers_are_told(registry: dict[torch.device, Worker]) -> None:
+    worker, engine, told = worker_of(CPU), Thing(), []
+    worker.attach(engine)
+
+    def fail() -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered\nCompile with TORCH_USE_CUDA_DSA")
+
+    def call() -> None:
+        with pytest.raises(DeviceLostError):
+            worker.run(int)
+        told.append(1)
+
+    with occupied(worker):
+        threads = [threading.Thread(target=call) for _ in range(3)]
+
+        def failing() -> None:
+            with pytest.raises(
+                DeviceLostError, match=r"^cpu has failed: CUDA error: device-side assert triggered\. "
+            ) as e:
+                worker.run(fail)
+            assert "DSA" in str(e.value.__cause__)
+            told.append(1)
+
+        threads.insert(0, threading.Thread(target=failing))
+        for count, thread in enumerate(threads, 1):
+            thread.start()
+            until(lambda count=count: len(worker._queue) == count)
+    for thread in threads:
+        thread.join(30)
+    assert len(told) == 4
+    assert worker.lost
+    worker.attach(engine)  # it does not come back by that
+    for lost in (lambda: worker.run(int), lambda: asyncio.run(worker.arun(int))):
+        with pytest.raises(DeviceLostError, match="load the model again"):
+            lost()
+    another = worker_of(CPU)
+    assert another is not worker
+    detach = another.attach(engine)
+    assert another.run(lambda: 5) == 5
+    detach()
 
 
 # Warnings
