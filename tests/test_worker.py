@@ -739,6 +739,7 @@ def test_what_tells_that_the_device_is_lost(error: Exception, lost: bool) -> Non
 
 
 def test_a_lost_worker_is_replaced_and_its_own_callers_are_told(registry: dict[torch.device, Worker]) -> None:
+    before = set(threading.enumerate())
     worker, engine, told = worker_of(CPU), Thing(), []
     worker.attach(engine)
 
@@ -778,6 +779,8 @@ def test_a_lost_worker_is_replaced_and_its_own_callers_are_told(registry: dict[t
     detach = another.attach(engine)
     assert another.run(lambda: 5) == 5
     detach()
+    del engine
+    until(lambda: set(threading.enumerate()) <= before)
 
 
 # Warnings
