@@ -117,6 +117,7 @@ class SchnellSampler:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         import torch
 
+        from ..vortex_core.finite import check_finite
         from ..vortex_core.request import check_prompt
 
         check(width, height, batch_size, seed, steps)
@@ -150,6 +151,7 @@ class SchnellSampler:
                     on_step=on_step,
                 )  # fmt: skip
             images.append(done.cpu())
+            check_finite(images[-1], "The picture")
         return torch.cat(images), {"samples": torch.cat(latents)}
 
 

@@ -30,7 +30,7 @@ def diffusers_transformer(engine: Engine, folder: Path) -> FluxTransformer2DMode
     theirs = FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(folder / "transformer"))
     shapes = {name: parameter.shape for name, parameter in theirs.named_parameters()}
     state = {}
-    for name, tensor in {**decoded(engine._transformer), **decoded(engine._conditioner.modulation)}.items():
+    for name, tensor in {**decoded(engine._model.transformer), **decoded(engine._conditioner.modulation)}.items():
         sources = flux_sources(name)
         if name.startswith("final_layer.adaLN"):
             tensor = torch.cat(tensor.chunk(2)[::-1])

@@ -78,9 +78,11 @@ def test_an_injected_stall_is_an_outlier_of_its_phase(
     stalled = 9
     picture = WORK.warmup + stalled
     if phase == "decode":
-        monkeypatch.setattr(engine._decoder, "forward", delayed(engine._decoder.forward, {picture}))
+        monkeypatch.setattr(engine._model.decoder, "forward", delayed(engine._model.decoder.forward, {picture}))
     else:
-        monkeypatch.setattr(engine._transformer, "forward", delayed(engine._transformer.forward, {2 * picture + 1}))
+        monkeypatch.setattr(
+            engine._model.transformer, "forward", delayed(engine._model.transformer.forward, {2 * picture + 1})
+        )
     report = latency_report.run(engine, WORK)
     found = next(outlier for outlier in report.outliers if outlier.index == stalled)
     assert found.phase == phase
@@ -142,14 +144,14 @@ def test_on_a_gpu_launched_work_is_an_outlier_of_its_phase(monkeypatch: pytest.M
         assert clean.disagreements <= 1
         assert all(sample.reading.clock for sample in clean.samples)
 
-        forward, pictures = engine._decoder.forward, count()
+        forward, pictures = engine._model.decoder.forward, count()
 
         def launching(*arguments: Any, **options: Any) -> Any:
             if next(pictures) == work.warmup + 10:
                 torch.cuda._sleep(2_000_000_000)  # about a second, and returns at once
             return forward(*arguments, **options)
 
-        monkeypatch.setattr(engine._decoder, "forward", launching)
+        monkeypatch.setattr(engine._model.decoder, "forward", launching)
         report = latency_report.run(engine, work)
     found = next(outlier for outlier in report.outliers if outlier.index == 10)
     assert found.phase == "decode"

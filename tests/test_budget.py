@@ -201,7 +201,7 @@ def test_a_card_without_room_is_said_before_anything_is_read(monkeypatch: pytest
 def out_of_memory_at(engine: Engine, monkeypatch: pytest.MonkeyPatch, times: int) -> list[MemoryPlan]:
     """Have the decoder run out of memory so often; the plans that were tried."""
     plans: list[MemoryPlan] = []
-    forward = engine._decoder.forward
+    forward = engine._model.decoder.forward
 
     def decode(*arguments: object) -> Iterator[torch.Tensor]:
         plans.append(engine.plan)
@@ -209,7 +209,7 @@ def out_of_memory_at(engine: Engine, monkeypatch: pytest.MonkeyPatch, times: int
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(*arguments)
 
-    monkeypatch.setattr(engine._decoder, "forward", decode)
+    monkeypatch.setattr(engine._model.decoder, "forward", decode)
     return plans
 
 

@@ -2,15 +2,19 @@
 
 import gc
 import logging
+import math
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from vortex_core import (
+    Conditioning,
     Engine,
     VortexDeviceError,
     VortexError,
@@ -22,10 +26,11 @@ from vortex_core import (
     sampling,
     text,
 )
-from vortex_core import engine as engine_module
+from vortex_core import painter as painter_module
 from vortex_core.conditioning import CACHED
 from vortex_core.linear import ReferenceBackend, TritonBackend
 from vortex_core.model import Model
+from vortex_core.painter import Painter
 from vortex_core.residency import Unit
 
 PROMPT = "a blue square"
@@ -39,7 +44,7 @@ def untouched(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
     def work(*arguments: object) -> None:
         pytest.fail("worked before checking")
 
-    monkeypatch.setattr(engine_module.sampling, "noise", work)
+    monkeypatch.setattr(painter_module.sampling, "noise", work)
     monkeypatch.setattr(type(engine._conditioner), "__call__", work)
     return engine
 
@@ -64,6 +69,22 @@ def untouched(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
         ({"out": torch.empty(1, 64, 64, 4)}, r"out must be \(1, 64, 64, 3\).*found \(1, 64, 64, 4\)"),
         ({"out": torch.empty(1, 64, 64, 3, dtype=torch.float16)}, "found .* torch.float16"),
         ({"out": torch.empty(1, 64, 64, 3, device="meta")}, "on meta"),
+        ({"out": np.zeros((1, 64, 64, 3))}, "out must be a tensor"),
+        ({"out": torch.zeros(1).expand(1, 64, 64, 3)}, "out must be contiguous"),
+        ({"out": torch.zeros(1, 64, 64, 3).to_sparse()}, "out must be contiguous"),
+        ({"out": torch.zeros(1, 64, 64, 3, requires_grad=True)}, r"pass out\.detach"),
+        ({"seed": True}, "seed must be a whole number"),
+        ({"seed": np.True_}, "seed must be a whole number"),
+        ({"seed": torch.tensor(True)}, "seed must be a whole number"),
+        ({"seed": np.float32(3)}, "seed must be a whole number"),
+        ({"seed": torch.tensor(3, device="meta")}, "seed must be a whole number"),
+        ({"seed": 10**5000}, "seed must be a whole number"),
+        ({"steps": True}, "steps must be from 1 to 8"),
+        ({"width": True}, "width must be"),
+        ({"batch_size": 10**12}, "batch_size must be a whole number from 1 to 1024, not 1000000000000"),
+        ({"deadline": np.array([1.0, 2.0])}, "deadline is a number"),
+        ({"on_step": 5}, "on_step must be a function, not 5"),
+        ({"negative_prompt": np.array(["a", "b"])}, "negative_prompt is a text"),
     ],
 )
 def test_bad_input_is_refused_before_any_work(untouched: Engine, arguments: dict[str, object], sentence: str) -> None:
@@ -71,6 +92,80 @@ def test_bad_input_is_refused_before_any_work(untouched: Engine, arguments: dict
         untouched.generate(**{"prompt": PROMPT, **SMALL, **arguments})
     assert isinstance(refusal.value, ValueError)
     assert isinstance(refusal.value, VortexError)
+    assert len(str(refusal.value)) < 400
+
+
+@pytest.mark.parametrize("number", [np.int64, np.uint8, torch.tensor])
+def test_whole_numbers_of_numpy_and_torch_are_whole_numbers(engine: Engine, number: Callable[[int], object]) -> None:
+    expected = engine.generate(PROMPT, seed=3, steps=1, **SMALL)
+    given = {name: number(value) for name, value in {"seed": 3, "steps": 1, "batch_size": 1, **SMALL}.items()}
+    with torch.inference_mode():
+        out = torch.empty_like(expected)
+    assert torch.equal(engine.generate(PROMPT, out=out, deadline=np.float32(60), **given), expected)
+    assert type(engine.last_seed) is int
+    assert engine.encode(PROMPT, number(1)) is engine.encode(PROMPT, 1)
+    engine.warmup(number(64), number(64))
+
+
+@pytest.mark.parametrize("budget", [True, np.True_, "6.5", math.nan, math.inf, 10**400, None, [1], "x" * 10**6, 0, -1])
+def test_a_budget_is_a_finite_number_above_0(engine: Engine, budget: object) -> None:
+    with pytest.raises(VortexInputError, match="vram_budget") as refusal:
+        engine.limit(budget)
+    assert len(str(refusal.value)) < 400
+    if budget is not None:
+        with pytest.raises(VortexInputError, match="vram_budget"):
+            load_flux_schnell("nowhere", device="cpu", vram_budget=budget)
+    assert loading.check_budget(np.float32(2), None) == loading.check_budget(torch.tensor(2), None) == 2 * 10**9
+
+
+def test_what_is_no_conditioning_of_this_engine_is_refused(untouched: Engine, engine: Engine) -> None:
+    spec, nan = engine._spec, float("nan")
+    txt, table = torch.zeros(1, 4, spec.context), torch.zeros(2, spec.modulation_rows, spec.hidden)
+    for given, sentence in (
+        ((txt.numpy(), table), "txt must be .* a tensor, not"),
+        ((txt[0], table), "txt must be"),
+        ((txt, table.long()), "modulation must be .* not torch.int64"),
+        ((txt.to("meta"), table), "on meta"),
+        ((txt, table * nan), "modulation of the Conditioning is not finite"),
+        ((txt[..., :64], table), "of another model"),
+        ((txt, table[:, 1:]), "of another model"),
+        ((txt.bfloat16(), table), "of another dtype"),
+    ):
+        with pytest.raises(VortexError, match=sentence) as refusal:
+            untouched.generate(Conditioning(*given), seed=1, steps=2, **SMALL)
+        assert len(str(refusal.value)) < 500
+
+
+def test_what_is_no_latents_or_embeddings_is_refused(engine: Engine) -> None:
+    latents, txt, pooled = torch.zeros(1, 16, 8, 8), torch.zeros(1, 4, 128), torch.zeros(1, 128)
+    for bad in (latents.numpy(), latents.tolist(), latents[0], latents.long(), latents + math.inf, latents.to("meta")):
+        with pytest.raises(VortexInputError, match="latents"):
+            engine.decode(bad)
+    for bad in (txt.numpy(), txt.tolist(), txt.bool(), txt[:, :0], txt + math.nan, txt.to("meta"), txt.to_sparse()):
+        with pytest.raises(VortexInputError, match="txt"):
+            engine.condition(bad, pooled)
+    with pytest.raises(VortexInputError, match="pooled holds NaN or infinity"):
+        engine.condition(txt, pooled - math.inf)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"dtype": "bf16"}, "dtype is one of torch.bfloat16, torch.float16, torch.float32, not 'bf16'"),
+        ({"dtype": torch.int8}, "not torch.int8"),
+        ({"mode": np.array(["exact", "fast"])}, "Unknown mode"),
+        ({"quantization": ["nf4"]}, "Unknown quantization"),
+        ({"backend": 5}, "Unknown backend 5"),
+        ({"backend": "x" * 10**6}, "Unknown backend"),
+        ({"device": []}, "is not a device"),
+        ({"on_progress": 5}, "on_progress must be a function"),
+        ({"cache_dir": 5}, "cache_dir is the path of a folder"),
+    ],
+)
+def test_options_of_a_foreign_kind_are_refused(options: dict[str, object], sentence: str) -> None:
+    with pytest.raises(VortexError, match=sentence) as refusal:
+        load_flux_schnell("nowhere", **{"device": "cpu", **options})
+    assert len(str(refusal.value)) < 400
 
 
 def test_bad_load_arguments_are_refused(tiny_dir: Path) -> None:
@@ -160,7 +255,7 @@ def test_on_step_sees_every_step_and_the_final_latents(engine: Engine) -> None:
     latents = seen[-1][2]
     assert latents.shape == (1, 16, 8, 8)
     with torch.inference_mode():
-        decoded = engine_module.decode(engine._decoder, latents, torch.empty_like(picture))
+        decoded = painter_module.decode(engine._model.decoder, latents, torch.empty_like(picture))
     torch.testing.assert_close(decoded, picture, atol=1e-5, rtol=0)
 
 
@@ -292,16 +387,16 @@ def test_no_latents_are_refused(engine: Engine) -> None:
 
 
 def test_a_load_that_is_interrupted_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    unloaded: list[Engine] = []
-    unload = Engine.unload
-    monkeypatch.setattr(Engine, "unload", lambda engine: (unloaded.append(engine), unload(engine)))
+    closed: list[Painter] = []
+    close = Painter.close
+    monkeypatch.setattr(Painter, "close", lambda painter: (closed.append(painter), close(painter)))
 
     def interrupt(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         load_flux_schnell("tiny", device="cpu", on_progress=interrupt)
-    assert len(unloaded) == 1
+    assert [vars(painter) for painter in closed] == [{}]
 
 
 def out_of_memory(*arguments: object) -> None:

@@ -35,17 +35,17 @@ def test_the_gate_has_teeth(engine: Engine) -> None:
     img = torch.randn(1, 64, 64, generator=draw)
     conditioning = engine.encode("a small green star above a large yellow ring")
     pe = sampling.rope(sampling.positions(128, 128, 256), engine._spec, torch.device("cpu"))
-    txt = engine._transformer.txt_in(conditioning.txt)
+    txt = engine._model.transformer.txt_in(conditioning.txt)
     for table in conditioning.modulation:
-        right = engine._transformer(img, txt, table, pe)
+        right = engine._model.transformer(img, txt, table, pe)
         rows = list(blocks(engine._spec))
         for name, place, gates in rows:
             wrong = table.clone()
             wrong[place][gates] = 0  # what a block adds is multiplied by its gates
-            assert distance(engine._transformer(img, txt, wrong, pe), right) > GATE, f"without {name}"
+            assert distance(engine._model.transformer(img, txt, wrong, pe), right) > GATE, f"without {name}"
         for (name, one, _), (other_name, two, _) in pairwise(rows):
             if table[one].shape == table[two].shape:
                 wrong = table.clone()
                 wrong[one], wrong[two] = table[two], table[one]
-                off = distance(engine._transformer(img, txt, wrong, pe), right)
+                off = distance(engine._model.transformer(img, txt, wrong, pe), right)
                 assert off > GATE, f"{name} and {other_name} exchanged"

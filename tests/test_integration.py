@@ -100,7 +100,7 @@ def test_vram_budget_compliance(actor: Actor) -> None:
         assert weights <= 4.95 * GB
         assert loaded.allocated <= 6.5 * GB
     # 4.5 bits a parameter, a little more for what stays unquantized
-    values = sum(2 * m.packed.numel() for m in actor.engine._transformer.modules() if hasattr(m, "packed"))
+    values = sum(2 * m.packed.numel() for m in actor.engine._model.transformer.modules() if hasattr(m, "packed"))
     assert values * 0.5625 < weights < values * 0.5625 * (1.02 if actor.full else 1.15)
 
 

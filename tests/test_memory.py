@@ -29,7 +29,7 @@ from vortex_core import (
     memory,
     vram,
 )
-from vortex_core import engine as engine_module
+from vortex_core import painter as painter_module
 from vortex_core import streams as streams_module
 from vortex_core.arena import ALIGN, MIB, Region, block
 from vortex_core.graphs import BoundStep, GraphCache
@@ -165,7 +165,7 @@ def test_nothing_is_read_that_this_call_has_not_written(
         memory.fill_(0xFF)  # NaN in every type
         phases.append(phase)
 
-    encode, decode = conditioning.Conditioner.__call__, engine_module.decode
+    encode, decode = conditioning.Conditioner.__call__, painter_module.decode
 
     def encoded(*arguments: Any) -> Any:
         poison("prompt", held.arena)
@@ -180,7 +180,7 @@ def test_nothing_is_read_that_this_call_has_not_written(
     poison("before", held.arena), poison("before", held.library)
     assert torch.equal(draw(roomy, batch_size=batch), expected)
     monkeypatch.setattr(conditioning.Conditioner, "__call__", encoded)
-    monkeypatch.setattr(engine_module, "decode", decoded)
+    monkeypatch.setattr(painter_module, "decode", decoded)
     roomy._conditioner._cache.clear()
     assert torch.equal(draw(roomy, batch_size=batch), expected)
     assert phases == ["before", "before", "prompt", "steps", "decode"]
@@ -200,7 +200,7 @@ def test_a_smaller_picture_works_in_the_same_arena(roomy: Engine) -> None:
 
 def test_what_libraries_allocate_in_is_lent_while_they_run(roomy: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     held, seen = roomy._memory, dict[str, int]()
-    encode, denoise, decode = type(roomy._conditioner)._table, engine_module.sampling.denoise, engine_module.decode
+    encode, denoise, decode = type(roomy._conditioner)._table, painter_module.sampling.denoise, painter_module.decode
 
     def look(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
         def looked(*arguments: Any) -> Any:
@@ -211,8 +211,8 @@ def test_what_libraries_allocate_in_is_lent_while_they_run(roomy: Engine, monkey
 
     monkeypatch.setattr(type(roomy._conditioner), "_table", look("prompt", encode))
     monkeypatch.setattr(BoundStep, "run", look("launches", BoundStep.run))
-    monkeypatch.setattr(engine_module.sampling, "denoise", look("steps", denoise))
-    monkeypatch.setattr(engine_module, "decode", look("decode", decode))
+    monkeypatch.setattr(painter_module.sampling, "denoise", look("steps", denoise))
+    monkeypatch.setattr(painter_module, "decode", look("decode", decode))
     draw(roomy)
     assert roomy.plan.library > 0
     assert seen == {"prompt": 0, "steps": roomy.plan.library, "launches": 0, "decode": 0}
@@ -226,7 +226,7 @@ def test_after_an_error_the_next_call_takes_it_back(roomy: Engine, monkeypatch: 
         raise ZeroDivisionError
 
     with monkeypatch.context() as context:
-        context.setattr(roomy._decoder, "forward", broken)
+        context.setattr(roomy._model.decoder, "forward", broken)
         with pytest.raises(ZeroDivisionError):
             draw(roomy)
     assert held.library.nbytes == 0  # its traceback may keep tensors alive
@@ -255,7 +255,7 @@ def test_running_out_of_memory_gives_back_all_before_the_second_try(
 ) -> None:
     expected, held, hand_back = draw(roomy), roomy._memory, memory.hand_back
     first, gone = StorageWeakRef(held.arena.untyped_storage()), []
-    forward = roomy._decoder.forward
+    forward = roomy._model.decoder.forward
 
     def decode(*arguments: object) -> Iterator[Tensor]:
         if not gone:
@@ -266,7 +266,7 @@ def test_running_out_of_memory_gives_back_all_before_the_second_try(
         gone.append(first.expired())
         hand_back(device)
 
-    monkeypatch.setattr(roomy._decoder, "forward", decode)
+    monkeypatch.setattr(roomy._model.decoder, "forward", decode)
     monkeypatch.setattr(memory, "hand_back", handed_back)
     assert torch.equal(draw(roomy), expected)
     assert all(gone)

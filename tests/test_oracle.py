@@ -40,9 +40,9 @@ def test_transformer_agrees_with_diffusers(engine: Engine, tiny_dir: Path, size:
             txt_ids=ids[:256],
             img_ids=ids[256:],
         ).sample
-        ours = engine._transformer(
+        ours = engine._model.transformer(
             img,
-            engine._transformer.txt_in(txt).expand(2, -1, -1),
+            engine._model.transformer.txt_in(txt).expand(2, -1, -1),
             conditioning.modulation[i],
             rope_of(height, width, 256, spec),
         )
@@ -81,7 +81,7 @@ def test_vae_agrees_with_diffusers(engine: Engine, tiny_dir: Path) -> None:
     theirs = diffusers_vae(tiny_dir)
     latents = torch.randn(2, 16, 8, 12, generator=torch.Generator().manual_seed(5))
     expected = theirs.decode(latents / theirs.config.scaling_factor + theirs.config.shift_factor).sample
-    ours = decode(engine._decoder, latents, torch.full((2, 64, 96, 3), torch.nan))
+    ours = decode(engine._model.decoder, latents, torch.full((2, 64, 96, 3), torch.nan))
     expected = (expected / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
 

@@ -31,8 +31,8 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 @pytest.fixture
 def transformer(engine: Engine) -> Transformer:
-    yield engine._transformer
-    engine._transformer.use(reference, fast=False)
+    yield engine._model.transformer
+    engine._model.transformer.use(reference, fast=False)
 
 
 def rope(engine: Engine, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -390,8 +390,8 @@ def test_an_fp8_product_is_as_close_as_fp8_allows(batch: int) -> None:
 
 def denoised(engine: Engine, seed: int, prompt: str) -> Tensor:
     conditioning, img = engine.encode(prompt), sampling.pack(sampling.noise(seed, 1, 128, 128))
-    txt, pe = engine._transformer.txt_in(conditioning.txt), rope(engine, 128, 128)
-    return sampling.denoise(engine._transformer, img, txt, conditioning.modulation, pe)
+    txt, pe = engine._model.transformer.txt_in(conditioning.txt), rope(engine, 128, 128)
+    return sampling.denoise(engine._model.transformer, img, txt, conditioning.modulation, pe)
 
 
 @torch.inference_mode()
@@ -418,10 +418,10 @@ def test_a_fused_step_in_16_bits_is_as_near_to_32_as_the_reference_is(quantizati
     velocities = []
     for device, dtype in (("cpu", torch.float32), ("cpu", torch.bfloat16), ("cuda", torch.bfloat16)):
         with load_flux_schnell("tiny", device=device, dtype=dtype, quantization=quantization, mode="exact") as engine:
-            assert engine._transformer.fused == (device == "cuda")
+            assert engine._model.transformer.fused == (device == "cuda")
             *tensors, pe = request(engine, 128, 80, 2)
             placed = (tensor.to(device, dtype) for tensor in tensors)
-            velocity = engine._transformer(*placed, tuple(table.to(device) for table in pe))
+            velocity = engine._model.transformer(*placed, tuple(table.to(device) for table in pe))
             velocities.append(velocity.float().cpu())
     exact, expected, ours = velocities
     assert 0 < (ours - exact).norm() < 1.25 * (expected - exact).norm()

@@ -25,10 +25,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vortex_core import jobs
 from vortex_core import worker as module
-from vortex_core.errors import BusyError, DeadlineError, VortexError, VortexInputError, VortexWarning
-from vortex_core.streams import blas_of, streams_of
-from vortex_core.worker import QUEUE, Cancelled, Worker, ask, check, inside, warn, worker_of
+from vortex_core.errors import (
+    BusyError,
+    DeadlineError,
+    DeviceLostError,
+    VortexError,
+    VortexInputError,
+    VortexWarning,
+)
+from vortex_core.jobs import Cancelled, Job, ask, check, inside, warn
+from vortex_core.streams import Order, blas_of, streams_of
+from vortex_core.worker import QUEUE, Worker, worker_of
 
 CPU = torch.device("cpu")
 TIMES = 200
@@ -186,11 +195,55 @@ def test_of_two_threads_that_start_at_once_one_serves(worker: Worker) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_after_a_fork_there_is_a_new_thread() -> None:
-    assert (
-        _run("print(w.run(lambda: 1), flush=True); os.fork() and os.wait() or print(w.run(lambda: 2), flush=True)")
-        == "1\n2\n"
-    )
+def test_in_a_fork_every_call_is_refused_and_a_new_worker_works() -> None:
+    """Whatever the parent did: it drew, held the lock, or forked in `on_step`, from where the child returns."""
+    script = """
+import asyncio, threading
+from vortex_core.errors import VortexInputError
+from vortex_core import jobs, worker
+
+def told(call):
+    try:
+        return call()
+    except VortexInputError as error:
+        return "fork" if "a fork has left" in str(error) else error
+
+def forked(call):
+    if pid := os.fork():
+        return os.waitpid(pid, 0)[1]
+    print(told(call), told(lambda: w.run(int)), told(lambda: asyncio.run(w.arun(int))), flush=True)
+    other = worker.worker_of(w.device)
+    other.attach(e)
+    print(other.run(lambda: 3), flush=True)
+    os._exit(0)
+
+busy, gate = threading.Event(), threading.Event()
+drawing = threading.Thread(target=w.run, args=(lambda: (busy.set(), gate.wait(30)),))
+drawing.start()
+busy.wait()
+assert forked(lambda: w.run(int)) == 0
+gate.set(); drawing.join()
+
+def locked():
+    with worker._lock:
+        busy.set(); gate.wait(30)
+
+busy.clear(); gate.clear()
+holding = threading.Thread(target=locked)
+holding.start()
+busy.wait()
+assert forked(lambda: w.run(int)) == 0
+gate.set(); holding.join()
+
+parent = os.getpid()
+found = told(lambda: w.run(lambda: jobs.ask(os.fork)))
+if os.getpid() != parent:
+    print(found, flush=True)
+    os._exit(0)
+os.wait()
+print(w.run(lambda: 4))
+"""
+    assert _run(script).split() == ["fork", "fork", "fork", "3"] * 2 + ["fork", "4"]
 
 
 def test_the_interpreter_ends_with_a_worker_alive() -> None:
@@ -296,11 +349,11 @@ def test_an_inline_call_has_a_deadline_of_its_own(worker: Worker) -> None:
 
 
 def test_a_thread_of_the_worker_without_a_job_runs_a_call_inline(worker: Worker) -> None:
-    module._here.worker = worker  # as where a finalizer calls while it waits
+    jobs.here.worker = worker  # as where a finalizer calls while it waits
     try:
         assert worker.run(threading.get_ident) == threading.get_ident()
     finally:
-        module._here.worker = None
+        jobs.here.worker = None
 
 
 def test_context_variables_go_in_and_stay_there(worker: Worker) -> None:
@@ -374,7 +427,7 @@ def test_a_deadline_is_a_finite_number_above_0(worker: Worker, deadline: Any) ->
 
 @given(st.floats(min_value=1, max_value=sys.float_info.max) | st.integers(1, 10**300))
 def test_any_other_is_taken(deadline: float) -> None:
-    assert module._Job(Worker(CPU), int, None, deadline).pause() > 0  # type: ignore[operator]
+    assert Job(Worker(CPU), int, None, deadline).pause() > 0  # type: ignore[operator]
 
 
 def test_a_call_whose_time_is_up_in_the_queue_is_taken_out(worker: Worker) -> None:
@@ -625,6 +678,111 @@ def test_a_context_that_outlives_the_question_counts_no_longer(worker: Worker) -
     assert ref() is None
 
 
+def test_a_job_that_only_the_return_of_an_asked_function_would_serve_is_given_up(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "HELD_UP", 0.2)
+    monkeypatch.setattr(module, "PATIENCE", 0.02)
+    mine, waited = Thing(), []
+
+    def call() -> None:
+        started = time.monotonic()
+        with pytest.raises(BusyError, match=r"on_step of another call has not returned for 0\.2 s.*return first"):
+            worker.run(int, owner=mine)
+        waited.append(time.monotonic() - started)
+
+    def on_step() -> None:
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join(30)
+
+    worker.run(lambda: (ask(on_step), ask(on_step)), owner=mine)
+    assert waited[0] >= 0.2
+    assert worker._queue == []
+    waited.clear()
+
+    async def main() -> None:
+        """On the worker's thread: nobody is served, and a coroutine may be what it waits for."""
+        loop = asyncio.get_running_loop()
+
+        def blocks() -> None:
+            with pytest.raises(BusyError):
+                asyncio.run_coroutine_threadsafe(worker.arun(int), loop).result(30)
+            waited.append(0)
+
+        await worker.arun(lambda: ask(blocks), owner=mine)
+
+    asyncio.run(main())
+    assert waited == [0]
+
+
+# Loss
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("CUDA error: an illegal memory access was encountered\nmore"), True),
+        (RuntimeError("CUDA driver error: unspecified launch failure"), True),
+        (RuntimeError("Triton Error [CUDA]: misaligned address"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"), True),
+        (RuntimeError("CUDA error: out of memory"), False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), False),
+        (torch.OutOfMemoryError("CUDA error"), False),
+        (ValueError("CUDA error"), False),
+        (RuntimeError("The size of tensor a (3) must match"), False),
+    ],
+)
+def test_what_tells_that_the_device_is_lost(error: Exception, lost: bool) -> None:
+    assert module._tells_loss(error) is lost
+
+
+def test_a_lost_worker_is_replaced_and_its_own_callers_are_told(registry: dict[torch.device, Worker]) -> None:
+    before = set(threading.enumerate())
+    worker, engine, told = worker_of(CPU), Thing(), []
+    worker.attach(engine)
+
+    def fail() -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered\nCompile with TORCH_USE_CUDA_DSA")
+
+    def call() -> None:
+        with pytest.raises(DeviceLostError):
+            worker.run(int)
+        told.append(1)
+
+    with occupied(worker):
+        threads = [threading.Thread(target=call) for _ in range(3)]
+
+        def failing() -> None:
+            with pytest.raises(
+                DeviceLostError, match=r"^cpu has failed: CUDA error: device-side assert triggered\. "
+            ) as e:
+                worker.run(fail)
+            assert "DSA" in str(e.value.__cause__)
+            told.append(1)
+
+        threads.insert(0, threading.Thread(target=failing))
+        for count, thread in enumerate(threads, 1):
+            thread.start()
+            until(lambda count=count: len(worker._queue) == count)
+    for thread in threads:
+        thread.join(30)
+    assert len(told) == 4
+    assert worker.lost
+    worker.attach(engine)  # it does not come back by that
+    for lost in (lambda: worker.run(int), lambda: asyncio.run(worker.arun(int))):
+        with pytest.raises(DeviceLostError, match="load the model again"):
+            lost()
+    another = worker_of(CPU)
+    assert another is not worker
+    detach = another.attach(engine)
+    assert another.run(lambda: 5) == 5
+    detach()
+    del engine
+    until(lambda: set(threading.enumerate()) <= before)
+
+
 # Warnings
 
 
@@ -667,7 +825,7 @@ def test_a_filter_that_makes_it_an_error_raises_in_the_job(worker: Worker) -> No
 
 
 def test_code_without_a_frame_outside_is_its_own_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_PACKAGE", "")
+    monkeypatch.setattr(jobs, "PACKAGE", "")
     with pytest.warns(VortexWarning) as given:
         warn("all inside", VortexWarning)
     assert len(given) == 1
@@ -771,7 +929,7 @@ def test_questions_are_answered_with_the_cancellation(worker: Worker) -> None:
     ends: list[str] = []
 
     def call() -> None:
-        job = module._here.job
+        job = jobs.here.job
         assert job is not None
         job.gone = True  # as by an interrupt between two instructions
         try:
@@ -780,7 +938,7 @@ def test_questions_are_answered_with_the_cancellation(worker: Worker) -> None:
             ends.append("cancelled")
             raise
 
-    job = module._Job(worker, call, None, None)
+    job = Job(worker, call, None, None)
     job.notify = int  # type: ignore[assignment]
     worker._submit(job)
     until(lambda: job.done)
@@ -973,8 +1131,8 @@ def log(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What happens on streams when the caller's is another one than the worker's."""
     log: list[str] = []
     theirs, ours = FakeStream("theirs", log), FakeStream("ours", log)
-    monkeypatch.setattr(worker._order, "foreign", lambda: theirs)
-    monkeypatch.setattr(worker._order, "default", lambda: ours)
+    monkeypatch.setattr(worker.order, "foreign", lambda: theirs)
+    monkeypatch.setattr(worker.order, "default", lambda: ours)
     monkeypatch.setattr(
         torch.Tensor, "record_stream", lambda tensor, stream: log.append(f"{stream.name} keeps {int(tensor[0])}")
     )
@@ -1029,33 +1187,33 @@ def test_the_streams_wait_after_an_exception_which_stays_the_one_that_is_raised(
     assert log == ["ours waits for theirs", "theirs waits for ours"]
 
     def broken(*_: object) -> None:
-        raise RuntimeError("CUDA error")
+        raise RuntimeError("no such stream")
 
     with monkeypatch.context() as patch:
-        patch.setattr(worker._order, "lead", broken)
+        patch.setattr(worker.order, "lead", broken)
         with pytest.raises(ZeroDivisionError):
             worker.run(lambda: divmod(1, 0))
-        with pytest.raises(RuntimeError, match="CUDA error"):
+        with pytest.raises(RuntimeError, match="no such stream"):
             worker.run(lambda: 1)
 
 
 def test_no_waits_where_the_streams_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    streams = module._Order(torch.device("cuda:0"))
+    streams = Order(torch.device("cuda:0"))
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: 0)
     assert streams.foreign() is None
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: 1)
     assert streams.foreign() == 1
-    assert module._Order(CPU).foreign() is None
+    assert Order(CPU).foreign() is None
 
 
 def test_the_device_is_the_threads_in_every_job(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "set_device", calls.append)
-    streams = module._Order(torch.device("cuda:0"))
+    streams = Order(torch.device("cuda:0"))
     streams.enter()
     streams.enter()  # another thread may serve by now
-    module._Order(CPU).enter()
+    Order(CPU).enter()
     assert calls == [torch.device("cuda:0")] * 2
 
 

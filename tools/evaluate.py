@@ -51,7 +51,7 @@ def vortex_draw(model: Path, nf4: bool, device: str, mode: str = "exact") -> Dra
 
     engine = load_flux_schnell(model=model, device=device, quantization="nf4" if nf4 else "none", mode=mode)
     if device == "cpu":
-        engine._transformer.use(reference, fast=mode == "fast", fp8_attention=mode == "fast")
+        engine._model.transformer.use(reference, fast=mode == "fast", fp8_attention=mode == "fast")
     side = json.loads((model / "vae" / "config.json").read_text())["sample_size"]
 
     def draw(prompts: list[str], seeds: list[int]) -> Tensor:

@@ -205,7 +205,7 @@ class Contract:
         table = engine.condition(txt, pooled).modulation[0].to(self.device)
         img = sampling.pack(job.noise).to(self.device, engine.dtype)
         pe = tuple(t.to(self.device) for t in sampling.rope_of(job.height, job.width, T5_TOKENS, engine._spec))
-        transformer = engine._transformer
+        transformer = engine._model.transformer
         embedded = transformer.txt_in(txt)
         call = lambda table: transformer(img, embedded, table, pe).float()  # noqa: E731
         ours = call(table)
@@ -246,7 +246,7 @@ def in_fp32(engine: Engine, img: Tensor, txt: Tensor, pooled: Tensor, pe: Any) -
     """The velocity at the first step with the same NF4 weights and fp32 everywhere else."""
     with torch.device("meta"):
         transformer, modulation = Transformer(engine._spec), Modulation(engine._spec)
-    for module, like in ((transformer, engine._transformer), (modulation, engine._conditioner.modulation)):
+    for module, like in ((transformer, engine._model.transformer), (modulation, engine._conditioner.modulation)):
         for path, part in list(like.named_modules()):
             if isinstance(part, NF4Linear):
                 bias = None if part.bias is None else part.bias.to(img.device).float()

@@ -318,9 +318,9 @@ def same(s: Section) -> None:
         side = latents.shape[-1] * 8
         out = torch.empty(1, side, side, 3, device=s.device)
         exact = Decoder(engine._model.vae).to(s.device)  # in plain torch
-        exact.load_state_dict(engine._decoder.state_dict())
+        exact.load_state_dict(engine._model.decoder.state_dict())
         truth = whole_decode(exact, latents)
-        for decoder, what in ((engine._decoder, "in the engine's type"), (exact, "fp32")):
+        for decoder, what in ((engine._model.decoder, "in the engine's type"), (exact, "fp32")):
             strips = {rows: decode(decoder, latents, out, rows).clone() for rows in (None, 128, 32)}
             for name, one, other, judged in (
                 ("whole against 128 rows", strips[None], strips[128], True),
@@ -330,7 +330,7 @@ def same(s: Section) -> None:
             ):
                 found, near = apart(one, other)
                 s.row(f"same: decoding 512, {what}, {name}", found, near if judged else None)
-        found, _ = apart(whole_decode(engine._decoder, latents), truth)
+        found, _ = apart(whole_decode(engine._model.decoder, latents), truth)
         s.row("same: decoding 512, in the engine's type, torch's whole against torch's whole in fp32", found, None)
 
 
@@ -464,7 +464,7 @@ def errors(s: Section) -> None:
         s.cap(s.total)
         s.row(promise, "", torch.equal(expected, s.draw(engine, 1024)))
     with s.part("errors: out of memory in the middle: once more, tighter") as promise:
-        decode, full = engine._decoder.forward, iter((True,))
+        decode, full = engine._model.decoder.forward, iter((True,))
 
         def forward(*arguments: Any) -> Any:
             if next(full, False):
@@ -474,7 +474,7 @@ def errors(s: Section) -> None:
         # no check sees it coming
         with (
             patch.object(memory, "available", return_value=None),
-            patch.object(engine._decoder, "forward", forward),
+            patch.object(engine._model.decoder, "forward", forward),
         ):
             again = s.draw(engine, 1024)
         s.row(promise, "", not any(full) and torch.equal(expected, again))

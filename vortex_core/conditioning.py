@@ -21,6 +21,8 @@ from torch.nn import Linear
 
 from .device import host_buffer
 from .errors import VortexInputError
+from .finite import check_finite
+from .request import check_floats
 from .sampling import timesteps
 from .spec import FluxSpec
 from .text import T5, Clip, Tokens, note_syntax, tokenize_prompt
@@ -40,15 +42,31 @@ class Conditioning:
     txt: Tensor
     modulation: Tensor
 
+    def __post_init__(self) -> None:
+        """Raise `VortexInputError` for other tensors, `NotFiniteError` for NaN: once, and not for each picture."""
+        shapes: dict[str, tuple[str | int, ...]] = {"txt": (1, "N", "context"), "modulation": ("steps", "rows", "D")}
+        for name, shape in shapes.items():
+            values = check_floats(name, getattr(self, name), shape, "of a Conditioning")
+            if values.device.type != "cpu":
+                raise VortexInputError(f"{name} of a Conditioning is in host memory, not on {values.device}.")
+            check_finite(values, f"{name} of the Conditioning")
+
     @property
     def steps(self) -> int:
         """Steps this was computed for."""
         return self.modulation.shape[0]
 
-    def check(self, steps: int) -> None:
-        """Raise `VortexInputError` unless this was computed for `steps`."""
+    def check(self, steps: int, spec: FluxSpec, dtype: torch.dtype) -> None:
+        """Raise `VortexInputError` unless this was computed for `steps`, by an engine like this one."""
         if self.steps != steps:
             raise VortexInputError(f"This Conditioning is for {self.steps} steps, not {steps}.")
+        found = (self.txt.shape[2], tuple(self.modulation.shape[1:]), self.txt.dtype, self.modulation.dtype)
+        wanted = (spec.context, (spec.modulation_rows, spec.hidden), dtype, dtype)
+        if found != wanted:
+            raise VortexInputError(
+                f"This Conditioning is of another model, or of another dtype: width, modulation and types are {found}, "
+                f"not {wanted}. Encode the prompt with the engine that draws."
+            )
 
 
 class Embedder(nn.Module):

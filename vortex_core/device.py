@@ -35,7 +35,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         where = torch.device(device)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:  # no such name; no name at all
         kind = device.partition(":")[0] if isinstance(device, str) else None
         if kind in KINDS:  # of a package that is not installed
             raise other_device(kind) from error
@@ -44,6 +44,8 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         return torch.device("cpu")
     if where.type != "cuda":
         raise other_device(where.type)
+    if torch.cuda._is_in_bad_fork():
+        raise VortexDeviceError("CUDA works in no forked process. Start it by spawn, or use device='cpu'.")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     index = where.index or 0
     if index >= count:

@@ -1,16 +1,15 @@
 """The engine: load a model once, draw many pictures.
 
-`generate` reads as the data flow: prompt to conditioning (prompt time), seed to noise, noise to clean latents
-(step time), latents to a picture. How a model is loaded is told in loading.py, what it works in in memory.py, and on
-which thread in worker.py.
+Here arguments are checked and calls take their turn. What a call does is told in painter.py, how a model is loaded in
+loading.py, what it works in in memory.py, and on which thread in worker.py.
 """
 
 from __future__ import annotations
 
-import gc
 import logging
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,32 +18,30 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from . import loading, sampling, threads
+from . import loading
 from .checkpoint.bundle import Bundle, open_bundle, open_pipeline
 from .checkpoint.cache import Cache
 from .conditioning import Conditioner, Conditioning
 from .device import resolve_device
-from .errors import NoEffectWarning, VortexInputError
-from .kernels import Operand
-from .latency import mark
-from .linear import multiply
+from .errors import DeviceLostError, NoEffectWarning, VortexInputError, quoted
+from .jobs import inside, warn
 from .loading import OnLoad, Setup
-from .memory import MemoryManager, Place
+from .memory import MemoryManager
+from .model import Model
+from .painter import OnStep, Painter
 from .planner import MemoryPlan
-from .request import Request, check_embeddings, check_latents, check_prompt, check_steps
+from .request import Request, check_callback, check_embeddings, check_latents, check_prompt, check_steps
 from .residency import nbytes
-from .spec import DEFAULT_STEPS, T5_TOKENS
+from .spec import DEFAULT_STEPS
 from .streams import blas_of
-from .vae import decode
-from .vram import Ledger, hand_back, snapshot
-from .worker import Worker, ask, check, inside, warn, worker_of
+from .vram import Ledger, snapshot
+from .worker import Worker, worker_of
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
 
 log = logging.getLogger(__name__)
 
-OnStep = Callable[[int, int, Tensor], None]
 Result = TypeVar("Result")
 
 
@@ -59,28 +56,16 @@ class Engine:
     was trained at), `last_seed`.
     """
 
-    def __init__(self, bundle: Bundle, setup: Setup, worker: Worker) -> None:
-        """Not for callers: builds the modules on `meta`. Use `Engine.load` or `Engine.from_pipeline`."""
+    def __init__(self, bundle: Bundle, setup: Setup, painter: Painter, worker: Worker) -> None:
+        """Not for callers: use `Engine.load` or `Engine.from_pipeline`."""
         self.name, self.mode = bundle.name, setup.mode
         self.device, self.dtype, self.quantization = setup.device, setup.dtype, setup.quantization
         self.native_size = bundle.vae.sample_size
         self.last_seed: int | None = None
         self._spec = bundle.flux
         self._budgeted = setup.budget is not None
-        self._model = loading.build(bundle, setup)
-        self._transformer, self._decoder = self._model.transformer, self._model.decoder
+        self._painter: Painter | None = painter
         self._worker = worker
-        blas, streams = blas_of(setup.device), self._model.streams(setup.device)
-        blas.ensure(streams)
-        first = loading.first_plan(bundle.name, self._model, setup, blas.nbytes(streams))
-        self._memory = MemoryManager(self._model, setup, first)
-        self._conditioner = Conditioner(
-            (bundle.tokenizer, bundle.tokenizer_2),
-            self._model.clip,
-            self._model.t5,
-            self._model.modulation,
-            setup.device,
-        )
         self._detach = worker.attach(self)
 
     @classmethod
@@ -156,31 +141,14 @@ class Engine:
         on_progress: OnLoad | None,
         cache: Cache | None,
     ) -> Engine:
+        check_callback("on_progress", on_progress)
         worker = worker_of(resolve_device(options[0]))
 
         def load() -> Engine:
             blas_of(worker.device).ensure(())  # before samples are multiplied, to see what it takes
             setup = Setup.check(*options)
             bundle = opened()
-            engine = cls(bundle, setup, worker)
-            engine._choose_threads()
-            first, placement = engine.plan, engine._memory.placement
-            for kind, part in bundle.parts.items():
-                log.info("%s: %s, %s", kind, part.words, part.tensors.where)
-            try:
-                if capped:
-                    engine._memory.cap()
-                loading.fill(engine._model, bundle, setup, first, placement, on_progress, cache)
-                return engine
-            except torch.OutOfMemoryError as error:
-                # the traceback's frames would keep half-loaded tensors alive
-                cause = error.with_traceback(None)
-                del placement
-                engine.unload()
-                raise loading.out_of_memory("Loading ran out of memory", setup.device, first) from cause
-            except BaseException:  # a damaged file, Ctrl-C, an error of on_progress: nothing stays behind either
-                engine.unload()
-                raise
+            return cls(bundle, setup, Painter.load(bundle, setup, capped, on_progress, cache), worker)
 
         release = worker.attach(load)  # so that the thread ends if the load fails
         try:
@@ -191,7 +159,7 @@ class Engine:
     @property
     def step_time_bytes(self) -> int:
         """Bytes of the weights that every step needs: the transformer without modulation."""
-        return nbytes(self._transformer)
+        return nbytes(self._model.transformer)
 
     def encode(self, prompt: str, steps: int = DEFAULT_STEPS) -> Conditioning:
         """The `Conditioning` of a prompt, cached by its tokens; pass it to `generate` in place of the prompt.
@@ -200,29 +168,18 @@ class Engine:
         """
         self._check_usable()
         check_prompt(prompt)
-        check_steps(steps)
-        return self._run(
-            lambda memory: memory.run(
-                self._model.prompt_requirements(memory.blas),
-                lambda place: self._conditioner(prompt, steps, place.prompt),
-            )
-        )
+        number = check_steps(steps)
+        return self._run(lambda painter: painter.encode(prompt, number))
 
     def condition(self, txt: Tensor, pooled: Tensor, steps: int = DEFAULT_STEPS) -> Conditioning:
         """A `Conditioning` from embeddings made elsewhere: T5's `[1, N, context]` and CLIP's pooled `[1, vec]`.
 
-        Raises `VortexInputError` for other shapes, or steps out of 1 to 8.
+        Raises `VortexInputError` for other shapes, values that are not finite, or steps out of 1 to 8.
         """
         self._check_usable()
-        check_steps(steps)
+        number = check_steps(steps)
         check_embeddings(txt, pooled, self._spec.context, self._spec.vec)
-
-        def condition(place: Place) -> Conditioning:
-            return self._conditioner.from_embeddings(
-                txt.to(self.device, self.dtype), pooled.to(self.device, self.dtype), steps, place.prompt
-            )
-
-        return self._run(lambda memory: memory.run(self._model.prompt_requirements(memory.blas), condition))
+        return self._run(lambda painter: painter.condition(txt, pooled, number))
 
     def generate(
         self,
@@ -245,12 +202,14 @@ class Engine:
         `negative_prompt` has no effect at guidance 0 and says so. `out`: a contiguous buffer the caller owns; it is
         checked, written in place and returned. `on_step(i, n, latents)` is called after step i of n, on the caller's
         own thread, with the clean latents predicted so far, `[B, 16, H/8, W/8]`; it may raise to cancel, and the next
-        call works. It may not call this engine, nor wait for a thread or a call that does. `deadline`: seconds from
-        now; a picture that is not done by then is given up at the next step, and one that still waits leaves the queue.
+        call works. It may not call this engine, nor wait for a thread or a call that does: such a call is given up
+        with a `BusyError` when `on_step` has not returned for 10 seconds. `deadline`: seconds from now; a picture that
+        is not done by then is given up at the next step, and one that still waits leaves the queue.
 
-        Raises `VortexInputError` before any work, `BusyError` where too many calls wait already, `DeadlineError`, and
-        `MemoryPressureError` where the pictures do not fit the budget, or the card's memory ran out twice; the engine
-        stays usable.
+        Raises `VortexInputError` before any work, in a forked process too; `BusyError` where too many calls wait
+        already; `DeadlineError`; `NotFiniteError` on the CPU, while on a GPU, which draws on when this returns, the log
+        tells at the next call; and `MemoryPressureError` where the pictures do not fit the budget, or the card's memory
+        ran out twice. The engine stays usable, but after a `DeviceLostError`.
         """
         job = self._drawing(prompt, negative_prompt, seed, height, width, steps, batch_size, out, on_step)
         return self._run(job, deadline)
@@ -282,7 +241,7 @@ class Engine:
         batch_size: int = 1,
         out: Tensor | None = None,
         on_step: OnStep | None = None,
-    ) -> Callable[[MemoryManager], Tensor]:
+    ) -> Callable[[Painter], Tensor]:
         """Check what `generate` was given; the work that is to be done for it."""
         self._check_usable()
         if seed is None:
@@ -291,67 +250,26 @@ class Engine:
         height = self.native_size if height is None else height
         width = self.native_size if width is None else width
         request = Request(seed, height, width, steps, batch_size)
-        tokens = T5_TOKENS
         if isinstance(prompt, Conditioning):
-            prompt.check(steps)
-            tokens = prompt.txt.shape[1]
+            prompt.check(request.steps, self._spec, self.dtype)
         else:
             check_prompt(prompt)
         if out is not None:
             request.check_out(out, self.device)
+        check_callback("on_step", on_step)
+        if not isinstance(negative_prompt, str | None):
+            raise VortexInputError(f"negative_prompt is a text, without effect, not {quoted(negative_prompt)}.")
         if negative_prompt:
             warn(
                 "negative_prompt has no effect: FLUX.1-schnell draws at guidance 0, without a second pass.",
                 NoEffectWarning,
             )
 
-        def draw(place: Place) -> Tensor:
-            # before libraries work, in whose memory it must not lie
-            pictures = torch.empty(request.shape, device=self.device) if out is None else out
-            conditioning = self._conditioner(prompt, steps, place.prompt) if isinstance(prompt, str) else prompt
-            mark("prompt")
-            latents = self._denoise(place, conditioning, request, on_step)
-            check()
-            with place.libraries():
-                return decode(self._decoder, latents, pictures, place.plan.requirements.rows, place.maps)
-
-        def job(memory: MemoryManager) -> Tensor:
+        def job(painter: Painter) -> Tensor:
             self.last_seed = request.seed
-            requirements = self._model.requirements(request.height, request.width, batch_size, tokens, memory.blas)
-            return memory.run(requirements, draw)
+            return painter.paint(prompt, request, out, on_step)
 
         return job
-
-    def _denoise(self, place: Place, conditioning: Conditioning, request: Request, on_step: OnStep | None) -> Tensor:
-        """Clean latents `[B, 16, H/8, W/8]`, fp32, where they stay while they are decoded."""
-        batch, height, width = request.batch_size, request.height, request.width
-        tokens, channels = conditioning.txt.shape[1], self._spec.latent_channels
-        shape = (batch, channels, height // 8, width // 8)
-
-        def report(i: int, n: int, clean: Tensor) -> None:
-            if on_step is not None:
-                ask(on_step, i, n, sampling.unpack(clean, height, width))
-                self._memory.check_workspaces()
-
-        rounds = conditioning.steps * -(-batch // place.plan.slice)
-        with place.steps(height, width, tokens, rounds) as (velocity, inputs):
-            inputs["embeddings"].copy_(conditioning.txt, non_blocking=True)
-            multiply(self._transformer.txt_in, Operand(inputs["embeddings"]), inputs["txt"])
-            modulation = inputs["modulation"][: conditioning.steps].copy_(conditioning.modulation, non_blocking=True)
-            tables = sampling.rope_of(height, width, tokens, self._spec, self.device)
-            pe = inputs["cos"].copy_(tables[0], non_blocking=True), inputs["sin"].copy_(tables[1], non_blocking=True)
-            # last: the device copies the others while the host draws
-            noise = sampling.noise(request.seed, batch, height, width, channels, self.device)
-            tokens_shape = (batch, sampling.image_tokens(height, width), self._spec.in_channels)
-            latents, img, clean = place.latents(shape, tokens_shape, tokens_shape)
-            latents.copy_(noise, non_blocking=True)
-            in_patches = sampling.as_patches(img, height, width)
-            in_patches.copy_(sampling.patches(latents))
-            mark("prepare")
-            watched = None if on_step is None else report
-            sampling.denoise(velocity, img, inputs["txt"], modulation, pe, watched, place.plan.slice, clean)
-            sampling.patches(latents).copy_(in_patches)
-            return latents
 
     def warmup(self, height: int | None = None, width: int | None = None, batch_size: int = 1) -> None:
         """Draw once, for nothing: kernels are then compiled, and the step of this size is captured.
@@ -359,10 +277,12 @@ class Engine:
         So the first picture takes what later ones take. Sizes and errors as in `generate`.
         """
 
-        def draw(memory: MemoryManager) -> None:
+        job = self._drawing("warm-up", None, seed=0, height=height, width=width, batch_size=batch_size, steps=1)
+
+        def draw(painter: Painter) -> None:
             seed = self.last_seed
             try:
-                self.generate("warm-up", seed=0, height=height, width=width, batch_size=batch_size, steps=1)
+                job(painter)
             finally:
                 self.last_seed = seed
 
@@ -371,66 +291,57 @@ class Engine:
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures, float32 `[B, H, W, 3]` in 0..1, of clean latents `[B, 16, H/8, W/8]` in the model's scale.
 
-        Raises `VortexInputError` for another shape.
+        Raises `VortexInputError` for another shape, or values in host memory that are not finite, and else as
+        `generate`.
         """
         self._check_usable()
         check_latents(latents, self._spec.latent_channels)
-        batch, height, width = latents.shape[0], latents.shape[2], latents.shape[3]
-
-        def draw(place: Place) -> Tensor:
-            pictures = torch.empty(batch, 8 * height, 8 * width, 3, device=self.device)
-            (kept,) = place.latents(tuple(latents.shape))
-            kept.copy_(latents)
-            with place.libraries():
-                return decode(self._decoder, kept, pictures, place.plan.requirements.rows, place.maps)
-
-        return self._run(
-            lambda memory: memory.run(self._model.decode_requirements(height, width, batch, memory.blas), draw)
-        )
+        return self._run(lambda painter: painter.decode(latents))
 
     def limit(self, vram_budget: float) -> None:
         """Keep within another budget, in GB, from the next call on. Raises `VortexInputError` as `load` does."""
-        self._check_loaded()
+        memory = self._memory
+        total = snapshot(self.device, process=False).total or None
+        budget = loading.check_budget(vram_budget, total)
+        if budget is None or vram_budget is None:
+            raise VortexInputError("vram_budget is a number of GB (10^9 bytes), such as 6.5, not None.")
         if self._budgeted:
-            total = snapshot(self.device, process=False).total or None
-            self._memory.limit(loading.check_budget(vram_budget, total) or 0)
+            memory.limit(budget)
 
     @property
     def budget(self) -> int | None:
         """Bytes that torch may reserve for this engine; None on the CPU, unless one was given."""
-        self._check_loaded()
-        return int(self._memory.budget) if self._budgeted else None
+        memory = self._memory
+        return int(memory.budget) if self._budgeted else None
 
     @property
     def plan(self) -> MemoryPlan:
         """The latest plan: where weights are, the arena's stages, slices and strips, the predicted peak."""
-        self._check_loaded()
         return self._memory.plan
 
     @property
     def captured(self) -> tuple[tuple[int, int, int], ...]:
         """The sizes whose step is captured as a CUDA graph: pictures at once, text tokens, image tokens."""
-        self._check_loaded()
         return self._memory.graphs.sizes
 
     @property
     def resident(self) -> bool:
         """False while everything is offloaded, and once it is unloaded."""
-        memory = self.__dict__.get("_memory")
-        return memory is not None and memory.placement.streamed is not None
+        painter = self._painter
+        return painter is not None and painter.memory.placement.streamed is not None
 
     @property
     def ledger(self) -> Ledger:
         """Who holds what is reserved on the device, and pinned host memory."""
-        self._check_loaded()
-        ledger = self._memory.ledger
-        return replace(ledger, pinned={**ledger.pinned, "prompts": self._conditioner.pinned_bytes})
+        painter = self._loaded()
+        ledger = painter.memory.ledger
+        return replace(ledger, pinned={**ledger.pinned, "prompts": painter.conditioner.pinned_bytes})
 
     @property
     def device_bytes(self) -> int:
         """Bytes on a CUDA device between calls, and so what `offload` frees: weights and working memory."""
-        memory = self.__dict__.get("_memory")
-        return memory.nbytes if memory is not None and self.device.type == "cuda" else 0
+        painter = self._painter
+        return painter.memory.nbytes if painter is not None and self.device.type == "cuda" else 0
 
     @property
     def pinned_bytes(self) -> int:
@@ -444,41 +355,44 @@ class Engine:
         Nothing happens on the CPU, or when it is offloaded already. Raises `VortexInputError` in `on_step`.
         """
 
+        if self._painter is None:
+            return 0
+        self._check_usable()
+
         def offload() -> int:
             freed = self.device_bytes
             if freed:
                 self._memory.offload()
             return freed
 
-        if not hasattr(self, "_memory"):
-            return 0
-        self._check_usable()
         return self._worker.run(offload, owner=self) if self.device_bytes else 0
 
     def resume(self) -> None:
         """Bring an offloaded engine back to its device. Raises torch's `OutOfMemoryError`, still offloaded."""
-        self._check_loaded()
+        self._loaded()
         if not self.resident:
-            self._run(lambda memory: None if self.resident else memory.resume())
+            self._run(lambda painter: None if self.resident else painter.memory.resume())
 
     def unload(self) -> None:
         """Release every weight and buffer; the engine cannot draw any more. Loading again makes a new one.
 
-        Raises `VortexInputError` in `on_step`.
+        Calls that wait end with our error. Raises `VortexInputError` in `on_step`. Twice is fine, and so it is where
+        the device has failed, or in a forked process.
         """
-        if not hasattr(self, "_memory"):
+        if self._painter is None:
             return
+        self._check_not_inside()
 
-        def unload() -> None:
-            if hasattr(self, "_memory"):
-                self._memory.cap(on=False)
-            for name in ("_transformer", "_decoder", "_conditioner", "_model", "_memory"):
-                self.__dict__.pop(name, None)
-            gc.collect()
-            hand_back(self.device)
+        def close() -> None:
+            painter, self._painter = self._painter, None
+            if painter is not None:
+                painter.close()
 
-        self._check_usable()
-        self._worker.run(unload, owner=self)
+        try:
+            self._worker.run(close, owner=self)
+        except (DeviceLostError, VortexInputError):  # no thread of its device is left, nor memory there
+            with suppress(RuntimeError):
+                close()
         self._detach()
 
     def __enter__(self) -> Engine:
@@ -487,30 +401,43 @@ class Engine:
     def __exit__(self, *exception: object) -> None:
         self.unload()
 
-    def _run(self, work: Callable[[MemoryManager], Result], deadline: float | None = None) -> Result:
+    def _run(self, work: Callable[[Painter], Result], deadline: float | None = None) -> Result:
         """Do `work` on the device's thread, when it is this call's turn."""
         return self._worker.run(partial(self._turn, work), owner=self, deadline=deadline)
 
-    def _turn(self, work: Callable[[MemoryManager], Result]) -> Result:
-        self._check_loaded()  # somebody may have unloaded it meanwhile
-        self._choose_threads()
-        return work(self._memory)
+    def _turn(self, work: Callable[[Painter], Result]) -> Result:
+        painter = self._loaded()  # somebody may have unloaded it meanwhile
+        painter.choose_threads()
+        return work(painter)
 
-    def _choose_threads(self) -> None:
-        if self.device.type == "cpu":
-            threads.use(self._spec.hidden)
+    def _loaded(self) -> Painter:
+        if (painter := self._painter) is None:
+            raise VortexInputError("This engine was unloaded. Load the model again with Engine.load(...).")
+        return painter
+
+    @property
+    def _memory(self) -> MemoryManager:
+        return self._loaded().memory
+
+    @property
+    def _model(self) -> Model:
+        return self._loaded().model
+
+    @property
+    def _conditioner(self) -> Conditioner:
+        return self._loaded().conditioner
 
     def _check_usable(self) -> None:
-        self._check_loaded()
+        self._loaded()
+        self._check_not_inside()
+        self._worker.check()
+
+    def _check_not_inside(self) -> None:
         if inside(self):
             raise VortexInputError(
                 "on_step may not use the engine that calls it, which is still drawing. Keep a copy of the latents, and "
                 "call the engine when generate has returned."
             )
-
-    def _check_loaded(self) -> None:
-        if not hasattr(self, "_memory"):
-            raise VortexInputError("This engine was unloaded. Load the model again with Engine.load(...).")
 
 
 def load_flux_schnell(model: str | Path = "tiny", **options: Any) -> Engine:

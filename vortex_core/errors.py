@@ -39,6 +39,17 @@ class VortexDeviceError(VortexError):
     """The device that was asked for does not exist or cannot run FLUX (no native bf16)."""
 
 
+class DeviceLostError(VortexDeviceError):
+    """The device failed while it worked for Vortex, and what is on it is lost: engines there cannot draw any more.
+
+    Unload them and load the model again. Most errors of CUDA stay until the process ends; then loading raises this too.
+    """
+
+
+class NotFiniteError(VortexError):
+    """What was computed is no number: the weights are damaged, or values grew out of range. No picture is returned."""
+
+
 class VortexInitializationError(VortexError):
     """Loading ran out of memory. Everything half-loaded was released before this was raised.
 
@@ -85,7 +96,7 @@ class MemoryPressureError(VortexError):
 
 
 class BusyError(VortexError):
-    """Too many calls wait for the device already; nothing was done. `waiting` says how many."""
+    """Too many calls wait for the device, or an `on_step` does not return; nothing was done. `waiting`: how many do."""
 
     def __init__(self, message: str, *, waiting: int) -> None:
         super().__init__(message)

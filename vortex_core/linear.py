@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import nf4
-from .errors import VortexInputError
+from .errors import VortexInputError, quoted
 from .kernels import Operand, fused_declined, reference
 from .kernels.operand import FP8
 from .kernels.reference import row_scales
@@ -259,7 +259,7 @@ def choose_backend(device: torch.device, name: str | None = None) -> Backend:
     Raises `VortexInputError` for an unknown name, or for a named backend that does not work on this machine.
     """
     if name not in (None, *BACKENDS):
-        raise VortexInputError(f"Unknown backend {name!r}; choose 'triton', 'bitsandbytes' or 'reference'.")
+        raise VortexInputError(f"Unknown backend {quoted(name)}; choose 'triton', 'bitsandbytes' or 'reference'.")
     reasons: list[str] = []
     for candidate in BACKENDS if name is None else (name,):
         declined = backend_declined(candidate, device)

@@ -13,22 +13,24 @@ from .checkpoint.bundle import Bundle
 from .checkpoint.cache import Cache
 from .checkpoint.materialize import Target
 from .device import resolve_device
-from .errors import GB, VortexInitializationError, VortexInputError
+from .errors import GB, VortexInitializationError, VortexInputError, quoted
+from .jobs import ask, check
 from .kernels import Kernels, attends_in_fp8, choose_kernels, fused_declined, reference
 from .latency import Stopwatch, mark
-from .linear import Backend, choose_backend, fp8_declined
+from .linear import BACKENDS, Backend, choose_backend, fp8_declined
 from .model import Model, Sources
+from .numeric import finite
 from .placement import Placement
 from .planner import MemoryPlan, plan, smallest_budget
 from .request import check_choice
 from .spec import MODES, QUANTIZATIONS
 from .streams import streams_of
 from .vram import available, hand_back, shortage, snapshot
-from .worker import ask, check
 
 log = logging.getLogger(__name__)
 
 OnLoad = Callable[[int, int], None]
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DEFAULT_BUDGET = 6.5 * GB
 CONTEXT = 1 * GB  # what a card needs besides: the CUDA context, the desktop
 
@@ -63,6 +65,10 @@ class Setup:
         where = resolve_device(device)
         check_choice("quantization", quantization, QUANTIZATIONS)
         check_choice("mode", mode, MODES)
+        if not isinstance(backend, str | None):
+            raise VortexInputError(f"Unknown backend {quoted(backend)}; choose from {', '.join(BACKENDS)}.")
+        if dtype is not None and dtype not in DTYPES:
+            raise VortexInputError(f"dtype is one of {', '.join(map(str, DTYPES))}, not {quoted(dtype)}.")
         total = snapshot(where).total if where.type == "cuda" else None
         dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
         budget = check_budget(vram_budget, total)
@@ -100,16 +106,19 @@ def check_budget(vram_budget: object, total: int | None) -> int | None:
     """
     if vram_budget is None:
         return None if total is None else int(min(DEFAULT_BUDGET, max(total - CONTEXT, total / 2)))
-    if isinstance(vram_budget, bool) or not isinstance(vram_budget, (int, float)):
-        raise VortexInputError(f"vram_budget is a number of GB (10^9 bytes), such as 6.5, not {vram_budget!r}.")
-    if not math.isfinite(vram_budget) or vram_budget <= 0:
-        raise VortexInputError(f"vram_budget must be more than 0 GB, and finite, not {vram_budget}.")
-    if total is not None and vram_budget * GB > total:
+    budget = finite(vram_budget)
+    if budget is None:
         raise VortexInputError(
-            f"vram_budget is {vram_budget:g} GB, but the card has {total / GB:.2f} GB. Name at most "
+            f"vram_budget is a number of GB (10^9 bytes), such as 6.5, and finite, not {quoted(vram_budget)}."
+        )
+    if budget <= 0:
+        raise VortexInputError(f"vram_budget must be more than 0 GB, and finite, not {budget}.")
+    if total is not None and budget * GB > total:
+        raise VortexInputError(
+            f"vram_budget is {budget:g} GB, but the card has {total / GB:.2f} GB. Name at most "
             f"{(total - CONTEXT) / GB:.1f}, which leaves 1 GB for the CUDA context and the desktop."
         )
-    return int(vram_budget * GB)
+    return int(budget * GB)
 
 
 def build(bundle: Bundle, setup: Setup) -> Model:

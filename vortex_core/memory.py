@@ -20,13 +20,13 @@ from torch import Tensor
 from .arena import Region, Views, block
 from .errors import GB, MemoryPressureError, MemoryPressureWarning
 from .graphs import GraphCache, Velocity
+from .jobs import warn
 from .loading import Setup
 from .model import Model
 from .placement import Placement
 from .planner import MemoryPlan, MemoryRequirements, plan, smallest_budget
 from .streams import blas_of
 from .vram import Counters, Ledger, available, cap_process, counters, graph_memory, hand_back, shortage
-from .worker import warn
 
 log = logging.getLogger(__name__)
 

@@ -28,10 +28,14 @@ def encode(picture: Tensor, parameters: str) -> bytes:
     """A float `[H, W, 3]` picture in 0..1 as a PNG file with `parameters` as its text.
 
     ComfyUI's names (`prompt`, `workflow`) hold its own JSON; AUTOMATIC1111's `parameters` is what everybody reads.
+    Raises `NotFiniteError` for NaN.
     """
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
+    from .finite import check_finite
+
+    check_finite(picture, "The picture")
     info = PngInfo()
     for key, text in {"parameters": parameters, "Software": f"vortex {__version__}"}.items():
         # iTXt takes every character; readers that know only tEXt are served wherever that can be

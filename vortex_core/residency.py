@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from .arena import Region, aligned
 from .errors import VortexWarning
+from .jobs import warn
 from .streams import streams_of
-from .worker import warn
 
 log = logging.getLogger(__name__)
 

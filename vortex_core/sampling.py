@@ -14,10 +14,10 @@ from einops import rearrange
 from torch import Tensor
 
 from .device import host_buffer
+from .jobs import check
 from .latency import mark
 from .spec import FluxSpec
 from .transformer import Rope
-from .worker import check
 
 CPU = torch.device("cpu")
 

@@ -7,9 +7,10 @@ thread. So streams are made once, and products run on one thread (worker.py).
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -103,3 +104,54 @@ class Blas:
 
     def _default(self) -> tuple[torch.cuda.Stream, ...]:
         return (torch.cuda.default_stream(self.device),) if self.device.type == "cuda" else ()
+
+
+class Order:
+    """How a caller's stream and the worker's, the default one, wait for each other; on the CPU none is foreign."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def enter(self) -> None:
+        """Make the device this thread's."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+
+    def default(self) -> torch.cuda.Stream:
+        """The worker's."""
+        return torch.cuda.default_stream(self.device)
+
+    def on_default(self) -> AbstractContextManager[Any]:
+        """Inside, the default stream is this thread's, as it is outside of functions that are asked for."""
+        return torch.cuda.stream(self.default()) if self.device.type == "cuda" else nullcontext()
+
+    def foreign(self) -> torch.cuda.Stream | None:
+        """The caller's stream where it is not the one that the worker uses."""
+        if self.device.type != "cuda":
+            return None
+        stream = torch.cuda.current_stream(self.device)
+        return None if stream == self.default() else stream
+
+    def follow(self, caller: torch.cuda.Stream | None, value: object = None) -> None:
+        """Let the worker's work wait for what the caller has launched, and use `value`."""
+        if caller is not None:
+            self._wait(self.default(), caller, value)
+
+    def lead(self, caller: torch.cuda.Stream | None, value: object = None) -> None:
+        """Let the caller's work wait for what the worker has launched, and use `value`."""
+        if caller is not None:
+            self._wait(caller, self.default(), value)
+
+    def _wait(self, waiter: torch.cuda.Stream, other: torch.cuda.Stream, value: object) -> None:
+        waiter.wait_stream(other)
+        for tensor in _tensors(value):
+            if tensor.device == self.device:
+                tensor.record_stream(waiter)
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _tensors(part)

@@ -21,8 +21,8 @@ from .checkpoint.materialize import Target, check, materialize
 from .checkpoint.tensors import Tensors
 from .checkpoint.vocabulary import encode
 from .errors import SHOWN, PromptSyntaxWarning, PromptTruncatedWarning, quoted
+from .jobs import warn
 from .spec import CLIP_TOKENS, T5_TOKENS, ClipSpec, T5Spec
-from .worker import warn
 
 HOST = torch.device("cpu")
 T5_PAD = 0

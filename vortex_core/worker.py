@@ -7,218 +7,53 @@ in the order in which they come; deadlines and cancelling have a place to live.
 its caller, which waits anyway. A job that is submitted in there runs at once, inside the one that asked.
 
 In the main thread a KeyboardInterrupt may come between any two instructions, and a finalizer anywhere in any thread.
-So there is one RLock, held for a few instructions, nobody waits while holding it, and waiting is done with `_Bell`.
+So there is one RLock, held for a few instructions, nobody waits while holding it, and waiting is done with `Bell`.
 Left out: priorities, and stopping a kernel that runs. A job ends early only where it asks or checks.
+
+A worker can be lost: its device failed, or it is another process', which was forked. Then every call says so; for a
+device that failed a new worker is made, which works where the device still does.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import sys
+import re
 import threading
-import warnings
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext, suppress
-from contextvars import ContextVar, copy_context
+from collections.abc import Callable
+from contextlib import suppress
+from contextvars import copy_context
 from functools import partial
 from time import monotonic
-from typing import Any, TypeVar, TypeVarTuple, Unpack
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
-from .errors import BusyError, DeadlineError, VortexInputError
+from .errors import SHOWN, BusyError, DeadlineError, DeviceLostError, VortexInputError
+from .jobs import PACKAGE, Bell, Cancelled, Job, Question, here, outside
+from .streams import Order
 
 QUEUE = 64  # jobs that may wait for a worker
 PATIENCE = 0.5  # seconds that an asked function may take before others' jobs are served
+HELD_UP = 10.0  # seconds that it may take while somebody waits whom only its return would serve
 WAIT = 0.1  # seconds a caller waits at a time: Windows may not interrupt a lock
-
-_PACKAGE = os.path.join(os.path.dirname(__file__), "")
+LOST = re.compile(r"CUDA (driver )?error|Triton Error \[CUDA\]|CU(BLAS|DNN)_STATUS_(EXECUTION|INTERNAL)")
+NOT_LOST = re.compile("out of memory|ALLOC_FAILED", re.IGNORECASE)
 
 T = TypeVar("T")
-Args = TypeVarTuple("Args")
-Where = tuple[str, int, str, dict[Any, Any]]  # file, line, module, the module's registry of warnings
 
 _lock = threading.RLock()
-
-
-class Cancelled(BaseException):
-    """Inside a job: its caller is gone. No caller sees it, and no `except Exception` catches it."""
-
-
-class _Bell:
-    """Rung by anyone at any moment, a finalizer too, and heard once. An Event's lock is no RLock."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._lock.acquire()
-
-    def ring(self) -> None:
-        with suppress(RuntimeError):  # rung already
-            self._lock.release()
-
-    def wait(self, timeout: float = -1) -> None:
-        self._lock.acquire(timeout=timeout)
-
-
-class _Outcome:
-    """What a call came to. Whoever takes it takes it away, so that nothing is held."""
-
-    result: Any = None
-    error: BaseException | None = None
-
-    def take(self) -> Any:
-        """The result, or the exception raised: the same object, with the frames of both threads."""
-        result, error = self.result, self.error
-        self.result = self.error = None
-        if error is None:
-            return result
-        context = error.__context__
-        try:
-            raise error
-        finally:
-            if context is not None:  # `raise` puts what the caller handles at the moment in its place
-                error.__context__ = context
-            del error, context  # the exception knows this frame
-
-
-class _Job(_Outcome):
-    """A call on its way. `where`, for a warning, is known of a caller who cannot be asked, a coroutine."""
-
-    notify: Callable[[], None]
-    where: Where | None = None
-
-    def __init__(self, worker: Worker, call: Callable[[], Any], owner: object, deadline: float | None) -> None:
-        valid = isinstance(deadline, int | float) and 0 < deadline <= sys.float_info.max
-        if deadline is not None and (not valid or isinstance(deadline, bool)):
-            raise VortexInputError(
-                f"deadline is a number of seconds above 0, such as 30, and finite, not {deadline!r}."
-            )
-        self.deadline = deadline
-        self.limit = None if deadline is None else monotonic() + deadline
-        self.worker, self.owner = worker, owner
-        self.call: Any = call
-        self.context: Any = copy_context()
-        self.stream = worker._order.foreign()
-        # the asked function in which this was submitted: who asked there waits for it
-        self.origin = next((q for q in reversed(_asked.get()) if q.open and q.worker is worker), None)
-        self.question: _Question | None = None
-        self.running = self.done = self.gone = False
-
-    def check(self) -> None:
-        if self.gone:
-            raise Cancelled
-        if self.limit is not None and monotonic() > self.limit:
-            raise DeadlineError(
-                f"The call took longer than its deadline of {self.deadline:g} s, and was stopped. Give it more time.",
-                deadline=self.deadline,
-            )
-
-    def pause(self) -> float | None:
-        """Seconds until its time in the queue is up; None: it runs, or has all the time."""
-        return None if self.running or self.limit is None else max(0.0, self.limit - monotonic())
-
-    def finish(self) -> None:
-        self.call = self.context = self.owner = self.origin = self.where = self.stream = None
-        if self.gone:
-            self.result = self.error = None
-        self.done = True
-
-
-class _Question(_Outcome):
-    """A function that a job wants to have run on the thread of its caller. Open until the job goes on."""
-
-    def __init__(self, job: _Job, call: Callable[[], Any]) -> None:
-        self.worker, self.owner = job.worker, job.owner
-        self.call: Any = call
-        self.open, self.answered = True, False
-
-    def answer(self) -> None:
-        token = _asked.set((*_asked.get(), self))
-        try:
-            with torch.inference_mode():
-                self.result = self.call()
-        except BaseException as error:
-            self.error = error
-        finally:
-            _asked.reset(token)
-        self.answered = True
-        self.worker._bell.ring()
-
-    def close(self) -> None:
-        self.open = False
-        self.call = self.owner = self.result = self.error = None
-
-
-class _Here(threading.local):
-    worker: Worker | None = None  # whose thread this is
-    job: _Job | None = None  # that runs on it
-
-
-_here = _Here()
-_asked: ContextVar[tuple[_Question, ...]] = ContextVar("vortex_asked", default=())  # those that we are inside of
-
-
-class _Order:
-    """How a caller's stream and the worker's, the default one, wait for each other; on the CPU none is foreign."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def enter(self) -> None:
-        """Make the device this thread's."""
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-
-    def default(self) -> torch.cuda.Stream:
-        return torch.cuda.default_stream(self.device)
-
-    def on_default(self) -> AbstractContextManager[Any]:
-        """Inside, the default stream is this thread's, as it is outside of functions that are asked for."""
-        return torch.cuda.stream(self.default()) if self.device.type == "cuda" else nullcontext()
-
-    def foreign(self) -> torch.cuda.Stream | None:
-        """The caller's stream where it is not the one that the worker uses."""
-        if self.device.type != "cuda":
-            return None
-        stream = torch.cuda.current_stream(self.device)
-        return None if stream == self.default() else stream
-
-    def follow(self, caller: torch.cuda.Stream | None, value: object = None) -> None:
-        """Let the worker's work wait for what the caller has launched, and use `value`."""
-        if caller is not None:
-            self._wait(self.default(), caller, value)
-
-    def lead(self, caller: torch.cuda.Stream | None, value: object = None) -> None:
-        """Let the caller's work wait for what the worker has launched, and use `value`."""
-        if caller is not None:
-            self._wait(caller, self.default(), value)
-
-    def _wait(self, waiter: torch.cuda.Stream, other: torch.cuda.Stream, value: object) -> None:
-        waiter.wait_stream(other)
-        for tensor in _tensors(value):
-            if tensor.device == self.device:
-                tensor.record_stream(waiter)
 
 
 def _let_go(error: BaseException) -> None:
     """Have the frames of this package that raised forget their locals: whoever keeps the error would keep memory."""
     trace = error.__traceback__
     while trace is not None:
-        if trace.tb_frame.f_code.co_filename.startswith(_PACKAGE):
+        if trace.tb_frame.f_code.co_filename.startswith(PACKAGE):
             with suppress(RuntimeError):  # it still runs
                 trace.tb_frame.clear()
         trace = trace.tb_next
-
-
-def _tensors(value: object) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for part in value:
-            yield from _tensors(part)
 
 
 class Worker:
@@ -226,15 +61,32 @@ class Worker:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._order = _Order(device)
-        self._bell = _Bell()
-        self._queue: list[_Job] = []
-        self._stack: list[_Job] = []  # that run, each inside the one before
+        self.order = Order(device)
+        self.bell = Bell()
+        self._queue: list[Job] = []
+        self._stack: list[Job] = []  # that run, each inside the one before
         self._engines: set[object] = set()
         self._ended = False
         # the process in which the thread lives: a fork leaves it behind. Not Thread.is_alive: an interrupt in there
         # makes Python 3.11 take a living thread for a dead one
         self._serving: int | None = None
+        self._process = os.getpid()
+        self._lost: str | None = None  # why
+
+    def check(self) -> None:
+        """Raise `DeviceLostError` where the device has failed, and `VortexInputError` in a forked process."""
+        if self._lost is not None:
+            raise DeviceLostError(self._lost)
+        if self._process != os.getpid():
+            raise VortexInputError(
+                f"This engine is of process {self._process}, and a fork has left its thread behind. Load the model in "
+                "this process: on the CPU, as CUDA works in no fork; or start processes by spawn."
+            )
+
+    @property
+    def lost(self) -> bool:
+        """Whether nobody can work here any more."""
+        return self._lost is not None or self._process != os.getpid()
 
     def attach(self, engine: object) -> Callable[[], None]:
         """Keep the worker alive until the callable returned is called, or the engine collected."""
@@ -243,7 +95,8 @@ class Worker:
         with _lock:
             self._engines.add(token)
             self._ended = False
-            _workers.setdefault(self.device, self)
+            if not self.lost:
+                _workers.setdefault(self.device, self)
         return detach
 
     def _detach(self, token: object) -> None:
@@ -253,19 +106,20 @@ class Worker:
                 self._ended = True
                 if _workers.get(self.device) is self:
                     del _workers[self.device]
-        self._bell.ring()
+        self.bell.ring()
 
     def run(self, call: Callable[[], T], *, owner: object = None, deadline: float | None = None) -> T:
         """Run `call` on the thread, and wait; right here if this is the thread.
 
         It runs in a copy of the caller's context, in inference mode, after those that were submitted before.
-        `deadline` is in seconds from now. Raises what `call` raises, `VortexInputError`, `BusyError` and
-        `DeadlineError`. A KeyboardInterrupt goes on when the worker has let go of the job; a second one at once.
+        `deadline` is in seconds from now. Raises what `call` raises, `VortexInputError`, `BusyError`, `DeadlineError`
+        and `DeviceLostError`. A KeyboardInterrupt goes on when the worker has let go of the job; a second one at once.
         """
-        job = _Job(self, call, owner, deadline)
-        bell = _Bell()
+        self.check()
+        job = Job(self, call, owner, deadline)
+        bell = Bell()
         job.notify = bell.ring
-        if _here.worker is self:
+        if here.worker is self:
             return self._inline(job)
         try:
             self._submit(job)
@@ -274,7 +128,7 @@ class Worker:
                 if question is not None:
                     question.answer()
                 else:
-                    self._expire(job)
+                    self._watch(job)
                     pause = job.pause()
                     bell.wait(WAIT if pause is None else min(WAIT, pause))
             return job.take()
@@ -290,22 +144,24 @@ class Worker:
 
     async def arun(self, call: Callable[[], T], *, owner: object = None, deadline: float | None = None) -> T:
         """`run` for a coroutine. When its task is cancelled, it ends as soon as the worker has let go of the job."""
-        job = _Job(self, call, owner, deadline)
+        self.check()
+        job = Job(self, call, owner, deadline)
         loop = asyncio.get_running_loop()
         finished = loop.create_future()
-        job.notify, job.where = partial(_notify, loop, finished), _outside()
-        if _here.worker is self:
+        job.notify, job.where = partial(_notify, loop, finished), outside()
+        if here.worker is self:
             return self._inline(job)
         cancelled = None
         try:
             self._submit(job)
             while not job.done:
                 try:
-                    await asyncio.wait([finished], timeout=job.pause())
+                    patience = None if job.running else 10 * WAIT
+                    await asyncio.wait([finished], timeout=_nearer(patience, job.pause()))
                 except asyncio.CancelledError as error:
                     cancelled = error
                     self._cancel(job)
-                self._expire(job)
+                self._watch(job)
             if cancelled is not None:
                 raise cancelled
             return job.take()
@@ -314,8 +170,9 @@ class Worker:
                 self._cancel(job)
             job.result = job.error = cancelled = None
 
-    def _submit(self, job: _Job) -> None:
+    def _submit(self, job: Job) -> None:
         with _lock:
+            self.check()  # while nobody can lose it
             waiting = len(self._queue)
             if waiting >= QUEUE and job.origin is None:
                 raise BusyError(
@@ -327,20 +184,23 @@ class Worker:
             asleep = self._serving != os.getpid()
         if asleep:  # not under the lock: `start` waits. Of two that are started one serves
             threading.Thread(target=self._serve, name=f"vortex-{self.device}", daemon=True).start()
-        self._bell.ring()
+        self.bell.ring()
 
-    def _cancel(self, job: _Job) -> bool:
+    def _cancel(self, job: Job) -> bool:
         """Take a job out of the queue, or have it end at its next step. Whether it never ran."""
         with _lock:
             job.gone = True
-            if waits := not (job.running or job.done):
+            if waits := not (job.running or job.done) or self._process != os.getpid():
                 if job in self._queue:
                     self._queue.remove(job)
                 job.finish()
-        self._bell.ring()
+        self.bell.ring()
         return waits
 
-    def _expire(self, job: _Job) -> None:
+    def _watch(self, job: Job) -> None:
+        """Raise what ends the wait for a turn: no time left, or one who draws and will not return before us."""
+        if self._process != os.getpid():  # in the child of a fork: nobody answers here
+            self.check()
         if job.pause() == 0:
             with _lock:
                 waiting, late = len(self._queue), not job.running and self._cancel(job)
@@ -350,12 +210,22 @@ class Worker:
                     f"{waiting} waited. Give it more time, or call from fewer threads.",
                     deadline=job.deadline,
                 )
+        with _lock:
+            waiting, first = len(self._queue), next((other for other in self._stack if _holds_up(other, job)), None)
+            if first is None or job.running or not self._cancel(job):
+                return
+            first.held_up = True
+        raise BusyError(
+            f"on_step of another call has not returned for {HELD_UP:g} s, and this call waited for it. If on_step "
+            "waits for this call, as for a thread that it joins, neither would end: have on_step return first.",
+            waiting=waiting,
+        )
 
     def _serve(self) -> None:
         with _lock:
             if self._serving == os.getpid():
                 return
-            self._serving, _here.worker = os.getpid(), self
+            self._serving, here.worker = os.getpid(), self
         while True:
             with _lock:
                 job = self._next()
@@ -363,12 +233,12 @@ class Worker:
                     self._serving = None
                     return
             if job is None:
-                self._bell.wait()
+                self.bell.wait()
             else:
                 self._perform(job)
             del job
 
-    def _next(self, question: _Question | None = None, patient: bool = False) -> _Job | None:
+    def _next(self, question: Question | None = None, patient: bool = False) -> Job | None:
         """The next job of the queue; while a question is open, the next that may run in the middle of the asker."""
         with _lock:
             for job in self._queue:
@@ -382,56 +252,77 @@ class Worker:
                 return job
             return None
 
-    def _perform(self, job: _Job) -> None:
-        outer, _here.job = _here.job, job
+    def _perform(self, job: Job) -> None:
+        outer, here.job = here.job, job
         self._stack.append(job)
         try:
             job.result = job.context.run(self._call, job)
         except BaseException as error:
             _let_go(error)
-            job.error = error
+            job.error = self._lose(error) if _tells_loss(error) else error
         self._stack.pop()
-        _here.job = outer
+        here.job = outer
         with _lock:
             job.finish()
         job.notify()
 
-    def _call(self, job: _Job) -> Any:
+    def _lose(self, cause: BaseException) -> DeviceLostError:
+        """The device has failed: nobody works here any more, and whoever waits is told."""
+        reason = str(cause).partition("\n")[0][:SHOWN]
+        with _lock:
+            self._lost = (
+                f"{self.device} has failed: {reason}. Engines there cannot draw any more: unload them, and load the "
+                "model again. Where that ends the same way, CUDA is lost to this process: start a new one."
+            )
+            if _workers.get(self.device) is self:
+                del _workers[self.device]
+            waiting, self._queue = self._queue, []
+            for job in waiting:
+                job.error = DeviceLostError(self._lost)
+                job.finish()
+        for job in waiting:
+            job.notify()
+        error = DeviceLostError(self._lost)
+        error.__cause__ = cause
+        return error
+
+    def _call(self, job: Job) -> Any:
         with torch.inference_mode():
             job.check()
-            self._order.enter()
-            self._order.follow(job.stream)
+            self.order.enter()
+            self.order.follow(job.stream)
             try:
                 result = job.call()
             except BaseException:
                 with suppress(RuntimeError):  # where CUDA is broken, the first error says it
-                    self._order.lead(job.stream)
+                    self.order.lead(job.stream)
                 raise
-            self._order.lead(job.stream, result)
+            self.order.lead(job.stream, result)
             return result
 
-    def _inline(self, job: _Job) -> Any:
+    def _inline(self, job: Job) -> Any:
         """Run a call as a part of the job that runs already, which has the caller; the nearer deadline counts."""
-        outer = _here.job or job
+        outer = here.job or job
         before = outer.limit, outer.deadline
         if job.limit is not None and (outer.limit is None or job.limit < outer.limit):
             outer.limit, outer.deadline = job.limit, job.deadline
         try:
-            with torch.inference_mode(), self._order.on_default():
-                self._order.follow(job.stream)
+            with torch.inference_mode(), self.order.on_default():
+                self.order.follow(job.stream)
                 result = job.context.run(job.call)
-                self._order.lead(job.stream, result)
+                self.order.lead(job.stream, result)
                 return result
         finally:
             outer.limit, outer.deadline = before
 
-    def _ask(self, job: _Job, call: partial[Any]) -> Any:
-        question = _Question(job, call)
+    def ask(self, job: Job, call: partial[Any]) -> Any:
+        """See `jobs.ask`."""
+        question = job.asking = Question(job, call)
         try:
             if job.where is not None:
                 copy_context().run(question.answer)
                 return question.take()
-            self._order.lead(job.stream, call.args)
+            self.order.lead(job.stream, call.args)
             impatient = monotonic() + PATIENCE
             job.question = question
             job.notify()
@@ -441,18 +332,52 @@ class Worker:
                 left = impatient - monotonic()
                 other = self._next(question, patient=left > 0)
                 if other is None:
-                    self._bell.wait(left if left > 0 else -1)
+                    self.bell.wait(left if left > 0 else -1)
                 else:
                     self._perform(other)
                 del other
-            self._order.follow(job.stream, question.result)
+            self.order.follow(job.stream, question.result)
             return question.take()
         finally:
-            job.question = None
+            job.question = job.asking = None
             question.close()
 
 
+def _holds_up(other: Job, job: Job) -> bool:
+    """Whether a function that `other`, which runs, has asked for is all that `job` waits for, and for too long."""
+    question = other.asking
+    if question is None or question.answered:
+        return False
+    if other.where is None and (job.owner is None or other.owner is not job.owner):
+        return False  # it is served meanwhile
+    since = monotonic() - max(question.since, job.since)
+    return since > (PATIENCE if other.held_up else HELD_UP)
+
+
+def _tells_loss(error: BaseException) -> bool:
+    """Whether an exception of a job says that the device, and not the job, has failed."""
+    if not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
+        return False
+    text = str(error)
+    return bool(LOST.search(text)) and not NOT_LOST.search(text)
+
+
+def _nearer(*seconds: float | None) -> float | None:
+    return min((some for some in seconds if some is not None), default=None)
+
+
 _workers: dict[torch.device, Worker] = {}
+
+
+def _forked() -> None:
+    """In the child of a fork only the thread that forked is left, and others may have held the lock."""
+    global _lock
+    _lock = threading.RLock()
+    _workers.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 def worker_of(device: torch.device) -> Worker:
@@ -460,48 +385,6 @@ def worker_of(device: torch.device) -> Worker:
     device = torch.device("cpu") if device.type == "cpu" else torch.device(device.type, device.index or 0)
     with _lock:
         return _workers.setdefault(device, _workers.get(device) or Worker(device))
-
-
-def check() -> None:
-    """For code that draws, at every step: end here if the job's deadline is over or its caller gone."""
-    if (job := _here.job) is not None:
-        job.check()
-
-
-def ask(function: Callable[[Unpack[Args]], T], *args: *Args) -> T:
-    """`function(*args)` on the thread and in the context of the job's caller; right here where no job runs.
-
-    A coroutine's thread does not wait, so for `arun` it runs here, in a copy of the context. What it raises is raised
-    here. While it runs, jobs that it submits are served, and after `PATIENCE` seconds those of other owners.
-    """
-    job = _here.job
-    return function(*args) if job is None else job.worker._ask(job, partial(function, *args))
-
-
-def inside(owner: object) -> bool:
-    """Whether we are inside a function that a job of `owner` asked for."""
-    return any(question.open and question.owner is owner for question in _asked.get())
-
-
-def warn(message: str, category: type[Warning]) -> None:
-    """Give a warning at the line, outside this package, that made the call. It raises where a filter says so."""
-    job = _here.job
-    if job is None:
-        warnings.warn_explicit(message, category, *_outside())
-    elif job.where is not None:
-        warnings.warn_explicit(message, category, *job.where)
-    else:
-        ask(warn, message, category)
-
-
-def _outside() -> Where:
-    """The innermost line outside this package. By folder: as a part of another package it has another name."""
-    frame = sys._getframe(1)
-    while frame.f_code.co_filename.startswith(_PACKAGE) and frame.f_back is not None:
-        frame = frame.f_back
-    names = frame.f_globals
-    registry = names.setdefault("__warningregistry__", {})
-    return frame.f_code.co_filename, frame.f_lineno, names.get("__name__", "<unknown>"), registry
 
 
 def _notify(loop: asyncio.AbstractEventLoop, finished: asyncio.Future[None]) -> None:

@@ -173,7 +173,7 @@ class Contest:
     def leave(self, engine: Engine) -> None:
         """Clear the device of the peers. The NF4 weights of `engine` stay in host memory, for `return_in_nf4`."""
         rows = {name: tensor.shape[0] for name, tensor in self.pipe.transformer.state_dict().items()}
-        self._weights = diffusers_weights([engine._transformer, engine._conditioner.modulation], rows)
+        self._weights = diffusers_weights([engine._model.transformer, engine._conditioner.modulation], rows)
         self.pipe.transformer = self.pipe.text_encoder = self.pipe.text_encoder_2 = None
         self.pipe.vae.to("cpu")
         clean(self.device)
