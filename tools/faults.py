@@ -40,7 +40,6 @@ from traps import ACTS, Injected, Trap, no_room, raises, trapped
 import vortex_core
 from vortex_core import Engine, VortexError
 from vortex_core.checkpoint import cache
-from vortex_core.png import save_png
 
 TINY = Path(vortex_core.__file__).parent / "assets" / "tiny-schnell"
 DRAW: dict[str, Any] = {"prompt": "a red circle on a white background", "seed": 7, "steps": 2}
@@ -173,10 +172,13 @@ def drawing(bench: Bench, stage: str, fault: str) -> None:
         if stage in ("encode", "stream copy"):  # a prompt that the engine does not remember, and must stream T5 for
             draw = draw | {"prompt": f"{fault}, {next(numbers)}"}
             expected = bench.witness.generate(**draw)
-        at = bench.random.randint(1, max(1, whole.calls))
-        with Trap(stage, at, ACTS[fault], stays=fault.endswith("end")) as trap:
-            bench.attempt(row, lambda: bench.engine.generate(**draw), expected, *ALLOWED.get(fault, (VortexError,)))
-        row.injected += trap.sprung
+        for at in (bench.random.randint(1, max(1, whole.calls)), 1):  # after a tighter plan there may be fewer
+            with Trap(stage, at, ACTS[fault], stays=fault.endswith("end")) as trap:
+                allowed = ALLOWED.get(fault, (VortexError,))
+                bench.attempt(row, lambda: bench.engine.generate(**draw), expected, *allowed)
+            row.injected += trap.sprung
+            if trap.sprung:
+                break
         if fault == "CUDA error":
             try:
                 bench.engine.generate(**draw)
@@ -271,22 +273,6 @@ def plot_fails(bench: Bench, fault: str) -> None:
     bench.run("plot", fault, once)
 
 
-def copy_out_fails(bench: Bench, fault: str) -> None:
-    """A picture on its way into a file."""
-    path = bench.out / "picture.png"
-
-    def once(row: Row) -> None:
-        with Trap("copy out", 1, ACTS[fault]) as trap:
-            allowed = (*ALLOWED.get(fault, (VortexError,)), torch.OutOfMemoryError)
-            bench.attempt(row, lambda: save_png(bench.expected[0], path, {}), bench.expected, *allowed)
-        row.injected += trap.sprung
-        if path.exists():
-            row.wrong.append("a file, though it failed")
-        bench.then(row, lambda: bench.engine.generate(**bench.draw))
-
-    bench.run("copy out", fault, once)
-
-
 @contextlib.contextmanager
 def patched(owner: object, name: str, value: object) -> Iterator[None]:
     before = getattr(owner, name)
@@ -309,7 +295,6 @@ def inside(bench: Bench, wanted: Callable[[str], bool]) -> None:
         if wanted(stage):
             loading(bench, stage, fault)
     for stage, row in (
-        *(("copy out", partial(copy_out_fails, bench, fault)) for fault in ("exception", "out of memory", "Ctrl-C")),
         *(("plot", partial(plot_fails, bench, fault)) for fault in ("exception", "out of memory")),
         ("log", partial(logging_fails, bench)),
     ):

@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 from torch import Tensor
-from traps import Trap, kill, trapped
+from traps import ACTS, Trap, kill, trapped
+from typer.testing import CliRunner
 
 from vortex_core import VortexError
-from vortex_core.png import save_png
+from vortex_core.cli import app
 from vortex_core.quantize import quantize_file
 
 if TYPE_CHECKING:
@@ -179,12 +181,14 @@ def damaged(bench: Bench, what: str) -> None:
     """An entry of the cache that is not what was written."""
 
     def once(row: Row) -> None:
-        if not bench.cache.exists():
-            bench.drawn(cache_dir=bench.cache)
-        entries = sorted(bench.cache.glob("*.safetensors"))
-        damage(bench.random.choice(entries), what, bench.random.random())
-        row.injected += bool(entries)
-        bench.attempt(row, lambda: bench.drawn(cache_dir=bench.cache), bench.expected)
+        bench.drawn(cache_dir=bench.cache)
+        entry = bench.random.choice(sorted(bench.cache.glob("*.safetensors")))
+        if "manifest" in what and not entry.with_suffix(".json").exists():
+            row.happened["there is no manifest"] += 1
+        else:
+            damage(entry, what, bench.random.random())
+            bench.attempt(row, lambda: bench.drawn(cache_dir=bench.cache), bench.expected)
+        row.injected += 1
         bench.then(row, lambda: bench.drawn(cache_dir=bench.cache))
 
     bench.run("cache entry", what, once)
@@ -210,7 +214,8 @@ def disk_full(bench: Bench, stage: str) -> None:
             return digest(bench.drawn(cache_dir=folder), bench.expected)
 
     def copy_out() -> int:
-        return refused(lambda: save_png(torch.rand(512, 512, 3), folder / "a.png", {}))
+        (folder / "full").write_bytes(bytes(2**19 - 2**13))
+        return 0 if command(bench, folder / "a.png") != 0 else 3
 
     def quantize() -> int:
         return refused(lambda: quantize_file(bench.model, folder / "nf4.safetensors", device="cpu"))
@@ -277,19 +282,55 @@ def killed_quantize(bench: Bench) -> None:
     killed(bench, "cache write", lambda: quantize_file(bench.model, target, device="cpu"), again, "quantize")
 
 
+def command(bench: Bench, path: Path, *more: str) -> int:
+    """`vortex generate`, in this process; what it exits with. Raises what it does not handle."""
+    size = f"{bench.draw['width']}x{bench.draw['height']}"
+    options = {"model": bench.model, "seed": bench.draw["seed"], "steps": bench.draw["steps"], "size": size}
+    given = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    asked = ["generate", *given, "--device", "cpu", "-o", str(path), *more, bench.draw["prompt"]]
+    result = CliRunner().invoke(app, asked)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code
+
+
+def written(bench: Bench, path: Path) -> Tensor:
+    """What the command writes to `path` now, as the picture that was expected where it is that one."""
+    command(bench, path, "--overwrite")
+    with Image.open(path) as image:
+        found = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
+    wanted = bench.expected[0].mul(255).round().byte().flatten()
+    return bench.expected if torch.equal(found, wanted) else found
+
+
+def copy_out_fails(bench: Bench, fault: str) -> None:
+    """A picture on its way into its file."""
+    path = bench.out / "picture.png"
+
+    def once(row: Row) -> None:
+        path.unlink(missing_ok=True)
+        with Trap("copy out", 1, ACTS[fault]) as trap:
+            try:
+                row.happened[f"exit code {command(bench, path)}"] += 1
+            except BaseException as error:
+                row.happened[type(error).__name__] += 1
+        row.injected += trap.sprung
+        if path.exists():
+            row.wrong.append("a file, though it failed")
+        bench.then(row, lambda: written(bench, path))
+
+    bench.run("copy out", fault, once)
+
+
 def killed_png(bench: Bench) -> None:
     """A process that is killed while it writes a picture; the next one writes it, and nothing else is there."""
-    target = bench.out / "picture.png"
+    path = bench.out / "picture.png"
 
     def write() -> None:
-        os.replace = lambda *paths: kill()
-        save_png(bench.expected[0], target, {})
+        os.replace = os.link = os.rename = lambda *paths, **options: kill()
+        command(bench, path)
 
-    def again() -> Tensor:
-        save_png(bench.expected[0], target, {})
-        return bench.expected
-
-    killed(bench, None, write, again, "copy out")
+    killed(bench, None, write, lambda: written(bench, path), "copy out")
 
 
 def all_of(bench: Bench, folder: Path, wanted: Callable[[str], bool]) -> None:
@@ -303,6 +344,7 @@ def all_of(bench: Bench, folder: Path, wanted: Callable[[str], bool]) -> None:
         ("step", lambda: killed(bench, "step", bench.drawn, bench.drawn)),
         ("quantize", lambda: killed_quantize(bench)),
         ("copy out", lambda: killed_png(bench)),
+        *(("copy out", lambda fault=fault: copy_out_fails(bench, fault)) for fault in [*list(ACTS)[:2], "Ctrl-C"]),
         *((f"load {part}{', cached' if kept else ''}",
            lambda part=part, fault=fault, kept=kept: changed(bench, folder, part, fault, cached=kept))
           for fault in CHANGES for part, kept in (("transformer", False), ("transformer", True), ("vae", False))),

@@ -48,7 +48,7 @@ ENDS = {  # how a call ends: of 20, how many do so, and what may come of it besi
     "out of memory": (2, (MemoryPressureError,)),
     "out of memory, to the end": (1, (MemoryPressureError,)),
 }  # fmt: skip
-OPERATIONS = 400  # of a picture, about; memory may run out at any
+STAGES = (("encode", 60), ("step", 80), ("decode", 60))  # where memory runs out, and among how many operations
 MB = 1e6
 
 
@@ -98,8 +98,8 @@ def make(engine: Engine, call: Call) -> Tensor:
     if call.end == "cancelled":
         return asyncio.run(cancelled(engine, call))
     if call.end.startswith("out of memory"):
-        at = 1 + int(call.moment * OPERATIONS)
-        with Trap(None, at, ACTS["out of memory"], stays=call.end.endswith("end")):
+        stage, most = STAGES[call.number % 3]
+        with Trap(stage, 1 + int(call.moment * most), ACTS["out of memory"], stays=call.end.endswith("end")):
             return engine.generate(**call.options)
     return engine.generate(**call.options, on_step=(lambda *step: None) if call.moment < 0.3 else None)
 

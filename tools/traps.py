@@ -32,8 +32,8 @@ STAGES = {  # the files of vortex_core whose code a stage is
     "stream copy": ("residency.py",),
     "step": ("transformer.py", "step.py", "sampling.py"),
     "decode": ("vae.py", "strips.py"),
-    "copy out": ("png.py",),
-    "cache write": ("write.py",),
+    "copy out": ("png.py", "pictures.py", "disk.py"),
+    "cache write": ("write.py", "partial.py"),
 }
 Act = Callable[[], None]
 _set: ContextVar[Trap | None] = ContextVar("trap", default=None)  # goes with a call to the device's thread
