@@ -45,7 +45,7 @@ class Forgetful:
 
     def generate(self, prompt: str, *, batch_size: int, height: int, width: int, **options: object) -> Tensor:
         picture = torch.rand(batch_size, height, width, 3)
-        self.kept.append(torch.ones(10**7))
+        self.kept.append(torch.ones(3 * 10**6))
         return picture
 
     def __enter__(self) -> Forgetful:
@@ -58,7 +58,7 @@ class Forgetful:
 
 def test_wrong_pictures_and_memory_that_stays_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(soak, "ENDS", {"done": (1, ())})
-    figures = soak.run(Forgetful, 6, 2, largest=64, threads=1, seed=0, room=64.0)  # type: ignore[arg-type]
+    figures = soak.run(Forgetful, 6, 2, largest=64, threads=1, seed=0, room=8.0)  # type: ignore[arg-type]
     assert not figures["holds"]
     found = " ".join(figures["broken"])
     assert "call 1: differs from a fresh engine's" in found

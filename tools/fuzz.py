@@ -3,7 +3,6 @@
     python tools/fuzz.py                                    # 50,000 inputs, on two processes
     python tools/fuzz.py --inputs 2000 --kind config --kind tokenizer
     python tools/fuzz.py --again config:317                 # that input alone, in this process, with its traceback
-    COMFYUI_PATH=~/comfy/ComfyUI python tools/fuzz.py --kind workflow      # through that ComfyUI's /prompt
 
 Each input is a sound file that tools/mutators.py changed, or a text, and is drawn from `--seed` and its number. Wrong
 is whatever is not a `VortexError`: another exception, a picture that is not finite, a crash, more than 5 s, more than
