@@ -159,3 +159,53 @@ def test_bitsandbytes_is_declined_where_it_does_not_work(monkeypatch: pytest.Mon
 def test_a_linear_shows_what_it_is() -> None:
     linear = NF4Linear(nf4.quantize(torch.ones(8, 64)), None, ReferenceBackend())
     assert "in_features=64, out_features=8, backend=reference" in repr(linear)
+
+
+def test_rows_are_joined_and_halved_bit_for_bit() -> None:
+    weight = torch.randn(6, 128, generator=torch.Generator().manual_seed(0))
+    whole = nf4.quantize(weight)
+    upper, lower = whole.halves()
+    for half, rows in ((upper, weight[:3]), (lower, weight[3:])):
+        alone = nf4.quantize(rows)
+        assert half.shape == (3, 128)
+        assert torch.equal(half.packed, alone.packed)
+        assert torch.equal(half.absmax, alone.absmax)
+    joined = nf4.join([lower, upper])
+    assert torch.equal(nf4.dequantize(joined, torch.float32), nf4.dequantize(whole, torch.float32).roll(3, 0))
+
+
+def test_all_of_a_weight_is_on_its_device() -> None:
+    meta = torch.device("meta")
+    moved = nf4.quantize(torch.ones(2, 64)).to(meta)
+    made = nf4.quantize_reference(torch.empty(2, 64, device=meta))
+    for weight in (moved, made):
+        assert (weight.packed.device, weight.absmax.device) == (meta, meta)
+    assert nf4.dequantize(made, torch.float32).device == meta
+    assert made.packed.dtype == torch.uint8
+
+
+def test_a_scale_for_each_row_moves_with_the_weight() -> None:
+    linear = NF4Linear(nf4.quantize(torch.ones(2, 64)), None, ReferenceBackend())
+    linear.prepare_fp8()
+    assert set(dict(linear.named_buffers())) == {"packed", "absmax", "row_scale"}
+    assert linear.row_scale is not None
+    assert linear.row_scale.shape == (2,)
+
+
+def test_decoding_goes_chunk_by_chunk_in_the_memory_that_it_promises(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = nf4.quantize(torch.randn(7, 128))
+    expected = nf4.dequantize(weight, torch.float32)
+    monkeypatch.setattr(nf4, "CHUNK", 2 * 128)
+    sizes = []
+    embedding = torch.nn.functional.embedding
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "embedding",
+        lambda codes, table: sizes.append(2 * codes.numel()) or embedding(codes, table),
+    )
+    out = torch.full((7, 128), float("nan"))
+    assert nf4.dequantize(weight, torch.float32, out) is out
+    assert torch.equal(out, expected)
+    assert sizes == [256, 256, 256, 128]
+    monkeypatch.setattr(nf4, "CHUNK", 1)  # a row is more than a chunk
+    assert torch.equal(nf4.dequantize(weight, torch.float32), expected)

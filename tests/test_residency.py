@@ -188,6 +188,7 @@ class Runtime:
         self.registered: dict[int, int] = {}
 
     def cudaHostRegister(self, pointer: int, size: int, flags: int) -> int:
+        assert flags == 1  # portable: pinned for every card's context
         if not self.error:
             self.registered[pointer] = size
         return self.error
@@ -221,7 +222,7 @@ def test_no_pinned_memory_warns_and_works(monkeypatch: pytest.MonkeyPatch) -> No
     assert memory.take(1000).fill_(7).sum() == 7000
 
     def broken() -> SimpleNamespace:
-        raise RuntimeError("no accelerator\nlong story")
+        raise RuntimeError("no accelerator\nlong\nstory")
 
     monkeypatch.setattr(residency.torch.cuda, "cudart", broken)
     with pytest.warns(VortexWarning, match=r"\(no accelerator\)"):
@@ -243,3 +244,71 @@ def test_addresses_tell_whose_they_are() -> None:
         placement.start(frozenset({away.name}))
         found.append(placement.addresses)
     assert found[0] != found[1]
+
+
+def test_a_unit_goes_where_it_is_sent() -> None:
+    (module,) = modules(1)
+    unit = Unit("unit", "blocks", module)
+    unit.settle(device=torch.empty(unit.measure(), dtype=torch.uint8))
+    memory = HostMemory(unit.nbytes, pin=False)
+    unit.to_host(memory)
+    assert unit.streams
+    assert unit.host is not None
+    assert unit.host.untyped_storage().data_ptr() == memory._region.memory.untyped_storage().data_ptr()
+    bound: list[Tensor] = []
+    unit.bind = bound.append  # type: ignore[method-assign]  # a tensor cannot change its device to this one
+    unit.to_device(torch.device("meta"))
+    assert [buffer.device.type for buffer in bound] == ["meta"]
+    assert bound == [unit.device]
+
+
+def test_a_copy_waits_for_the_products_before_it_and_they_for_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked of CUDA, and in which order, told without a card."""
+    told: list[object] = []
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_stream(self, other: object) -> None:
+            told.append((self.name, "waits for", getattr(other, "name", other)))
+
+        def wait_event(self, event: object) -> None:
+            told.append((self.name, "waits for", event))
+
+        def record_event(self) -> str:
+            told.append((self.name, "records"))
+            return "event"
+
+    class Inside:
+        def __init__(self, stream: Stream) -> None:
+            self.name = stream.name
+
+        def __enter__(self) -> None:
+            told.append(("on", self.name))
+
+        def __exit__(self, *exception: object) -> None:
+            told.append(("off", self.name))
+
+    class Target:
+        def copy_(self, source: object, *, non_blocking: bool) -> None:
+            told.append(("copy", source, non_blocking))
+
+    card = torch.device("cuda", 1)
+    monkeypatch.setattr(residency, "streams_of", lambda device: SimpleNamespace(copy=Stream("copies")))
+    monkeypatch.setattr(residency.torch.cuda, "current_stream", lambda device: Stream(f"products of {device}"))
+    monkeypatch.setattr(residency.torch.cuda, "stream", Inside)
+    copies = residency.CopyStream(card)
+    token = copies.copy(Target(), "weights")  # type: ignore[arg-type]
+    copies.wait(token)
+    assert told == [
+        ("copies", "waits for", "products of cuda:1"),
+        ("on", "copies"),
+        ("copy", "weights", True),
+        ("copies", "records"),
+        ("off", "copies"),
+        ("products of cuda:1", "waits for", "event"),
+    ]
+    told.clear()
+    copies.wait(None)
+    assert told == []
