@@ -12,11 +12,10 @@ from typing import Any
 import mutants
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from vortex_core import Engine, VortexCheckpointError
 from vortex_core.bounds import bounds_of
-from vortex_core.checkpoint.bundle import Bundle, describe, find_parts, open_bundle
+from vortex_core.checkpoint.bundle import Bundle, open_bundle
 from vortex_core.checkpoint.config import FORMS
 from vortex_core.spec import ClipSpec, FluxSpec, T5Spec, VaeSpec
 from vortex_core.text import T5, Clip
@@ -46,7 +45,10 @@ def opened(model: Path, part: str, text: bytes | None = None, **changes: Any) ->
         path.write_bytes(before)
 
 
-@pytest.mark.parametrize("key", sorted(mutants.DOORS.keys() - {"num_hidden_layers"}))  # which CLIP has
+DOORS = sorted(mutants.DOORS.keys() - {"num_hidden_layers", "quantization_config"})  # CLIP has it; it is refused
+
+
+@pytest.mark.parametrize("key", DOORS)
 @pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2", "transformer", "vae"])
 def test_keys_that_ask_for_code_reach_nobody(model: Path, sound: Bundle, part: str, key: str) -> None:
     found = opened(model, part, **{key: mutants.DOORS[key]})
@@ -120,20 +122,6 @@ def test_a_config_and_tensors_that_disagree(model: Path, part: str, changes: dic
     """One block fewer would draw, and another picture."""
     with pytest.raises(VortexCheckpointError, match=r"its config says \w+ .*, and the tensors have .*run it again"):
         opened(model, part, **changes)
-
-
-@pytest.mark.parametrize("name", ["transformer_blocks.0.", "single_transformer_blocks.1."])
-def test_a_gap_in_the_blocks(tmp_path: Path, tiny_dir: Path, name: str) -> None:
-    file = "diffusion_pytorch_model.safetensors"
-    tensors = load_file(tiny_dir / "transformer" / file)
-    (tmp_path / "transformer").mkdir()
-    left = {key: value for key, value in tensors.items() if not key.startswith(name)}
-    save_file(left, tmp_path / "transformer" / file)
-    parts, _ = find_parts(tmp_path, {})
-    if not parts:
-        return  # the first block is what gives a transformer away
-    with pytest.raises(VortexCheckpointError, match=r"has \S+ and lacks \S+\. The download is incomplete"):
-        describe("transformer", parts["transformer"])
 
 
 TEXTS = {

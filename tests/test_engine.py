@@ -159,7 +159,7 @@ def test_what_is_no_latents_or_embeddings_is_refused(engine: Engine) -> None:
         ({"backend": "x" * 10**6}, "Unknown backend"),
         ({"device": []}, "is not a device"),
         ({"on_progress": 5}, "on_progress must be a function"),
-        ({"cache_dir": 5}, "cache_dir is the path of a folder"),
+        ({"cache_dir": 5}, "A path is expected, not 5"),
     ],
 )
 def test_options_of_a_foreign_kind_are_refused(options: dict[str, object], sentence: str) -> None:
@@ -171,7 +171,7 @@ def test_options_of_a_foreign_kind_are_refused(options: dict[str, object], sente
 def test_bad_load_arguments_are_refused(tiny_dir: Path) -> None:
     with pytest.raises(VortexInputError, match="Unknown quantization 'int3'; choose from nf4, none"):
         load_flux_schnell("tiny", quantization="int3")
-    with pytest.raises(VortexDeviceError, match="not on 'mps'"):
+    with pytest.raises(VortexDeviceError, match="not on an Apple GPU"):
         load_flux_schnell("tiny", device="mps")
     with pytest.raises(VortexDeviceError, match="is not a device"):
         load_flux_schnell("tiny", device="gpu")

@@ -256,16 +256,18 @@ BACKENDS = ("triton", "bitsandbytes", "reference")  # the fastest first
 def choose_backend(device: torch.device, name: str | None = None) -> Backend:
     """The NF4 backend for `device`: `name` if given, else the fastest that works here. Logs the choice and why.
 
+    On the CPU that is plain torch: bitsandbytes decodes no faster there, and takes seconds to import.
     Raises `VortexInputError` for an unknown name, or for a named backend that does not work on this machine.
     """
     if name not in (None, *BACKENDS):
         raise VortexInputError(f"Unknown backend {quoted(name)}; choose 'triton', 'bitsandbytes' or 'reference'.")
     reasons: list[str] = []
-    for candidate in BACKENDS if name is None else (name,):
+    fastest = BACKENDS if device.type == "cuda" else BACKENDS[-1:]
+    for candidate in fastest if name is None else (name,):
         declined = backend_declined(candidate, device)
         if declined is None:
             why = "asked for" if name else "; ".join(reasons) or "the fastest"
-            slow = name is None and candidate == "reference"
+            slow = bool(reasons) and candidate == "reference"
             log.log(logging.WARNING if slow else logging.INFO, "NF4 backend: %s on %s (%s)", candidate, device, why)
             return _backend(candidate)
         reasons.append(f"{candidate} declined: {declined}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 
 from .errors import SHOWN, VortexError
@@ -15,11 +17,25 @@ def missing(module: str) -> str | None:
     if module in _broken and sys.modules.get(module) is None:
         return _broken[module]
     try:
-        import_module(module)
+        with _nothing_fetched():
+            import_module(module)
     except (Exception, SystemExit) as error:
         _broken[module] = f"does not import ({first_line(error)})"
         return _broken[module]
     return None
+
+
+@contextmanager
+def _nothing_fetched() -> Iterator[None]:
+    """Inside, the package `kernels` does not import: bitsandbytes has it download code, and runs that, where it can."""
+    before = sys.modules.get("kernels")
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["kernels"]
+        if before is not None:
+            sys.modules["kernels"] = before
 
 
 def need(module: str, purpose: str) -> None:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeGuard
 
-from ..errors import VortexError
+from ..errors import VortexError, VortexInputError
 from ..foreign import printable
 from ..paths import expanded
 from .latency_report import LatencyReport
@@ -89,7 +89,12 @@ class History:
 def default_folder() -> Path:
     """`$VORTEX_BASELINES`, else in the user's data folder. Raises `VortexInputError` where nobody knows one."""
     named, data = os.environ.get("VORTEX_BASELINES"), os.environ.get("XDG_DATA_HOME")
-    return expanded(named) if named else expanded(data or "~/.local/share") / "vortex" / "baselines"
+    if named:
+        return expanded(named)
+    try:
+        return expanded(data or "~/.local/share") / "vortex" / "baselines"
+    except VortexInputError as error:
+        raise VortexInputError("This user has no home folder to keep runs in; name one with --folder.") from error
 
 
 def _parse(line: bytes, where: str) -> Run:
