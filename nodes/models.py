@@ -36,7 +36,7 @@ def find(name: str, vram_budget: float, mode: str, *, clip: str = OWN, t5: str =
     """
     from ..vortex_core.checkpoint.bundle import TINY, WORDS
 
-    path = TINY if name == BUNDLED else files.pick(name)
+    path = TINY if name == BUNDLED else files.pick(str(name))  # by the API it may be no text
     if path is None:
         raise VortexInputError(
             f"There is no model {quoted(name)} here: it is not in list. Found: {_some(available())}. Put "

@@ -119,13 +119,13 @@ def test_batches_are_drawn_in_slices(roomy: Engine, engine: Engine) -> None:
 
 @pytest.mark.parametrize("budget", [0, -1, math.nan, math.inf, -math.inf])
 def test_impossible_budgets_are_refused(budget: float) -> None:
-    with pytest.raises(VortexInputError, match=r"vram_budget must be more than 0 GB, and finite, not "):
+    with pytest.raises(VortexInputError, match=r"vram_budget .*and finite, not|vram_budget must be more than 0 GB"):
         load_flux_schnell("tiny", device="cpu", vram_budget=budget)
 
 
 @pytest.mark.parametrize("budget", ["6.5", True, [6.5]])
 def test_budgets_are_numbers(budget: object) -> None:
-    with pytest.raises(VortexInputError, match=r"number of GB \(10\^9 bytes\), such as 6.5, not "):
+    with pytest.raises(VortexInputError, match=r"number of GB \(10\^9 bytes\), such as 6.5, and finite, not "):
         load_flux_schnell("tiny", device="cpu", vram_budget=budget)
 
 

@@ -85,9 +85,9 @@ def test_dev_weights_behind_a_schnell_config(copy: Path) -> None:
 def test_a_missing_tensor(copy: Path) -> None:
     path = copy / "transformer" / WEIGHTS
     tensors = load_file(path)
-    del tensors["transformer_blocks.0.attn.to_k.weight"]
+    del tensors["transformer_blocks.0.attn.to_out.0.weight"]
     save_file(tensors, path)
-    refused(copy, r"lacks 1 tensors, such as double_blocks\.0\.img_attn\.qkv\.weight")
+    refused(copy, r"lacks 1 tensors, such as double_blocks\.0\.img_attn\.proj\.weight")
 
 
 def test_a_tensor_of_another_shape(copy: Path) -> None:
@@ -112,10 +112,9 @@ def test_a_damaged_config(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("part", "changes", "sentence"),
     [
-        ("transformer", {"attention_head_dim": 64}, "does not describe a FLUX model"),
-        ("transformer", {"joint_attention_dim": 100}, "divisible by 64"),
-        ("transformer", {"num_layers": 5}, "lacks .* such as double_blocks"),
-        ("vae", {"block_out_channels": [32, 64]}, "four levels"),
+        ("transformer", {"joint_attention_dim": 100}, "says joint_attention_dim 100, and the tensors have 128"),
+        ("transformer", {"num_layers": 5}, "says num_layers 5, and the tensors have 2"),
+        ("vae", {"block_out_channels": [32, 64]}, "block_out_channels should be 4 numbers"),
     ],
 )
 def test_a_config_of_another_model(copy: Path, part: str, changes: dict[str, object], sentence: str) -> None:
@@ -205,5 +204,5 @@ def test_a_quantized_pipeline_is_refused(tiny_dir: Path) -> None:
 
     pipe = FluxPipeline.from_pretrained(tiny_dir)
     pipe.transformer.quantization_method = "bitsandbytes"
-    with pytest.raises(VortexCheckpointError, match=r"is quantized \(bitsandbytes\) or not FLUX"):
+    with pytest.raises(VortexCheckpointError, match="is quantized \\('bitsandbytes'\\)"):
         open_pipeline(pipe)

@@ -37,6 +37,7 @@ from typing import Any
 import micro_model
 import mutators
 import psutil
+import torch
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 import specimens
@@ -184,6 +185,7 @@ def one(target: Target, seed: int, kind: str, number: int, scratch: Path) -> Bas
 
 def work(target: Target, seed: int, jobs: list[tuple[str, int]], at: mmap.mmap, told: Any, scratch: Path) -> None:
     """In a process of its own: feed `jobs`, saying in `at` which is on and since when."""
+    torch.set_num_threads(1)  # OpenMP's do not live on in a fork, and would be waited for
     ctypes.CDLL(None).mallopt(-8, 1)  # one arena: others reserve addresses, which count
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     logging.disable()

@@ -19,7 +19,6 @@ from .dialect import Part, check_depth, depth, find_part, is_cut
 from .files import SAFETENSORS, Raw, open_file, unreadable
 from .folders import open_folder, whole_of
 from .formats import READ, config_format
-from .pipeline import member, part_of
 from .tensors import Tensors
 from .tokenizer import find_tokenizers, read_tokenizer, tokenizer_of
 from .vocabulary import token_count
@@ -98,6 +97,8 @@ def open_pipeline(pipe: FluxPipeline) -> Bundle:
 
     Raises `VortexCheckpointError` for FLUX.1-dev, weights quantized in another way, and parts it has not got.
     """
+    from .pipeline import member, part_of  # with torch, which headers do not need
+
     found = {kind: part_of(pipe, name, kind) for kind, name in SUBFOLDERS.items()}
     tokenizers = (tokenizer_of(member(pipe, name), f"The pipeline's {name}") for name in ("tokenizer", "tokenizer_2"))
     return _bundle(
