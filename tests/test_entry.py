@@ -31,7 +31,7 @@ from vortex_core.checkpoint.entry import DamagedEntry, EntryFile
 from vortex_core.checkpoint.files import SafetensorsFiles
 from vortex_core.checkpoint.lock import Lock
 from vortex_core.checkpoint.materialize import Target, materialize
-from vortex_core.checkpoint.partial import partial
+from vortex_core.partial import partial
 from vortex_core.checkpoint.tensors import Stored
 from vortex_core.checkpoint.upload import PIECE
 from vortex_core.cli import app

@@ -185,7 +185,8 @@ def drawing(bench: Bench, stage: str, fault: str) -> None:
                 row.wrong.append("the engine goes on after it")
             except VortexError:
                 bench.engine.unload()
-            bench.engine = bench.load(vram_budget=bench.budget)
+            bench.witness.unload()  # the device is lost to every engine
+            bench.witness, bench.engine = bench.load(), bench.load(vram_budget=bench.budget)
         bench.then(row, lambda: bench.engine.generate(**draw), expected)
         bench.then(row, lambda: bench.engine.generate(**bench.draw))
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import secrets
 import tempfile
 from pathlib import Path
 
 from .errors import VortexInputError
+from .partial import temporary
 
 
 def check_folder(folder: Path) -> None:
@@ -44,21 +44,18 @@ def write(path: Path, data: bytes, *, replace: bool) -> None:
     """Write `data` to `path`, with the modes that the umask leaves.
 
     Raises `FileExistsError` where there is something and `replace` is False, and `OSError` where it cannot be written;
-    then nothing is left. A process that is killed leaves at most a hidden file that blocks nobody.
+    then nothing is left. What a killed process left goes with the next file that is written there.
     """
     if replace and path.exists() and not path.is_file():  # a pipe, /dev/null: it is written to, not replaced
         path.write_bytes(data)
         return
-    part = path.with_name(f".vortex-{secrets.token_hex(4)}.part")
-    try:
+    with temporary(path) as part:
         with part.open("xb") as file:
             file.write(data)
         if replace:
             part.replace(path)
         else:
             _name(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _name(part: Path, path: Path) -> None:

@@ -14,13 +14,13 @@ from . import __version__
 from .checkpoint.bundle import WORDS, describe, find_parts
 from .checkpoint.files import PICKLES
 from .checkpoint.materialize import Target, check
-from .checkpoint.partial import is_part, partial
 from .checkpoint.source import check_unchanged, identity
 from .checkpoint.write import CANONICAL, DIFFUSERS, Naming, Wanted, write_nf4
 from .conditioning import Modulation
 from .device import resolve_device
 from .errors import VortexCheckpointError, VortexInputError
 from .linear import ReferenceBackend
+from .partial import is_part, partial
 from .paths import expanded
 from .spec import FluxSpec
 from .transformer import Transformer

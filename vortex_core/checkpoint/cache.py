@@ -21,13 +21,13 @@ from pathlib import Path
 
 from .. import __version__
 from ..errors import VortexCheckpointError, VortexInputError, VortexWarning
+from ..partial import partial, parts, sweep
 from ..paths import expanded
 from .dialect import Part
 from .entry import DamagedEntry, EntryFile, manifest_of, metadata
 from .kept import Kept
 from .lock import Lock
 from .materialize import UNQUANTIZED, Target
-from .partial import partial, parts, sweep
 from .source import check_unchanged, identity
 from .tensors import Stored, Tensors
 from .write import Named, Wanted, write_nf4

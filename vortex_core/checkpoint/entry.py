@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from ..errors import VortexCheckpointError
+from ..partial import partial
 from .checksum import CHECKSUMS, checksum, numbers, pieces, split, words
 from .dtypes import DTYPES
 from .filebytes import FileBytes
-from .partial import partial
 from .upload import PIECE, THREADS, Upload, upload_to
 
 CPU = torch.device("cpu")

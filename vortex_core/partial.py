@@ -31,12 +31,19 @@ def partial(path: Path) -> Iterator[Path]:
 
     Removes what killed processes left in the folder. Raises `OSError`.
     """
+    with temporary(path) as written:
+        yield written
+        written.replace(path)
+
+
+@contextlib.contextmanager
+def temporary(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, of which nothing is left at the end. Else as `partial`."""
     sweep(path.parent)
     # its length does not grow with the name, which may be as long as names can be
     written = path.with_name(f".vortex-{HOST}-{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         yield written
-        written.replace(path)
     finally:
         with contextlib.suppress(OSError):
             written.unlink(missing_ok=True)
