@@ -24,19 +24,18 @@ from vortex_core import VortexCheckpointError, VortexInputError, nf4
 from vortex_core.checkpoint import cache as cache_module
 from vortex_core.checkpoint import entry as entry_module
 from vortex_core.checkpoint import lock as lock_module
-from vortex_core.checkpoint import partial as partial_module
 from vortex_core.checkpoint.cache import Cache, default_folder
 from vortex_core.checkpoint.dialect import Part
 from vortex_core.checkpoint.entry import DamagedEntry, EntryFile
 from vortex_core.checkpoint.files import SafetensorsFiles
 from vortex_core.checkpoint.lock import Lock
 from vortex_core.checkpoint.materialize import Target, materialize
-from vortex_core.partial import partial
 from vortex_core.checkpoint.tensors import Stored
 from vortex_core.checkpoint.upload import PIECE
 from vortex_core.cli import app
 from vortex_core.errors import VortexWarning
 from vortex_core.linear import ReferenceBackend
+from vortex_core.partial import HOST, partial
 from vortex_core.paths import expanded
 
 CPU = torch.device("cpu")
@@ -478,7 +477,7 @@ def gone() -> int:
 
 
 def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
-    here, now = partial_module.HOST, time.time()
+    here, now = HOST, time.time()
     left = [
         f".vortex-{here}-{gone()}-00000001.part",
         f".t5-{'0' * 24}.safetensors.{gone()}.part",  # as they were named before
