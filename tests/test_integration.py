@@ -53,6 +53,13 @@ def actor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         yield Actor(engine, 512, full=True)
 
 
+def test_the_smallest_pictures(actor: Actor) -> None:
+    for side in (64, 96):
+        picture = actor.draw(height=64, width=side, batch_size=2)
+        assert picture.shape == (2, 64, side, 3)
+        assert picture.isfinite().all()
+
+
 def test_standard_actor_generation(actor: Actor) -> None:
     actor.draw()
     if actor.full:

@@ -29,30 +29,33 @@ def test_quantize_equals_the_naive_quantizer(shape: tuple[int, int], dtype: torc
     assert torch.equal(ours.packed, naive.packed)
 
 
-@pytest.mark.parametrize("body", ["missing", "fails", "wrong"])
-def test_without_bitsandbytes_it_is_quantized_all_the_same(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, body: str
-) -> None:
+def test_bitsandbytes_quantizes_where_it_does_so_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object, **options: object) -> None:
         raise OSError("libbitsandbytes_cpu.so: cannot open shared object file")
 
-    weight = torch.randn(65, 192, generator=torch.Generator().manual_seed(0))
-    expected = nf4.quantize(weight)
-    if body == "missing":
-        monkeypatch.setattr(nf4, "missing", lambda module: "does not import (No module named 'bitsandbytes')")
-    elif body == "fails":
-        monkeypatch.setattr(bnb, "quantize_4bit", fail)
-    else:
-        real = bnb.quantize_4bit
-        monkeypatch.setattr(bnb, "quantize_4bit", lambda w, **options: real(w + 1, **options))
-    nf4._quantizer.cache_clear()
-    try:
-        found = nf4.quantize(weight)
-    finally:
-        nf4._quantizer.cache_clear()
-    assert torch.equal(found.packed, expected.packed)
-    assert torch.equal(found.absmax, expected.absmax)
-    assert "bitsandbytes declined on cpu" in caplog.text
+    assert nf4._declined(CPU) is None
+    weight, real = torch.randn(65, 192, generator=torch.Generator().manual_seed(0)), bnb.quantize_4bit
+    ours, naive = nf4._quantize_bitsandbytes(weight), nf4.quantize_reference(weight)
+    assert torch.equal(ours.packed, naive.packed)
+    assert torch.equal(ours.absmax, naive.absmax)
+    monkeypatch.setattr(bnb, "quantize_4bit", fail)
+    assert "cannot open shared object" in str(nf4._declined(CPU))
+    monkeypatch.setattr(bnb, "quantize_4bit", lambda w, **options: real(w + 1, **options))
+    assert "comes out otherwise" in str(nf4._declined(CPU))
+    monkeypatch.setattr(nf4, "missing", lambda module: "does not import (No module named 'bitsandbytes')")
+    assert "does not import" in str(nf4._declined(CPU))
+
+
+def test_without_bitsandbytes_it_is_quantized_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    card = torch.device("cuda", 7)  # of which there need not be one
+    monkeypatch.setattr(nf4, "_declined", lambda device: "it is broken")
+    assert nf4._quantizer.__wrapped__(card) is nf4.quantize_reference
+    assert "bitsandbytes declined on cuda:7: it is broken" in caplog.text
+    monkeypatch.setattr(nf4, "_declined", lambda device: None)
+    assert nf4._quantizer.__wrapped__(card) is nf4._quantize_bitsandbytes
+    assert nf4._quantizer.__wrapped__(CPU) is nf4.quantize_reference
 
 
 def test_the_reference_quantizes_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,16 +121,20 @@ def test_backends_agree_on_cuda_without_allocating() -> None:
 
 def test_the_choice_of_backend_says_why(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     caplog.set_level(logging.INFO, "vortex_core")
-    assert choose_backend(CPU).name == "bitsandbytes"
-    assert "triton declined: they need CUDA, not cpu" in caplog.text
-    assert choose_backend(CPU, "reference").name == "reference"
+    card = torch.device("cuda", 7)  # of which there need not be one
+    assert choose_backend(CPU).name == choose_backend(CPU, "reference").name == "reference"
+    assert choose_backend(CPU, "bitsandbytes").name == "bitsandbytes"
+    monkeypatch.setattr("vortex_core.linear.fused_declined", lambda device: "no compiler")
+    monkeypatch.setattr("vortex_core.linear.bitsandbytes_declined", lambda device: None)
+    assert choose_backend(card).name == "bitsandbytes"
+    assert "NF4 backend: bitsandbytes on cuda:7 (triton declined: no compiler)" in caplog.text
     monkeypatch.setattr("vortex_core.linear.bitsandbytes_declined", lambda device: "no kernel for it")
-    assert choose_backend(CPU).name == "reference"
+    assert choose_backend(card).name == "reference"
     assert "bitsandbytes declined: no kernel for it" in caplog.text
     with pytest.raises(VortexInputError, match="no kernel for it"):
         choose_backend(CPU, "bitsandbytes")
     monkeypatch.setattr("vortex_core.linear.fused_declined", lambda device: None)
-    assert choose_backend(CPU).name == "triton"
+    assert choose_backend(card).name == "triton"
 
 
 def test_an_unknown_backend_is_refused() -> None:

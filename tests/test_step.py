@@ -388,6 +388,21 @@ def test_an_fp8_product_is_as_close_as_fp8_allows(batch: int) -> None:
     assert ((out - linear(x)).abs() / length).max() < 0.013
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 16, 42, 43, 63, 64])
+@pytest.mark.parametrize("width", [3072, 12288, 15360])
+def test_an_fp8_product_of_few_rows(rows: int, width: int) -> None:
+    """The smallest pictures have 16 tokens; cuBLASLt refused up to 42 with a bias."""
+    torch.manual_seed(0)
+    x, weight = (torch.randn(n, width, device="cuda").to(FP8) for n in (rows, 3072))
+    scale, scales = (torch.rand(n, device="cuda") for n in (rows, 3072))
+    bias = torch.randn(3072, device="cuda", dtype=torch.bfloat16)
+    out = torch.full((rows, 3072), torch.nan, device="cuda", dtype=torch.bfloat16)
+    product(x, scale, weight, scales, bias, out)
+    expected = (x.float() * scale[:, None]) @ (weight.float() * scales[:, None]).t() + bias
+    torch.testing.assert_close(out.float(), expected, rtol=0.02, atol=0.5)
+
+
 def denoised(engine: Engine, seed: int, prompt: str) -> Tensor:
     conditioning, img = engine.encode(prompt), sampling.pack(sampling.noise(seed, 1, 128, 128))
     txt, pe = engine._model.transformer.txt_in(conditioning.txt), rope(engine, 128, 128)

@@ -727,6 +727,7 @@ def test_a_job_that_only_the_return_of_an_asked_function_would_serve_is_given_up
         (RuntimeError("Triton Error [CUDA]: misaligned address"), True),
         (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLtMatmulAlgoGetHeuristic`"), False),
         (RuntimeError("CUDA error: out of memory"), False),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), False),
         (torch.OutOfMemoryError("CUDA error"), False),

@@ -145,9 +145,9 @@ class Engine:
         worker = worker_of(resolve_device(options[0]))
 
         def load() -> Engine:
+            bundle = opened()  # before any memory is taken
             blas_of(worker.device).ensure(())  # before samples are multiplied, to see what it takes
             setup = Setup.check(*options)
-            bundle = opened()
             return cls(bundle, setup, Painter.load(bundle, setup, capped, on_progress, cache), worker)
 
         release = worker.attach(load)  # so that the thread ends if the load fails

@@ -28,6 +28,9 @@ from .packages import first_line, missing
 
 log = logging.getLogger(__name__)
 
+# rows of a product in fp8, below which cuBLASLt has none with a bias for every width: up to 42, 12,288 and more (H200)
+FEW = 64
+
 
 class Backend(ABC):
     """A way to decode NF4 weights. The result is valid until the next `decode` on the same lane.
@@ -196,10 +199,13 @@ def product(
         return
     assert row_scale is not None
     if x.device.type == "cuda":
+        apart = len(x) < FEW
         torch._scaled_mm(
-            x, weight.t(), scale[:, None], row_scale[None, :], bias,
+            x, weight.t(), scale[:, None], row_scale[None, :], None if apart else bias,
             out_dtype=out.dtype, use_fast_accum=True, out=out,
         )  # fmt: skip
+        if apart and bias is not None:
+            out.add_(bias)
     else:  # the same numbers, so that fidelity can be judged anywhere
         y = (x.float() * scale[:, None]) @ (weight.float() * row_scale[:, None]).t()
         out.copy_(y if bias is None else y + bias)

@@ -95,25 +95,31 @@ def quantize(weight: Tensor, name: str = "weight") -> NF4Weight:
 
 @cache
 def _quantizer(device: torch.device) -> Quantizer:
-    """The fastest that finds the levels themselves again on `device`. Logs why bitsandbytes was declined."""
-    import torch
-
+    """The fastest on `device`. Logs why bitsandbytes was declined."""
     if device.type == "cpu":  # where plain torch is as fast, byte for byte the same, and imported already
         return quantize_reference
-    sample = torch.tensor(LEVELS, device=device).repeat(2, 2 * BLOCK // len(LEVELS)) * 0.5
+    why = _declined(device)
+    if why is None:
+        return _quantize_bitsandbytes
+    log.warning("NF4 is quantized by plain torch, slower; bitsandbytes declined on %s: %s", device, why)
+    return quantize_reference
+
+
+def _declined(device: torch.device) -> str | None:
+    """Why bitsandbytes cannot quantize on `device`, or None if it finds the levels themselves again."""
+    import torch
+
     why = missing("bitsandbytes.functional")
+    if why is not None:
+        return why
+    sample = torch.tensor(LEVELS, device=device).repeat(2, 2 * BLOCK // len(LEVELS)) * 0.5
     try:
-        if why is None:
-            found = dequantize(_quantize_bitsandbytes(sample), torch.float32)
-            if torch.equal(found, sample):
-                return _quantize_bitsandbytes
-            why = "a sample comes out otherwise than the reference's"
+        found = dequantize(_quantize_bitsandbytes(sample), torch.float32)
     except torch.OutOfMemoryError:  # which says nothing of this install, and is not to be remembered
         raise
     except Exception as error:  # of many kinds, and each only means: not with it
-        why = first_line(error)
-    log.warning("NF4 is quantized by plain torch, slower; bitsandbytes declined on %s: %s", device, why)
-    return quantize_reference
+        return first_line(error)
+    return None if torch.equal(found, sample) else "a sample comes out otherwise than the reference's"
 
 
 def _quantize_bitsandbytes(weight: Tensor) -> NF4Weight:

@@ -39,7 +39,8 @@ PATIENCE = 0.5  # seconds that an asked function may take before others' jobs ar
 HELD_UP = 10.0  # seconds that it may take while somebody waits whom only its return would serve
 WAIT = 0.1  # seconds a caller waits at a time: Windows may not interrupt a lock
 LOST = re.compile(r"CUDA (driver )?error|Triton Error \[CUDA\]|CU(BLAS|DNN)_STATUS_(EXECUTION|INTERNAL)")
-NOT_LOST = re.compile("out of memory|ALLOC_FAILED", re.IGNORECASE)
+# a library that refuses a call, or has no memory for it, leaves the device as it was
+NOT_LOST = re.compile(r"out of memory|_STATUS_(?!EXECUTION|INTERNAL|MAPPING)", re.IGNORECASE)
 
 T = TypeVar("T")
 
