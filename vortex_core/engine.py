@@ -145,6 +145,7 @@ class Engine:
         worker = worker_of(resolve_device(options[0]))
 
         def load() -> Engine:
+            loading.check_options(worker.device, *options[1:])
             bundle = opened()  # before any memory is taken
             blas_of(worker.device).ensure(())  # before samples are multiplied, to see what it takes
             setup = Setup.check(*options)

@@ -63,15 +63,8 @@ class Setup:
     ) -> Setup:
         """Check `Engine.load`'s options, and try samples of the kernels. Raises what `Engine.load` does."""
         where = resolve_device(device)
-        check_choice("quantization", quantization, QUANTIZATIONS)
-        check_choice("mode", mode, MODES)
-        if not isinstance(backend, str | None):
-            raise VortexInputError(f"Unknown backend {quoted(backend)}; choose from {', '.join(BACKENDS)}.")
-        if dtype is not None and dtype not in DTYPES:
-            raise VortexInputError(f"dtype is one of {', '.join(map(str, DTYPES))}, not {quoted(dtype)}.")
-        total = snapshot(where).total if where.type == "cuda" else None
+        budget = check_options(where, quantization, dtype, backend, vram_budget, mode)
         dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
-        budget = check_budget(vram_budget, total)
         try:
             decoder = choose_backend(where, backend) if quantization == "nf4" else None
             mode, kernels = choose_mode(mode, where, dtype, decoder), choose_kernels(where)
@@ -79,6 +72,24 @@ class Setup:
         except torch.OutOfMemoryError as error:
             raise out_of_memory("There is no room to try the kernels", where, None) from error.with_traceback(None)
         return cls(where, quantization, dtype, decoder, budget, mode, kernels, fp8_attention)
+
+
+def check_options(
+    where: torch.device,
+    quantization: str,
+    dtype: torch.dtype | None,
+    backend: str | None,
+    vram_budget: float | None,
+    mode: str,
+) -> int | None:
+    """What can be told of `Engine.load`'s options before anything is tried; the budget in bytes."""
+    check_choice("quantization", quantization, QUANTIZATIONS)
+    check_choice("mode", mode, MODES)
+    if backend is not None:
+        check_choice("backend", backend, BACKENDS)
+    if dtype is not None and dtype not in DTYPES:
+        raise VortexInputError(f"dtype is one of {', '.join(map(str, DTYPES))}, not {quoted(dtype)}.")
+    return check_budget(vram_budget, snapshot(where).total if where.type == "cuda" else None)
 
 
 def choose_mode(mode: str, device: torch.device, dtype: torch.dtype, backend: Backend | None) -> str:
