@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..vortex_core.errors import VortexError, VortexInputError
+from ..vortex_core.errors import VortexError, VortexInputError, quoted
+from ..vortex_core.numeric import finite
 
 MODEL = "VORTEX_MODEL"
 
@@ -43,8 +43,9 @@ class Model:
     parts: tuple[tuple[str, Path], ...] = ()
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.vram_budget) and self.vram_budget > 0):
-            raise VortexInputError(f"vram_budget must be a number of GB above 0, not {self.vram_budget}.")
+        budget = finite(self.vram_budget)
+        if budget is None or budget <= 0:
+            raise VortexInputError(f"vram_budget must be a number of GB above 0, not {quoted(self.vram_budget)}.")
 
     @property
     def key(self) -> tuple[str, str]:

@@ -128,8 +128,10 @@ class Target:
             sys.modules.update(self.host.modules())
             place = self.folder / "host" / "models" / "diffusers"
             place.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileExistsError):
-                (place / "micro").symlink_to(self.micro)
+            if not (place / "micro").exists():  # of the other process: a link out of the folder would be refused
+                shutil.copytree(self.micro, place / f"micro-{os.getpid()}")
+                with contextlib.suppress(OSError):
+                    (place / f"micro-{os.getpid()}").rename(place / "micro")
         handle, *_ = node("VortexFluxLoader").load(*(values[name] for name in LOADER))
         options = {name: value for name, value in values.items() if name not in LOADER}
         images, _ = node("VortexSchnellSampler").sample(handle, **options)

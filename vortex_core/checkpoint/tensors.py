@@ -29,6 +29,7 @@ FP8_SCALES = (".scale_weight", ".weight_scale")  # ComfyUI's older and newer nam
 FP8_OTHERS = (".scale_input", ".input_scale", COMFY)
 FP8_TYPES = ("F8_E4M3", "F8_E5M2")
 SCALES = ("F64", "F32", "F16", "BF16")
+PACKED = ("U8", "I8", "F16", "BF16", "F32")  # what bitsandbytes stores its bytes as
 FLOATS = (*SCALES, *FP8_TYPES)
 AGAIN = "The file is damaged or of another kind; download it again."
 QUOTES = "'\""
@@ -240,8 +241,8 @@ class Stored:
     def _check_nf4(self, name: str, state: State) -> None:
         blocks = state.n * state.k // BLOCK
         nbytes = self.raw.nbytes(self.prefix + name)  # of whatever type the bytes wear
-        if nbytes != state.n * state.k // 2:
-            dtype = self.raw.dtype(self.prefix + name)
+        dtype = self.raw.dtype(self.prefix + name)
+        if nbytes != state.n * state.k // 2 or dtype not in PACKED:
             raise self._error(name, f"holds {nbytes} bytes of {dtype}; expected {state.n * state.k // 2}. {AGAIN}")
         self._expect(f"{name}.quant_map", SCALES, len(LEVELS))
         if state.nested is None:
