@@ -35,13 +35,13 @@ from vortex_core import (
     finite,
     load_flux_schnell,
     painter,
-    png,
     residency,
     transformer,
     vae,
     worker,
 )
 from vortex_core.planner import smallest_budget
+from vortex_core.png import save_png
 
 PROMPT = "a yellow square"
 SMALL: dict[str, Any] = {"height": 64, "width": 64, "steps": 2}
@@ -406,7 +406,7 @@ def test_a_forked_process_is_told_at_once_and_may_load_anew(engine: Engine, tiny
 # Pictures that are not finite
 
 
-def test_a_picture_that_is_not_finite_is_an_error(alone: Engine) -> None:
+def test_a_picture_that_is_not_finite_is_an_error(alone: Engine, tmp_path: Path) -> None:
     expected = draw(alone)
     bias = alone._model.decoder.conv_out.bias
     good = bias.clone()
@@ -420,7 +420,8 @@ def test_a_picture_that_is_not_finite_is_an_error(alone: Engine) -> None:
         bias.copy_(good)
     assert torch.equal(draw(alone), expected)
     with pytest.raises(NotFiniteError, match="The picture is not finite"):
-        png.encode(expected[0] * float("nan"), "")
+        save_png(expected[0] * float("nan"), tmp_path / "p.png", {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_weights_that_are_not_finite_are_found_where_a_prompt_is_encoded(alone: Engine) -> None:

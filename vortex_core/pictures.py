@@ -67,7 +67,7 @@ class Pictures:
         high, wide, _ = picture.shape
         made = parameters(self.prompt, steps=self.steps, seed=seed, width=wide, height=high, model=model)
         with cancel.held():
-            kept = keep(path, encode(picture, made), replace=self.replace)
+            kept = keep(path, encode(picture, {"parameters": made}), replace=self.replace)
             cancel.tally.written += 1
         if kept != path:
             err().say(("note:", "yellow"), f" {path} was made by somebody else meanwhile and is left alone.")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__
+from .disk import write
 from .errors import VortexError
 from .foreign import printable
 
@@ -24,8 +27,13 @@ def check_writer() -> None:
         ) from error
 
 
-def encode(picture: Tensor, parameters: str) -> bytes:
-    """A float `[H, W, 3]` picture in 0..1 as a PNG file with `parameters` as its text.
+def save_png(picture: Tensor, path: Path, texts: Mapping[str, str]) -> None:
+    """Write `encode`'s file to `path`, whole or not at all. Raises what that does, and `OSError`."""
+    write(path, encode(picture, texts), replace=True)
+
+
+def encode(picture: Tensor, texts: Mapping[str, str]) -> bytes:
+    """A float `[H, W, 3]` picture in 0..1 as a PNG file that carries `texts`, and who wrote it.
 
     ComfyUI's names (`prompt`, `workflow`) hold its own JSON; AUTOMATIC1111's `parameters` is what everybody reads.
     Raises `NotFiniteError` for NaN.
@@ -37,7 +45,7 @@ def encode(picture: Tensor, parameters: str) -> bytes:
 
     check_finite(picture, "The picture")
     info = PngInfo()
-    for key, text in {"parameters": parameters, "Software": f"vortex {__version__}"}.items():
+    for key, text in {**texts, "Software": f"vortex {__version__}"}.items():
         # iTXt takes every character; readers that know only tEXt are served wherever that can be
         (info.add_text if text.isascii() else info.add_itxt)(key, text)
     levels = picture.mul(255).round().byte().cpu()
