@@ -39,11 +39,14 @@ class Decoder:
 
     def decode(self, samples_in: Tensor, vae_options: object = None) -> Tensor:
         """LATENT samples `[B, 16, H/8, W/8]` to IMAGE `[B, H, W, 3]`."""
+        from ..vortex_core.finite import check_finite
         from ..vortex_core.request import check_latents
 
         check_latents(samples_in, CHANNELS)
         with engines.torchs_own_memory_errors():
-            return engines.acquire(self.model).decode(host.from_native(samples_in)).cpu()
+            pictures = engines.acquire(self.model).decode(host.from_native(samples_in)).cpu()
+        check_finite(pictures, "The picture of these latents")
+        return pictures
 
     def decode_tiled(self, samples: Tensor, *tiles: object, **tiling: object) -> Tensor:
         """Whole all the same: the engine decodes within its budget, and tiles would change the picture."""

@@ -200,7 +200,9 @@ def press_download(page: Page) -> None:
         if (found) found.click()
         return pressed.length > 0"""
     page.until(lambda: page.js(code))
-    assert set(page.js("return pressed")) == {workflows.DOWNLOAD["url"]}
+    # older front ends open the repository's page where they cannot ask for the file's size, as here without a network
+    url = workflows.DOWNLOAD["url"]
+    assert set(page.js("return pressed")) in ({url}, {url.partition("/resolve/")[0]})
 
 
 @pytest.mark.parametrize("name", workflows.WORKFLOWS)

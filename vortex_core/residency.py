@@ -75,9 +75,10 @@ def _register(memory: Tensor) -> str | None:
 
 
 def _unregister(memory: Tensor) -> None:
-    torch.cuda.synchronize()  # a copy may still be on its way
-    runtime: Any = torch.cuda.cudart()
-    runtime.cudaHostUnregister(memory.data_ptr())
+    with contextlib.suppress(RuntimeError):  # the device is lost, and its driver keeps nothing for us
+        torch.cuda.synchronize()  # a copy may still be on its way
+        runtime: Any = torch.cuda.cudart()
+        runtime.cudaHostUnregister(memory.data_ptr())
 
 
 class Unit:
