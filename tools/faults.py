@@ -248,12 +248,12 @@ def plot_fails(bench: Bench, fault: str) -> None:
     sys.path.append(str(Path(__file__).parent.parent / "tests"))
     from fake_host import FakeHost, node
 
-    error = {"exception": Injected("no plot"), "out of memory": MemoryError("no room for a plot")}[fault]
+    error = {"exception": Injected, "out of memory": MemoryError}[fault]
     calls = []
 
     def draw(canvas: object) -> None:
         calls.append(canvas)
-        raise error
+        raise error("no plot")  # a new one: its traceback keeps what is in its frames
 
     def once(row: Row) -> None:
         host = FakeHost(bench.out)
@@ -330,6 +330,15 @@ def run(model: str | Path, device: str, size: int, times: int, seed: int, only: 
                 bench.witness.unload()
 
 
+PAGE = """# Faults, and what comes after them
+
+Written by `python tools/faults.py --times {times} --table docs/faults.md`, on a CPU with the miniature. Each fault is
+injected at places drawn at random in its stage. After each, the next picture is compared bit for bit with that of an
+undisturbed engine, memory is counted, and folders are searched for temporary files.
+
+{table}"""
+
+
 def table(rows: list[Row]) -> str:
     """Markdown."""
     head = ("Stage", "Fault", "Injected", "What happened", "After it")
@@ -351,7 +360,7 @@ def main() -> int:
     started = time.perf_counter()
     rows = run(given.model, given.device, given.size, given.times, given.seed, given.only)
     if given.table is not None:
-        given.table.write_text(table(rows))
+        given.table.write_text(PAGE.format(times=given.times, table=table(rows)))
     figures = {
         "faults": len(rows),
         "injected": sum(row.injected for row in rows),
