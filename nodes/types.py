@@ -9,6 +9,8 @@ from typing import Any
 
 from ..vortex_core.errors import VortexError, VortexInputError, quoted
 from ..vortex_core.numeric import finite
+from ..vortex_core.request import check_choice
+from ..vortex_core.spec import MODES
 
 MODEL = "VORTEX_MODEL"
 
@@ -43,6 +45,7 @@ class Model:
     parts: tuple[tuple[str, Path], ...] = ()
 
     def __post_init__(self) -> None:
+        check_choice("mode", self.mode, MODES)
         budget = finite(self.vram_budget)
         if budget is None or budget <= 0:
             raise VortexInputError(f"vram_budget must be a number of GB above 0, not {quoted(self.vram_budget)}.")

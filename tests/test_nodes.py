@@ -295,6 +295,15 @@ def test_what_cannot_be_drawn_is_refused_before_a_model_is_loaded(
 
 
 @pytest.mark.parametrize(
+    ("budget", "mode"), [("6", "exact"), ([], "exact"), (6.5, []), (6.5, {"a": 1}), (6.5, "quick")]
+)
+def test_values_that_only_the_api_can_send_are_refused(comfy: FakeHost, budget: Any, mode: Any) -> None:
+    with pytest.raises(Exception, match=r"vram_budget must be a number|Unknown mode") as refusal:
+        node("VortexFluxLoader").load("tiny-schnell", budget, mode)
+    assert type(refusal.value).__name__ == "VortexInputError"
+
+
+@pytest.mark.parametrize(
     ("inputs", "message"),
     [
         ({}, None),

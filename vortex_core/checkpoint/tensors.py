@@ -314,8 +314,8 @@ class Stored:
             absmax = self._read(f"{name}.absmax", device)
         else:
             block, offset = state.nested
-            levels = self._read(f"{name}.nested_quant_map", device)
-            scales = self._read(f"{name}.nested_absmax", device).repeat_interleave(block)
+            levels = self._read(f"{name}.nested_quant_map", device).view(-1)
+            scales = self._read(f"{name}.nested_absmax", device).view(-1).repeat_interleave(block)
             absmax = self.raw.read(f"{whole}.absmax", device)
             absmax = levels[absmax.view(-1).int()] * scales[: absmax.numel()] + offset
         packed = self.raw.read(whole, device).view(-1).view(torch.uint8).view(state.n, state.k // 2)
