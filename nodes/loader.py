@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..vortex_core.spec import MODES
 from . import engines
 from .models import OWN, available, choices, find
 from .types import MODEL, Model, verdict
@@ -79,7 +80,7 @@ class NF4FluxLoader:
     ) -> str | bool:
         """Whether these files would do, or why not, before anything of a workflow runs. A linked input is None."""
         return verdict(
-            lambda: model is None or find(model, 1.0, "", clip=clip_l or OWN, t5=t5xxl or OWN, vae=vae or OWN)
+            lambda: model is None or find(model, 1.0, MODES[0], clip=clip_l or OWN, t5=t5xxl or OWN, vae=vae or OWN)
         )
 
     @classmethod
