@@ -16,11 +16,12 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import Any
 
+from ..vortex_core.checkpoint.formats import ARCHITECTURES
 from ..vortex_core.errors import VortexCheckpointError, VortexError, quoted
 from . import places
 from .places import MODELS, PARTS
 
-READ = ("flux", "pig", "t5", "t5encoder", None)  # `pig` is what one public converter writes of any model
+READ = (*ARCHITECTURES, None)  # of GGUF files; some do not say
 ARCHITECTURE = b"general.architecture"
 PATIENCE = 0.3  # seconds for reading headers, after which lists are made of what was read
 AT_LEAST = 64  # headers that are read for a list, however long that takes; one takes some milliseconds

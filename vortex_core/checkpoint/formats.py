@@ -60,7 +60,7 @@ FORMATS = (
 FP8 = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}  # ComfyUI's words for a layer's format that are read
 HARMLESS = ("format", "full_precision_matrix_mult")  # what it says of a layer besides
 LAYERS = "_quantization_metadata"
-ARCHITECTURES = ("flux", "pig", "t5", "t5encoder")
+ARCHITECTURES = ("flux", "pig", "t5", "t5encoder")  # `pig` is what one public converter writes of any model
 BEGINNINGS = (
     (
         b"version https://git-lfs",
