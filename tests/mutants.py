@@ -162,4 +162,4 @@ def _seen(bundle: Bundle) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # one prompt is too long, on purpose
         tokens = [tokenize_prompt(*tokenizers, words) for words in PROMPTS]
-    return bundle.flux, bundle.vae, bundle.clip, bundle.t5, tokens
+    return bundle.spec.flux, bundle.spec.vae, bundle.spec.clip, bundle.spec.t5, tokens

@@ -20,7 +20,7 @@ def transformer(folder: Path) -> dict[str, Tensor]:
     """BFL's names."""
     bundle = open_bundle(folder)
     with torch.device("meta"):
-        modules = (Transformer(bundle.flux), Modulation(bundle.flux))
+        modules = (Transformer(bundle.spec.flux), Modulation(bundle.spec.flux))
     names = [name for module in modules for name, _ in module.named_parameters()]
     return {name: bundle.tensors("transformer").read(name).contiguous() for name in names}
 
@@ -44,7 +44,7 @@ def vae(folder: Path) -> dict[str, Tensor]:
     """The decoder under BFL's names."""
     bundle = open_bundle(folder)
     with torch.device("meta"):
-        decoder = Decoder(bundle.vae)
+        decoder = Decoder(bundle.spec.vae)
     return {f"decoder.{name}": bundle.tensors("vae").read(name).contiguous() for name, _ in decoder.named_parameters()}
 
 

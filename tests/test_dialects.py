@@ -34,7 +34,7 @@ def bundle(tiny_dir: Path) -> Bundle:
 def canonical(bundle: Bundle) -> dict[str, Tensor]:
     """The miniature's transformer under BFL's names, as a single file has it."""
     with torch.device("meta"):
-        modules = (Transformer(bundle.flux), Modulation(bundle.flux))
+        modules = (Transformer(bundle.spec.flux), Modulation(bundle.spec.flux))
     names = [name for module in modules for name, _ in module.named_parameters()]
     return {name: bundle.tensors("transformer").read(name).contiguous() for name in names}
 
@@ -42,7 +42,7 @@ def canonical(bundle: Bundle) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def linears(bundle: Bundle) -> set[str]:
     with torch.device("meta"):
-        modules = (Transformer(bundle.flux), Modulation(bundle.flux))
+        modules = (Transformer(bundle.spec.flux), Modulation(bundle.spec.flux))
     named = [pair for module in modules for pair in module.named_modules()]
     return {f"{name}.weight" for name, part in named if isinstance(part, nn.Linear) and is_quantized(part, name)}
 
@@ -77,7 +77,7 @@ def test_a_bfl_single_file(
     path = tmp_path / "flux1-schnell.safetensors"
     save_file({prefix + name: tensor for name, tensor in canonical.items()}, path)
     assert words(path) == "BFL names, bf16"
-    assert open_bundle(path, tokenizers=tiny_dir, **parts_of(tiny_dir)).flux == open_bundle(tiny_dir).flux
+    assert open_bundle(path, tokenizers=tiny_dir, **parts_of(tiny_dir)).spec == open_bundle(tiny_dir).spec
     assert torch.equal(draw(path, tiny_dir), engine.generate(PROMPT, **DRAW))
 
 
@@ -96,8 +96,8 @@ def test_one_file_with_everything(tmp_path: Path, tiny_dir: Path, engine: Engine
     save_file(tensors, path)
     found = open_bundle(path, tokenizers=tiny_dir)
     config = json.loads((tiny_dir / "vae" / "config.json").read_text())
-    assert found.vae.channels == tuple(config["block_out_channels"])
-    assert found.vae.layers == config["layers_per_block"]
+    assert found.spec.vae.channels == tuple(config["block_out_channels"])
+    assert found.spec.vae.layers == config["layers_per_block"]
     # a file does not say how many groups a norm has, and FLUX's 32 are not the miniature's: take that VAE's folder
     with load_flux_schnell(path, device="cpu", tokenizers=tiny_dir, vae=tiny_dir / "vae") as whole:
         assert torch.equal(whole.generate(PROMPT, **DRAW), engine.generate(PROMPT, **DRAW))

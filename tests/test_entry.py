@@ -29,7 +29,7 @@ from vortex_core.checkpoint.dialect import Part
 from vortex_core.checkpoint.entry import DamagedEntry, EntryFile
 from vortex_core.checkpoint.files import SafetensorsFiles
 from vortex_core.checkpoint.lock import Lock
-from vortex_core.checkpoint.materialize import Target, materialize
+from vortex_core.checkpoint.materialize import Target, materialize, pack
 from vortex_core.checkpoint.tensors import Stored
 from vortex_core.checkpoint.upload import PIECE
 from vortex_core.cli import app
@@ -62,7 +62,8 @@ class Source:
 
     def keep(self, folder: Path | None = None) -> dict[str, Tensor]:
         """Every tensor, read through the cache into a module as a load does; packed weights as bytes."""
-        filled, target = module(), Target(CPU, torch.float32, ReferenceBackend(), self.progress)
+        filled, target = module(), Target(CPU, torch.float32, self.progress)
+        pack(filled, "", ReferenceBackend())
         tensors = Cache(folder or self.folder).quantized(self.part(), "t5", [(filled, "")], target)
         materialize(filled, tensors, target)
         return {name: value.clone() for name, value in filled.state_dict().items()}
@@ -334,7 +335,7 @@ def test_no_home_folder_costs_the_cache_only(source: Source, monkeypatch: pytest
     monkeypatch.setattr(Path, "home", none)
     part, filled = source.part(), module()
     with pytest.warns(VortexWarning, match=r"no home folder.*VORTEX_CACHE"):
-        tensors = Cache().quantized(part, "t5", [(filled, "")], Target(CPU, torch.float32, ReferenceBackend()))
+        tensors = Cache().quantized(part, "t5", [(filled, "")], Target(CPU, torch.float32))
     assert not Cache().lacks(part, "t5")
     assert tensors is part.tensors
     said = CliRunner().invoke(app, ["cache", "list"])

@@ -13,8 +13,9 @@ from torch.nn import Conv2d, LayerNorm, Linear
 from vortex_core import residency
 from vortex_core.arena import Region
 from vortex_core.errors import VortexWarning
+from vortex_core.host_memory import HostMemory
 from vortex_core.placement import Placement
-from vortex_core.residency import HostMemory, Stager, Unit, nbytes
+from vortex_core.residency import Stager, Unit, nbytes
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -202,8 +203,8 @@ class Runtime:
 
 def test_pinned_memory_is_exact_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = Runtime(error=0)
-    monkeypatch.setattr(residency.torch.cuda, "cudart", lambda: runtime)
-    monkeypatch.setattr(residency.torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     memory = HostMemory(1000, pin=True)
     assert list(runtime.registered.values()) == [1000]
     assert memory.pinned == 1000
@@ -215,7 +216,7 @@ def test_pinned_memory_is_exact_and_given_back(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_no_pinned_memory_warns_and_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(residency.torch.cuda, "cudart", lambda: Runtime(error=2))
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: Runtime(error=2))
     with pytest.warns(VortexWarning, match=r"No pinned host memory for 0.00 GB \(error 2\)"):
         memory = HostMemory(1000, pin=True)
     assert memory.pinned == 0
@@ -224,7 +225,7 @@ def test_no_pinned_memory_warns_and_works(monkeypatch: pytest.MonkeyPatch) -> No
     def broken() -> SimpleNamespace:
         raise RuntimeError("no accelerator\nlong\nstory")
 
-    monkeypatch.setattr(residency.torch.cuda, "cudart", broken)
+    monkeypatch.setattr(torch.cuda, "cudart", broken)
     with pytest.warns(VortexWarning, match=r"\(no accelerator\)"):
         HostMemory(1000, pin=True)
 
@@ -296,8 +297,8 @@ def test_a_copy_waits_for_the_products_before_it_and_they_for_the_copy(monkeypat
 
     card = torch.device("cuda", 1)
     monkeypatch.setattr(residency, "streams_of", lambda device: SimpleNamespace(copy=Stream("copies")))
-    monkeypatch.setattr(residency.torch.cuda, "current_stream", lambda device: Stream(f"products of {device}"))
-    monkeypatch.setattr(residency.torch.cuda, "stream", Inside)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(f"products of {device}"))
+    monkeypatch.setattr(torch.cuda, "stream", Inside)
     copies = residency.CopyStream(card)
     token = copies.copy(Target(), "weights")  # type: ignore[arg-type]
     copies.wait(token)

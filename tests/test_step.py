@@ -214,25 +214,6 @@ def test_a_piecewise_graph_replays_graphs_and_what_the_host_does_between(monkeyp
     assert next(errors, None) is None
 
 
-@pytest.mark.parametrize(
-    ("error", "kind"),
-    [
-        (RuntimeError("CUDA error: out of memory"), torch.OutOfMemoryError),  # the driver's, which torch only passes on
-        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError),
-        (RuntimeError("CUDA error: an illegal memory access"), RuntimeError),
-    ],
-)
-def test_a_replay_that_runs_out_of_memory_says_so_as_torch_does(error: RuntimeError, kind: type) -> None:
-    def fails() -> None:
-        raise error
-
-    recording = PiecewiseGraph("pool")
-    recording._parts.append(fails)
-    with pytest.raises(RuntimeError, match=str(error)) as raised:
-        recording.replay()
-    assert raised.type is kind
-
-
 @torch.inference_mode()
 def test_a_capture_that_fails_leaves_no_graph_and_no_pool(
     engine: Engine, transformer: Transformer, monkeypatch: pytest.MonkeyPatch
@@ -400,7 +381,8 @@ def test_an_fp8_product_of_few_rows(rows: int, width: int) -> None:
     out = torch.full((rows, 3072), torch.nan, device="cuda", dtype=torch.bfloat16)
     product(x, scale, weight, scales, bias, out)
     expected = (x.float() * scale[:, None]) @ (weight.float() * scales[:, None]).t() + bias
-    torch.testing.assert_close(out.float(), expected, rtol=0.02, atol=0.5)
+    spread = scale[:, None] * scales * width**0.5  # of what is summed up; the library sums in less than fp32
+    assert ((out.float() - expected).abs() / (spread + bias.abs())).max() < 0.03
 
 
 def denoised(engine: Engine, seed: int, prompt: str) -> Tensor:

@@ -46,7 +46,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 def sender(device: torch.device) -> Upload:
     if device.type == "cuda":
         return Upload(device)
-    with pytest.warns(VortexWarning, match="No pinned memory to read into"):
+    with pytest.warns(VortexWarning, match="No pinned host memory"):
         return Upload(device)
 
 
@@ -116,7 +116,7 @@ def shards(tmp_path: Path) -> SafetensorsFiles:
     return SafetensorsFiles(tmp_path, sorted(tmp_path.glob("*.safetensors")))
 
 
-@pytest.mark.filterwarnings("ignore:No pinned memory")
+@pytest.mark.filterwarnings("ignore:No pinned host memory")
 def test_tensors_are_found_in_their_shard(shards: SafetensorsFiles, device: torch.device) -> None:
     for name in shards.names():
         mapped, sent = shards.read(name), shards._uploaded(name, device)
@@ -126,7 +126,7 @@ def test_tensors_are_found_in_their_shard(shards: SafetensorsFiles, device: torc
     del shards._upload
 
 
-@pytest.mark.filterwarnings("ignore:No pinned memory")
+@pytest.mark.filterwarnings("ignore:No pinned host memory")
 def test_a_file_cut_while_it_is_open(tmp_path: Path, device: torch.device) -> None:
     path = tmp_path / "cut.safetensors"
     save_file({"weight": torch.ones(PIECE)}, path)

@@ -191,7 +191,7 @@ def report(figures: dict[str, Any]) -> None:
 def _from_cache(folder: Path, cache: Path, *, fill: bool) -> None:
     from vortex_core.checkpoint.bundle import describe, find_parts
     from vortex_core.checkpoint.cache import Cache
-    from vortex_core.checkpoint.materialize import Target, check, materialize
+    from vortex_core.checkpoint.materialize import Target, check, materialize, pack
     from vortex_core.conditioning import Modulation
     from vortex_core.linear import ReferenceBackend
     from vortex_core.transformer import Transformer
@@ -203,7 +203,9 @@ def _from_cache(folder: Path, cache: Path, *, fill: bool) -> None:
     with torch.device("meta"):
         halves = (Transformer(spec), Modulation(spec))
     mark("modules")
-    target = Target(DEVICE, torch.bfloat16, ReferenceBackend())
+    target = Target(DEVICE, torch.bfloat16)
+    for half in halves:
+        pack(half, "", ReferenceBackend())
     with torch.inference_mode():
         tensors = Cache(cache).quantized(part, "transformer", [(half, "") for half in halves], target)
         mark("cache")

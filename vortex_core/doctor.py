@@ -124,4 +124,5 @@ def _bundled_model() -> Finding:
     except Exception as error:  # of a damaged file, or of a package above
         fix = "pip install --force-reinstall --no-deps vortex-flux"
         return Finding("bundled model", "fault", first_line(error), fix)
-    return Finding("bundled model", "ok", f"{bundle.name}, {bundle.vae.sample_size} x {bundle.vae.sample_size}")
+    side = bundle.spec.vae.sample_size
+    return Finding("bundled model", "ok", f"{bundle.name}, {side} x {side}")

@@ -60,9 +60,9 @@ class Engine:
         """Not for callers: use `Engine.load` or `Engine.from_pipeline`."""
         self.name, self.mode = bundle.name, setup.mode
         self.device, self.dtype, self.quantization = setup.device, setup.dtype, setup.quantization
-        self.native_size = bundle.vae.sample_size
+        self.native_size = bundle.spec.vae.sample_size
         self.last_seed: int | None = None
-        self._spec = bundle.flux
+        self._spec = bundle.spec.flux
         self._budgeted = setup.budget is not None
         self._painter: Painter | None = painter
         self._worker = worker
@@ -369,7 +369,7 @@ class Engine:
         return self._worker.run(offload, owner=self) if self.device_bytes else 0
 
     def resume(self) -> None:
-        """Bring an offloaded engine back to its device. Raises torch's `OutOfMemoryError`, still offloaded."""
+        """Bring an offloaded engine back to its device. Raises `MemoryPressureError`, still offloaded."""
         self._loaded()
         if not self.resident:
             self._run(lambda painter: None if self.resident else painter.memory.resume())

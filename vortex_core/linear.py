@@ -121,16 +121,33 @@ class NF4Linear(nn.Module):
     weight = None
     packed: Tensor
     absmax: Tensor
-    bias: Tensor | None
     row_scale: Tensor | None
 
     def __init__(self, weight: NF4Weight, bias: Tensor | None, backend: Backend) -> None:
         super().__init__()
         self.register_buffer("packed", weight.packed)
         self.register_buffer("absmax", weight.absmax)
-        self.register_buffer("bias", bias)
         self.register_buffer("row_scale", None)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.backend = backend
+
+    @classmethod
+    def like(cls, linear: nn.Linear, backend: Backend) -> NF4Linear:
+        """One for `linear`, which is on `meta`, as it will be; `fill` brings the weight."""
+        n, k = linear.weight.shape
+        packed = torch.empty(n, k // 2, dtype=torch.uint8, device="meta")
+        return cls(NF4Weight(packed, torch.empty(n, k // BLOCK, device="meta")), linear.bias, backend)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(N, K)` of the weight."""
+        return NF4Weight(self.packed, self.absmax).shape
+
+    def fill(self, weight: NF4Weight) -> None:
+        """Take the weight, and be ready for fp8 where it was before."""
+        self.packed, self.absmax = weight.packed, weight.absmax
+        if self.row_scale is not None:
+            self.prepare_fp8()
 
     def prepare_fp8(self) -> None:
         """Find what each row of the weight is divided by in fp8: 4 bytes a row."""
@@ -142,8 +159,8 @@ class NF4Linear(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes and backend, for `print(model)`."""
-        n, half_k = self.packed.shape
-        return f"in_features={half_k * 2}, out_features={n}, backend={self.backend.name}"
+        n, k = self.shape
+        return f"in_features={k}, out_features={n}, backend={self.backend.name}"
 
 
 def multiply(

@@ -134,22 +134,11 @@ def check_budget(vram_budget: object, total: int | None) -> int | None:
 
 def build(bundle: Bundle, setup: Setup) -> Model:
     """The modules on `meta`, ready for the weights."""
-    fast, quantized = setup.mode == "fast", setup.backend is not None
-    flux, vae, clip, t5 = bundle.flux, bundle.vae, bundle.clip, bundle.t5
-    model = Model(
-        flux,
-        vae,
-        clip,
-        t5,
-        setup.dtype,
-        quantized=quantized,
-        fast=fast,
-        fp8_attention=setup.fp8_attention,
-        fused=setup.kernels is not reference,
-    )
+    fast, fp8_attention, fused = setup.mode == "fast", setup.fp8_attention, setup.kernels is not reference
+    model = Model(bundle.spec, setup.dtype, setup.backend, fast=fast, fp8_attention=fp8_attention, fused=fused)
     streams = streams_of(setup.device)
     side = streams.side if streams is not None and fast else None
-    model.transformer.use(setup.kernels, fast=fast, fp8_attention=setup.fp8_attention, side=side)
+    model.transformer.use(setup.kernels, fast=fast, fp8_attention=fp8_attention, side=side)
     if model.decodes_fused:
         model.decoder.use(setup.kernels)
     return model
@@ -201,7 +190,7 @@ def fill(
         if on_progress is not None:
             ask(on_progress, min(done, total), total)
 
-    target = Target(setup.device, setup.dtype, setup.backend, progress)
+    target = Target(setup.device, setup.dtype, progress)
     with Stopwatch(setup.device) as watch:
         if cache is not None and setup.backend is not None:
             # a part that must be quantized first is read once for that, and its result once more
@@ -231,9 +220,8 @@ def _place(model: Model, sources: Sources, target: Target, made: MemoryPlan, pla
     for unit in model.units:
         # what streams, too, comes by way of the device: from there to pinned memory is faster than from a file
         model.read(unit, sources, target)
-        size = unit.measure()
         if unit.name in made.streamed:
-            unit.settle(host=memory.take(size))
+            unit.settle(host=memory.take(unit.measure()))
         else:
             unit.settle(device=resident.pop(unit.name))
         mark(unit.group)

@@ -239,15 +239,8 @@ class MemoryManager:
         self.release()
 
     def resume(self) -> None:
-        """Bring everything back to the device. Raises torch's `OutOfMemoryError`, and nothing is there."""
-        room = available(self.device, sum(self.components.values()))
-        limit = self.budget if room is None else min(self.budget, room)
-        made = plan(self.model.pieces, self.plan.requirements, limit) or self.plan
-        try:
-            self.placement.place(made.streamed)
-        except torch.OutOfMemoryError:
-            self.offload()
-            raise
+        """Bring everything back to the device, as for the latest call. Raises as `session`, and nothing is there."""
+        self._arrange(self.plan.requirements, self.budget)
 
 
 class Place:

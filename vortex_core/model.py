@@ -11,16 +11,16 @@ from torch import nn
 
 from . import sampling
 from .arena import Shape, aligned, laid_out, round_up
-from .checkpoint.materialize import Target, check, is_quantized, materialize
+from .checkpoint.materialize import Target, check, materialize, pack
 from .checkpoint.tensors import Tensors
 from .conditioning import Modulation
 from .graphs import POOL, attention_bytes, inputs, step_bytes
 from .kernels import reference
-from .linear import NF4Linear
-from .nf4 import BLOCK, DECODE_BYTES
+from .linear import Backend, NF4Linear
+from .nf4 import DECODE_BYTES
 from .planner import BLOCKS, SLACK, MemoryRequirements, Piece, StepRequirements
 from .residency import Unit
-from .spec import MAX_STEPS, T5_TOKENS, ClipSpec, FluxSpec, T5Spec, VaeSpec
+from .spec import MAX_STEPS, T5_TOKENS, ModelSpec
 from .streams import streams_of
 from .strips import DecoderLayout
 from .text import T5, Clip
@@ -40,52 +40,57 @@ TALL = 700_000_000  # bytes; what decoding may take before it is cut into lower 
 class Model:
     """The modules of one FLUX.1-schnell; `units` of them in the order they run, `pieces` as the planner sees those.
 
-    Products are in `dtype`, linears in NF4 where `quantized`; the blocks' products in fp8 where `fast`, and their
-    attention where `fp8_attention`. `fused`: with Triton's kernels, which allocate nothing in a step, and a step that
-    is captured.
+    Products are in `dtype`, linears in NF4 where there is a `backend`; the blocks' products in fp8 where `fast`, their
+    attention where `fp8_attention`. `fused`: with Triton's kernels, which allocate nothing in a step that is captured.
     """
 
     def __init__(
         self,
-        flux: FluxSpec,
-        vae: VaeSpec,
-        clip: ClipSpec,
-        t5: T5Spec,
+        spec: ModelSpec,
         dtype: torch.dtype,
+        backend: Backend | None,
         *,
-        quantized: bool,
         fast: bool = False,
         fp8_attention: bool = False,
         fused: bool = False,
     ) -> None:
-        self.flux, self.vae, self.dtype, self.quantized = flux, vae, dtype, quantized
+        self.flux, self.vae, self.dtype = spec.flux, spec.vae, dtype
         self.fast, self.fp8_attention, self.fused = fast, fp8_attention, fused
-        self.decodes_fused = fused and vae.powers_of_two
-        self.clip, self.t5 = Clip(clip), T5(t5)
+        self.decodes_fused = fused and self.vae.powers_of_two
+        self.clip, self.t5 = Clip(spec.clip), T5(spec.t5)
         with META:
-            self.transformer, self.modulation, self.decoder = Transformer(flux), Modulation(flux), Decoder(vae)
+            self.transformer, self.modulation = Transformer(self.flux), Modulation(self.flux)
+            self.decoder = Decoder(self.vae)
+        # all as it will be, but on `meta`, so that it can be measured; CLIP and the VAE are small, and stay as they are
+        packed = ((self.transformer, ""), (self.modulation, ""), *self.t5.modules)
+        for module in (*(module for module, _ in packed), *self.clip.units, self.clip.norm, self.decoder):
+            module.to(dtype)
+        if backend is not None:
+            for module, prefix in packed:
+                pack(module, prefix, backend)
+        for linear in self.transformer.linears() if fast else ():
+            linear.prepare_fp8()
         self.origins: dict[str, tuple[Origin, ...]] = {}
         self.units = list(self._units())
-        self.pieces = tuple(Piece(unit.name, unit.group, self._nbytes(unit)) for unit in self.units)
+        self.pieces = tuple(Piece(unit.name, unit.group, unit.measure()) for unit in self.units)
         self.scratch = self._scratch()
-        self._plain = DECODE_BYTES if quantized and not fused else 0  # what decoding in plain torch allocates
+        self._plain = DECODE_BYTES if self.scratch and not fused else 0  # what decoding in plain torch allocates
         # many small tensors come and go there, and cudaMallocAsync leaves up to 0.17 GB between them (H200)
         self._slack = SLACK if fused else SLACK + 5 * POOL
         self._known: dict[tuple[int, ...], MemoryRequirements] = {}
 
     def _scratch(self) -> tuple[int, ...]:
         """Bytes of the buffers that weights are decoded into; in `fast` one more, for the text."""
-        if not self.quantized:
-            return ()
-        largest = max(
-            part.weight.numel() * (1 if self.fast and unit.group == BLOCKS else self.dtype.itemsize)
-            for unit in self.units
-            for module in unit.modules
-            for part in module.modules()
-            if isinstance(part, nn.Linear)
-        )
+
+        def most(*modules: nn.Module) -> int:  # values of a weight
+            parts = (part for module in modules for part in module.modules())
+            return max((prod(part.shape) for part in parts if isinstance(part, NF4Linear)), default=0)
+
+        size = self.dtype.itemsize
+        blocks, prompt = most(self.transformer), most(self.modulation, *self.t5.units)
         text = self.flux.hidden * self.flux.mlp  # values; the largest of a double block's text, in 8 bits
-        return (aligned(largest), aligned(text)) if self.fast else (aligned(largest),)
+        sizes = (max(blocks, prompt * size), text) if self.fast else (max(blocks, prompt) * size,)
+        return tuple(aligned(nbytes) for nbytes in sizes if nbytes)
 
     def _units(self) -> Iterator[Unit]:
         transformer, modulation = self.transformer, self.modulation
@@ -124,34 +129,9 @@ class Model:
     def read(self, unit: Unit, sources: Sources, target: Target) -> None:
         """Fill a unit's modules on `target.device`."""
         for module, (source, prefix) in zip(unit.modules, self.origins[unit.name], strict=True):
-            # CLIP and the VAE are small, and stay as they are
-            how = target if source in ("transformer", "t5") else replace(target, backend=None)
-            materialize(module, sources[source], how, prefix=prefix)
+            materialize(module, sources[source], target, prefix=prefix)
         if unit.group == "vae":
             self.decoder.channels_last()
-        if self.fast and unit.group == BLOCKS:
-            for linear in (part for module in unit.modules for part in module.modules()):
-                if isinstance(linear, NF4Linear):
-                    linear.prepare_fp8()
-
-    def _nbytes(self, unit: Unit) -> int:
-        size, total = self.dtype.itemsize, 0
-        for module, (source, prefix) in zip(unit.modules, self.origins[unit.name], strict=True):
-            quantized = self.quantized and source in ("transformer", "t5")
-            packed = {
-                f"{path}.weight".lstrip(".")
-                for path, part in module.named_modules()
-                if quantized and is_quantized(part, prefix + path)
-            }
-            for name, parameter in module.named_parameters():
-                values = parameter.numel()
-                if name in packed:
-                    total += aligned(values // 2) + aligned(values // BLOCK * 4)
-                    if self.fast and unit.group == BLOCKS:
-                        total += aligned(parameter.shape[0] * 4)  # a scale for each row
-                else:
-                    total += aligned(values * size)
-        return total
 
     def streams(self, device: torch.device) -> tuple[torch.cuda.Stream, ...]:
         """The streams that products run on besides the default one: captured steps', and in `fast` the text's."""
@@ -173,16 +153,13 @@ class Model:
     ) -> MemoryRequirements:
         """What one request takes besides weights; `tokens` of text, `blas` bytes of cuBLAS' workspaces."""
         key = (height, width, batch, tokens, blas)
-        if key not in self._known:  # every picture asks
-            self._known[key] = self._requirements(*key)
-        return self._known[key]
-
-    def _requirements(self, height: int, width: int, batch: int, tokens: int, blas: int) -> MemoryRequirements:
+        if key in self._known:  # every picture asks
+            return self._known[key]
         at_once = sorted({min(MOST_AT_ONCE, -(-batch // parts)) for parts in (1, 2, 4, 8, batch)}, reverse=True)
         latent = (height // 8, width // 8)
         rows, decode = self._decoding(*latent)
         decoder = library_bytes(self.vae, *latent, self.dtype, fused=self.decodes_fused)
-        return MemoryRequirements(
+        self._known[key] = MemoryRequirements(
             height,
             width,
             batch,
@@ -196,6 +173,7 @@ class Model:
             blas=blas,
             slack=self._slack,
         )
+        return self._known[key]
 
     def prompt_requirements(self, blas: int = 0) -> MemoryRequirements:
         """What a prompt takes without a picture."""

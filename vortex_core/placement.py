@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
+from .host_memory import HostMemory
 from .planner import ALWAYS, BLOCKS, PROMPT
-from .residency import HostMemory, Stager, Unit
+from .residency import Stager, Unit
 from .vram import hand_back
 
 log = logging.getLogger(__name__)

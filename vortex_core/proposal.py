@@ -12,11 +12,12 @@ import torch
 from .arena import MIB
 from .checkpoint.bundle import open_bundle
 from .errors import GB, VortexInputError
+from .linear import ReferenceBackend
 from .loading import check_budget
 from .model import Model
 from .planner import ALWAYS, BLOCKS, PROMPT, MemoryPlan, cost, plan, smallest_budget
 from .request import Request
-from .spec import DEFAULT_STEPS, ClipSpec, FluxSpec, T5Spec, VaeSpec
+from .spec import DEFAULT_STEPS, ModelSpec
 
 BLAS = 3 * 33 * MIB  # cuBLAS' workspaces on three streams of a Hopper card; earlier cards take a quarter
 WORDS = {
@@ -108,12 +109,8 @@ def propose(
     """
     budget = check_budget(vram, None)
     assert budget is not None
-    how: dict[str, Any] = {"dtype": torch.bfloat16, "quantized": True, "fast": True, "fused": True}
-    if model is None:
-        whole = Model(FluxSpec(), VaeSpec(), ClipSpec(), T5Spec(), **how)
-    else:
-        bundle = open_bundle(model, **others)
-        whole = Model(bundle.flux, bundle.vae, bundle.clip, bundle.t5, **how)
+    spec = ModelSpec() if model is None else open_bundle(model, **others).spec
+    whole = Model(spec, torch.bfloat16, ReferenceBackend(), fast=True, fused=True)
     side = whole.vae.sample_size
     request = Request(0, side if height is None else height, side if width is None else width, DEFAULT_STEPS, batch)
     asked = whole.requirements(request.height, request.width, batch, blas=BLAS)

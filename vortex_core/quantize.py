@@ -19,7 +19,6 @@ from .checkpoint.write import CANONICAL, DIFFUSERS, Naming, Wanted, write_nf4
 from .conditioning import Modulation
 from .device import resolve_device
 from .errors import VortexCheckpointError, VortexInputError
-from .linear import ReferenceBackend
 from .partial import is_part, partial
 from .paths import expanded
 from .spec import FluxSpec
@@ -62,7 +61,7 @@ def quantize_file(
         if on_progress is not None:
             on_progress(min(done, total), total)
 
-    read = Target(where, torch.float32, ReferenceBackend(), progress)
+    read = Target(where, torch.float32, progress)
     made_by = {"vortex": __version__, "source": Path(source).name}
     files = parts["transformer"].stored.raw.files
     before = identity(files)

@@ -8,21 +8,17 @@ same, bit for bit: only the place of the bytes differs.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from mmap import PAGESIZE
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .arena import Region, aligned
-from .errors import VortexWarning
-from .jobs import warn
+from .host_memory import HostMemory
 from .streams import streams_of
 
 log = logging.getLogger(__name__)
@@ -33,52 +29,6 @@ Act = Callable[[], None]
 def nbytes(*modules: nn.Module) -> int:
     """Bytes that the parameters and buffers of `modules` take."""
     return sum(t.numel() * t.element_size() for module in modules for t in _tensors(module))
-
-
-class HostMemory:
-    """A stretch of host memory that units take their buffers from; pinned where `pin`, pageable with a warning if not.
-
-    Ordinary memory, registered with the driver: torch's own pinned allocator rounds each block to a power of two,
-    which would cost a GB and a half here.
-    """
-
-    def __init__(self, size: int, *, pin: bool) -> None:
-        self._region, self.pinned = Region(torch.empty(size, dtype=torch.uint8)), 0
-        if not (pin and size):
-            return
-        memory = self._region.memory
-        memory[::PAGESIZE].zero_()  # fresh pages come from all cores here, while registering has only one
-        reason = _register(memory)
-        if reason is None:
-            self.pinned = size
-            weakref.finalize(self, _unregister, memory)
-        else:
-            warn(f"No pinned host memory for {size / 1e9:.2f} GB ({reason}); weights stream slower.", VortexWarning)
-
-    def take(self, size: int) -> Tensor:
-        """The next `size` bytes."""
-        return self._region.take((size,), torch.uint8)
-
-
-def _register(memory: Tensor) -> str | None:
-    """Pin; why not, where it fails."""
-    try:
-        runtime: Any = torch.cuda.cudart()
-        error = runtime.cudaHostRegister(memory.data_ptr(), memory.numel(), 1)  # portable: for every card's context
-        if int(error) == 0:
-            return None
-    except RuntimeError as missing:
-        return str(missing).partition("\n")[0]
-    with contextlib.suppress(RuntimeError, AssertionError):  # the next launch would report this error as its own
-        torch.zeros(1, device="cuda").add_(1)
-    return str(runtime.cudaGetErrorString(error))
-
-
-def _unregister(memory: Tensor) -> None:
-    with contextlib.suppress(RuntimeError):  # the device is lost, and its driver keeps nothing for us
-        torch.cuda.synchronize()  # a copy may still be on its way
-        runtime: Any = torch.cuda.cudart()
-        runtime.cudaHostUnregister(memory.data_ptr())
 
 
 class Unit:
@@ -107,7 +57,8 @@ class Unit:
         return self.nbytes
 
     def settle(self, *, device: Tensor | None = None, host: Tensor | None = None) -> None:
-        """Move the modules' tensors into one of these buffers, after `measure`."""
+        """Move the modules' tensors into one of these buffers."""
+        self.measure()  # anew: on `meta` they were others
         self.device, self.host, self.streams = device, host, host is not None
         buffer = host if device is None else device
         assert buffer is not None

@@ -144,6 +144,16 @@ class T5Spec:
             raise VortexCheckpointError(f"NF4 needs widths divisible by 64; T5's are {widths}.")
 
 
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """Sizes of all parts of a model; by default those of FLUX.1-schnell as it was released."""
+
+    flux: FluxSpec = FluxSpec()
+    vae: VaeSpec = VaeSpec()
+    clip: ClipSpec = ClipSpec()
+    t5: T5Spec = T5Spec()
+
+
 def dev_checkpoint_message() -> str:
     """The sentence a FLUX.1-dev checkpoint gets, wherever it is recognised."""
     return (

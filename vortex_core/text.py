@@ -8,7 +8,7 @@ hundred rows, which is cheaper to send than a third of a GB is to keep.
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -122,7 +122,7 @@ class T5:
     def load_table(self, tensors: Tensors, target: Target) -> None:
         """Fill the embedding table, in host memory; the rest runs on `target.device`."""
         self._device = target.device
-        materialize(self._table, tensors, replace(target, backend=None), prefix="shared.", home=HOST)
+        materialize(self._table, tensors, target, prefix="shared.", home=HOST)
 
     def __call__(self, ids: tuple[int, ...]) -> Tensor:
         """Embeddings `[1, 256, context]` on the device. No mask: FLUX has none, so padding tokens count."""
@@ -159,7 +159,7 @@ class Clip:
         """Fill the embedding tables, in host memory; the rest runs on `target.device`."""
         self._device = target.device
         embeddings = self._model.embeddings
-        materialize(embeddings, tensors, replace(target, backend=None), prefix="embeddings.", home=HOST)
+        materialize(embeddings, tensors, target, prefix="embeddings.", home=HOST)
         positions = embeddings.position_embedding.num_embeddings
         embeddings.position_ids = torch.arange(positions)[None]  # a buffer no checkpoint carries
         embeddings.register_forward_hook(lambda module, inputs, output: output.to(self._device))

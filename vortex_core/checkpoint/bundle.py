@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from ..errors import VortexCheckpointError, VortexWarning, quoted
 from ..paths import expanded
-from ..spec import ClipSpec, FluxSpec, T5Spec, VaeSpec
+from ..spec import FluxSpec, ModelSpec
 from .config import read_config, sizes
 from .dialect import Part, check_depth, depth, find_part, is_cut
 from .files import SAFETENSORS, Raw, open_file, unreadable
@@ -41,10 +41,7 @@ class Bundle:
     """A FLUX.1-schnell model, opened but not yet read."""
 
     name: str
-    flux: FluxSpec
-    vae: VaeSpec
-    clip: ClipSpec
-    t5: T5Spec
+    spec: ModelSpec
     parts: Mapping[str, Part]
     tokenizer: Tokenizer
     tokenizer_2: Tokenizer
@@ -217,10 +214,7 @@ def _bundle(
         )
     return Bundle(
         name=name,
-        flux=described["transformer"],
-        vae=described["vae"],
-        clip=described["clip"],
-        t5=described["t5"],
+        spec=ModelSpec(described["transformer"], described["vae"], described["clip"], described["t5"]),
         parts=parts,
         tokenizer=tokenizer,
         tokenizer_2=tokenizer_2,

@@ -1,4 +1,4 @@
-"""Fill modules that were built on `meta`: linears become NF4 where asked, everything else takes its tensor as it is."""
+"""Modules on `meta` and what fills them: linears become NF4, everything else takes its tensor as it is."""
 
 from __future__ import annotations
 
@@ -18,21 +18,32 @@ from .tensors import Tensors, check_shapes
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """How weights are to arrive: computed on `device` in `dtype`, quantized for `backend` (None: not at all).
-
-    `progress(nbytes)` is told what was read.
-    """
+    """How weights are to arrive: quantized on `device`, else in `dtype`. `progress(nbytes)` is told what was read."""
 
     device: torch.device
     dtype: torch.dtype
-    backend: Backend | None
     progress: Callable[[int], None] = lambda nbytes: None
 
 
+def pack(module: nn.Module, prefix: str, backend: Backend) -> None:
+    """Have those linears of a module on `meta` be NF4 that become so; `prefix` of their canonical names."""
+    for path, child in list(module.named_modules()):
+        if is_quantized(child, prefix + path):
+            assert isinstance(child, nn.Linear)
+            module.set_submodule(path, NF4Linear.like(child, backend))
+
+
+def shapes(module: nn.Module, prefix: str = "") -> dict[str, tuple[int, ...]]:
+    """The shapes of what fills a module, by canonical name; of NF4 weights, those of the matrices they stand for."""
+    start = prefix.rstrip(".")
+    found = {name: tuple(parameter.shape) for name, parameter in module.named_parameters(prefix=start)}
+    linears = ((name, part) for name, part in module.named_modules(prefix=start) if isinstance(part, NF4Linear))
+    return found | {f"{name}.weight": part.shape for name, part in linears}
+
+
 def check(module: nn.Module, tensors: Tensors, prefix: str = "", *, scales: bool = True) -> int:
-    """See `check_shapes`, of the parameters of a module."""
-    named = module.named_parameters(prefix=prefix.rstrip("."))
-    return check_shapes({name: tuple(parameter.shape) for name, parameter in named}, tensors, scales=scales)
+    """See `check_shapes`, of what fills a module."""
+    return check_shapes(shapes(module, prefix), tensors, scales=scales)
 
 
 def materialize(
@@ -44,12 +55,9 @@ def materialize(
     straight home. Host memory holds about one tensor at a time. What is not finite on a GPU shows in `Tensors.settle`.
     """
     home = home or target.device
-    for path, child in list(module.named_modules()):
-        name = prefix + path
-        if target.backend is not None and is_quantized(child, name):
-            weight = read_nf4(tensors, f"{name}.weight", target, home)
-            bias = None if child.bias is None else _read(tensors, f"{name}.bias", target, home)
-            module.set_submodule(path, NF4Linear(weight, bias, target.backend))
+    for path, child in module.named_modules():
+        if isinstance(child, NF4Linear):
+            child.fill(read_nf4(tensors, f"{prefix}{path}.weight", target, home))
     for path, parameter in list(module.named_parameters()):
         if not parameter.is_meta:
             continue  # filled before, perhaps with another home
@@ -60,8 +68,8 @@ def materialize(
 
 
 def is_quantized(module: nn.Module, name: str, unquantized: tuple[str, ...] = UNQUANTIZED) -> bool:
-    """Whether the module of this canonical name is a linear whose weight becomes NF4."""
-    return isinstance(module, nn.Linear) and not name.startswith(unquantized)
+    """Whether the module of this canonical name is a linear whose weight is or becomes NF4."""
+    return isinstance(module, nn.Linear | NF4Linear) and not name.startswith(unquantized)
 
 
 def read_nf4(tensors: Tensors, name: str, target: Target, home: torch.device) -> NF4Weight:

@@ -7,7 +7,6 @@ into pinned buffers that are never fresh memory, and each piece leaves for the d
 from __future__ import annotations
 
 import os
-import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor, wait
 from queue import SimpleQueue
@@ -15,10 +14,10 @@ from queue import SimpleQueue
 import torch
 from torch import Tensor
 
-from ..errors import VortexWarning
+from ..host_memory import HostMemory
 from .filebytes import FileBytes as FileBytes
 
-PIECE = 4 * 2**20  # bytes; a weight is several, so that all threads have a share of it
+PIECE = 2**20  # bytes; a weight is many, so that all threads have a share of reading and checking it
 THREADS = 8
 
 
@@ -30,8 +29,9 @@ class Upload:
         self._threads = ThreadPoolExecutor(threads, "vortex-upload")
         self._free: SimpleQueue[tuple[Tensor, torch.cuda.Event]] = SimpleQueue()
         with torch.cuda.device(device):
-            for buffer in _buffers(2 * threads):
-                self._free.put((buffer, torch.cuda.Event(blocking=True)))
+            self._memory = HostMemory(2 * threads * PIECE, pin=True)
+            for _ in range(2 * threads):
+                self._free.put((self._memory.take(PIECE), torch.cuda.Event(blocking=True)))
 
     def __call__(self, file: FileBytes, offset: int, target: Tensor) -> None:
         """Fill a contiguous tensor with what is at `offset`, in the order of the device's current stream.
@@ -72,14 +72,3 @@ def upload_to(device: torch.device) -> Upload:
     if upload is None:
         upload = _uploads[device] = Upload(device)
     return upload
-
-
-def _buffers(count: int) -> tuple[Tensor, ...]:
-    with torch.inference_mode():
-        try:
-            memory = torch.empty(count, PIECE, dtype=torch.uint8, pin_memory=True)
-        except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
-            warnings.warn(f"No pinned memory to read into ({reason}); weights arrive more slowly.", VortexWarning, 4)
-            memory = torch.empty(count, PIECE, dtype=torch.uint8)
-        return memory.unbind()

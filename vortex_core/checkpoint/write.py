@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..device import host_buffer
 from ..nf4 import BLOCK, LEVELS, join
 from .checksum import CHECKSUMS, blank, checksum, pieces, words
 from .dtypes import WORDS
 from .layout import SWAPPED, flux_sources, source_rows
-from .materialize import UNQUANTIZED, Target, is_quantized, read_nf4
+from .materialize import UNQUANTIZED, Target, is_quantized, read_nf4, shapes
 from .tensors import NF4_STATE, Tensors
 
 Named = tuple[nn.Module, str]  # a module on `meta`, and the prefix of its tensors' names
@@ -63,9 +64,8 @@ class Wanted:
                 for name, part in module.named_modules()
                 if is_quantized(part, prefix + name, naming.unquantized)
             }
-            for name, parameter in module.named_parameters():
-                shapes = weights if prefix + name in linears else plain
-                shapes[prefix + name] = tuple(parameter.shape)
+            for name, shape in shapes(module, prefix).items():
+                (weights if name in linears else plain)[name] = shape
         return cls(weights, plain)
 
 
@@ -150,7 +150,7 @@ def _bytes(tensor: Tensor) -> memoryview:
     tensor = tensor.detach().contiguous()
     if tensor.device.type == "cuda":
         # fresh pageable memory is slower to fill than the disk's cache; torch keeps and reuses pinned blocks
-        tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+        tensor = host_buffer(tensor.shape, tensor.dtype, tensor.device).copy_(tensor)
     return memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
 
 
