@@ -247,6 +247,7 @@ def inspect(
     clip: Clip = None,
     t5: T5 = None,
     vae: Vae = None,
+    tokenizers: Tokenizers = None,
     budget: Annotated[float, typer.Option(help="VRAM budget in GB (10^9 bytes) to compare with.")] = 6.5,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -257,7 +258,7 @@ def inspect(
         check_number("--budget", budget, **BUDGETS)
         from .inspection import inspect as look
 
-        seen = look(path, {"clip": clip, "t5": t5, "vae": vae})
+        seen = look(path, {"clip": clip, "t5": t5, "vae": vae}, tokenizers)
         if as_json:
             typer.echo(json.dumps(asdict(seen) | {"path": str(path), "resident": seen.resident}))
             return
@@ -298,6 +299,10 @@ def quantize(
     """Write a transformer in NF4: one file under BFL's names, or a folder that diffusers loads."""
     with plain_errors():
         check_folder(target.parent)
+        if target.is_dir() and not overwrite:
+            from .quantize import is_unfinished
+
+            overwrite = is_unfinished(target)
         check_new([target], overwrite)
         from .quantize import quantize_file
 

@@ -413,7 +413,7 @@ class Engine:
 
     def _loaded(self) -> Painter:
         if (painter := self._painter) is None:
-            raise VortexInputError("This engine was unloaded. Load the model again with Engine.load(...).")
+            raise VortexInputError("This engine was unloaded. Load the model again.")
         return painter
 
     @property

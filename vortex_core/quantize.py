@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from .conditioning import Modulation
 from .device import resolve_device
 from .errors import VortexCheckpointError, VortexInputError
 from .linear import ReferenceBackend
-from .partial import is_part, partial
+from .partial import is_abandoned, is_part, partial
 from .paths import expanded
 from .spec import FluxSpec
 from .transformer import Transformer
@@ -64,29 +64,42 @@ def quantize_file(
 
     read = Target(where, torch.float32, ReferenceBackend(), progress)
     made_by = {"vortex": __version__, "source": Path(source).name}
-    files = parts["transformer"].stored.raw.files
-    before = identity(files)
+    raw = parts["transformer"].stored.raw
+    before = identity(raw.files)
 
-    def write(to: Path, naming: Naming) -> None:
-        with partial(to) as written:
-            write_nf4(written, tensors, Wanted.of(modules, naming), read, made_by, naming)
-            check_unchanged(files, before, str(source))
+    def write(written: Path, naming: Naming) -> None:
+        write_nf4(written, tensors, Wanted.of(modules, naming), read, made_by, naming)
+        check_unchanged(raw, before, str(source))
 
     with torch.inference_mode():
         if path.suffix == ".safetensors":
-            write(path, CANONICAL)
+            with partial(path) as written:
+                write(written, CANONICAL)
             return path
-        new = not path.exists()
+        new = not path.exists() or is_unfinished(path)
         path.mkdir(exist_ok=True)
         try:
-            write(path / WEIGHTS, DIFFUSERS)
-            with partial(path / CONFIG) as written:
-                written.write_text(json.dumps(diffusers_config(spec), indent=2))
+            with partial(path / WEIGHTS) as written:
+                write(written, DIFFUSERS)
+                with partial(path / CONFIG) as config:  # before the weights: see `is_unfinished`
+                    config.write_text(json.dumps(diffusers_config(spec), indent=2))
         except BaseException:
             if new:
-                shutil.rmtree(path, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    (path / CONFIG).unlink(missing_ok=True)
+                    path.rmdir()
             raise
     return path
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether there is nothing in a folder but what a `quantize_file` that was killed left. Raises `OSError`."""
+    if not folder.is_dir():
+        return False
+    inside = list(folder.iterdir())
+    ours = [path for path in inside if is_part(path.name)]
+    names = {path.name for path in inside if path not in ours}
+    return names <= ({CONFIG} if ours else set()) and all(map(is_abandoned, ours))
 
 
 def check_target(path: Path) -> None:
