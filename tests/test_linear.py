@@ -187,18 +187,19 @@ def apart(*shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("x_apart", [False, True])
 @pytest.mark.parametrize("out_apart", [False, True])
 def test_pictures_that_lie_together_are_one_product(
-    products: list[tuple[int, ...]], batch: int, x_apart: bool, out_apart: bool
+    products: list[tuple[int, ...]], batch: int, tokens: int, x_apart: bool, out_apart: bool
 ) -> None:
-    layer, values = made(6, 128), torch.randn(batch, 5, 128)
-    x = (apart(batch, 5, 128) if x_apart else torch.empty(batch, 5, 128)).copy_(values)
-    out = apart(batch, 5, 6) if out_apart else torch.full((batch, 5, 6), torch.nan)
+    layer, values = made(6, 128), torch.randn(batch, tokens, 128)
+    x = (apart(batch, tokens, 128) if x_apart else torch.empty(batch, tokens, 128)).copy_(values)
+    out = apart(batch, tokens, 6) if out_apart else torch.full((batch, tokens, 6), torch.nan)
     multiply(layer, Operand(x), out)
     torch.testing.assert_close(out, layer(values), rtol=1e-4, atol=1e-4)
     together = batch == 1 or not (x_apart or out_apart)
-    assert products == ([(batch * 5, 128)] if together else [(5, 128)] * batch)
+    assert products == ([(batch * tokens, 128)] if together else [(tokens, 128)] * batch)
 
 
 @pytest.mark.parametrize(("values_apart", "scale_apart"), [(False, False), (True, False), (False, True), (True, True)])
@@ -386,13 +387,25 @@ def test_the_sample_product_is_in_fp8_with_a_scale_a_row_and_a_bias(monkeypatch:
     assert linear._fp8_broken.__wrapped__(CPU) == "a sample product is wrong"  # one value of all
 
 
+def test_the_sample_product_is_on_the_device_that_is_asked_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+    monkeypatch.setattr(linear, "product", lambda *arguments: seen.extend(arguments) or fail())
+
+    def fail() -> None:
+        raise RuntimeError("no kernel")
+
+    assert "no kernel" in str(linear._fp8_broken.__wrapped__(torch.device("meta")))
+    assert {tensor.device.type for tensor in seen} == {"meta"}
+
+
 def test_fp8_needs_a_card_that_has_it_and_a_torch_that_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     capability = (8, 9)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability if device == CARD else (0, 0))
     monkeypatch.setattr(linear, "_fp8_broken", lambda device: f"torch does not on {device}")
-    monkeypatch.setattr(linear, "fused_declined", lambda device: "no compiler")
-    assert linear.fp8_declined(CARD) == "no compiler"
-    monkeypatch.setattr(linear, "fused_declined", lambda device: None)
-    assert linear.fp8_declined(CARD) == "torch does not on cuda:7"
+    monkeypatch.setattr(linear, "fused_declined", lambda device: f"no compiler for {device}")
     capability = (8, 8)
+    assert linear.fp8_declined(CARD) == "no compiler for cuda:7"
+    monkeypatch.setattr(linear, "fused_declined", lambda device: None)
     assert linear.fp8_declined(CARD) == "fp8 needs compute capability 8.9, and this card has 8.8"
+    capability = (8, 9)
+    assert linear.fp8_declined(CARD) == "torch does not on cuda:7"

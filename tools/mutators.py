@@ -19,8 +19,8 @@ Edit = tuple[str, Any, Any]  # what is changed, where, to what: see `edited`
 
 TEXTS = (
     "", "x", "\x00", "\ud800", "a" * 300, "../../etc/passwd", "[bold]x[/bold]", "[/]", "owner/repo",
-    "owner/repo@main:f", "C:\\x", "%s%n", "\u202e", "(x:1.2)", "(a+)+$", "embedding:a", "\r\n\t", "\U0001f300" * 40, "{}", "null", "cuda:99",
-    "nan", "gelu", "gelu_new", "flash_attention_2", "fp4", "NaN", "-1",
+    "owner/repo@main:f", "C:\\x", "%s%n", "\u202e", "(x:1.2)", "(a+)+$", "embedding:a", "\r\n\t", "\U0001f300" * 40,
+    "{}", "null", "cuda:99", "nan", "gelu", "gelu_new", "flash_attention_2", "fp4", "NaN", "-1",
 )  # fmt: skip
 NUMBERS = (
     0, 1, -1, 2, 3, 7, 8, 63, 64, 65, 77, 127, 255, 1000, 2**16, 10**6, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**53 + 1,
