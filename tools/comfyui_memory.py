@@ -121,8 +121,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         comfy_aimdo.control.init()  # before torch, as the host's main does
 
     import torch
-
-    from workflows import load_pack
+    from workflow_format import load_pack
 
     cuda = torch.cuda.is_available()
     sys.argv += [] if cuda else ["--cpu"]
