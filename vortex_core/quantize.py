@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,20 +76,26 @@ def quantize_file(
             with partial(path) as written:
                 write(written, CANONICAL)
             return path
-        new = not path.exists() or is_unfinished(path)
-        path.mkdir(exist_ok=True)
-        try:
-            with partial(path / WEIGHTS) as written:
-                write(written, DIFFUSERS)
-                with partial(path / CONFIG) as config:  # before the weights: see `is_unfinished`
-                    config.write_text(json.dumps(diffusers_config(spec), indent=2))
-        except BaseException:
-            if new:
-                with contextlib.suppress(OSError):
-                    (path / CONFIG).unlink(missing_ok=True)
-                    path.rmdir()
-            raise
+        with _folder(path), partial(path / WEIGHTS) as written:
+            write(written, DIFFUSERS)
+            with partial(path / CONFIG) as config:  # in its place before the weights: see `is_unfinished`
+                config.write_text(json.dumps(diffusers_config(spec), indent=2))
     return path
+
+
+@contextlib.contextmanager
+def _folder(path: Path) -> Iterator[None]:
+    """A folder to write into, of which nothing of ours is left where that fails and it was new."""
+    new = not path.exists() or is_unfinished(path)
+    path.mkdir(exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if new:
+            with contextlib.suppress(OSError):
+                (path / CONFIG).unlink(missing_ok=True)
+                path.rmdir()
+        raise
 
 
 def is_unfinished(folder: Path) -> bool:
