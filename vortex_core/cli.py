@@ -45,6 +45,20 @@ from .terminal import (
 MAX_BATCH = 10_000
 BUDGETS = {"above": 0.0, "most": 1e6}  # GB
 
+Model = Annotated[
+    str,
+    typer.Option(
+        help="'tiny' (bundled: simple coloured shapes), a FLUX.1-schnell diffusers folder, or a .safetensors or "
+        ".gguf file."
+    ),
+]
+Output = Annotated[
+    Path | None,
+    path_option(
+        "--output", "-o", help="PNG to write; a batch adds -1, -2, ... [default: vortex-SEED.png]", show_default=False
+    ),
+]
+
 # without markup: help texts, too, quote what is not meant as such
 app = typer.Typer(
     help="FLUX.1-schnell pictures with resident NF4 weights, in 4 steps.",
@@ -94,27 +108,13 @@ def vortex(
 )
 def generate(
     prompt: Annotated[str, typer.Argument(help="What the picture shows, in words.", show_default=False)],
-    model: Annotated[
-        str,
-        typer.Option(
-            help="'tiny' (bundled: simple coloured shapes), a FLUX.1-schnell diffusers folder, or a .safetensors or "
-            ".gguf file."
-        ),
-    ] = "tiny",
+    model: Model = "tiny",
     clip: Clip = None,
     t5: T5 = None,
     vae: Vae = None,
     tokenizers: Tokenizers = None,
     cache_dir: CacheDir = None,
-    output: Annotated[
-        Path | None,
-        path_option(
-            "--output",
-            "-o",
-            help="PNG to write; a batch adds -1, -2, ... [default: vortex-SEED.png]",
-            show_default=False,
-        ),
-    ] = None,
+    output: Output = None,
     seed: Annotated[
         int | None,
         typer.Option(help="Same seed, same picture. Picture i of a batch has seed + i. [default: drawn]"),
