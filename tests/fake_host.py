@@ -8,15 +8,14 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
+import workflow_format
 
-import workflows
-
-PACK = workflows.load_pack()
+PACK = workflow_format.load_pack()
 
 
 def module(name: str) -> Any:
     """A module of the pack, as ComfyUI imported it."""
-    return importlib.import_module(f"{workflows.PACKAGE}.{name}")
+    return importlib.import_module(f"{workflow_format.PACKAGE}.{name}")
 
 
 def node(key: str) -> Any:

@@ -96,7 +96,7 @@ def test_a_cache_that_cannot_be_written_costs_only_time(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(cache_module, "write_nf4", full)
-    with pytest.warns(VortexWarning, match="No space left on device.*cache_dir="):
+    with pytest.warns(VortexWarning, match="No space left on device.*VORTEX_CACHE can name"):
         drawn = load_flux_schnell(tiny_dir, device="cpu", cache_dir=cached).generate(PROMPT, **DRAW)
     assert torch.equal(drawn, engine.generate(PROMPT, **DRAW))
     assert not list(cached.glob("*.part"))
@@ -163,6 +163,57 @@ def test_quantize_writes_a_file_that_draws_the_same(tmp_path: Path, tiny_dir: Pa
         quantize_file(tiny_dir / "vae" / "diffusion_pytorch_model.safetensors", tmp_path / "y.safetensors")
 
 
+KILLED = """
+import os, signal, sys
+from vortex_core import quantize
+from vortex_core.checkpoint import write
+put = write._Writer.put
+write._Writer.put = lambda writer, chunk: (put(writer, chunk), os.kill(os.getpid(), signal.SIGKILL))
+quantize.quantize_file(sys.argv[1], sys.argv[2], device="cpu")
+"""
+
+
+def test_a_killed_quantize_can_be_run_again(tmp_path: Path, tiny_dir: Path) -> None:
+    folder, arguments = tmp_path / "nf4", [str(tiny_dir), str(tmp_path / "nf4")]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], cwd=Path(__file__).parents[1])
+    assert killed.returncode == -9
+    (left,) = folder.iterdir()  # a half of the weights
+
+    def again() -> tuple[int, set[str]]:
+        code = runner.invoke(app, ["quantize", *arguments, "--device", "cpu"]).exit_code
+        return code, {path.name for path in folder.iterdir()}
+
+    (folder / "config.json").write_text("{}")  # killed between the two renames
+    (folder / "notes.txt").touch()
+    assert again()[0] == 2  # somebody's
+    (folder / "notes.txt").unlink()
+    alive = folder / left.name.replace(left.name.split("-")[2], str(os.getpid()))
+    alive.touch()
+    assert again()[0] == 2  # another process is at it
+    alive.unlink()
+    assert again() == (0, {"config.json", "diffusion_pytorch_model.safetensors"})
+    assert again()[0] == 2  # whole
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / "config.json").write_text("{}")
+    assert again() == (2, {"config.json"})  # nothing of ours beside it
+    (folder / "config.json").unlink()
+    assert again()[0] == 0
+
+
+def test_a_failed_quantize_leaves_nothing_of_its_own(
+    tmp_path: Path, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        (tmp_path / "nf4" / "notes.txt").touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("vortex_core.quantize.check_unchanged", fail)
+    with pytest.raises(OSError, match="No space left"):
+        quantize_file(tiny_dir, tmp_path / "nf4", device="cpu")
+    assert [path.name for path in (tmp_path / "nf4").iterdir()] == ["notes.txt"]  # which somebody put there
+
+
 def test_quantize_writes_a_folder_for_diffusers(tmp_path: Path, tiny_dir: Path) -> None:
     """Its names, its packed modules and no others, and back into Vortex bit for bit."""
     from diffusers import BitsAndBytesConfig, FluxTransformer2DModel
@@ -215,6 +266,11 @@ def test_inspect_says_what_it_is(tmp_path: Path, tiny_dir: Path, monkeypatch: py
         "the transformer", "CLIP's text encoder", "the T5 encoder", "CLIP's tokenizer", "T5's tokenizer"
     ]  # fmt: skip
     assert vae.placement == {}
+    file = str(tiny_dir / "vae" / "diffusion_pytorch_model.safetensors")
+    for tokenizers, lacks in ((str(tiny_dir), False), ("", True), (str(tmp_path), True)):
+        said = runner.invoke(app, ["inspect", file, "--tokenizers", tokenizers, "--json"]).stdout
+        assert ("tokenizer" in str(json.loads(said)["missing"])) is lacks
+    assert not any("tokenizer" in what for what in inspect(file, tokenizers=tiny_dir).missing)
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(VortexCheckpointError, match="no part of FLUX"):
         inspect(tmp_path / "other.safetensors")

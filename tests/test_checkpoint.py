@@ -39,7 +39,7 @@ def test_a_missing_folder() -> None:
 
 def test_an_incomplete_folder(copy: Path) -> None:
     shutil.rmtree(copy / "text_encoder_2")
-    assert refused(copy, "lacks the T5 encoder .*Give files for them with t5=").path == str(copy)
+    assert refused(copy, "lacks the T5 encoder .*Give files for them as `t5`").path == str(copy)
 
 
 def test_a_pickle_file(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import comfy_host
 import numpy as np
 import pytest
 import stand_in
+import workflow_format
 from comfy_host import Host, NodeError
 from judge import matches
 from scenes import Scene, Thing
@@ -110,7 +111,7 @@ def state(host: Host, nonce: int) -> dict[str, Any]:
 
 def test_the_host_lists_the_nodes(host: Host) -> None:
     info = host.get("/object_info")
-    for key, name in workflows.load_pack().NODE_DISPLAY_NAME_MAPPINGS.items():
+    for key, name in workflow_format.load_pack().NODE_DISPLAY_NAME_MAPPINGS.items():
         assert info[key]["display_name"] == name
     loader = info["VortexFluxLoader"]["input"]
     assert loader["required"]["model"][0] == ["tiny-schnell", FOLDER, FILE, CHECKPOINT]
@@ -134,7 +135,7 @@ def test_templates_and_help_are_served(host: Host) -> None:
     for name in workflows.WORKFLOWS:
         assert host.get(f"/api/workflow_templates/{comfy_host.PACK}/{name}.json")["version"] == 0.4
         assert host.get(f"/api/workflow_templates/{comfy_host.PACK}/{name}.jpg")[:2] == b"\xff\xd8"
-    for key in workflows.load_pack().NODE_CLASS_MAPPINGS:
+    for key in workflow_format.load_pack().NODE_CLASS_MAPPINGS:
         assert host.get(f"/extensions/{comfy_host.PACK}/docs/{key}.md").startswith(b"# ")
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import comfy_host
 import pytest
 import stand_in
+import workflow_format
 from comfy_host import PACK, Host
 from PIL import Image
 
@@ -224,7 +225,7 @@ def test_template_opens_and_draws(page: Page, name: str) -> None:
         take(page, name)
 
 
-@pytest.mark.parametrize("key", workflows.load_pack().NODE_CLASS_MAPPINGS)
+@pytest.mark.parametrize("key", workflow_format.load_pack().NODE_CLASS_MAPPINGS)
 def test_help_opens(page: Page, key: str) -> None:
     page.open_template("latency-probe" if key == "VortexLatencyProbe" else "batch-vram-monitor")
     page.js(

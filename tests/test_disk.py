@@ -60,6 +60,29 @@ def test_a_device_is_written_to_and_stays(tmp_path: Path) -> None:
     os.close(reader)
 
 
+def test_a_line_is_added_whole_or_not_at_all(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    disk.add_line(log, b"first")
+    with log.open("ab") as half:
+        half.write(b"half of a li")
+    disk.add_line(log, b"second")
+    assert log.read_bytes() == b"first\nhalf of a li\nsecond\n"
+    with file_size_limit(30), pytest.raises(OSError, match=r"No space left|too large"):
+        disk.add_line(log, b"x" * 100)
+    assert log.read_bytes() == b"first\nhalf of a li\nsecond\n"
+    disk.add_line(log, b"third")
+    assert log.read_bytes().endswith(b"second\nthird\n")
+
+
+def test_a_line_goes_into_a_pipe(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    disk.add_line(pipe, b"whole")
+    assert os.read(reader, 100) == b"whole\n"
+    os.close(reader)
+
+
 def test_a_place_is_checked_without_a_trace(tmp_path: Path) -> None:
     disk.check_file(tmp_path / "x.png")
     assert not list(tmp_path.iterdir())

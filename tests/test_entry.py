@@ -232,6 +232,40 @@ def test_a_source_that_changes_while_it_is_read(source: Source, monkeypatch: pyt
     assert same(source.keep(), source.keep(source.folder.with_name("other")))
 
 
+def test_a_source_that_is_replaced_before_it_is_known(source: Source) -> None:
+    """Opened, then replaced by a rename: what it is would be asked of the other file, and it is read from this one."""
+    part, other = source.part(), source.path.with_name("other")
+    save_file({name: torch.zeros(p.shape) for name, p in module().named_parameters()}, other)
+    other.replace(source.path)
+    target = Target(CPU, torch.float32, ReferenceBackend(), source.progress)
+    with pytest.raises(VortexCheckpointError, match="changed while it was read"):
+        Cache(source.folder).quantized(part, "t5", [(module(), "")], target)
+    assert source.names() == []
+    assert same(source.keep(), source.keep(source.folder.with_name("another cache")))
+
+
+@pytest.mark.parametrize("act", ["written", "gone"])
+def test_a_source_of_which_only_the_system_knows_that_it_changed(
+    source: Source, monkeypatch: pytest.MonkeyPatch, act: str
+) -> None:
+    """Written to and its time set back, where no sample was taken."""
+    before, real = source.path.stat(), nf4.quantize
+    monkeypatch.setattr("vortex_core.checkpoint.cache.identity", lambda files: "as it was")
+    monkeypatch.setattr("vortex_core.checkpoint.source.identity", lambda files: "as it was")
+
+    def change(weight: Tensor, name: str) -> Any:
+        if act == "gone":
+            source.path.unlink(missing_ok=True)
+        else:
+            os.utime(source.path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        return real(weight, name)
+
+    monkeypatch.setattr(nf4, "quantize", change)
+    with pytest.raises(VortexCheckpointError, match="changed while it was read"):
+        source.keep()
+    assert source.names() == []
+
+
 # ---------------------------------------------------------------- older entries
 
 

@@ -5,39 +5,49 @@
 
 from __future__ import annotations
 
+import random
+import shutil
 import time
+import warnings
 from collections import Counter
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import mutants
-import mutations
+import mutators
 import pytest
 import specimens
-from mutations import GGUF_HEADER, mutated
+from mutators import DTYPES, NUMBERS, TEXTS, Edit, edited
 from specimens import look, read, save, write_gguf
 
-from vortex_core import VortexCheckpointError
+from vortex_core import Engine, VortexCheckpointError
+from vortex_core.checkpoint.bundle import Bundle, open_bundle
+from vortex_core.text import tokenize_prompt
 
 pytest.importorskip("hypothesis")
 from hypothesis import given
 from hypothesis import strategies as st
 
+GGUF_HEADER = 400  # bytes of the small file's
+CONFIGS = tuple(f"{part}/config.json" for part in ("transformer", "vae", "text_encoder", "text_encoder_2"))
+TOKENIZERS = ("tokenizer/tokenizer.json", "tokenizer_2/tokenizer.json")
+DRAW: dict[str, Any] = {"seed": 1, "height": 64, "width": 64, "steps": 1}
+PROMPTS = ("a red circle", "", "Ünï \u2603 \U0001f3a8 ﷺ 'tis", "x " * 300)
+
 SHARES = st.floats(0, 1, exclude_max=True)
 JUNK = st.one_of(
     st.none(), st.booleans(), st.integers(-(2**65), 2**65), st.floats(), st.text(max_size=8),
+    st.sampled_from(NUMBERS), st.sampled_from(TEXTS),
     st.lists(st.integers(-1, 2**40), max_size=4), st.dictionaries(st.text(max_size=4), st.integers(), max_size=2),
 )  # fmt: skip
-DTYPES = st.sampled_from(["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I64", "U8", "BOOL", "F4", "F8_E8M0", "X"])
 EDITS = st.one_of(
     st.tuples(st.just("byte"), SHARES, st.integers(0, 255)),
     st.tuples(st.just("cut"), SHARES, st.none()),
     st.tuples(st.just("length"), st.none(), st.integers(0, 2**64 - 1)),
     st.tuples(st.just("drop"), st.integers(0), st.none()),
-    st.tuples(st.just("rename"), st.integers(0), st.text(max_size=12)),
+    st.tuples(st.just("rename"), st.integers(0), st.one_of(st.text(max_size=12), st.sampled_from(mutators.RENAMED))),
+    st.tuples(st.just("beside"), st.integers(0), st.sampled_from(mutators.BESIDE)),
     st.tuples(st.just("swap"), st.integers(0), st.integers(0)),
-    st.tuples(st.just("dtype"), st.integers(0), st.one_of(DTYPES, JUNK)),
+    st.tuples(st.just("dtype"), st.integers(0), st.one_of(st.sampled_from(DTYPES), JUNK)),
     st.tuples(st.just("shape"), st.integers(0), st.one_of(st.lists(st.integers(0, 600), max_size=4), JUNK)),
     st.tuples(st.just("data_offsets"), st.integers(0), st.one_of(st.lists(st.integers(0, 10**7), max_size=3), JUNK)),
     st.tuples(st.just("entry"), st.integers(0), JUNK),
@@ -59,9 +69,9 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(edits=st.lists(EDITS, min_size=1, max_size=3), form=st.sampled_from(["plain", "nf4", "nested"]))
-def test_mutated_safetensors(sound: Path, edits: list[tuple[str, Any, Any]], form: str) -> None:
+def test_mutated_safetensors(sound: Path, edits: list[Edit], form: str) -> None:
     original = (sound / f"{form}.safetensors").read_bytes()
-    read_or_refused(sound / "mutated.safetensors", mutated(original, edits))
+    read_or_refused(sound / "mutated.safetensors", edited(original, edits))
 
 
 @given(share=SHARES)
@@ -83,12 +93,14 @@ def test_mutated_gguf(sound: Path, edits: list[tuple[float, int]], cut: float | 
 
 @pytest.mark.parametrize("form", ["plain.safetensors", "nested.safetensors", "whole.gguf"])
 def test_mutated_by_seed(sound: Path, form: str) -> None:
-    """The same inputs each time, each in little time, and those of a tool that tries many more."""
-    mutate = mutations.gguf if form.endswith("gguf") else mutations.safetensors
+    """The same inputs each time, each in little time, and of the kinds that tools/fuzz.py tries many more of."""
     original, path = (sound / form).read_bytes(), sound / f"seeded.{form}"
     for seed in range(60):
         started = time.process_time()
-        read_or_refused(path, mutate(original, seed))
+        dice = random.Random(seed)
+        gguf = form.endswith("gguf")
+        data = mutators.gguf(dice, original, GGUF_HEADER) if gguf else mutators.safetensors(dice, original)
+        read_or_refused(path, data)
         assert time.process_time() - started < 5, f"seed {seed}"
 
 
@@ -106,7 +118,50 @@ def read_or_refused(path: Path, data: bytes) -> None:
 
 def test_mutated_configs_and_tokenizers(tmp_path: Path, tiny_dir: Path) -> None:
     """300 of them, always the same; tools/fuzz.py takes more."""
-    trial = mutants.Trial(tiny_dir, tmp_path / "model")
-    found = Counter(trial(mutant) for mutant in islice(mutants.mutants(7, tiny_dir), 300))
+    trial, dice, found = Trial(tiny_dir, tmp_path / "model"), random.Random(7), Counter[str]()
+    for _ in range(150):
+        for kind, names in (("config", CONFIGS), ("tokenizer", TOKENIZERS)):
+            name = dice.choice(names)
+            found[trial(name, mutators.KINDS[kind](dice, (tiny_dir / name).read_bytes()))] += 1
     assert found["refused"] > 150
     assert found["same"] > 30
+
+
+class Trial:
+    """A copy of a model at `folder`, of which one file at a time is exchanged."""
+
+    def __init__(self, model: Path, folder: Path) -> None:
+        self.folder = Path(shutil.copytree(model, folder, copy_function=_link))
+        self.sound = _seen(open_bundle(model))
+
+    def __call__(self, name: str, data: bytes) -> str:
+        """`refused`, `same` or `drawn`. Raises what a load may not raise, and for a picture that is none."""
+        path = self.folder / name
+        original = path.resolve()
+        path.unlink()
+        path.write_bytes(data)
+        try:
+            if _seen(open_bundle(self.folder)) == self.sound:
+                return "same"
+            with Engine.load(self.folder, device="cpu") as engine:
+                picture = engine.generate(PROMPTS[0], **DRAW)
+            assert bool(picture.isfinite().all()), f"a picture that is none: {name}"
+            return "drawn"
+        except VortexCheckpointError:
+            return "refused"
+        finally:
+            path.unlink()
+            path.symlink_to(original)
+
+
+def _link(source: str, target: str) -> None:
+    Path(target).symlink_to(source)
+
+
+def _seen(bundle: Bundle) -> Any:
+    """All that a load takes from configs and tokenizers."""
+    tokenizers = bundle.tokenizer, bundle.tokenizer_2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one prompt is too long, on purpose
+        tokens = [tokenize_prompt(*tokenizers, words) for words in PROMPTS]
+    return bundle.spec, tokens

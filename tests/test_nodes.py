@@ -14,6 +14,7 @@ from typing import Any
 import fake_host
 import pytest
 import torch
+import workflow_format
 from fake_host import PACK, FakeHost, Interrupted, module, node
 
 import workflows
@@ -60,7 +61,7 @@ def test_help_page_names_every_input_and_has_its_picture(comfy: FakeHost, key: s
 
 def test_input_order_is_what_saved_workflows_rely_on(comfy: FakeHost) -> None:
     # widgets_values is positional: append, never reorder
-    order = {key: list(workflows.Schemas().inputs(key)) for key in KEYS}
+    order = {key: list(workflow_format.Schemas().inputs(key)) for key in KEYS}
     assert order == {
         "VortexFluxLoader": ["model", "vram_budget", "mode", "clip_l", "t5xxl", "vae"],
         "VortexLatencyProbe": ["model", "prompt", "width", "height", "steps", "runs", "warmup", "value"],

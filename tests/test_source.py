@@ -1,14 +1,21 @@
-"""What the source of `vortex_core` may not say: nothing rests on which allocator torch has, or on how it works."""
+"""What the source of `vortex_core` may not say.
+
+Nothing rests on which allocator torch has, or on how it works; and sentences speak of things, not of Python.
+"""
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 
 import pytest
 
 import vortex_core
+from vortex_core import Engine
+from vortex_core.terminal import OPTIONS
 
 CORE = Path(vortex_core.__file__).parent
 BENCH = CORE / "bench"  # measures under each allocator, and says which it was
@@ -97,3 +104,31 @@ class A:
 )
 def test_code_may_not(line: str) -> None:
     assert offences(line)
+
+
+ARGUMENTS = "|".join(
+    name
+    for call in (Engine.load, Engine.generate, Engine.encode)
+    for name in signature(call).parameters
+    if name != "self"
+)
+CALL = re.compile(rf"\b(?:{ARGUMENTS})=|\bEngine\.\w+\(")
+
+
+def sentences() -> Iterator[tuple[str, str]]:
+    """What is said to people, by file: texts of several words, those of formatted ones piece by piece."""
+    for path in SOURCES:
+        for line, text in words(path.read_text()):
+            if len(re.findall(r"[A-Za-z]+", text)) > 2:
+                yield f"{path.relative_to(CORE)}:{line}", text
+
+
+def test_sentences_can_be_followed_in_a_node_and_in_a_terminal() -> None:
+    """A ComfyUI node shows them as they are, so none asks for what only Python can type."""
+    assert [(where, text) for where, text in sentences() if CALL.search(text)] == []
+
+
+def test_arguments_in_sentences_are_options_of_the_command() -> None:
+    named = {name for _, text in sentences() for name in re.findall(r"`([a-z_]+)`", text)}
+    assert named & set(ARGUMENTS.split("|")) <= OPTIONS.keys()
+    assert "mode" in named

@@ -149,12 +149,12 @@ def test_a_full_disk_behind_the_output_is_a_sentence() -> None:
 @pytest.mark.parametrize(
     ("sentence", "said"),
     [
-        ("give tokenizers=, a folder with both.", "give --tokenizers, a folder with both."),
-        ("Give files for them with clip=, t5=, vae=.", "Give files for them with --clip, --t5, --vae."),
-        ("Use device='cpu', or check", "Use --device cpu, or check"),
-        ("Give cache_dir= a folder with room.", "Give --cache-dir a folder with room."),
+        ("give a folder with both as `tokenizers`.", "give a folder with both as --tokenizers."),
+        ("Give files for them as `clip`, `t5`, `vae`.", "Give files for them as --clip, --t5, --vae."),
+        ("or load it with `mode` exact.", "or load it with --mode exact."),
+        ("Name a folder in `cache_dir` or", "Name a folder in --cache-dir or"),
         ("vram_budget is 9 GB; the smallest vram_budget", "--vram is 9 GB; the smallest --vram"),
-        ("There is no model at /x/vae=1/device='cpu'.", "There is no model at /x/vae=1/device='cpu'."),
+        ("There is no model at /x/`vae`/vram_budget.", "There is no model at /x/`vae`/vram_budget."),
     ],
 )
 def test_the_library_speaks_of_options(sentence: str, said: str) -> None:
@@ -251,3 +251,28 @@ def test_a_command_that_ignores_ctrl_c_stays_so(monkeypatch: pytest.MonkeyPatch)
 
 def test_the_app_alone_still_answers() -> None:
     assert "Usage" in CliRunner().invoke(app, ["--help"]).output
+
+
+def test_an_empty_path_is_none_where_there_is_a_default_and_else_refused(
+    main: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `VORTEX_CACHE=`: what a script leaves empty is not the folder that it runs in."""
+    monkeypatch.setenv("VORTEX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    foreign = tmp_path / f"t5-{'0' * 24}.safetensors"
+    foreign.write_bytes(b"of this folder")
+    assert str(tmp_path / "cache") in main("cache", "list", "--cache-dir", "")[1].replace("\n", "")
+    assert main("cache", "clear", "--cache-dir", "")[0] == 0
+    assert foreign.exists()
+    for arguments in (
+        ("inspect", ""),
+        ("quantize", "", "x.safetensors"),
+        ("quantize", "x", ""),
+        ("generate", "x", "-o", ""),
+        ("generate", "x", "--model", ""),
+        ("bench", "latency", "-o", ""),
+        ("bench", "latency", "--log", ""),
+    ):
+        code, _, said = main(*arguments)
+        assert code == 2, arguments
+        assert "A path is expected, not an empty text." in " ".join(said.replace("\u2502", " ").split()), arguments

@@ -121,8 +121,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         comfy_aimdo.control.init()  # before torch, as the host's main does
 
     import torch
-
-    from workflows import load_pack
+    from workflow_format import load_pack
 
     cuda = torch.cuda.is_available()
     sys.argv += [] if cuda else ["--cpu"]
@@ -171,6 +170,33 @@ def switch_on_dynamic() -> None:
     comfy.memory_management.aimdo_enabled = True
 
 
+def counters(device: Any) -> dict[str, int]:
+    """Bytes that torch has on a device, and that the driver has left."""
+    import torch
+
+    if device.type != "cuda":
+        return {"allocated": 0, "reserved": 0, "free": 0}
+    torch.cuda.synchronize()
+    return {
+        "allocated": torch.cuda.memory_allocated(device),
+        "reserved": torch.cuda.memory_reserved(device),
+        "free": torch.cuda.mem_get_info(device)[0],
+    }
+
+
+def progress() -> Callable[..., None]:
+    """What the host tells of its progress, said every 3 seconds."""
+    told = 0.0
+
+    def report(done: int, total: int, *unused: Any, **ignored: Any) -> None:
+        nonlocal told
+        if time.monotonic() > told + 3:
+            told = time.monotonic()
+            say(f"{done}/{total}")
+
+    return report
+
+
 def evictions(model: Path | None, size: int, cache: Path | None) -> dict[str, Any]:
     """Draw, evict, draw again, for each way in which the host takes memory back."""
     import comfy.model_management as management
@@ -186,46 +212,22 @@ def evictions(model: Path | None, size: int, cache: Path | None) -> dict[str, An
         host.cache_folder = lambda: kept
     handle = types.Model(path.name, str(path), files.fingerprint(path), 6.5, "exact")
     device = management.get_torch_device()
-    cuda = device.type == "cuda"
 
     def draw() -> torch.Tensor:
         with torch.inference_mode():
             return SchnellSampler().sample(handle, PROMPT, size, size, 1, 7, 4)[0]
 
-    def counters() -> dict[str, int]:
-        if not cuda:
-            return {"allocated": 0, "reserved": 0, "free": 0}
-        torch.cuda.synchronize()
-        return {
-            "allocated": torch.cuda.memory_allocated(device),
-            "reserved": torch.cuda.memory_reserved(device),
-            "free": torch.cuda.mem_get_info(device)[0],
-        }
-
-    told = 0.0
-
-    def progress(done: int, total: int, *unused: Any, **ignored: Any) -> None:
-        nonlocal told
-        if time.monotonic() > told + 3:
-            told = time.monotonic()
-            say(f"{done}/{total}")
-
-    comfy.utils.set_progress_bar_global_hook(progress)
-    before, started = counters(), time.monotonic()
+    comfy.utils.set_progress_bar_global_hook(progress())
+    before, started = counters(device), time.monotonic()
     say(f"loading {path}" + ("" if model is None else f", quantized weights in {kept}") + ", and drawing")
     first = draw()
     result: dict[str, Any] = {"device": str(device), "load_seconds": round(time.monotonic() - started, 1)}
-    result["loaded"] = {name: value - before[name] for name, value in counters().items()}
+    result["loaded"] = {name: value - before[name] for name, value in counters(device).items()}
     print("loaded", json.dumps(result), flush=True)
     engine = engines.acquire(handle)
     patcher = engines._loaded[handle.key].patcher
-    loads = 0
-
-    def count(*unused: Any) -> None:
-        nonlocal loads
-        loads += 1
-
-    engines._load, load = count, engines._load
+    loads: list[object] = []
+    engines._load, load = loads.append, engines._load
     ways: dict[str, Callable[[], object]] = {
         "another model's demand": lambda: demand(management, device, patcher.loaded_size()),
         "unload_all_models": management.unload_all_models,
@@ -233,17 +235,17 @@ def evictions(model: Path | None, size: int, cache: Path | None) -> dict[str, An
     }
     for name, evict in ways.items():
         say(f"{name}, and drawing again")
-        reported, held, graphs = patcher.loaded_size(), counters(), engine.ledger.graphs  # which no tensor has
+        reported, held, graphs = patcher.loaded_size(), counters(device), engine.ledger.graphs  # which no tensor has
         listed = any(loaded.model is patcher for loaded in management.current_loaded_models)
         evict()
-        gone = counters()
-        away = not engine.resident or not cuda
+        gone = counters(device)
+        away = not engine.resident or device.type != "cuda"
         again = draw()
         result[name] = case = {
             "reported": reported, "freed": held["allocated"] - gone["allocated"], "graphs": graphs,
             "reserved_freed": held["reserved"] - gone["reserved"], "driver_free": gone["free"] - held["free"],
             "listed": listed, "away": away, "same_picture": bool(torch.equal(first, again)),
-            "back": counters()["allocated"] - held["allocated"], "loads": loads,
+            "back": counters(device)["allocated"] - held["allocated"], "loads": len(loads),
         }  # fmt: skip
         case["passed"] = bool(
             listed and away and case["same_picture"] and not loads and case["back"] == 0
@@ -280,70 +282,95 @@ def out_of_memory(management: Any, device: Any) -> None:
         management.unload_all_models()
 
 
-def unsupported(device: Any) -> dict[str, str]:
-    """What this allocator does not do, by name, with the reason."""
-    import torch
-    from vortex_pack.vortex_core.vram import process_memory
+class Probes:
+    """What is asked of an allocator. Each raises where it does not do it."""
 
-    def block(megabytes: int) -> torch.Tensor:
-        return torch.empty(megabytes * MB, dtype=torch.uint8, device=device)
+    def __init__(self, device: Any) -> None:
+        self.device = device
 
-    def peaks() -> None:
-        torch.cuda.reset_peak_memory_stats(device)
-        block(64)
-        if torch.cuda.max_memory_reserved(device) < 64 * MB or torch.cuda.max_memory_allocated(device) < 64 * MB:
+    def block(self, megabytes: int) -> Any:
+        import torch
+
+        return torch.empty(megabytes * MB, dtype=torch.uint8, device=self.device)
+
+    def peaks(self) -> None:
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self.block(64)
+        if (
+            torch.cuda.max_memory_reserved(self.device) < 64 * MB
+            or torch.cuda.max_memory_allocated(self.device) < 64 * MB
+        ):
             raise RuntimeError("a peak of 64 MB was not seen")
 
-    def fraction() -> None:
-        total = torch.cuda.get_device_properties(device).total_memory
+    def fraction(self) -> None:
+        import torch
+
+        total = torch.cuda.get_device_properties(self.device).total_memory
         torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(device) + 256 * MB) / total, device)
+        torch.cuda.set_per_process_memory_fraction(
+            (torch.cuda.memory_reserved(self.device) + 256 * MB) / total, self.device
+        )
         try:
-            block(1024)
+            self.block(1024)
         except torch.OutOfMemoryError:
             return
         finally:
-            torch.cuda.set_per_process_memory_fraction(1.0, device)
+            torch.cuda.set_per_process_memory_fraction(1.0, self.device)
         raise RuntimeError("1024 MB were allocated under a limit of 256")
 
-    def giving_back() -> None:
+    def giving_back(self) -> None:
+        import torch
+        from vortex_pack.vortex_core.vram import process_memory
+
         torch.cuda.empty_cache()
-        before = process_memory(device)
-        block(1024)
+        before = process_memory(self.device)
+        self.block(1024)
         torch.cuda.empty_cache()
-        after = process_memory(device)
+        after = process_memory(self.device)
         if before is None or after is None:
             raise RuntimeError("NVML does not tell what the process has")
         if after - before > 64 * MB:
             raise RuntimeError("empty_cache left the driver short")
 
-    def snapshot() -> None:
+    def snapshot(self) -> None:
+        import torch
+
         torch.cuda.memory_snapshot()
 
-    def history() -> None:
+    def history(self) -> None:
+        import torch
+
         torch.cuda.memory._record_memory_history()
         torch.cuda.memory._record_memory_history(enabled=None)
 
-    def graphs() -> None:
-        source = torch.ones(1024, device=device)
+    def graphs(self) -> None:
+        import torch
+
+        source = torch.ones(1024, device=self.device)
         graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             source * 2 + 1  # warm-up
-        torch.cuda.current_stream(device).wait_stream(stream)
+        torch.cuda.current_stream(self.device).wait_stream(stream)
         with torch.cuda.graph(graph):
             result = source * 2 + 1
         source.fill_(3)
         graph.replay()
-        torch.cuda.synchronize(device)
+        torch.cuda.synchronize(self.device)
         if result.ne(7).any():
             raise RuntimeError("a replayed graph gave other numbers")
 
+
+def unsupported(device: Any) -> dict[str, str]:
+    """What this allocator does not do, by name, with the reason."""
+    probes = Probes(device)
     found = {}
     for name, probe in {
-        "peak counters": peaks, "memory fraction": fraction, "giving back": giving_back,
-        "memory_snapshot": snapshot, "memory history": history, "CUDA graphs": graphs,
+        "peak counters": probes.peaks, "memory fraction": probes.fraction, "giving back": probes.giving_back,
+        "memory_snapshot": probes.snapshot, "memory history": probes.history, "CUDA graphs": probes.graphs,
     }.items():  # fmt: skip
         try:
             probe()

@@ -206,6 +206,15 @@ def small_disk(folder: Path, size: str) -> bool:
     return not libc.mount(b"tmpfs", str(folder).encode(), b"tmpfs", 0, f"size={size}".encode())
 
 
+def refused(work: Callable[[], object]) -> int:
+    """What a child exits with whose `work` ought to fail in words."""
+    try:
+        work()
+    except (OSError, VortexError):
+        return 0
+    return 3
+
+
 def disk_full(bench: Bench, stage: str) -> None:
     """The cache, a PNG, a quantized file or the log on a disk without room, which says so only once it is full."""
     folder = bench.cache
@@ -230,13 +239,6 @@ def disk_full(bench: Bench, stage: str) -> None:
         logging.basicConfig(filename=folder / "log", level=logging.DEBUG, force=True)
         logging.info("%s", "x" * 2**20)
         return digest(bench.drawn(), bench.expected)
-
-    def refused(work: Callable[[], object]) -> int:
-        try:
-            work()
-        except (OSError, VortexError):
-            return 0
-        return 3
 
     works: dict[str, Callable[[], int]] = {
         "cache write": cache_write, "copy out": copy_out, "quantize": quantize, "log": log,

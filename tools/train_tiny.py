@@ -361,6 +361,28 @@ class Plan:
     limit: int | None = None
 
 
+def begun(seed: int, start: Path | None, fresh: list[str]) -> tm.Tiny:
+    """A model before training, or the one at `start` with the parts in `fresh` anew."""
+    built = tm.build(seed)
+    start_small(built.transformer)
+    start_vae(built.vae)
+    start_t5(built.text_encoder_2)
+    tiny = tm.load(start) if start else built
+    for part in fresh:
+        setattr(tiny, part, getattr(built, part))
+    return tiny
+
+
+def prepared(stored: Path | None, tiny: tm.Tiny, make: Callable[[], Data]) -> Data:
+    """The scenes in the file `stored`, or made, and put there."""
+    if stored is not None and stored.exists():
+        return Data.load(stored, tiny)
+    data = make()
+    if stored is not None:
+        data.save(stored, tiny)
+    return data
+
+
 def main(
     out: Annotated[Path, typer.Argument(help="Directory for the model.")],
     start: Annotated[Path | None, typer.Option("--from", help="Model directory to continue.")] = None,
@@ -391,25 +413,13 @@ def main(
     began = time.monotonic()
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         warm = [pool.submit(judge.judge, np.zeros((32, 32, 3))) for _ in range(workers)]
-        built = tm.build(seed)
-        start_small(built.transformer)
-        start_vae(built.vae)
-        start_t5(built.text_encoder_2)
-        tiny = tm.load(start) if start else built
-        for part in fresh or ():
-            setattr(tiny, part, getattr(built, part))
+        tiny = begun(seed, start, fresh or [])
         torch.manual_seed(seed + (1 if start else 0))
-        ready = stored is not None and stored.exists()
-        data = Data.load(stored, tiny) if ready else make_data(tiny, plan.scenes, seed, pool)
-        if stored and not ready:
-            data.save(stored, tiny)
+        data = prepared(stored, tiny, lambda: make_data(tiny, plan.scenes, seed, pool))
         data, tiny = data.to(plan.device), tiny.to(plan.device, torch.bfloat16)
         painted = paint(data, plan)
         total = until - time.time() if until else seconds
-        print(
-            f"{len(data.things)} scenes after {time.monotonic() - began:.0f} s; {total:.0f} s to train",
-            flush=True,
-        )
+        print(f"{len(data.things)} scenes after {time.monotonic() - began:.0f} s; {total:.0f} s to train", flush=True)
         deadline = time.monotonic() + total
         if vae:
             train_vae(tiny, painted, plan, vae * total)

@@ -59,6 +59,14 @@ def default(s: Section) -> None:
         f"{host.resident:.2f} GB, of which anonymous {host.anonymous:.2f}; {host_memory()}",
         0 < host.resident <= 7.5,
     )
+    sizes(s, engine)
+    s.cap(s.total)  # what follows takes memory of its own
+    instruments(s, engine)
+    print(f"  {snapshot(s.device)}", file=sys.stderr)
+
+
+def sizes(s: Section, engine: Engine) -> None:
+    """Pictures of every size within 6.5 GB."""
     for side, batch in ((512, 1), (768, 1), (1024, 1), (1024, 4)):
         with s.part(f"6.5 GB: {side} x {side}, batch {batch}") as what:
             s.reset()
@@ -92,7 +100,10 @@ def default(s: Section) -> None:
                     f"{(s.peak('allocated') - before) / GB:.3f} GB the first time, in blocks {held / GB:.3f} GB",
                     max(added, s.peak("allocated") - before) < 0.5 * GB,
                 )
-    s.cap(s.total)  # what follows takes memory of its own
+
+
+def instruments(s: Section, engine: Engine) -> None:
+    """What tells of memory agrees with itself."""
     with s.part("default: instruments"):
         ledger = engine.ledger
         s.row(
@@ -113,7 +124,6 @@ def default(s: Section) -> None:
             f"{outer}, {inner if s.cuda else ''}",
             s.peak() >= before and outer.reserved >= inner.reserved if s.cuda else None,
         )
-    print(f"  {snapshot(s.device)}", file=sys.stderr)
 
 
 def card8(s: Section) -> None:

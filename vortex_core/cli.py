@@ -45,6 +45,20 @@ from .terminal import (
 MAX_BATCH = 10_000
 BUDGETS = {"above": 0.0, "most": 1e6}  # GB
 
+Model = Annotated[
+    str,
+    typer.Option(
+        help="'tiny' (bundled: simple coloured shapes), a FLUX.1-schnell diffusers folder, or a .safetensors or "
+        ".gguf file."
+    ),
+]
+Output = Annotated[
+    Path | None,
+    path_option(
+        "--output", "-o", help="PNG to write; a batch adds -1, -2, ... [default: vortex-SEED.png]", show_default=False
+    ),
+]
+
 # without markup: help texts, too, quote what is not meant as such
 app = typer.Typer(
     help="FLUX.1-schnell pictures with resident NF4 weights, in 4 steps.",
@@ -94,27 +108,13 @@ def vortex(
 )
 def generate(
     prompt: Annotated[str, typer.Argument(help="What the picture shows, in words.", show_default=False)],
-    model: Annotated[
-        str,
-        typer.Option(
-            help="'tiny' (bundled: simple coloured shapes), a FLUX.1-schnell diffusers folder, or a .safetensors or "
-            ".gguf file."
-        ),
-    ] = "tiny",
+    model: Model = "tiny",
     clip: Clip = None,
     t5: T5 = None,
     vae: Vae = None,
     tokenizers: Tokenizers = None,
     cache_dir: CacheDir = None,
-    output: Annotated[
-        Path | None,
-        path_option(
-            "--output",
-            "-o",
-            help="PNG to write; a batch adds -1, -2, ... [default: vortex-SEED.png]",
-            show_default=False,
-        ),
-    ] = None,
+    output: Output = None,
     seed: Annotated[
         int | None,
         typer.Option(help="Same seed, same picture. Picture i of a batch has seed + i. [default: drawn]"),
@@ -247,6 +247,7 @@ def inspect(
     clip: Clip = None,
     t5: T5 = None,
     vae: Vae = None,
+    tokenizers: Tokenizers = None,
     budget: Annotated[float, typer.Option(help="VRAM budget in GB (10^9 bytes) to compare with.")] = 6.5,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -257,7 +258,7 @@ def inspect(
         check_number("--budget", budget, **BUDGETS)
         from .inspection import inspect as look
 
-        seen = look(path, {"clip": clip, "t5": t5, "vae": vae})
+        seen = look(path, {"clip": clip, "t5": t5, "vae": vae}, tokenizers)
         if as_json:
             typer.echo(json.dumps(asdict(seen) | {"path": str(path), "resident": seen.resident}))
             return
@@ -298,6 +299,10 @@ def quantize(
     """Write a transformer in NF4: one file under BFL's names, or a folder that diffusers loads."""
     with plain_errors():
         check_folder(target.parent)
+        if target.is_dir() and not overwrite:
+            from .quantize import is_unfinished
+
+            overwrite = is_unfinished(target)
         check_new([target], overwrite)
         from .quantize import quantize_file
 

@@ -45,19 +45,19 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     if where.type != "cuda":
         raise other_device(where.type)
     if torch.cuda._is_in_bad_fork():
-        raise VortexDeviceError("CUDA works in no forked process. Start it by spawn, or use device='cpu'.")
+        raise VortexDeviceError("CUDA works in no forked process. Start it by spawn, or use the CPU.")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     index = where.index or 0
     if index >= count:
         raise VortexDeviceError(
-            f"There is no {where}: torch sees {count} CUDA devices. Use device='cpu', or check the driver and "
+            f"There is no {where}: torch sees {count} CUDA devices. Use the CPU, or check the driver and "
             "the torch build with `vortex doctor`."
         )
     try:
         capability = torch.cuda.get_device_capability(index)
     except Exception as error:  # of the driver, on the first call to it
         raise VortexDeviceError(
-            f"{where} does not start ({first_line(error)}). Use device='cpu', or see `vortex doctor`."
+            f"{where} does not start ({first_line(error)}). Use the CPU, or see `vortex doctor`."
         ) from error
     if capability < MIN_CAPABILITY:
         raise VortexDeviceError(
@@ -69,7 +69,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
 
 def other_device(kind: str) -> VortexDeviceError:
     """The error for a device that is neither CUDA's nor the CPU, by torch's name of its kind."""
-    return VortexDeviceError(f"Vortex runs on CUDA and on the CPU, not on {device_words(kind)}; use device='cpu'.")
+    return VortexDeviceError(f"Vortex runs on CUDA and on the CPU, not on {device_words(kind)}; use the CPU.")
 
 
 def device_words(kind: str) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -56,6 +59,24 @@ def write(path: Path, data: bytes, *, replace: bool) -> None:
             part.replace(path)
         else:
             _name(part, path)
+
+
+def add_line(path: Path, line: bytes) -> None:
+    """Add a line to a log, in one piece, and after a half line that somebody left.
+
+    Raises `OSError`; then nothing of it is left.
+    """
+    with path.open("a+b", buffering=0) as file:
+        status = os.fstat(file.fileno())
+        size = status.st_size if stat.S_ISREG(status.st_mode) else 0  # of a pipe nothing is read, nor cut
+        if size:
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else b"\n" + line
+        written = file.write(line + b"\n")
+        if written != len(line) + 1:
+            if stat.S_ISREG(status.st_mode):
+                file.truncate(size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def _name(part: Path, path: Path) -> None:

@@ -1,7 +1,7 @@
 """The engine: load a model once, draw many pictures.
 
-Here arguments are checked and calls take their turn. What a call does is told in painter.py, how a model is loaded in
-loading.py, what it works in in memory.py, and on which thread in worker.py.
+Here arguments are checked. What a call does is told in painter.py, how a model is loaded in loading.py, what it works
+in in memory.py, whose turn it is in turns.py, and on which thread in worker.py.
 """
 
 from __future__ import annotations
@@ -9,11 +9,9 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,19 +19,18 @@ from torch import Tensor
 from . import loading
 from .checkpoint.bundle import Bundle, open_bundle, open_pipeline
 from .checkpoint.cache import Cache
-from .conditioning import Conditioner, Conditioning
+from .conditioning import Conditioning
 from .device import resolve_device
-from .errors import DeviceLostError, NoEffectWarning, VortexInputError, quoted
-from .jobs import inside, warn
+from .errors import NoEffectWarning, VortexInputError, quoted
+from .jobs import warn
 from .loading import OnLoad, Setup
-from .memory import MemoryManager
-from .model import Model
 from .painter import OnStep, Painter
 from .planner import MemoryPlan
 from .request import Request, check_callback, check_embeddings, check_latents, check_prompt, check_steps
 from .residency import nbytes
 from .spec import DEFAULT_STEPS
 from .streams import blas_of
+from .turns import Turns
 from .vram import Ledger, snapshot
 from .worker import Worker, worker_of
 
@@ -42,10 +39,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Result = TypeVar("Result")
 
-
-class Engine:
+class Engine(Turns):
     """FLUX.1-schnell, resident: `Engine.load(...)` once, `generate(...)` many times.
 
     On a CUDA device torch never reserves more for it than `budget`: what does not fit stays in pinned host memory and
@@ -58,15 +53,13 @@ class Engine:
 
     def __init__(self, bundle: Bundle, setup: Setup, painter: Painter, worker: Worker) -> None:
         """Not for callers: use `Engine.load` or `Engine.from_pipeline`."""
+        super().__init__(painter, worker)
         self.name, self.mode = bundle.name, setup.mode
         self.device, self.dtype, self.quantization = setup.device, setup.dtype, setup.quantization
         self.native_size = bundle.spec.vae.sample_size
         self.last_seed: int | None = None
         self._spec = bundle.spec.flux
         self._budgeted = setup.budget is not None
-        self._painter: Painter | None = painter
-        self._worker = worker
-        self._detach = worker.attach(self)
 
     @classmethod
     def load(
@@ -229,7 +222,7 @@ class Engine:
         may not wait for the loop to do something with an engine of this device.
         """
         job = self._drawing(prompt, negative_prompt, **options)
-        return await self._worker.arun(partial(self._turn, job), owner=self, deadline=deadline)
+        return await self._arun(job, deadline)
 
     def _drawing(
         self,
@@ -373,72 +366,6 @@ class Engine:
         self._loaded()
         if not self.resident:
             self._run(lambda painter: None if self.resident else painter.memory.resume())
-
-    def unload(self) -> None:
-        """Release every weight and buffer; the engine cannot draw any more. Loading again makes a new one.
-
-        Calls that wait end with our error. Raises `VortexInputError` in `on_step`. Twice is fine, and so it is where
-        the device has failed, or in a forked process.
-        """
-        if self._painter is None:
-            return
-        self._check_not_inside()
-
-        def close() -> None:
-            painter, self._painter = self._painter, None
-            if painter is not None:
-                painter.close()
-
-        try:
-            self._worker.run(close, owner=self)
-        except (DeviceLostError, VortexInputError):  # no thread of its device is left, nor memory there
-            with suppress(RuntimeError):
-                close()
-        self._detach()
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.unload()
-
-    def _run(self, work: Callable[[Painter], Result], deadline: float | None = None) -> Result:
-        """Do `work` on the device's thread, when it is this call's turn."""
-        return self._worker.run(partial(self._turn, work), owner=self, deadline=deadline)
-
-    def _turn(self, work: Callable[[Painter], Result]) -> Result:
-        painter = self._loaded()  # somebody may have unloaded it meanwhile
-        painter.choose_threads()
-        return work(painter)
-
-    def _loaded(self) -> Painter:
-        if (painter := self._painter) is None:
-            raise VortexInputError("This engine was unloaded. Load the model again with Engine.load(...).")
-        return painter
-
-    @property
-    def _memory(self) -> MemoryManager:
-        return self._loaded().memory
-
-    @property
-    def _model(self) -> Model:
-        return self._loaded().model
-
-    @property
-    def _conditioner(self) -> Conditioner:
-        return self._loaded().conditioner
-
-    def _check_usable(self) -> None:
-        self._loaded()
-        self._check_not_inside()
-        self._worker.check()
-
-    def _check_not_inside(self) -> None:
-        if inside(self):
-            raise VortexInputError(
-                "on_step may not use the engine that calls it, which is still drawing. Keep a copy of the latents, and "
-                "call the engine when generate has returned."
-            )
 
 
 def load_flux_schnell(model: str | Path = "tiny", **options: Any) -> Engine:

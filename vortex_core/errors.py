@@ -1,4 +1,8 @@
-"""Everything Vortex raises or warns with: one root each, data on the object, and a sentence that says what to do."""
+"""Everything Vortex raises or warns with: one root each, data on the object, and a sentence that says what to do.
+
+People read the same sentence in Python, in a terminal and in a ComfyUI node. So it speaks of things, not of calls: an
+argument stands in backticks by its name, which a node's widget shares and for which the command puts its option.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether what was computed is finite: one pass over it, without memory, and nobody waits for the device."""
+"""Pictures on their way out: whether what a device computed is finite. One pass, no memory, and nobody waits for it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .errors import NotFiniteError
 log = logging.getLogger(__name__)
 
 WHY = (
-    "Damaged weights do that, and a type that is too small for their values: download the model again, or load it with "
-    'mode="exact" and without a dtype of your own.'
+    "Damaged weights do that, and a type too small for their values, such as float16. Download the model again, "
+    "or load it with `mode` exact."
 )
 
 

@@ -45,8 +45,12 @@ class Inspection:
         return sum(size for what, size in self.placement.items() if "host" not in what)
 
 
-def inspect(path: str | Path, others: Mapping[str, str | Path | None] | None = None) -> Inspection:
-    """Look at a model without reading its weights.
+def inspect(
+    path: str | Path,
+    others: Mapping[str, str | Path | None] | None = None,
+    tokenizers: str | Path | None = None,
+) -> Inspection:
+    """Look at a model without reading its weights; `others` and `tokenizers` are what `Engine.load` takes besides.
 
     Raises `VortexCheckpointError` where there is nothing of a FLUX.1-schnell model at `path`, or an incomplete one.
     """
@@ -62,9 +66,10 @@ def inspect(path: str | Path, others: Mapping[str, str | Path | None] | None = N
         for kind, part in parts.items()
     )
     missing = [WORDS[kind] for kind in SUBFOLDERS if kind not in parts]
+    folder = expanded(tokenizers) if tokenizers is not None else where if where.is_dir() else None
     missing += [
         f"{encoder}'s tokenizer (`vortex fetch tokenizers` downloads it)"
-        for encoder, place in locate_tokenizers(where if where.is_dir() else None).items()
+        for encoder, place in locate_tokenizers(folder).items()
         if place is None
     ]
     return Inspection(where, found, tuple(missing), dict(_placement(parts, configs)))

@@ -66,11 +66,12 @@ def sweep(folder: Path) -> None:
     """Remove the temporary files in `folder` whose processes are gone."""
     for path in parts(folder):
         with contextlib.suppress(OSError, ImportError):
-            if _abandoned(path):
+            if is_abandoned(path):
                 path.unlink(missing_ok=True)
 
 
-def _abandoned(path: Path) -> bool:
+def is_abandoned(path: Path) -> bool:
+    """Whether the process that wrote this temporary file is gone. Raises `OSError`."""
     import psutil
 
     said = (NAME.fullmatch(path.name) or OLDER.fullmatch(path.name)).groupdict()  # type: ignore[union-attr]

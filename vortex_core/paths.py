@@ -14,6 +14,8 @@ def expanded(path: str | os.PathLike[str]) -> Path:
     Raises `VortexInputError` for a user or a home that does not exist, and for what no path can be.
     """
     try:
+        if path == "":
+            raise VortexInputError("A path is expected, not an empty text.")
         made = Path(path)
         if "\0" in str(made):
             raise VortexInputError(f"{quoted(str(made))} holds a zero byte, which no path may.")

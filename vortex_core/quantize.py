@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from .checkpoint.write import CANONICAL, DIFFUSERS, Naming, Wanted, write_nf4
 from .conditioning import Modulation
 from .device import resolve_device
 from .errors import VortexCheckpointError, VortexInputError
-from .partial import is_part, partial
+from .partial import is_abandoned, is_part, partial
 from .paths import expanded
 from .spec import FluxSpec
 from .transformer import Transformer
@@ -63,29 +63,48 @@ def quantize_file(
 
     read = Target(where, torch.float32, progress)
     made_by = {"vortex": __version__, "source": Path(source).name}
-    files = parts["transformer"].stored.raw.files
-    before = identity(files)
+    raw = parts["transformer"].stored.raw
+    before = identity(raw.files)
 
-    def write(to: Path, naming: Naming) -> None:
-        with partial(to) as written:
-            write_nf4(written, tensors, Wanted.of(modules, naming), read, made_by, naming)
-            check_unchanged(files, before, str(source))
+    def write(written: Path, naming: Naming) -> None:
+        write_nf4(written, tensors, Wanted.of(modules, naming), read, made_by, naming)
+        check_unchanged(raw, before, str(source))
 
     with torch.inference_mode():
         if path.suffix == ".safetensors":
-            write(path, CANONICAL)
+            with partial(path) as written:
+                write(written, CANONICAL)
             return path
-        new = not path.exists()
-        path.mkdir(exist_ok=True)
-        try:
-            write(path / WEIGHTS, DIFFUSERS)
-            with partial(path / CONFIG) as written:
-                written.write_text(json.dumps(diffusers_config(spec), indent=2))
-        except BaseException:
-            if new:
-                shutil.rmtree(path, ignore_errors=True)
-            raise
+        with _folder(path), partial(path / WEIGHTS) as written:
+            write(written, DIFFUSERS)
+            with partial(path / CONFIG) as config:  # in its place before the weights: see `is_unfinished`
+                config.write_text(json.dumps(diffusers_config(spec), indent=2))
     return path
+
+
+@contextlib.contextmanager
+def _folder(path: Path) -> Iterator[None]:
+    """A folder to write into, of which nothing of ours is left where that fails and it was new."""
+    new = not path.exists() or is_unfinished(path)
+    path.mkdir(exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if new:
+            with contextlib.suppress(OSError):
+                (path / CONFIG).unlink(missing_ok=True)
+                path.rmdir()
+        raise
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether there is nothing in a folder but what a `quantize_file` that was killed left. Raises `OSError`."""
+    if not folder.is_dir():
+        return False
+    inside = list(folder.iterdir())
+    ours = [path for path in inside if is_part(path.name)]
+    names = {path.name for path in inside if path not in ours}
+    return names <= ({CONFIG} if ours else set()) and all(map(is_abandoned, ours))
 
 
 def check_target(path: Path) -> None:

@@ -92,7 +92,7 @@ class VaeSpec:
         if any(width % self.groups for width in self.channels):
             raise VortexCheckpointError(
                 f"The VAE's widths {self.channels} do not divide into {self.groups} norm groups. A single file does "
-                "not say how many it has, so FLUX's 32 are taken: give vae= the VAE's folder, which does."
+                "not say how many it has, so FLUX's 32 are taken: give the VAE's folder, which does, as `vae`."
             )
 
     @property

@@ -90,8 +90,7 @@ class Step:
                 scale = view(f"{name}_scale", batch, each, skip=batch * _rounded(start))[:, :rows]
             return Operand(view(name, batch, rows, width, skip=skip + batch * start * width), scale)
 
-        x = view("x", batch, tokens, hidden)
-        qkv = view("linear1", batch, tokens, *head)
+        x, qkv = view("x", batch, tokens, hidden), view("linear1", batch, tokens, *head)
 
         def stream(start: int, stop: int) -> Stream:
             # places of their own for text and image, which compute beside each other
@@ -108,8 +107,7 @@ class Step:
                 y=view("y", batch, rows, hidden, skip=batch * start * hidden),
             )
 
-        self.kernels, self._side = kernels, side
-        self.qkv = qkv
+        self.kernels, self._side, self.qkv = kernels, side, qkv
         self.txt, self.img, self.joint = stream(0, txt_tokens), stream(txt_tokens, tokens), stream(0, tokens)
         self.linear1 = [self.joint.qkv.flatten(2), self.joint.wide]
         if fast:  # linear1 is one product, and linear2 takes one operand
@@ -121,16 +119,7 @@ class Step:
                 wide=whole[..., 3 * hidden :],
                 active=operand("active", tokens, hidden + mlp),
             )
-        self.heads: Heads | None = None
-        if fp8_attention:
-            each, padded = batch * tokens * hidden, round_up(tokens, TILE)
-            self.heads = Heads(
-                view("active", batch, tokens, *head[1:]),
-                view("active", batch, tokens, *head[1:], skip=each),
-                view("active", batch, *head[1:], padded, skip=2 * each),
-                view("v_scale", batch, spec.heads, padded // TILE),
-                view("v_scale", 2, skip=batch * spec.heads * (padded // TILE)),
-            )
+        self.heads = _heads(flat["active"], flat["v_scale"], (batch, tokens, *head[1:])) if fp8_attention else None
         self.final = Operand(view("linear1", batch, img_tokens, hidden))
         self.velocity = view("velocity", batch, img_tokens, spec.in_channels)
 
@@ -181,6 +170,21 @@ def buffers(
         scales = batch * (_rounded(txt_tokens) + _rounded(img_tokens))
         lengths["normal_scale"] = lengths["active_scale"] = (scales, torch.float32)
     return lengths
+
+
+def _heads(active: Tensor, v_scale: Tensor, shape: tuple[int, int, int, int]) -> Heads:
+    """Heads `shape` `[B, L, H, C]` in the MLP's place, which is free while they attend."""
+    batch, tokens, heads, channels = shape
+    tiles = round_up(tokens, TILE) // TILE
+    q, k, v = active.split([prod(shape), prod(shape), len(active) - 2 * prod(shape)])
+    scales = batch * heads * tiles
+    return Heads(
+        q.view(shape),
+        k.view(shape),
+        v[: batch * heads * channels * tiles * TILE].view(batch, heads, channels, tiles * TILE),
+        v_scale[:scales].view(batch, heads, tiles),
+        v_scale[scales:][:2],
+    )
 
 
 def _rounded(rows: int) -> int:

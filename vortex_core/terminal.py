@@ -39,18 +39,23 @@ def path_option(*names: str, **options: Any) -> Any:
     return typer.Option(*names, parser=user_path, metavar="PATH", **options)
 
 
-Clip = Annotated[Path | None, path_option(help="CLIP's text encoder, for a model without: clip_l.safetensors.")]
-T5 = Annotated[Path | None, path_option(help="T5's encoder, for a model without: t5xxl_fp16.safetensors.")]
-Vae = Annotated[Path | None, path_option(help="VAE, for a model without: ae.safetensors.")]
+def source_option(**options: Any) -> Any:
+    """A `typer.Option` for a path to read, or of the cache: an empty text is none, as in an environment variable."""
+    return typer.Option(parser=lambda text: user_path(text) if text else None, metavar="PATH", **options)
+
+
+Clip = Annotated[Path | None, source_option(help="CLIP's text encoder, for a model without: clip_l.safetensors.")]
+T5 = Annotated[Path | None, source_option(help="T5's encoder, for a model without: t5xxl_fp16.safetensors.")]
+Vae = Annotated[Path | None, source_option(help="VAE, for a model without: ae.safetensors.")]
 Tokenizers = Annotated[
     Path | None,
-    path_option(
+    source_option(
         help="Folder with tokenizer/ and tokenizer_2/. [default: the model's own, else the Hugging Face cache's]"
     ),
 ]
 CacheDir = Annotated[
     Path | None,
-    path_option(help="Where quantized weights are kept. [default: $VORTEX_CACHE or the user's cache folder]"),
+    source_option(help="Where quantized weights are kept. [default: $VORTEX_CACHE or the user's cache folder]"),
 ]
 Vram = Annotated[
     float | None,
@@ -123,20 +128,15 @@ class plain_errors:
 
 OPTIONS = {
     "cache_dir": "--cache-dir", "clip": "--clip", "device": "--device", "t5": "--t5", "tokenizers": "--tokenizers",
-    "vae": "--vae", "vram_budget": "--vram",
+    "vae": "--vae", "mode": "--mode", "vram_budget": "--vram",
 }  # fmt: skip
-# `vae=`, `device='cpu'` and a bare `vram_budget`, not what is part of a path or a quoted text
-_ARGUMENT = re.compile(rf"(?<![\w/\\.='\"-])(?:({'|'.join(OPTIONS)})=(?:'([\w:]+)')?(?=[\s,.;)]|$)|vram_budget\b(?!=))")
+# a name in backticks and a bare vram_budget, not what is part of a path or a quoted text
+_ARGUMENT = re.compile(rf"(?<![\w/\\.='\"-])(?:`({'|'.join(OPTIONS)})`|vram_budget\b(?!=))")
 
 
 def as_options(sentence: str) -> str:
-    """A sentence of the library's, which speaks of `Engine.load`'s arguments, with the command's options for them."""
-
-    def option(found: re.Match[str]) -> str:
-        name = OPTIONS[found[1] or "vram_budget"]
-        return f"{name} {found[2]}" if found[2] else name
-
-    return _ARGUMENT.sub(option, sentence)
+    """A sentence of the library's with the command's options for arguments, which stand in it as in `errors`."""
+    return _ARGUMENT.sub(lambda found: OPTIONS[found[1] or "vram_budget"], sentence)
 
 
 class Lines(logging.Formatter):

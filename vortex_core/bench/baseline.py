@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeGuard
 
+from ..disk import add_line
 from ..errors import VortexError, VortexInputError
 from ..foreign import printable
 from ..paths import expanded
@@ -82,8 +83,7 @@ class History:
             phases={name: latency.percentile(50).seconds for name, latency in series.phases.items()},
         )
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab") as file:
-            file.write(json.dumps({"schema": SCHEMA} | asdict(run)).encode() + b"\n")
+        add_line(self.path, json.dumps({"schema": SCHEMA} | asdict(run)).encode())
 
 
 def default_folder() -> Path:

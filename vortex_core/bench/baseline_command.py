@@ -12,7 +12,7 @@ import typer
 
 from .. import cancel
 from ..packages import need
-from ..terminal import check_number, check_text, path_option, plain_errors, progress_bars
+from ..terminal import check_number, check_text, plain_errors, progress_bars, source_option
 from .comparison import THRESHOLD, Comparison, compare, compare_pairs
 from .options import EXIT_CODES, AsJson, Results, Source, Work, check_output, grouped
 from .output import grid, milliseconds, picture_count, write_folder
@@ -27,7 +27,7 @@ SCHEMA = "vortex.bench.comparison/1"
 app = typer.Typer(help="Keep a run, and judge later ones against it.", no_args_is_help=True)
 Folder = Annotated[
     Path | None,
-    path_option(help="Where runs are kept; $VORTEX_BASELINES or ~/.local/share/vortex/baselines where none is given."),
+    source_option(help="Where runs are kept. [default: $VORTEX_BASELINES or ~/.local/share/vortex/baselines]"),
 ]
 
 

@@ -11,7 +11,7 @@ from .. import cancel
 from ..errors import GB, VortexInputError
 from ..packages import need
 from ..spec import DEFAULT_STEPS
-from ..terminal import err, path_option, plain_errors, user_path
+from ..terminal import err, plain_errors, source_option, user_path
 from .options import Results, check_size, grouped
 from .output import grid, milliseconds, write_folder
 
@@ -34,7 +34,7 @@ def compare(
         list[str] | None, typer.Option(help="Such as 512x512; may be repeated. [default: that, 1024x1024]")
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Pictures of each contender and size.")] = 30,
-    comfyui: Annotated[Path | None, path_option(help="A ComfyUI tree, to time its Flux forward too.")] = None,
+    comfyui: Annotated[Path | None, source_option(help="A ComfyUI tree, to time its Flux forward too.")] = None,
     device: Annotated[str | None, typer.Option(help="[default: the first CUDA device, else the CPU]")] = None,
     allocator: Annotated[
         str | None, typer.Option(help="native or cudaMallocAsync, ComfyUI's. [default: as the process has it]")

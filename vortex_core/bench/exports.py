@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..disk import write
+from ..disk import add_line, write
 
 if TYPE_CHECKING:
     from .pictures import Sample
@@ -20,20 +21,20 @@ def write_csv(samples: Sequence[Sample], path: Path) -> None:
     """One picture a line, its phases as columns, seconds."""
     phases = list(dict.fromkeys(name for sample in samples for name in sample.phases))
     reading = ("clock", "memory_clock", "temperature", "power", "throttled", "load")
-    with path.open("w", newline="", encoding="utf-8") as file:
-        lines = csv.writer(file, lineterminator="\n")
-        lines.writerow(("index", "cold", "prompt", "seed", "started", "seconds", *phases, "unmarked", *reading))
-        for s in samples:
-            spans = [s.phases.get(name) for name in phases]
-            state = [getattr(s.reading, name) for name in reading]
-            state[4] = "+".join(state[4] or ())
-            lines.writerow((s.index, int(s.cold), s.prompt, s.seed, s.started, s.seconds, *spans, s.unmarked, *state))
+    text = io.StringIO(newline="")
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(("index", "cold", "prompt", "seed", "started", "seconds", *phases, "unmarked", *reading))
+    for s in samples:
+        spans = [s.phases.get(name) for name in phases]
+        state = [getattr(s.reading, name) for name in reading]
+        state[4] = "+".join(state[4] or ())
+        lines.writerow((s.index, int(s.cold), s.prompt, s.seed, s.started, s.seconds, *spans, s.unmarked, *state))
+    write(path, text.getvalue().encode(), replace=True)
 
 
 def append_json(path: Path, event: str, fields: Mapping[str, Any]) -> None:
     """Add one JSON line to a log."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"event": event, **fields}) + "\n")
+    add_line(path, json.dumps({"event": event, **fields}).encode())
 
 
 def latency_metrics(figures: Mapping[str, Any]) -> Iterator[Metric]:

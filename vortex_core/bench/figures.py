@@ -5,12 +5,14 @@ Figures are made without pyplot, which keeps global state and wants one thread; 
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..disk import write
 from ..foreign import printable
 
 if TYPE_CHECKING:
@@ -147,8 +149,10 @@ def save(figure: Figure, stem: Path) -> None:
     _literal(figure)
     # text stays text, and the same figures make the same file
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "vortex"}):
-        figure.savefig(f"{stem}.png")
-        figure.savefig(f"{stem}.svg", metadata={"Date": None})
+        for kind, metadata in (("png", None), ("svg", {"Date": None})):
+            drawn = io.BytesIO()
+            figure.savefig(drawn, format=kind, metadata=metadata)
+            write(stem.with_name(f"{stem.name}.{kind}"), drawn.getvalue(), replace=True)
 
 
 def _literal(figure: Figure) -> None:

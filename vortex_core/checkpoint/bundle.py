@@ -70,10 +70,10 @@ def open_bundle(
     parts, configs = find_parts(path, {"clip": clip, "t5": t5, "vae": vae})
     missing = [WORDS[kind] for kind in SUBFOLDERS if kind not in parts]
     if missing:
-        options = ", ".join(f"{kind}=" for kind in SUBFOLDERS if kind not in parts and kind != "transformer")
+        options = ", ".join(f"`{kind}`" for kind in SUBFOLDERS if kind not in parts and kind != "transformer")
         raise VortexCheckpointError(
             f"{path} lacks {'; '.join(missing)}."
-            + (f" Give files for them with {options}." if options else "")
+            + (f" Give files for them as {options}." if options else "")
             + _files_in(path),
             path=str(path),
         )
@@ -236,7 +236,7 @@ def _check_fit(described: Mapping[str, Any], parts: Mapping[str, Part], tokenize
             raise VortexCheckpointError(
                 f"{where} has embeddings for {described[kind].vocab_size} tokens and its tokenizer has {tokens}: "
                 "it is another model's."
-                + (" Give tokenizers=, a folder with both." if parts[kind].stored.raw.files else ""),
+                + (" Give the model's own, a folder with both." if parts[kind].stored.raw.files else ""),
                 path=where,
             )
 

@@ -64,7 +64,7 @@ def default_folder() -> Path:
     except RuntimeError as error:
         raise VortexInputError(
             "This user has no home folder, so there is no place to keep quantized weights. "
-            "Name a folder: cache_dir=, --cache-dir or $VORTEX_CACHE."
+            "Name a folder in `cache_dir` or $VORTEX_CACHE."
         ) from error
 
 
@@ -205,7 +205,7 @@ class _Work:
         except (OSError, VortexInputError, DamagedEntry) as error:
             warnings.warn(
                 f"The quantized weights could not be kept ({error}); the next load quantizes again. "
-                "Give cache_dir= a folder with room.",
+                "$VORTEX_CACHE can name a folder with room.",
                 VortexWarning,
                 stacklevel=4,
             )
@@ -275,7 +275,7 @@ class _Work:
         said = {"source": where, "kind": self.kind, "vortex": __version__, "words": self.part.words, "entry": path.stem}
         with partial(path) as written:
             write_nf4(written, self.part.tensors, self.wanted, self.target, said)
-            check_unchanged(self.part.stored.raw.files, self.cache.identity_of(self.part), where)
+            check_unchanged(self.part.stored.raw, self.cache.identity_of(self.part), where)
         manifest_of(path).unlink(missing_ok=True)  # of an older entry
         log.info("Quantized %s into %s in %.1f s", where, path, time.perf_counter() - started)
 

@@ -117,6 +117,11 @@ class EntryFile:
         """Whether this, and not one made since, is what lies at `path`."""
         return self._file.is_at(path)
 
+    @property
+    def is_as_opened(self) -> bool:
+        """See `Raw`."""
+        return self._file.is_as_opened
+
 
 class _Checked(FileBytes):
     """A file whose pieces are compared with `sums`, by where they begin."""
@@ -146,9 +151,6 @@ class _Checked(FileBytes):
         super().read(offset, memory)
         if checksum(memory) != self.sums[offset]:
             raise DamagedEntry(f"{self.where}: bytes from {offset} on are damaged.", path=self.where)
-
-    def is_at(self, path: Path) -> bool:
-        return os.path.samestat(path.stat(), os.fstat(self._file.fileno()))
 
 
 def metadata(path: Path) -> dict[str, str]:

@@ -20,6 +20,7 @@ class FileBytes:
         self._file = path.open("rb", buffering=0) if os.name == "nt" else open(path, "rb", 0, opener=_open)  # noqa: SIM115
         weakref.finalize(self, self._file.close)
         self._stamp = self._now()
+        self._changed = os.fstat(self._file.fileno()).st_ctime_ns  # also by who sets the time of writing back
         self.size = self._stamp[0]
 
     def _now(self) -> tuple[int, int]:
@@ -50,6 +51,15 @@ class FileBytes:
         """Raise `FileChanged` where the file was written to since it was opened."""
         if self._now() != self._stamp:
             raise FileChanged(f"{self.path.name} was written to while it was read")
+
+    def is_at(self, path: Path) -> bool:
+        """Whether this, and not another file, is what lies at `path`. Raises `OSError`."""
+        return os.path.samestat(path.stat(), os.fstat(self._file.fileno()))
+
+    @property
+    def is_as_opened(self) -> bool:
+        """Whether it lies where it did, and nothing happened to it since. Raises `OSError`."""
+        return self.is_at(self.path) and os.fstat(self._file.fileno()).st_ctime_ns == self._changed
 
     def _some(self, offset: int, memory: memoryview) -> int:
         if hasattr(os, "preadv"):

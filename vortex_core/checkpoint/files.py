@@ -40,6 +40,11 @@ class Raw(Protocol):
     @property
     def said(self) -> Mapping[str, str]: ...
 
+    @property
+    def is_as_opened(self) -> bool:
+        """Whether its files lie where they did, and nothing happened to them since. Raises `OSError`."""
+        ...
+
     def __contains__(self, name: str) -> bool: ...
 
     def names(self) -> Iterable[str]: ...
@@ -69,9 +74,11 @@ class Files:
         self.files = tuple(paths)
         self.said: dict[str, str] = {}
         self._places: dict[str, tuple[FileBytes, Entry]] = {}
+        self._opened: list[FileBytes] = []
         for path in self.files:
             try:
                 file = FileBytes(path)
+                self._opened.append(file)
                 header = self._header(file)
             except (OSError, ValueError) as error:
                 raise unreadable(path, self.kind, error) from error
@@ -87,6 +94,11 @@ class Files:
 
     def _header(self, file: FileBytes) -> Header:
         raise NotImplementedError
+
+    @property
+    def is_as_opened(self) -> bool:
+        """See `Raw`."""
+        return all(file.is_as_opened for file in self._opened)
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
@@ -180,6 +192,7 @@ class StateDict:
 
     files: tuple[Path, ...] = ()
     said: Mapping[str, str] = {}
+    is_as_opened = True
 
     def __init__(self, tensors: Mapping[str, Tensor], where: str) -> None:
         self.where = where

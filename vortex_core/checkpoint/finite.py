@@ -1,4 +1,4 @@
-"""Whether what is read from files are numbers: one NaN in a weight makes every picture black, without an error."""
+"""Weights on their way in: one NaN in a file makes every picture black, so each tensor is watched, and named."""
 
 from __future__ import annotations
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import VortexCheckpointError
+
+if TYPE_CHECKING:
+    from .files import Raw
 
 SAMPLES, SAMPLE = 16, 64 * 1024  # blocks read from each file, and their size
 
@@ -25,13 +29,16 @@ def identity(files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def check_unchanged(files: Iterable[Path], before: str, where: str) -> None:
-    """Raise `VortexCheckpointError` unless `files` still have the identity `before`; `where` names them."""
+def check_unchanged(raw: Raw, before: str, where: str) -> None:
+    """Raise `VortexCheckpointError` unless the files of `raw` have the identity `before`; `where` names them.
+
+    They must be those that were opened, too: `before` may be of others, which took their place before it was found.
+    """
     try:
-        now = identity(files)
+        unchanged = raw.is_as_opened and identity(raw.files) == before
     except OSError:  # gone, which is a change, too
-        now = ""
-    if now != before:
+        unchanged = False
+    if not unchanged:
         raise VortexCheckpointError(
             f"{where} changed while it was read, so nothing of it was kept. Try again when nobody writes to it.",
             path=where,

@@ -30,7 +30,7 @@ def find_tokenizers(folder: Path | None) -> tuple[Tokenizer, Tokenizer]:
         where = f"{folder} has no tokenizer and tokenizer_2 folders, and " if folder is not None else ""
         raise VortexCheckpointError(
             f"{where}the Hugging Face cache does not hold the tokenizer of {' and '.join(missing)}. Run `vortex fetch "
-            "tokenizers` once (it downloads about 4 MB), or give tokenizers=, a folder with both.",
+            "tokenizers` once (it downloads about 4 MB), or give a folder with both as `tokenizers`.",
             path=None if folder is None else str(folder),
         )
     clip, t5 = (read_tokenizer(path) for path in found.values() if path is not None)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..host_memory import HostMemory
 from .filebytes import FileBytes as FileBytes
 
-PIECE = 2**20  # bytes; a weight is many, so that all threads have a share of reading and checking it
+PIECE = 4 * 2**20  # bytes; a weight is several, so that all threads have a share of it
 THREADS = 8
 
 
