@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from engine_parts import painter_of
 
 from vortex_core import Engine, VortexInputError, load_flux_schnell, sampling
 from vortex_core.bench import latency_report
@@ -78,10 +79,14 @@ def test_an_injected_stall_is_an_outlier_of_its_phase(
     stalled = 9
     picture = WORK.warmup + stalled
     if phase == "decode":
-        monkeypatch.setattr(engine._model.decoder, "forward", delayed(engine._model.decoder.forward, {picture}))
+        monkeypatch.setattr(
+            painter_of(engine).model.decoder, "forward", delayed(painter_of(engine).model.decoder.forward, {picture})
+        )
     else:
         monkeypatch.setattr(
-            engine._model.transformer, "forward", delayed(engine._model.transformer.forward, {2 * picture + 1})
+            painter_of(engine).model.transformer,
+            "forward",
+            delayed(painter_of(engine).model.transformer.forward, {2 * picture + 1}),
         )
     report = latency_report.run(engine, WORK)
     found = next(outlier for outlier in report.outliers if outlier.index == stalled)
@@ -144,14 +149,14 @@ def test_on_a_gpu_launched_work_is_an_outlier_of_its_phase(monkeypatch: pytest.M
         assert clean.disagreements <= 1
         assert all(sample.reading.clock for sample in clean.samples)
 
-        forward, pictures = engine._model.decoder.forward, count()
+        forward, pictures = painter_of(engine).model.decoder.forward, count()
 
         def launching(*arguments: Any, **options: Any) -> Any:
             if next(pictures) == work.warmup + 10:
                 torch.cuda._sleep(2_000_000_000)  # about a second, and returns at once
             return forward(*arguments, **options)
 
-        monkeypatch.setattr(engine._model.decoder, "forward", launching)
+        monkeypatch.setattr(painter_of(engine).model.decoder, "forward", launching)
         report = latency_report.run(engine, work)
     found = next(outlier for outlier in report.outliers if outlier.index == 10)
     assert found.phase == "decode"

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine_parts import forget_prompts, painter_of
 
 from vortex_core import Engine, NoEffectWarning, PromptTruncatedWarning, load_flux_schnell
 from vortex_core.graphs import BoundStep
@@ -107,7 +108,9 @@ def test_vram_budget_compliance(actor: Actor) -> None:
         assert weights <= 4.95 * GB
         assert loaded.allocated <= 6.5 * GB
     # 4.5 bits a parameter, a little more for what stays unquantized
-    values = sum(2 * m.packed.numel() for m in actor.engine._model.transformer.modules() if hasattr(m, "packed"))
+    values = sum(
+        2 * m.packed.numel() for m in painter_of(actor.engine).model.transformer.modules() if hasattr(m, "packed")
+    )
     assert values * 0.5625 < weights < values * 0.5625 * (1.02 if actor.full else 1.15)
 
 
@@ -177,7 +180,7 @@ def test_offloading_frees_what_it_says_and_comes_back_the_same(tiny_dir: Path) -
     assert engine.ledger.graphs == 0
     assert not engine.resident
     assert engine.offload() == 0
-    engine._conditioner._cache.clear()
+    forget_prompts(engine)
     assert torch.equal(engine.generate(PROMPT, seed=1), expected)
     assert engine.resident
     engine.unload()

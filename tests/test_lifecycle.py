@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from engine_parts import painter_of
 from torch import Tensor
 
 from vortex_core import (
@@ -61,7 +62,7 @@ def until(true: Callable[[], object]) -> None:
 
 def calls(engine: Engine) -> dict[str, Callable[[], Any]]:
     """Every way to have an engine do something."""
-    spec = engine._spec
+    spec = painter_of(engine).model.flux
     return {
         "generate": lambda: draw(engine),
         "agenerate": lambda: asyncio.run(engine.agenerate(PROMPT, seed=1, **SMALL)),
@@ -95,7 +96,7 @@ def streaming(tiny_dir: Path) -> Iterator[Engine]:
     """One whose blocks do not fit its budget."""
     with load_flux_schnell(tiny_dir, device="cpu", vram_budget=0.5) as loaded:
         draw(loaded)
-        loaded.limit((smallest_budget(loaded._model.pieces, loaded.plan.requirements) + 1000) / 1e9)
+        loaded.limit((smallest_budget(painter_of(loaded).model.pieces, loaded.plan.requirements) + 1000) / 1e9)
         draw(loaded)
         assert loaded.plan.streamed
         yield loaded
@@ -271,8 +272,8 @@ def test_after_a_fault_the_next_picture_is_right_and_memory_is_back(
                     engine.generate(prompt, seed=1, **SMALL)
             assert fault.calls
         assert torch.equal(draw(engine), expected)
-        while len(engine._conditioner._cache) > 1:
-            engine._conditioner._cache.popitem(last=False)
+        while len(painter_of(engine).conditioner._cache) > 1:
+            painter_of(engine).conditioner._cache.popitem(last=False)
         if kind is not MemoryError:  # blocks that have streamed stay in host memory, too
             assert held() <= before
 
@@ -408,7 +409,7 @@ def test_a_forked_process_is_told_at_once_and_may_load_anew(engine: Engine, tiny
 
 def test_a_picture_that_is_not_finite_is_an_error(alone: Engine, tmp_path: Path) -> None:
     expected = draw(alone)
-    bias = alone._model.decoder.conv_out.bias
+    bias = painter_of(alone).model.decoder.conv_out.bias
     good = bias.clone()
     with torch.inference_mode():
         bias[0] = float("nan")
@@ -426,7 +427,7 @@ def test_a_picture_that_is_not_finite_is_an_error(alone: Engine, tmp_path: Path)
 
 def test_weights_that_are_not_finite_are_found_where_a_prompt_is_encoded(alone: Engine) -> None:
     with torch.inference_mode():
-        alone._model.modulation.final_layer.adaLN_modulation[1].bias[0] = float("nan")
+        painter_of(alone).model.modulation.final_layer.adaLN_modulation[1].bias[0] = float("nan")
     with pytest.raises(NotFiniteError, match="modulation of the Conditioning is not finite"):
         alone.encode("a prompt that nobody has asked for")
 
