@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import os
-import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -66,20 +65,16 @@ def test_standard_actor_generation(actor: Actor) -> None:
     if actor.full:
         torch.cuda.reset_peak_memory_stats()
     before = actor.allocated()
-    started = time.perf_counter()
     picture = actor.draw()
-    if actor.full:
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - started
     assert picture.shape == (1, actor.size, actor.size, 3)
     assert picture.dtype == torch.float32
     assert 0 <= picture.min() < picture.max() <= 1
-    print(f"\n{actor.engine.name}: {seconds * 1e3:.0f} ms", end="")
     if actor.full:
         added = torch.cuda.max_memory_allocated() - before
-        print(f", adds {added / GB:.3f} GB, reserved peak {torch.cuda.max_memory_reserved() / GB:.2f} GB")
+        reserved = torch.cuda.max_memory_reserved()
+        print(f"\n{actor.engine.name} adds {added / GB:.3f} GB, reserved peak {reserved / GB:.2f} GB")
         assert added < 0.5 * GB
-        assert torch.cuda.max_memory_reserved() < 6.5 * GB
+        assert reserved < 6.5 * GB
 
 
 def test_negative_prompt_application(actor: Actor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,16 +82,10 @@ def test_negative_prompt_application(actor: Actor, monkeypatch: pytest.MonkeyPat
     step = BoundStep.__call__
     monkeypatch.setattr(BoundStep, "__call__", lambda *arguments: passes.append(1) or step(*arguments))  # or a replay
     plain = actor.draw()
-    started = time.perf_counter()
-    actor.draw()
-    without = time.perf_counter() - started
-    started = time.perf_counter()
     with pytest.warns(NoEffectWarning, match="no effect"):
         negative = actor.draw(negative_prompt="a blue square")
-    overhead = (time.perf_counter() - started) / without - 1
-    print(f"\nnegative prompt: {overhead:+.1%} time", end="")
     assert torch.equal(plain, negative)
-    assert len(passes) == 3 * 4  # no second pass a step; the time itself is for benchmarks to judge
+    assert len(passes) == 2 * 4  # no second pass a step
 
 
 def test_vram_budget_compliance(actor: Actor) -> None:
