@@ -1,14 +1,13 @@
 """The Triton kernels against their plain torch references, at odd sizes and into buffers full of NaN.
 
-Without a GPU they run in Triton's interpreter, where Triton is installed; the tests marked `gpu` run them compiled.
-Triton's interpreter cuts bf16 where hardware rounds and drops the carry when it rounds to fp8. So on the CPU fp16
+Without a GPU they run in Triton's interpreter, as conftest.py says; the tests marked `gpu` run them compiled.
+The interpreter cuts bf16 where hardware rounds and drops the carry when it rounds to fp8. So on the CPU fp16
 stands for the one, and for the other fp32: what is checked there is everything but the rounding.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Callable
 
@@ -47,28 +46,12 @@ EIGHT = FP8 if GPU else torch.float32
 @pytest.fixture(scope="module", params=[pytest.param("compiled", marks=pytest.mark.gpu), "interpreted"])
 def fused(request: pytest.FixtureRequest) -> object:
     """The module under test."""
-    interpreted = request.param == "interpreted"
-    if interpreted and GPU:
+    if request.param == "interpreted" and GPU:
         pytest.skip("interpreted: here they run compiled")
-    if interpreted:
-        os.environ["TRITON_INTERPRET"] = "1"  # read as soon as Triton is imported
     pytest.importorskip("triton", reason="NOT RUN, the Triton kernels: Triton is not installed here")
-    if interpreted:
-        _mend_the_interpreter()
     from vortex_core.kernels import fused
 
     return fused
-
-
-def _mend_the_interpreter() -> None:
-    """Triton 3.6 makes a loop's bound of an array of one value, which NumPy 2.4 refuses."""
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-    interpreter._patch_lang_tensor = lambda tensor, scope: (
-        patch(tensor, scope),
-        setattr(tensor, "__index__", lambda self: self.handle.data.item()),
-    )
 
 
 @pytest.fixture(autouse=True)
