@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
@@ -186,7 +187,7 @@ def queries_keys_values(heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v[..., place].permute(0, 3, 1, 2)[:, : q.shape[1]]
 
 
-HEADS = [(1, 1, 2, 0), (2, 37, 3, 5), (1, 128, 2, 128), (2, 300, 2, 130)] + [(2, 1300, 24, 256)] * GPU
+HEADS = [(1, 1, 2, 0), (2, 37, 3, 5), (1, 128, 2, 128), (1 + GPU, 300, 2, 130)] + [(2, 1300, 24, 256)] * GPU
 
 
 def draw_heads(batch: int, tokens: int, count: int) -> Tensor:
@@ -385,12 +386,14 @@ def copies(fused, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     return bool(request.param)
 
 
-CONVOLUTIONS = [(32, 16, 5, 7), (32, 3, 20, 9), (64, 128, 11, 13), (128, 256, 6, 30)] + [(512, 512, 64, 64)] * GPU
+SMALL, WIDE = [(32, 16, 5, 7), (32, 3, 20, 9)], [(64, 128, 11, 13), (128, 256, 6, 30), (512, 512, 64, 64)]
+CONVOLUTIONS = list(product(SMALL + WIDE * GPU, TYPES))
+if not GPU:  # several tiles of pixels, and several of channels each way: the interpreter takes seconds for each
+    CONVOLUTIONS += [((64, 128, 11, 13), HALF), ((128, 256, 3, 10), torch.float32)]
 KINDS = ["", "onto", "doubled"]
 
 
-@pytest.mark.parametrize("shape", CONVOLUTIONS)
-@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("shape", "dtype"), CONVOLUTIONS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_convolutions(fused, copies: bool, shape: tuple[int, int, int, int], dtype: torch.dtype, kind: str) -> None:
     check_convolution(fused, shape, dtype, kind)
