@@ -83,6 +83,7 @@ def test_latency_writes_everything_it_is_asked_for(bench: Bench, tmp_path: Path)
     assert [line["event"] for line in lines] == ["picture"] * 14 + ["report"]
 
 
+@pytest.mark.slow
 def test_json_prints_only_that(bench: Bench) -> None:
     for command in (LATENCY, ["leak", *SMALL, "--iterations", "20"]):
         result = bench(*command, "--json")
@@ -130,6 +131,7 @@ def test_vram_says_that_there_is_none(bench: Bench, monkeypatch: pytest.MonkeyPa
     assert file.read_text().count("vortex_vram_bytes{") == 4
 
 
+@pytest.mark.slow
 def test_leak_judges_and_plots(bench: Bench, tmp_path: Path) -> None:
     file = tmp_path / "x.prom"
     sizes = ["--size", "64x64", "--size", "80x64", "--steps", "1"]
@@ -308,6 +310,7 @@ def test_help_names_the_exit_codes() -> None:
     assert "Exit codes: 0 pass, 1 fail, 2 bad usage, 3 the samples cannot tell, 130 interrupted" in said
 
 
+@pytest.mark.slow
 def test_two_revisions_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # a checkout of two commits whose `vortex_core` only says how long it took: 50 ms, then 100
     core = tmp_path / "vortex_core" / "__init__.py"

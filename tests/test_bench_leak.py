@@ -23,6 +23,7 @@ def leaking(device: torch.device) -> Counters:
     return at_rest(device)
 
 
+@pytest.mark.slow
 def test_a_leak_of_1_mb_a_picture_is_found_within_50(engine: Engine) -> None:
     try:
         report = leak.run(engine, SIZES, 50, read=leaking, steps=1)
@@ -34,6 +35,7 @@ def test_a_leak_of_1_mb_a_picture_is_found_within_50(engine: Engine) -> None:
     assert exit_code(report.verdicts) == 1
 
 
+@pytest.mark.slow
 def test_a_clean_engine_is_not_accused(engine: Engine) -> None:
     report = leak.run(engine, SIZES, 30, steps=1)
     assert [verdict.state for verdict in report.verdicts] == ["pass"]

@@ -66,6 +66,7 @@ def test_pieces_are_sized_as_they_turn_out(roomy: Engine) -> None:
     }
 
 
+@pytest.mark.slow
 def test_every_placement_draws_the_same_bit_for_bit(roomy: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     latents: list[torch.Tensor] = []
     draw = dict(seed=3, on_step=lambda i, n, clean: latents.append(clean) if i == n else None, **SIZE)

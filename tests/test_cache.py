@@ -64,6 +64,7 @@ load_flux_schnell("tiny", device="cpu", cache_dir=sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_two_processes_at_once(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "error", "-c", TWICE, str(tmp_path)]
     both = [subprocess.Popen(command, cwd=Path(__file__).parents[1]) for _ in range(2)]

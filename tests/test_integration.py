@@ -136,6 +136,7 @@ def test_long_prompt_truncation(actor: Actor) -> None:
         actor.draw("red " * 20)
 
 
+@pytest.mark.slow
 def test_batch_generation_memory_leak(actor: Actor) -> None:
     import psutil
 

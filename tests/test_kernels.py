@@ -196,6 +196,7 @@ def draw_heads(batch: int, tokens: int, count: int) -> Tensor:
     return draw(batch, tokens, width + 64, dtype=HALF)[..., :width].unflatten(-1, (3, count, 128))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch", "tokens", "count", "boundary"), HEADS)
 def test_heads_are_packed(fused, batch: int, tokens: int, count: int, boundary: int) -> None:
     check_packing(fused, batch, tokens, count, boundary)
@@ -389,10 +390,11 @@ def copies(fused, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 SMALL, WIDE = [(32, 16, 5, 7), (32, 3, 20, 9)], [(64, 128, 11, 13), (128, 256, 6, 30), (512, 512, 64, 64)]
 CONVOLUTIONS = list(product(SMALL + WIDE * GPU, TYPES))
 if not GPU:  # several tiles of pixels, and several of channels each way: the interpreter takes seconds for each
-    CONVOLUTIONS += [((64, 128, 11, 13), HALF), ((64, 256, 3, 10), torch.float32)]
+    CONVOLUTIONS += [((64, 32, 11, 13), HALF), ((64, 128, 3, 10), torch.float32)]
 KINDS = ["", "onto", "doubled"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "dtype"), CONVOLUTIONS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_convolutions(fused, copies: bool, shape: tuple[int, int, int, int], dtype: torch.dtype, kind: str) -> None:

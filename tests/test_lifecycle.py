@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import logging
 import os
 import pickle
@@ -23,6 +24,7 @@ import torch
 from engine_parts import painter_of
 from torch import Tensor
 
+import vortex_core
 from vortex_core import (
     BusyError,
     DeadlineError,
@@ -62,12 +64,13 @@ def until(true: Callable[[], object]) -> None:
 
 def calls(engine: Engine) -> dict[str, Callable[[], Any]]:
     """Every way to have an engine do something."""
-    spec = painter_of(engine).model.flux
+    config = json.loads((Path(vortex_core.__file__).parent / "assets/tiny-schnell/transformer/config.json").read_text())
+    txt, pooled = torch.zeros(1, 4, config["joint_attention_dim"]), torch.zeros(1, config["pooled_projection_dim"])
     return {
         "generate": lambda: draw(engine),
         "agenerate": lambda: asyncio.run(engine.agenerate(PROMPT, seed=1, **SMALL)),
         "encode": lambda: engine.encode(PROMPT),
-        "condition": lambda: engine.condition(torch.zeros(1, 4, spec.context), torch.zeros(1, spec.vec)),
+        "condition": lambda: engine.condition(txt, pooled),
         "decode": lambda: engine.decode(torch.zeros(1, 16, 8, 8)),
         "warmup": lambda: engine.warmup(64, 64),
         "limit": lambda: engine.limit(3),
@@ -254,6 +257,7 @@ class Fault:
         patch.setattr(where, name, function)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_after_a_fault_the_next_picture_is_right_and_memory_is_back(
     own: Engine, streaming: Engine, stage: str, monkeypatch: pytest.MonkeyPatch
@@ -361,6 +365,7 @@ def test_unloading_works_though_the_device_fails_at_it(alone: Engine, monkeypatc
 # Forks
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_a_forked_process_is_told_at_once_and_may_load_anew(engine: Engine, tiny_dir: Path) -> None:
     """While another thread draws, whose locks nobody in the child will ever give back."""
@@ -472,6 +477,7 @@ def test_large_values_are_finite(dtype: torch.dtype) -> None:
 # All at once
 
 
+@pytest.mark.slow
 def test_whatever_happens_at_once_each_result_is_its_own(tiny_dir: Path) -> None:
     """16 threads and a loop of tasks, seeded: every kind of call, cancelled, late and broken at random moments."""
     wrong: list[object] = []

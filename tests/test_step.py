@@ -420,6 +420,7 @@ def denoised(engine: Engine, seed: int, prompt: str) -> Tensor:
     return sampling.denoise(painter_of(engine).model.transformer, img, txt, conditioning.modulation, pe)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @pytest.mark.parametrize("fp8_attention", [False, True])
 def test_fast_is_nearer_to_exact_than_nf4_is_to_16_bits(
