@@ -4,6 +4,10 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 BIN := .venv/bin
 READY := .venv/.ready
 
+# Two processes share the tests, but on a GPU, whose memory they measure. A file runs alone, and without coverage.
+SHARED := $(if $(wildcard /dev/nvidia0),,-n 2 --dist worksteal)
+FILE ?=
+
 export HF_HUB_OFFLINE := 1
 
 .PHONY: help setup demo test lint
@@ -16,8 +20,8 @@ setup: $(READY)  ## create .venv with everything that development needs (the oth
 demo: $(READY)  ## draw demo.png with the bundled model
 	$(BIN)/vortex generate "a green ring in the center of a yellow background" --seed 7 --overwrite -o demo.png
 
-test: $(READY)  ## run the tests, without a network
-	$(BIN)/python -m pytest --cov --cov-report=term
+test: $(READY)  ## run all tests, without a network; of one file: make test FILE=tests/test_nf4.py
+	$(BIN)/python -m pytest $(if $(FILE),$(FILE),$(SHARED) --cov --cov-report=term)
 
 lint: $(READY)  ## check style, types and the direction of imports
 	$(BIN)/ruff check

@@ -10,7 +10,7 @@ from typing import Any
 from ..vortex_core.errors import VortexError, VortexInputError, quoted
 from ..vortex_core.numeric import finite
 from ..vortex_core.request import check_choice
-from ..vortex_core.spec import MODES
+from ..vortex_core.spec import MODES, MOST_BUDGET
 
 MODEL = "VORTEX_MODEL"
 
@@ -47,7 +47,7 @@ class Model:
     def __post_init__(self) -> None:
         check_choice("mode", self.mode, MODES)
         budget = finite(self.vram_budget)
-        if budget is None or budget <= 0:
+        if budget is None or not 0 < budget <= MOST_BUDGET:
             raise VortexInputError(f"vram_budget must be a number of GB above 0, not {quoted(self.vram_budget)}.")
 
     @property

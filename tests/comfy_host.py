@@ -72,6 +72,11 @@ class Host:
             except OSError:
                 time.sleep(0.2)
 
+    def bytes_read(self) -> int:
+        """What the process has read from files so far, cached by the system or not."""
+        counters = Path(f"/proc/{self.process.pid}/io").read_text()
+        return int(counters.split("rchar:")[1].split()[0])
+
     def stop(self) -> None:
         """End the process this started."""
         if self.process.poll() is None:

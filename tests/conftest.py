@@ -32,6 +32,14 @@ with contextlib.suppress(ImportError):  # a GPU machine may lack it, and runs no
     settings.load_profile("quick")
 
 
+def pytest_configure() -> None:
+    """Say what torch and Triton read when a test module imports them."""
+    if "PYTEST_XDIST_WORKER" in os.environ:  # each of the processes that share the tests has one core
+        os.environ["OMP_NUM_THREADS"] = "1"
+    if not _cuda_is_available():  # there Triton's kernels run in its interpreter, and else compiled
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     comfyui = [item for item in items if item.get_closest_marker("comfyui")]

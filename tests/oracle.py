@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from engine_parts import painter_of
 from torch import Tensor, nn
 
 from vortex_core import Engine
@@ -30,7 +31,10 @@ def diffusers_transformer(engine: Engine, folder: Path) -> FluxTransformer2DMode
     theirs = FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(folder / "transformer"))
     shapes = {name: parameter.shape for name, parameter in theirs.named_parameters()}
     state = {}
-    for name, tensor in {**decoded(engine._model.transformer), **decoded(engine._conditioner.modulation)}.items():
+    for name, tensor in {
+        **decoded(painter_of(engine).model.transformer),
+        **decoded(painter_of(engine).conditioner.modulation),
+    }.items():
         sources = flux_sources(name)
         if name.startswith("final_layer.adaLN"):
             tensor = torch.cat(tensor.chunk(2)[::-1])
@@ -44,7 +48,7 @@ def diffusers_pipeline(engine: Engine, folder: Path) -> FluxPipeline:
     pipe = FluxPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     pipe.transformer = diffusers_transformer(engine, folder)
-    blocks = {f"encoder.block.{k}": v for k, v in decoded(engine._conditioner.t5._model.block).items()}
+    blocks = {f"encoder.block.{k}": v for k, v in decoded(painter_of(engine).conditioner.t5._model.block).items()}
     missing, unexpected = pipe.text_encoder_2.load_state_dict(blocks, strict=False)
     assert not unexpected
     assert not any("block" in name for name in missing)

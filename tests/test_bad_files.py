@@ -313,6 +313,7 @@ load_flux_schnell("tiny", device="cpu", cache_dir=sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_caching(tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False, cwd=Path(__file__).parents[1])
     assert killed.returncode == -signal.SIGKILL

@@ -8,11 +8,12 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from clock import told_time
 from typer.testing import CliRunner, Result
 
 from vortex_core import Engine
@@ -82,6 +83,7 @@ def test_latency_writes_everything_it_is_asked_for(bench: Bench, tmp_path: Path)
     assert [line["event"] for line in lines] == ["picture"] * 14 + ["report"]
 
 
+@pytest.mark.slow
 def test_json_prints_only_that(bench: Bench) -> None:
     for command in (LATENCY, ["leak", *SMALL, "--iterations", "20"]):
         result = bench(*command, "--json")
@@ -129,6 +131,7 @@ def test_vram_says_that_there_is_none(bench: Bench, monkeypatch: pytest.MonkeyPa
     assert file.read_text().count("vortex_vram_bytes{") == 4
 
 
+@pytest.mark.slow
 def test_leak_judges_and_plots(bench: Bench, tmp_path: Path) -> None:
     file = tmp_path / "x.prom"
     sizes = ["--size", "64x64", "--size", "80x64", "--steps", "1"]
@@ -139,27 +142,31 @@ def test_leak_judges_and_plots(bench: Bench, tmp_path: Path) -> None:
     assert 'vortex_memory_slope_bytes{counter="host (RSS)"}' in file.read_text()
 
 
-def test_a_baseline_is_kept_and_compared_with(
-    bench: Bench, tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def time_of() -> Iterator[Callable[[float], None]]:
+    """Says how many seconds a picture takes from then on, and each a hundredth more than the one before."""
+    with told_time() as (clock, patch):
+        generate = Engine.generate
+
+        def say(seconds: float) -> None:
+            more = {i: seconds * i / 100 for i in range(100)}
+            patch.setattr(Engine, "generate", clock.taking(seconds, generate, more))
+
+        yield say
+
+
+def test_a_baseline_is_kept_and_compared_with(bench: Bench, tmp_path: Path, time_of: Callable[[float], None]) -> None:
+    time_of(1.0)
     work = [*SMALL, "--iterations", "12", "--warmup", "0", "--folder", str(tmp_path / "kept")]
     missing = bench("baseline", "compare", *work, code=1)
     assert "vortex bench baseline save" in re.sub(r"\s+", " ", missing.output)
 
     saved = Path(last(bench("baseline", "save", *work))["file"])
     assert saved.parent == tmp_path / "kept"
-    generate = engine.generate
-
-    def slow(*arguments: Any, **options: Any) -> Any:
-        import time
-
-        time.sleep(1)
-        return generate(*arguments, **options)
-
-    monkeypatch.setattr(engine, "generate", slow)
+    time_of(3.0)
     result = bench("baseline", "compare", *work, "-o", str(tmp_path / "out"), code=1)
     figures = last(result)
-    assert figures["change"] > 1
+    assert figures["change"] == pytest.approx(2, abs=0.2)
     assert "FAIL" in result.stdout
     assert [json.loads(line)["baseline"] for line in saved.read_text().splitlines()] == [True, False]
     assert (tmp_path / "out" / "trend.svg").read_text().count("baseline")
@@ -303,8 +310,9 @@ def test_help_names_the_exit_codes() -> None:
     assert "Exit codes: 0 pass, 1 fail, 2 bad usage, 3 the samples cannot tell, 130 interrupted" in said
 
 
+@pytest.mark.slow
 def test_two_revisions_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # a checkout of two commits whose `vortex_core` only sleeps: 50 ms, then 100
+    # a checkout of two commits whose `vortex_core` only says how long it took: 50 ms, then 100
     core = tmp_path / "vortex_core" / "__init__.py"
     core.parent.mkdir()
     git = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org", "-C", str(tmp_path)]
@@ -319,7 +327,7 @@ def test_two_revisions_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert result.exit_code == 1, result.output
     figures = json.loads(result.stdout)
     assert figures["paired"]
-    assert figures["change"] > 0.3
+    assert figures["change"] == pytest.approx(1)
     assert [path.name for path in tmp_path.iterdir()].count("revision") == 0
     trees = subprocess.run([*git, "worktree", "list"], check=True, capture_output=True, text=True).stdout
     assert len(trees.splitlines()) == 1
@@ -329,12 +337,16 @@ STAND_IN = """
 import time
 from types import SimpleNamespace
 
+now = 0.0
+time.perf_counter = lambda: now
+
 def load_flux_schnell(model, **options):
     print("what libraries print is no reply")
     return SimpleNamespace(name=model, native_size=64, device=SimpleNamespace(type="cpu"), generate=generate)
 
 def generate(**request):
-    time.sleep({seconds})
+    global now
+    now += {seconds}
     return SimpleNamespace(cpu=lambda: None)
 """
 

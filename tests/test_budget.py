@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine_parts import forget_prompts, painter_of
 
 from vortex_core import (
     Engine,
@@ -39,17 +40,17 @@ def planned(tiny_dir: Path) -> Iterator[Engine]:
 def roomy(planned: Engine) -> Iterator[Engine]:
     """An engine with an ample budget, to be narrowed by a test."""
     yield planned
-    planned._conditioner._cache.clear()
-    planned._memory.budget = AMPLE * GB
+    forget_prompts(planned)
+    painter_of(planned).memory.budget = AMPLE * GB
 
 
 def asked(engine: Engine, batch: int = 1) -> MemoryRequirements:
-    return engine._model.requirements(*SIZE.values(), batch)
+    return painter_of(engine).model.requirements(*SIZE.values(), batch)
 
 
 def narrow(engine: Engine, batch: int = 1, spare: int = 0) -> None:
     """Give the engine the smallest budget that draws `SIZE`, and `spare` bytes."""
-    engine._memory.budget = smallest_budget(engine._model.pieces, asked(engine, batch)) + spare
+    painter_of(engine).memory.budget = smallest_budget(painter_of(engine).model.pieces, asked(engine, batch)) + spare
 
 
 def test_with_an_ample_budget_everything_is_resident(roomy: Engine, engine: Engine) -> None:
@@ -60,31 +61,32 @@ def test_with_an_ample_budget_everything_is_resident(roomy: Engine, engine: Engi
 
 
 def test_pieces_are_sized_as_they_turn_out(roomy: Engine) -> None:
-    assert {piece.name: piece.nbytes for piece in roomy._model.pieces} == {
-        unit.name: unit.nbytes for unit in roomy._model.units
+    assert {piece.name: piece.nbytes for piece in painter_of(roomy).model.pieces} == {
+        unit.name: unit.nbytes for unit in painter_of(roomy).model.units
     }
 
 
+@pytest.mark.slow
 def test_every_placement_draws_the_same_bit_for_bit(roomy: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     latents: list[torch.Tensor] = []
     draw = dict(seed=3, on_step=lambda i, n, clean: latents.append(clean) if i == n else None, **SIZE)
     pictures = [roomy.generate(PROMPT, **draw)]
-    tried = placements(roomy._model.pieces)
+    tried = placements(painter_of(roomy).model.pieces)
     for streamed in (*tried, *reversed(tried)):
         with monkeypatch.context() as context:
             context.setattr(memory, "plan", lambda p, request, limit, keep, s=streamed: MemoryPlan(p, request, s, 1))
-            roomy._conditioner._cache.clear()
-            roomy._memory.budget += 1  # so that it is planned anew
+            forget_prompts(roomy)
+            painter_of(roomy).memory.budget += 1  # so that it is planned anew
             pictures.append(roomy.generate(PROMPT, **draw))
-        assert {unit.name for unit in roomy._model.units if unit.device is None} == streamed
+        assert {unit.name for unit in painter_of(roomy).model.units if unit.device is None} == streamed
     assert len(set(tried)) == len(tried) > 4
     assert all(torch.equal(pictures[0], picture) for picture in pictures)
     assert all(torch.equal(latents[0], last) for last in latents)
 
 
 def test_a_model_loaded_small_draws_the_same(tiny_dir: Path, roomy: Engine) -> None:
-    native = roomy._model.requirements(roomy.native_size, roomy.native_size, 1)
-    least = max(smallest_budget(roomy._model.pieces, request) for request in (native, asked(roomy)))
+    native = painter_of(roomy).model.requirements(roomy.native_size, roomy.native_size, 1)
+    least = max(smallest_budget(painter_of(roomy).model.pieces, request) for request in (native, asked(roomy)))
     with load_flux_schnell(tiny_dir, device="cpu", vram_budget=(least + 1) / GB) as small:
         assert small.plan is not None
         assert {"modulation", "clip", "t5"}.isdisjoint(piece.group for piece in small.plan.resident)
@@ -106,9 +108,9 @@ def test_the_same_request_is_planned_once(roomy: Engine) -> None:
 
 def test_batches_are_drawn_in_slices(roomy: Engine, engine: Engine) -> None:
     seen = []
-    pieces, request = roomy._model.pieces, asked(roomy, 3)
+    pieces, request = painter_of(roomy).model.pieces, asked(roomy, 3)
     streamed = frozenset(piece.name for piece in pieces if piece.group in PROMPT_GROUPS)
-    roomy._memory.budget = MemoryPlan(pieces, request, streamed, 2).peak
+    painter_of(roomy).memory.budget = MemoryPlan(pieces, request, streamed, 2).peak
     pictures = roomy.generate(PROMPT, seed=5, batch_size=3, on_step=lambda *step: seen.append(step), **SIZE)
     assert (roomy.plan.slice, roomy.plan.streamed) == (2, streamed)
     singles = torch.cat([engine.generate(PROMPT, seed=seed, **SIZE) for seed in (5, 6, 7)])
@@ -152,7 +154,9 @@ def test_a_budget_too_small_says_what_would_do(monkeypatch: pytest.MonkeyPatch) 
 def test_a_picture_too_large_is_refused_before_any_work(roomy: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     narrow(roomy)
     with monkeypatch.context() as context:
-        context.setattr(type(roomy._conditioner), "__call__", lambda *a: pytest.fail("worked before refusing"))
+        context.setattr(
+            type(painter_of(roomy).conditioner), "__call__", lambda *a: pytest.fail("worked before refusing")
+        )
         with pytest.raises(
             MemoryPressureError, match=r"not fit: 1 of 2048 x 1024.*\(.*arena.*smallest budget"
         ) as error:
@@ -173,7 +177,7 @@ class Card:
 
 def test_what_others_took_tightens_the_plan(roomy: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = roomy.generate(PROMPT, seed=1, **SIZE)
-    least = smallest_budget(roomy._model.pieces, asked(roomy))
+    least = smallest_budget(painter_of(roomy).model.pieces, asked(roomy))
     roomy.generate(PROMPT, seed=1, height=64, width=64)  # another size is planned anew
     card = Card(monkeypatch, least)
     with pytest.warns(MemoryPressureWarning, match=r"0.00 GB left at the peak of 0\.\d+ GB"):
@@ -201,7 +205,7 @@ def test_a_card_without_room_is_said_before_anything_is_read(monkeypatch: pytest
 def out_of_memory_at(engine: Engine, monkeypatch: pytest.MonkeyPatch, times: int) -> list[MemoryPlan]:
     """Have the decoder run out of memory so often; the plans that were tried."""
     plans: list[MemoryPlan] = []
-    forward = engine._model.decoder.forward
+    forward = painter_of(engine).model.decoder.forward
 
     def decode(*arguments: object) -> Iterator[torch.Tensor]:
         plans.append(engine.plan)
@@ -209,7 +213,7 @@ def out_of_memory_at(engine: Engine, monkeypatch: pytest.MonkeyPatch, times: int
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(*arguments)
 
-    monkeypatch.setattr(engine._model.decoder, "forward", decode)
+    monkeypatch.setattr(painter_of(engine).model.decoder, "forward", decode)
     return plans
 
 
@@ -239,13 +243,13 @@ def test_running_out_of_memory_while_moving_offloads(roomy: Engine, monkeypatch:
     expected = roomy.generate(PROMPT, seed=1, **SIZE)
     narrow(roomy)
     roomy.generate(PROMPT, seed=1, **SIZE)
-    roomy._memory.budget = AMPLE * GB
+    painter_of(roomy).memory.budget = AMPLE * GB
 
     def full(*arguments: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as context:
-        context.setattr(type(roomy._model.units[-1]), "to_device", full)
+        context.setattr(type(painter_of(roomy).model.units[-1]), "to_device", full)
         with pytest.raises(MemoryPressureError, match="Memory ran out: 1 of 96 x 64"):
             roomy.generate(PROMPT, seed=1, **SIZE)
     assert not roomy.resident
@@ -255,14 +259,14 @@ def test_running_out_of_memory_while_moving_offloads(roomy: Engine, monkeypatch:
 
 def test_offloading_and_resuming_draws_the_same(roomy: Engine) -> None:
     expected = roomy.generate(PROMPT, seed=1, **SIZE)
-    before = roomy._memory.components
+    before = painter_of(roomy).memory.components
     assert sum(before.values()) > 10**6
-    roomy._memory.offload()
-    assert not any(roomy._memory.components.values())
+    painter_of(roomy).memory.offload()
+    assert not any(painter_of(roomy).memory.components.values())
     roomy.resume()
     weights = {name: size for name, size in before.items() if name not in ("arena", "libraries")}
-    assert {name: roomy._memory.components[name] for name in weights} == weights
-    roomy._conditioner._cache.clear()
+    assert {name: painter_of(roomy).memory.components[name] for name in weights} == weights
+    forget_prompts(roomy)
     assert torch.equal(roomy.generate(PROMPT, seed=1, **SIZE), expected)
 
 
@@ -311,11 +315,11 @@ def test_what_callers_let_go_is_handed_back_where_it_does_not_fit(
     roomy: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     roomy.generate(PROMPT, seed=1, **SIZE)
-    made, mine, foreign, given_back = roomy.plan, sum(roomy._memory.components.values()), 10**9, []
+    made, mine, foreign, given_back = roomy.plan, sum(painter_of(roomy).memory.components.values()), 10**9, []
     monkeypatch.setattr(memory, "hand_back", given_back.append)
     for leftover, times in ((0, 0), (1, 1)):
         monkeypatch.setattr(memory, "counters", lambda d, n=leftover: Counters(mine + foreign, made.peak + foreign + n))
-        roomy._memory._make(made, AMPLE * GB)
+        painter_of(roomy).memory._make(made, AMPLE * GB)
         assert len(given_back) == times
 
 
@@ -323,16 +327,16 @@ def test_the_cap_is_the_budget_beside_what_is_there(roomy: Engine, monkeypatch: 
     told: list[int | None] = []
     monkeypatch.setattr(memory, "cap_process", lambda device, nbytes: told.append(nbytes))
     monkeypatch.setattr(memory, "counters", lambda device: Counters(0, 10**9))
-    roomy._memory.cap()  # on the CPU there is nothing to cap
+    painter_of(roomy).memory.cap()  # on the CPU there is nothing to cap
     assert told == []
     with monkeypatch.context() as context:
-        context.setattr(roomy._memory, "device", torch.device("cuda", 0))
-        roomy._memory.cap()
+        context.setattr(painter_of(roomy).memory, "device", torch.device("cuda", 0))
+        painter_of(roomy).memory.cap()
         monkeypatch.setattr(memory, "counters", lambda device: Counters(0, 3 * 10**9))  # by then it is the engine's
-        roomy._memory.limit(GB)  # the cap goes with the budget
-        roomy._memory.cap(on=False)
-        roomy._memory.cap(on=False)
-        roomy._memory.limit(AMPLE * GB)
+        painter_of(roomy).memory.limit(GB)  # the cap goes with the budget
+        painter_of(roomy).memory.cap(on=False)
+        painter_of(roomy).memory.cap(on=False)
+        painter_of(roomy).memory.limit(AMPLE * GB)
     assert told == [10**9 + AMPLE * GB, 2 * 10**9, None]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine_parts import painter_of
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -63,6 +64,7 @@ load_flux_schnell("tiny", device="cpu", cache_dir=sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_two_processes_at_once(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "error", "-c", TWICE, str(tmp_path)]
     both = [subprocess.Popen(command, cwd=Path(__file__).parents[1]) for _ in range(2)]
@@ -345,7 +347,7 @@ def sparse_gguf(path: Path, tensors: dict[str, tuple[int, ...]], form: str) -> N
 
 def test_the_plan_is_what_loading_takes(tiny_dir: Path, engine: Engine) -> None:
     planned = inspect(tiny_dir).placement["step-time weights, on the GPU"]
-    plain = sum(p.numel() * 2 for p in engine._model.transformer.parameters())  # fp32 here, counted in bf16
+    plain = sum(p.numel() * 2 for p in painter_of(engine).model.transformer.parameters())  # fp32 here, counted in bf16
     actual = engine.step_time_bytes - plain
     assert planned == pytest.approx(actual, rel=0.01)
 

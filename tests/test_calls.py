@@ -38,6 +38,7 @@ def draw(engine: Engine, seed: int = 1, **options: Any) -> Tensor:
     return engine.generate(PROMPT, seed=seed, **{**SMALL, **options})
 
 
+@pytest.mark.slow
 def test_pictures_of_many_threads_are_those_of_one(engine: Engine, other: Engine) -> None:
     jobs = [(which, seed) for seed in range(8) for which in (engine, other)]
     expected = [draw(*job) for job in jobs]

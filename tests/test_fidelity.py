@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
+from engine_parts import painter_of
 from torch import Tensor
 
 from vortex_core import Engine, sampling
@@ -34,18 +35,18 @@ def test_the_gate_has_teeth(engine: Engine) -> None:
     draw = torch.Generator().manual_seed(0)
     img = torch.randn(1, 64, 64, generator=draw)
     conditioning = engine.encode("a small green star above a large yellow ring")
-    pe = sampling.rope(sampling.positions(128, 128, 256), engine._spec, torch.device("cpu"))
-    txt = engine._model.transformer.txt_in(conditioning.txt)
+    pe = sampling.rope(sampling.positions(128, 128, 256), painter_of(engine).model.flux, torch.device("cpu"))
+    txt = painter_of(engine).model.transformer.txt_in(conditioning.txt)
     for table in conditioning.modulation:
-        right = engine._model.transformer(img, txt, table, pe)
-        rows = list(blocks(engine._spec))
+        right = painter_of(engine).model.transformer(img, txt, table, pe)
+        rows = list(blocks(painter_of(engine).model.flux))
         for name, place, gates in rows:
             wrong = table.clone()
             wrong[place][gates] = 0  # what a block adds is multiplied by its gates
-            assert distance(engine._model.transformer(img, txt, wrong, pe), right) > GATE, f"without {name}"
+            assert distance(painter_of(engine).model.transformer(img, txt, wrong, pe), right) > GATE, f"without {name}"
         for (name, one, _), (other_name, two, _) in pairwise(rows):
             if table[one].shape == table[two].shape:
                 wrong = table.clone()
                 wrong[one], wrong[two] = table[two], table[one]
-                off = distance(engine._model.transformer(img, txt, wrong, pe), right)
+                off = distance(painter_of(engine).model.transformer(img, txt, wrong, pe), right)
                 assert off > GATE, f"{name} and {other_name} exchanged"

@@ -116,6 +116,7 @@ def read_or_refused(path: Path, data: bytes) -> None:
     assert refusal is None or str(path) in refusal
 
 
+@pytest.mark.slow
 def test_mutated_configs_and_tokenizers(tmp_path: Path, tiny_dir: Path) -> None:
     """300 of them, always the same; tools/fuzz.py takes more."""
     trial, dice, found = Trial(tiny_dir, tmp_path / "model"), random.Random(7), Counter[str]()

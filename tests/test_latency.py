@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 import torch
+from clock import told_time
 
+from vortex_core import latency
 from vortex_core.latency import PERCENTILES, Stopwatch, mark, percentile, samples_needed, summarize
 
 CPU = torch.device("cpu")
 
 
 def test_phases_are_what_ran_before_their_mark() -> None:
-    with Stopwatch(CPU) as watch:
-        time.sleep(0.3)
+    with told_time() as (clock, _), Stopwatch(CPU) as watch:
+        clock.seconds += 0.3
         mark("long")
         mark("nothing")
-        time.sleep(0.3)
+        clock.seconds += 0.3
         mark("long")
-        time.sleep(0.2)
-    assert list(watch.phases) == ["long", "nothing"]
-    assert watch.phases["long"] >= 0.6
-    assert watch.unmarked >= 0.2
-    assert watch.seconds == pytest.approx(sum(watch.phases.values()) + watch.unmarked)
+        clock.seconds += 0.2
+    assert watch.phases == pytest.approx({"long": 0.6, "nothing": 0.0})
+    assert watch.unmarked == pytest.approx(0.2)
+    assert watch.seconds == pytest.approx(0.8)
+
+
+def test_the_device_is_awaited_at_both_ends_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    monkeypatch.setattr(latency, "synchronize", lambda device: events.append("synchronized"))
+    with Stopwatch(CPU):
+        for _ in range(3):
+            events.append("work")
+            mark("phase")
+    assert events == ["synchronized", *["work"] * 3, "synchronized"]
 
 
 def test_a_mark_outside_a_stopwatch_is_nobodys() -> None:
@@ -92,22 +101,15 @@ def test_work_that_was_only_launched_counts_where_it_was_launched() -> None:
     cycles = 200_000_000
     with Stopwatch(device):
         torch.cuda._sleep(cycles)  # the first launch loads the kernel
-    with Stopwatch(device) as alone:
-        torch.cuda._sleep(cycles)
-        mark("kernel")
-    assert alone.phases["kernel"] > 0.02
     side = torch.cuda.Stream(device)
     with Stopwatch(device) as watch:
         mark("before")
-        started = time.perf_counter()
-        torch.cuda._sleep(cycles)
-        launching = time.perf_counter() - started
+        torch.cuda._sleep(cycles)  # which returns at once
         mark("kernel")
         mark("after")
         with torch.cuda.stream(side):
             torch.cuda._sleep(3 * cycles)
-    assert launching < 0.01
-    assert watch.phases["kernel"] == pytest.approx(alone.phases["kernel"], rel=0.2)
-    assert watch.phases["before"] + watch.phases["after"] < 0.005
-    assert watch.unmarked > alone.phases["kernel"]  # the other stream's, which ends after the last mark
+    # which is most, not how long: the kernel takes tens of milliseconds, a launch some microseconds
+    assert watch.phases["kernel"] > watch.phases["before"] + watch.phases["after"]
+    assert watch.unmarked > watch.phases["before"] + watch.phases["after"]  # the other stream's, after the last mark
     assert watch.seconds >= sum(watch.phases.values())

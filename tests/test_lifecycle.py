@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import logging
 import os
 import pickle
@@ -20,8 +21,10 @@ from typing import Any
 
 import pytest
 import torch
+from engine_parts import painter_of
 from torch import Tensor
 
+import vortex_core
 from vortex_core import (
     BusyError,
     DeadlineError,
@@ -61,12 +64,13 @@ def until(true: Callable[[], object]) -> None:
 
 def calls(engine: Engine) -> dict[str, Callable[[], Any]]:
     """Every way to have an engine do something."""
-    spec = engine._spec
+    config = json.loads((Path(vortex_core.__file__).parent / "assets/tiny-schnell/transformer/config.json").read_text())
+    txt, pooled = torch.zeros(1, 4, config["joint_attention_dim"]), torch.zeros(1, config["pooled_projection_dim"])
     return {
         "generate": lambda: draw(engine),
         "agenerate": lambda: asyncio.run(engine.agenerate(PROMPT, seed=1, **SMALL)),
         "encode": lambda: engine.encode(PROMPT),
-        "condition": lambda: engine.condition(torch.zeros(1, 4, spec.context), torch.zeros(1, spec.vec)),
+        "condition": lambda: engine.condition(txt, pooled),
         "decode": lambda: engine.decode(torch.zeros(1, 16, 8, 8)),
         "warmup": lambda: engine.warmup(64, 64),
         "limit": lambda: engine.limit(3),
@@ -95,7 +99,7 @@ def streaming(tiny_dir: Path) -> Iterator[Engine]:
     """One whose blocks do not fit its budget."""
     with load_flux_schnell(tiny_dir, device="cpu", vram_budget=0.5) as loaded:
         draw(loaded)
-        loaded.limit((smallest_budget(loaded._model.pieces, loaded.plan.requirements) + 1000) / 1e9)
+        loaded.limit((smallest_budget(painter_of(loaded).model.pieces, loaded.plan.requirements) + 1000) / 1e9)
         draw(loaded)
         assert loaded.plan.streamed
         yield loaded
@@ -253,6 +257,7 @@ class Fault:
         patch.setattr(where, name, function)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_after_a_fault_the_next_picture_is_right_and_memory_is_back(
     own: Engine, streaming: Engine, stage: str, monkeypatch: pytest.MonkeyPatch
@@ -271,8 +276,8 @@ def test_after_a_fault_the_next_picture_is_right_and_memory_is_back(
                     engine.generate(prompt, seed=1, **SMALL)
             assert fault.calls
         assert torch.equal(draw(engine), expected)
-        while len(engine._conditioner._cache) > 1:
-            engine._conditioner._cache.popitem(last=False)
+        while len(painter_of(engine).conditioner._cache) > 1:
+            painter_of(engine).conditioner._cache.popitem(last=False)
         if kind is not MemoryError:  # blocks that have streamed stay in host memory, too
             assert held() <= before
 
@@ -360,6 +365,7 @@ def test_unloading_works_though_the_device_fails_at_it(alone: Engine, monkeypatc
 # Forks
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_a_forked_process_is_told_at_once_and_may_load_anew(engine: Engine, tiny_dir: Path) -> None:
     """While another thread draws, whose locks nobody in the child will ever give back."""
@@ -408,7 +414,7 @@ def test_a_forked_process_is_told_at_once_and_may_load_anew(engine: Engine, tiny
 
 def test_a_picture_that_is_not_finite_is_an_error(alone: Engine, tmp_path: Path) -> None:
     expected = draw(alone)
-    bias = alone._model.decoder.conv_out.bias
+    bias = painter_of(alone).model.decoder.conv_out.bias
     good = bias.clone()
     with torch.inference_mode():
         bias[0] = float("nan")
@@ -426,7 +432,7 @@ def test_a_picture_that_is_not_finite_is_an_error(alone: Engine, tmp_path: Path)
 
 def test_weights_that_are_not_finite_are_found_where_a_prompt_is_encoded(alone: Engine) -> None:
     with torch.inference_mode():
-        alone._model.modulation.final_layer.adaLN_modulation[1].bias[0] = float("nan")
+        painter_of(alone).model.modulation.final_layer.adaLN_modulation[1].bias[0] = float("nan")
     with pytest.raises(NotFiniteError, match="modulation of the Conditioning is not finite"):
         alone.encode("a prompt that nobody has asked for")
 
@@ -471,6 +477,7 @@ def test_large_values_are_finite(dtype: torch.dtype) -> None:
 # All at once
 
 
+@pytest.mark.slow
 def test_whatever_happens_at_once_each_result_is_its_own(tiny_dir: Path) -> None:
     """16 threads and a loop of tasks, seeded: every kind of call, cancelled, late and broken at random moments."""
     wrong: list[object] = []

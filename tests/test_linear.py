@@ -125,7 +125,8 @@ def test_a_linear_says_its_sizes_and_backend_and_has_no_weight() -> None:
     assert made.extra_repr() == "in_features=192, out_features=8, backend=bitsandbytes"
     assert made.weight is None
     assert made.row_scale is None
-    assert list(dict(made.named_buffers())) == ["packed", "absmax", "bias"]
+    assert list(dict(made.named_buffers())) == ["packed", "absmax"]
+    assert list(dict(made.named_parameters())) == ["bias"]
 
 
 def test_the_sum_of_a_product_is_given_or_what_is_there() -> None:

@@ -39,6 +39,7 @@ def test_loading_reports_progress(comfy: FakeHost, monkeypatch: pytest.MonkeyPat
     assert steps[-1] == 1000
 
 
+@pytest.mark.slow
 def test_two_models_alternate_and_a_third_replaces_the_oldest(
     comfy: FakeHost, model: Any, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from engine_parts import forget_prompts, painter_of
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -53,19 +54,19 @@ def loaded(tiny_dir: Path) -> Iterator[Engine]:
 @pytest.fixture
 def roomy(loaded: Engine) -> Iterator[Engine]:
     """An engine with an ample budget and nothing of earlier tests, to be narrowed by a test."""
-    loaded._memory.offload()
+    painter_of(loaded).memory.offload()
     yield loaded
-    loaded._conditioner._cache.clear()
-    loaded._memory.budget = AMPLE * GB
+    forget_prompts(loaded)
+    painter_of(loaded).memory.budget = AMPLE * GB
 
 
 def asked(engine: Engine, batch: int = 1) -> MemoryRequirements:
-    return engine._model.requirements(*SIZE.values(), batch)
+    return painter_of(engine).model.requirements(*SIZE.values(), batch)
 
 
 def narrow(engine: Engine, batch: int = 1) -> None:
     """Give the engine the smallest budget that draws `SIZE`."""
-    engine._memory.budget = smallest_budget(engine._model.pieces, asked(engine, batch))
+    painter_of(engine).memory.budget = smallest_budget(painter_of(engine).model.pieces, asked(engine, batch))
 
 
 def draw(engine: Engine, seed: int = 1, **options: Any) -> Tensor:
@@ -108,7 +109,7 @@ def test_a_region_gives_tensors_apart_and_says_where_it_ends() -> None:
 def test_a_session_lays_everything_out_apart(roomy: Engine, monkeypatch: pytest.MonkeyPatch, tight: bool) -> None:
     if tight:
         narrow(roomy)
-    held, took = roomy._memory, list[Tensor]()
+    held, took = painter_of(roomy).memory, list[Tensor]()
     take = Region.take
 
     def taken(region: Region, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -158,7 +159,7 @@ def test_nothing_is_read_that_this_call_has_not_written(
     expected = draw(roomy, batch_size=batch, on_step=lambda i, n, clean: given.append(clean))
     kept = [clean.clone() for clean in given]
     assert streams(roomy) == tight
-    held, phases = roomy._memory, []
+    held, phases = painter_of(roomy).memory, []
 
     @torch.inference_mode()
     def poison(phase: str, memory: Tensor) -> None:
@@ -181,7 +182,7 @@ def test_nothing_is_read_that_this_call_has_not_written(
     assert torch.equal(draw(roomy, batch_size=batch), expected)
     monkeypatch.setattr(conditioning.Conditioner, "__call__", encoded)
     monkeypatch.setattr(painter_module, "decode", decoded)
-    roomy._conditioner._cache.clear()
+    forget_prompts(roomy)
     assert torch.equal(draw(roomy, batch_size=batch), expected)
     assert phases == ["before", "before", "prompt", "steps", "decode"]
     assert all(map(torch.equal, given, kept))  # what callers were handed is theirs
@@ -190,17 +191,21 @@ def test_nothing_is_read_that_this_call_has_not_written(
 
 def test_a_smaller_picture_works_in_the_same_arena(roomy: Engine) -> None:
     small, large = draw(roomy, height=64, width=64), draw(roomy, height=128, width=128)
-    place = roomy._memory.arena.data_ptr()
+    place = painter_of(roomy).memory.arena.data_ptr()
     with torch.inference_mode():
-        roomy._memory.arena.fill_(0xFF)
+        painter_of(roomy).memory.arena.fill_(0xFF)
     assert torch.equal(draw(roomy, height=64, width=64), small)
     assert torch.equal(draw(roomy, height=128, width=128), large)
-    assert roomy._memory.arena.data_ptr() == place
+    assert painter_of(roomy).memory.arena.data_ptr() == place
 
 
 def test_what_libraries_allocate_in_is_lent_while_they_run(roomy: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    held, seen = roomy._memory, dict[str, int]()
-    encode, denoise, decode = type(roomy._conditioner)._table, painter_module.sampling.denoise, painter_module.decode
+    held, seen = painter_of(roomy).memory, dict[str, int]()
+    encode, denoise, decode = (
+        type(painter_of(roomy).conditioner)._table,
+        painter_module.sampling.denoise,
+        painter_module.decode,
+    )
 
     def look(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
         def looked(*arguments: Any) -> Any:
@@ -209,7 +214,7 @@ def test_what_libraries_allocate_in_is_lent_while_they_run(roomy: Engine, monkey
 
         return looked
 
-    monkeypatch.setattr(type(roomy._conditioner), "_table", look("prompt", encode))
+    monkeypatch.setattr(type(painter_of(roomy).conditioner), "_table", look("prompt", encode))
     monkeypatch.setattr(BoundStep, "run", look("launches", BoundStep.run))
     monkeypatch.setattr(painter_module.sampling, "denoise", look("steps", denoise))
     monkeypatch.setattr(painter_module, "decode", look("decode", decode))
@@ -220,13 +225,13 @@ def test_what_libraries_allocate_in_is_lent_while_they_run(roomy: Engine, monkey
 
 
 def test_after_an_error_the_next_call_takes_it_back(roomy: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected, held = draw(roomy), roomy._memory
+    expected, held = draw(roomy), painter_of(roomy).memory
 
     def broken(*arguments: object) -> Iterator[Tensor]:
         raise ZeroDivisionError
 
     with monkeypatch.context() as context:
-        context.setattr(roomy._model.decoder, "forward", broken)
+        context.setattr(painter_of(roomy).model.decoder, "forward", broken)
         with pytest.raises(ZeroDivisionError):
             draw(roomy)
     assert held.library.nbytes == 0  # its traceback may keep tensors alive
@@ -236,7 +241,7 @@ def test_after_an_error_the_next_call_takes_it_back(roomy: Engine, monkeypatch: 
 
 
 def test_inside_a_session_weights_are_decoded_into_the_arena(roomy: Engine) -> None:
-    held = roomy._memory
+    held = painter_of(roomy).memory
     backend = held.backend
     assert backend is not None
 
@@ -246,16 +251,16 @@ def test_inside_a_session_weights_are_decoded_into_the_arena(roomy: Engine) -> N
 
     with torch.inference_mode(), held.session(asked(roomy)):
         assert where() == held.arena.data_ptr()
-    with torch.inference_mode(), held.session(roomy._model.decode_requirements(8, 8, 1)):
+    with torch.inference_mode(), held.session(painter_of(roomy).model.decode_requirements(8, 8, 1)):
         assert where() != held.arena.data_ptr()  # there the decoder's maps lie
 
 
 def test_running_out_of_memory_gives_back_all_before_the_second_try(
     roomy: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected, held, hand_back = draw(roomy), roomy._memory, memory.hand_back
+    expected, held, hand_back = draw(roomy), painter_of(roomy).memory, memory.hand_back
     first, gone = StorageWeakRef(held.arena.untyped_storage()), []
-    forward = roomy._model.decoder.forward
+    forward = painter_of(roomy).model.decoder.forward
 
     def decode(*arguments: object) -> Iterator[Tensor]:
         if not gone:
@@ -266,7 +271,7 @@ def test_running_out_of_memory_gives_back_all_before_the_second_try(
         gone.append(first.expired())
         hand_back(device)
 
-    monkeypatch.setattr(roomy._model.decoder, "forward", decode)
+    monkeypatch.setattr(painter_of(roomy).model.decoder, "forward", decode)
     monkeypatch.setattr(memory, "hand_back", handed_back)
     assert torch.equal(draw(roomy), expected)
     assert all(gone)
@@ -298,7 +303,7 @@ def nearly_full(expected: bool) -> AbstractContextManager[Any]:
 
 def test_an_engine_short_of_free_memory_plans_once(roomy: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = draw(roomy)
-    least = smallest_budget(roomy._model.pieces, asked(roomy))
+    least = smallest_budget(painter_of(roomy).model.pieces, asked(roomy))
     draw(roomy, height=64, width=64)
     card = Card(monkeypatch, free=least)
     with nearly_full(True):
@@ -343,26 +348,26 @@ def test_with_the_whole_budget_free_nobody_asks_the_card(roomy: Engine, monkeypa
 
 def test_an_engine_comes_back_to_what_others_left(roomy: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = draw(roomy)
-    roomy._memory.offload()
-    card = Card(monkeypatch, free=smallest_budget(roomy._model.pieces, asked(roomy)))
+    painter_of(roomy).memory.offload()
+    card = Card(monkeypatch, free=smallest_budget(painter_of(roomy).model.pieces, asked(roomy)))
     with nearly_full(True):
         roomy.resume()
     assert roomy.resident
-    away = {unit.name for unit in roomy._model.units if unit.device is None}
+    away = {unit.name for unit in painter_of(roomy).model.units if unit.device is None}
     assert away & {piece.name for piece in roomy.plan.pieces if piece.group == BLOCKS}
     assert torch.equal(draw(roomy), expected)
     assert roomy.plan.streamed == away  # nothing moved once more
-    roomy._memory.offload()
+    painter_of(roomy).memory.offload()
     card.free = AMPLE * GB
     roomy.resume()
-    assert all(unit.device is not None for unit in roomy._model.units)
+    assert all(unit.device is not None for unit in painter_of(roomy).model.units)
     assert torch.equal(draw(roomy), expected)
 
 
 def test_an_engine_that_cannot_come_back_stays_offloaded(roomy: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = draw(roomy)
-    roomy._memory.offload()
-    last = roomy._model.units[-1]
+    painter_of(roomy).memory.offload()
+    last = painter_of(roomy).model.units[-1]
 
     def full(*arguments: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -372,7 +377,7 @@ def test_an_engine_that_cannot_come_back_stays_offloaded(roomy: Engine, monkeypa
         with pytest.raises(MemoryPressureError, match="Memory ran out"):
             roomy.resume()
     assert not roomy.resident
-    assert sum(roomy._memory.components.values()) == 0
+    assert sum(painter_of(roomy).memory.components.values()) == 0
     roomy.resume()
     assert torch.equal(draw(roomy), expected)
 
@@ -392,7 +397,7 @@ def test_a_capped_process_is_named_where_a_picture_does_not_fit(roomy: Engine, m
     assert error.value.available == 0.1 * GB < error.value.needed
     card.free = AMPLE * GB
     assert torch.equal(draw(roomy), expected)
-    roomy._memory.budget = 0.1 * GB  # which the cap has nothing to do with
+    painter_of(roomy).memory.budget = 0.1 * GB  # which the cap has nothing to do with
     with pytest.raises(MemoryPressureError) as error:
         draw(roomy)
     assert "capped" not in str(error.value)
@@ -412,7 +417,7 @@ def test_a_capped_process_is_named_where_a_model_does_not_fit(monkeypatch: pytes
 def test_what_torch_knows_of_a_cap_reaches_the_error(roomy: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """From torch's own functions, with nothing of Vortex replaced but the device that it asks about."""
     draw(roomy, height=64, width=64)
-    own = sum(roomy._memory.components.values())
+    own = sum(painter_of(roomy).memory.components.values())
     stats = {"allocated_bytes": {"all": {"current": own}}, "reserved_bytes": {"all": {"current": own}}}
     for name, answer in {
         "memory_stats_as_nested_dict": stats,
@@ -441,7 +446,7 @@ class Backend:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, engine: Engine, *, inside: bool) -> None:
         self.engine, self.inside, self.kept, self.total = engine, inside, 0, 8 * 10**9
         self.told: list[object] = []
-        model = engine._model
+        model = painter_of(engine).model
         monkeypatch.setattr(model, "fused", True)
         monkeypatch.setattr(model, "_known", {})
         monkeypatch.setattr(Transformer, "fused", property(lambda transformer: True))
@@ -462,7 +467,7 @@ class Backend:
 
     @property
     def counters(self) -> Counters:
-        allocated = sum(self.engine._memory.components.values())
+        allocated = sum(painter_of(self.engine).memory.components.values())
         return Counters(allocated, allocated + self.kept - self.outside)
 
     def snapshot(self, device: torch.device, *, process: bool = True) -> Snapshot:
@@ -488,7 +493,7 @@ class Backend:
     @property
     def ledger(self) -> Ledger:
         """The engine's, as on a card."""
-        held = self.engine._memory
+        held = painter_of(self.engine).memory
         held.device = CUDA
         try:
             return held.ledger
@@ -498,9 +503,9 @@ class Backend:
 
 def story(monkeypatch: pytest.MonkeyPatch, engine: Engine, *, inside: bool, total: int) -> list[object]:
     """All that can be told of an engine through a few calls under one allocator."""
-    engine._memory.offload()
-    engine._conditioner._cache.clear()
-    engine._memory.budget = AMPLE * GB
+    painter_of(engine).memory.offload()
+    forget_prompts(engine)
+    painter_of(engine).memory.budget = AMPLE * GB
     with monkeypatch.context() as context:
         card = Backend(context, engine, inside=inside)
         card.total = total
@@ -509,10 +514,13 @@ def story(monkeypatch: pytest.MonkeyPatch, engine: Engine, *, inside: bool, tota
         def note(picture: Tensor | None = None) -> None:
             ledger, made = card.ledger, engine.plan
             assert ledger.outside == card.outside
-            assert ledger.graphs == card.kept == engine._memory.graphs.nbytes <= made.step.graph or not engine.captured
+            assert (
+                ledger.graphs == card.kept == painter_of(engine).memory.graphs.nbytes <= made.step.graph
+                or not engine.captured
+            )
             assert ledger.held <= made.peak
             assert sum(ledger.rows.values()) == ledger.held
-            told.extend([made, engine.captured, ledger.rows, ledger.held, engine._memory.nbytes])
+            told.extend([made, engine.captured, ledger.rows, ledger.held, painter_of(engine).memory.nbytes])
             if picture is not None:
                 told.append(picture.sum().item())
 
@@ -525,12 +533,12 @@ def story(monkeypatch: pytest.MonkeyPatch, engine: Engine, *, inside: bool, tota
         narrow(engine)  # weights move
         note(draw(engine))
         assert streams(engine)
-        engine._memory.offload()
+        painter_of(engine).memory.offload()
         note()
         assert engine.captured == ()
         assert card.kept == 0
         note(draw(engine))
-        engine._memory.release()
+        painter_of(engine).memory.release()
         assert card.kept == 0
     return told
 
@@ -545,8 +553,8 @@ def test_what_captured_steps_keep_is_room_of_the_engine(roomy: Engine, monkeypat
     for inside in (True, False):
         with monkeypatch.context() as context:
             card = Backend(context, roomy, inside=inside)
-            roomy._memory.offload()
-            made = MemoryPlan(roomy._model.pieces, asked(roomy), frozenset(), 1)
+            painter_of(roomy).memory.offload()
+            made = MemoryPlan(painter_of(roomy).model.pieces, asked(roomy), frozenset(), 1)
             assert made.step.graph
             card.total = made.peak
             with nearly_full(True):
@@ -568,4 +576,4 @@ def test_an_audit_under_either_allocator_finds_what_was_not_planned(
             context.setattr(memory, "counters", lambda d, b=before: Counters(b.allocated, b.reserved + 10**9))
             with pytest.warns(MemoryPressureWarning, match=r"reserve 1\.00 GB more, which was not planned"):
                 draw(roomy)
-            roomy._memory.offload()
+            painter_of(roomy).memory.offload()

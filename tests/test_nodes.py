@@ -97,16 +97,14 @@ def test_the_registry_finds_the_icon() -> None:
 
 def test_loading_the_pack_is_light_and_changes_no_torch_state() -> None:
     code = """
-import importlib.util, sys, time
+import importlib.util, sys
 root = sys.argv[1]
 def load():
     spec = importlib.util.spec_from_file_location("pack", root + "/__init__.py", submodule_search_locations=[root])
     module = importlib.util.module_from_spec(spec)
     sys.modules["pack"] = module
     spec.loader.exec_module(module)
-started = time.perf_counter()
 load()
-seconds = time.perf_counter() - started
 heavy = {"torch", "numpy", "diffusers", "transformers", "bitsandbytes", "tokenizers", "pynvml", "PIL"}
 assert not heavy & set(sys.modules)
 import torch
@@ -119,10 +117,8 @@ for name in [name for name in sys.modules if name.partition(".")[0] == "pack"]:
 before = state()
 load()
 assert state() == before
-print(seconds)
 """
-    run = [sys.executable, "-c", code, str(ROOT)]
-    assert min(float(subprocess.check_output(run, text=True)) for _ in range(2)) < 0.2
+    subprocess.run([sys.executable, "-c", code, str(ROOT)], check=True)
 
 
 # ---------------------------------------------------------------- sampler and VAE

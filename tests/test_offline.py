@@ -100,6 +100,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return made
 
 
+@pytest.mark.slow
 def test_no_connection_is_tried(run: Run) -> None:
     assert [line for line in run.watched if line[0] == "network"] == []
 
@@ -144,6 +145,7 @@ def test_the_log_does_not_tell_the_prompt(run: Run) -> None:
         assert word not in run.result.stderr + run.result.stdout
 
 
+@pytest.mark.slow
 def test_without_any_network_it_draws(tmp_path: Path) -> None:
     """In a network namespace of its own, where not even the loopback is up."""
     if not can("unshare", "-rn", "true"):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FluxPipeline
+from engine_parts import painter_of
 from oracle import diffusers_pipeline, diffusers_transformer, diffusers_vae
 
 from vortex_core import Engine, load_flux_schnell, sampling
@@ -24,12 +25,12 @@ def pipeline(engine: Engine, tiny_dir: Path) -> FluxPipeline:
 def test_transformer_agrees_with_diffusers(engine: Engine, tiny_dir: Path, size: tuple[int, int]) -> None:
     height, width = size
     theirs = diffusers_transformer(engine, tiny_dir)
-    spec = engine._spec
+    spec = painter_of(engine).model.flux
     draw = torch.Generator().manual_seed(3)
     img = torch.randn(2, height // 16 * width // 16, 64, generator=draw)
     txt = torch.randn(1, 256, spec.context, generator=draw)
     pooled = torch.randn(1, spec.vec, generator=draw)
-    conditioning = engine._conditioner.from_embeddings(txt, pooled, steps=4)
+    conditioning = painter_of(engine).conditioner.from_embeddings(txt, pooled, steps=4)
     ids = sampling.positions(height, width, 256)
     for i, t in enumerate((1.0, 0.75, 0.5, 0.25)):
         expected = theirs(
@@ -40,9 +41,9 @@ def test_transformer_agrees_with_diffusers(engine: Engine, tiny_dir: Path, size:
             txt_ids=ids[:256],
             img_ids=ids[256:],
         ).sample
-        ours = engine._model.transformer(
+        ours = painter_of(engine).model.transformer(
             img,
-            engine._model.transformer.txt_in(txt).expand(2, -1, -1),
+            painter_of(engine).model.transformer.txt_in(txt).expand(2, -1, -1),
             conditioning.modulation[i],
             rope_of(height, width, 256, spec),
         )
@@ -52,7 +53,7 @@ def test_transformer_agrees_with_diffusers(engine: Engine, tiny_dir: Path, size:
 @torch.inference_mode()
 def test_text_encoders_agree_with_transformers(engine: Engine, pipeline: FluxPipeline) -> None:
     txt, pooled, _ = pipeline.encode_prompt(PROMPT, None, max_sequence_length=256)
-    conditioning = engine._conditioner.from_embeddings(txt, pooled, steps=4)
+    conditioning = painter_of(engine).conditioner.from_embeddings(txt, pooled, steps=4)
     ours = engine.encode(PROMPT)
     torch.testing.assert_close(ours.txt, txt, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(ours.modulation, conditioning.modulation, atol=1e-4, rtol=1e-4)
@@ -81,7 +82,7 @@ def test_vae_agrees_with_diffusers(engine: Engine, tiny_dir: Path) -> None:
     theirs = diffusers_vae(tiny_dir)
     latents = torch.randn(2, 16, 8, 12, generator=torch.Generator().manual_seed(5))
     expected = theirs.decode(latents / theirs.config.scaling_factor + theirs.config.shift_factor).sample
-    ours = decode(engine._model.decoder, latents, torch.full((2, 64, 96, 3), torch.nan))
+    ours = decode(painter_of(engine).model.decoder, latents, torch.full((2, 64, 96, 3), torch.nan))
     expected = (expected / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
 

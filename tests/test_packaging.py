@@ -89,14 +89,9 @@ def test_requirements_agree_with_the_package() -> None:
 
 
 def test_import_is_light() -> None:
-    code = """
-import sys, time
-start = time.perf_counter()
-import vortex_core
-print(time.perf_counter() - start)
-assert not {"torch", "numpy", "transformers", "diffusers", "bitsandbytes"} & set(sys.modules)
-"""
-    assert min(float(python(code)) for _ in range(3)) < 0.15
+    heavy = {"torch", "numpy", "transformers", "diffusers", "bitsandbytes", "tokenizers", "matplotlib", "scipy", "PIL"}
+    loaded = set(python("import sys, vortex_core; print(*sys.modules)").split())
+    assert not heavy & loaded
 
 
 @pytest.mark.parametrize("path", sorted(CORE.rglob("*.py")), ids=lambda path: str(path.relative_to(CORE)))

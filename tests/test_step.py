@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from engine_parts import painter_of
 from torch import Tensor, nn
 from torch.nn import Linear
 
@@ -31,12 +32,15 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 @pytest.fixture
 def transformer(engine: Engine) -> Transformer:
-    yield engine._model.transformer
-    engine._model.transformer.use(reference, fast=False)
+    shared = painter_of(engine).model.transformer
+    yield shared
+    shared.use(reference, fast=False)
+    for linear in shared.linears():
+        linear.row_scale = None  # what `fast` adds
 
 
 def rope(engine: Engine, height: int, width: int) -> tuple[Tensor, Tensor]:
-    return sampling.rope(sampling.positions(height, width, 256), engine._spec, CPU)
+    return sampling.rope(sampling.positions(height, width, 256), painter_of(engine).model.flux, CPU)
 
 
 def size_of(height: int, width: int, batch: int) -> tuple[int, int, int]:
@@ -48,8 +52,11 @@ def request(
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
     draw = torch.Generator().manual_seed(height + width)
     img = torch.randn(batch, height // 16 * width // 16, 64, generator=draw)
-    txt = torch.randn(batch, 256, engine._spec.hidden, generator=draw)
-    modulation = torch.randn(engine._spec.modulation_rows, engine._spec.hidden, generator=draw) / 4
+    txt = torch.randn(batch, 256, painter_of(engine).model.flux.hidden, generator=draw)
+    modulation = (
+        torch.randn(painter_of(engine).model.flux.modulation_rows, painter_of(engine).model.flux.hidden, generator=draw)
+        / 4
+    )
     return img, txt, modulation, rope(engine, height, width)
 
 
@@ -59,7 +66,7 @@ def test_steps_of_several_sizes_share_memory_and_stay_right(
     engine: Engine, transformer: Transformer, fast: bool
 ) -> None:
     transformer.use(reference, fast=fast, fp8_attention=fast)
-    largest = max(step_bytes(engine._spec, size_of(*size), torch.float32, fast=fast) for size in SIZES)
+    largest = max(step_bytes(painter_of(engine).model.flux, size_of(*size), torch.float32, fast=fast) for size in SIZES)
     memory = torch.empty(largest, dtype=torch.uint8)
     steps = {size: BoundStep(transformer, size_of(*size), Region(memory)) for size in SIZES}
     for size in [*SIZES, *SIZES]:
@@ -74,7 +81,9 @@ def test_a_step_takes_the_bytes_that_were_planned(engine: Engine, transformer: T
     transformer.use(reference, fast=fast, fp8_attention=fast)
     for height, width, batch in SIZES:
         size = size_of(height, width, batch)
-        memory = torch.empty(step_bytes(engine._spec, size, torch.float32, fast=fast), dtype=torch.uint8)
+        memory = torch.empty(
+            step_bytes(painter_of(engine).model.flux, size, torch.float32, fast=fast), dtype=torch.uint8
+        )
         BoundStep(transformer, size, Region(memory))(*request(engine, height, width, batch))
         with pytest.raises(ValueError, match="A plan is too small"):
             BoundStep(transformer, size, Region(memory[:-256]))
@@ -86,7 +95,7 @@ def test_a_replay_reads_its_inputs_and_lays_out_no_step(
 ) -> None:
     size, (first, second) = size_of(128, 80, 2), [request(engine, 128, 80, 2) for _ in range(2)]
     second[0].neg_()
-    memory = torch.empty(step_bytes(engine._spec, size, torch.float32, fast=False), dtype=torch.uint8)
+    memory = torch.empty(step_bytes(painter_of(engine).model.flux, size, torch.float32, fast=False), dtype=torch.uint8)
     captured = BoundStep(transformer, size, Region(memory))
     captured(*first)
     graph = SimpleNamespace(replay=captured.run)  # in that memory, whoever filled it
@@ -117,7 +126,9 @@ class Captures:
 
 
 def region(engine: Engine, size: tuple[int, int, int]) -> Region:
-    return Region(torch.empty(step_bytes(engine._spec, size, torch.float32, fast=False), dtype=torch.uint8))
+    return Region(
+        torch.empty(step_bytes(painter_of(engine).model.flux, size, torch.float32, fast=False), dtype=torch.uint8)
+    )
 
 
 @torch.inference_mode()
@@ -274,7 +285,7 @@ def test_the_library_takes_every_pictures_scales_aligned(engine: Engine) -> None
         return flat
 
     starts: dict[str, int] = {}
-    step = Step(engine._spec, reference, (3, 250, 25), torch.bfloat16, take, fast=True)
+    step = Step(painter_of(engine).model.flux, reference, (3, 250, 25), torch.bfloat16, take, fast=True)
     ends = {"normal": [], "active": []}
     for stream in (step.txt, step.img, step.joint):
         for name, operand in (("normal", stream.normal), ("active", stream.active)):
@@ -381,16 +392,19 @@ def test_an_fp8_product_of_few_rows(rows: int, width: int) -> None:
     out = torch.full((rows, 3072), torch.nan, device="cuda", dtype=torch.bfloat16)
     product(x, scale, weight, scales, bias, out)
     expected = (x.float() * scale[:, None]) @ (weight.float() * scales[:, None]).t() + bias
-    spread = scale[:, None] * scales * width**0.5  # of what is summed up; the library sums in less than fp32
-    assert ((out.float() - expected).abs() / (spread + bias.abs())).max() < 0.03
+    # the library sums in less than fp32: of all, 0.003 of their length; of one, 0.034 of what its sum spreads (H200)
+    error, spread = (out.float() - expected).abs(), scale[:, None] * scales * width**0.5
+    assert error.norm() < 0.005 * expected.norm()
+    assert (error / (spread + bias.abs())).max() < 0.05
 
 
 def denoised(engine: Engine, seed: int, prompt: str) -> Tensor:
     conditioning, img = engine.encode(prompt), sampling.pack(sampling.noise(seed, 1, 128, 128))
-    txt, pe = engine._model.transformer.txt_in(conditioning.txt), rope(engine, 128, 128)
-    return sampling.denoise(engine._model.transformer, img, txt, conditioning.modulation, pe)
+    txt, pe = painter_of(engine).model.transformer.txt_in(conditioning.txt), rope(engine, 128, 128)
+    return sampling.denoise(painter_of(engine).model.transformer, img, txt, conditioning.modulation, pe)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @pytest.mark.parametrize("fp8_attention", [False, True])
 def test_fast_is_nearer_to_exact_than_nf4_is_to_16_bits(
@@ -415,10 +429,10 @@ def test_a_fused_step_in_16_bits_is_as_near_to_32_as_the_reference_is(quantizati
     velocities = []
     for device, dtype in (("cpu", torch.float32), ("cpu", torch.bfloat16), ("cuda", torch.bfloat16)):
         with load_flux_schnell("tiny", device=device, dtype=dtype, quantization=quantization, mode="exact") as engine:
-            assert engine._model.transformer.fused == (device == "cuda")
+            assert painter_of(engine).model.transformer.fused == (device == "cuda")
             *tensors, pe = request(engine, 128, 80, 2)
             placed = (tensor.to(device, dtype) for tensor in tensors)
-            velocity = engine._model.transformer(*placed, tuple(table.to(device) for table in pe))
+            velocity = painter_of(engine).model.transformer(*placed, tuple(table.to(device) for table in pe))
             velocities.append(velocity.float().cpu())
     exact, expected, ours = velocities
     assert 0 < (ours - exact).norm() < 1.25 * (expected - exact).norm()
@@ -435,7 +449,7 @@ def test_replayed_steps_are_the_launched_ones_bit_for_bit(mode: str) -> None:
     ]
     with load_flux_schnell("tiny", device="cuda", mode=mode) as engine:
         assert engine.mode == mode
-        graphs, memory = engine._memory.graphs, engine._memory
+        graphs, memory = painter_of(engine).memory.graphs, painter_of(engine).memory
 
         def drawn() -> list[Tensor]:
             return [engine.generate(**job) for job in jobs]
@@ -474,7 +488,7 @@ def test_kernels_that_are_launched_early_draw_what_those_in_turn_do(monkeypatch:
     with load_flux_schnell("tiny", device="cuda", mode="fast") as engine:
 
         def drawn() -> list[Tensor]:
-            engine._memory.graphs.clear()
+            painter_of(engine).memory.graphs.clear()
             return [engine.generate("a ring", seed=seed, height=256, width=192, batch_size=2) for seed in range(4)]
 
         early = drawn()
@@ -504,7 +518,7 @@ def test_the_host_waits_for_nothing_while_it_draws() -> None:
         expected = [engine.generate("a blue square", seed=1) for _ in range(2)][1]
         conditioning = engine.encode("a blue square")
         sent = [conditioning.txt, conditioning.modulation, sampling.noise(1, 1, 128, 128, device=engine.device)]
-        sent += sampling.rope_of(128, 128, 256, engine._spec, engine.device)
+        sent += sampling.rope_of(128, 128, 256, painter_of(engine).model.flux, engine.device)
         assert all(tensor.is_pinned() for tensor in sent)
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -538,16 +552,16 @@ def test_blocks_that_stream_are_captured_in_parts_and_draw_the_same() -> None:
             raise KeyboardInterrupt
 
     with load_flux_schnell("tiny", device="cuda") as engine:
-        graphs = engine._memory.graphs._graphs
+        graphs = painter_of(engine).memory.graphs._graphs
 
         def drawn() -> list[Tensor]:
             return [engine.generate("a blue square", **job) for job in jobs]
 
         expected = drawn()
-        asked = engine._model.requirements(128, 128, 1, blas=engine._memory.blas)
-        engine._memory.budget = smallest_budget(engine._model.pieces, asked)
+        asked = painter_of(engine).model.requirements(128, 128, 1, blas=painter_of(engine).memory.blas)
+        painter_of(engine).memory.budget = smallest_budget(painter_of(engine).model.pieces, asked)
         assert all(map(torch.equal, drawn(), expected))
-        steps, kept = engine._memory.placement.steps, dict(graphs)
+        steps, kept = painter_of(engine).memory.placement.steps, dict(graphs)
         assert len(kept) == 2
         assert len(steps.units) > 1
         assert {len(recording._parts) for recording in kept.values()} == {4 * len(steps.units) + 1}

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from engine_parts import painter_of
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._pytree import tree_leaves
@@ -60,7 +61,12 @@ def test_strips_of_the_miniature_are_the_whole(engine: Engine, rows: int | None)
     latents = noise(2, 16, 10, 6)
     with torch.inference_mode():
         distance = (
-            (whole_decode(engine._model.decoder, latents) - in_strips(engine._model.decoder, latents, rows)).abs().max()
+            (
+                whole_decode(painter_of(engine).model.decoder, latents)
+                - in_strips(painter_of(engine).model.decoder, latents, rows)
+            )
+            .abs()
+            .max()
         )
     assert distance < 1e-4
 
@@ -257,8 +263,8 @@ def test_a_decode_allocates_no_more_than_it_says(rows: int | None, dtype: torch.
 def test_an_engine_on_a_gpu_decodes_with_the_fused_kernels() -> None:
     latents = noise(2, 16, 16, 16)
     with load_flux_schnell("tiny", device="cuda") as engine, torch.inference_mode():
-        assert engine._model.decoder.norm_out.kernels is not reference
-        whole = whole_decode(engine._model.decoder, latents.to(engine.device, engine.dtype))
+        assert painter_of(engine).model.decoder.norm_out.kernels is not reference
+        whole = whole_decode(painter_of(engine).model.decoder, latents.to(engine.device, engine.dtype))
         off = (engine.decode(latents) - whole.float()).abs() * 255
     print(f"\nfused kernels against torch's: mean {off.mean():.3f}, max {off.max():.3f} of 255", end="")
     assert off.mean() < 1
@@ -268,8 +274,10 @@ def test_an_engine_on_a_gpu_decodes_with_the_fused_kernels() -> None:
 def test_independent_tiles_would_not_pass(engine: Engine) -> None:
     latents = noise(1, 16, 16, 8)
     with torch.inference_mode():
-        whole = whole_decode(engine._model.decoder, latents)
-        tiles = torch.cat([whole_decode(engine._model.decoder, tile) for tile in latents.chunk(2, dim=2)], dim=1)
+        whole = whole_decode(painter_of(engine).model.decoder, latents)
+        tiles = torch.cat(
+            [whole_decode(painter_of(engine).model.decoder, tile) for tile in latents.chunk(2, dim=2)], dim=1
+        )
     assert (whole - tiles).abs().mean() * 255 > 1
 
 

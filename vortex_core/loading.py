@@ -23,7 +23,7 @@ from .numeric import finite
 from .placement import Placement
 from .planner import MemoryPlan, plan, smallest_budget
 from .request import check_choice
-from .spec import MODES, QUANTIZATIONS
+from .spec import MODES, MOST_BUDGET, QUANTIZATIONS
 from .streams import streams_of
 from .vram import available, hand_back, shortage, snapshot
 
@@ -118,7 +118,7 @@ def check_budget(vram_budget: object, total: int | None) -> int | None:
     if vram_budget is None:
         return None if total is None else int(min(DEFAULT_BUDGET, max(total - CONTEXT, total / 2)))
     budget = finite(vram_budget)
-    if budget is None:
+    if budget is None or budget > MOST_BUDGET:
         raise VortexInputError(
             f"vram_budget is a number of GB (10^9 bytes), such as 6.5, and finite, not {quoted(vram_budget)}."
         )

@@ -19,6 +19,7 @@ MAX_STEPS = 8
 SIZE_MULTIPLE = 16  # 8x VAE downsampling times 2x2 packing
 MIN_SIZE, MAX_SIZE = 64, 2048  # pixels a side
 QUANTIZATIONS = ("nf4", "none")
+MOST_BUDGET = 10**6  # GB; more than any card has, and few enough to count in bytes
 MODES = ("fast", "exact")
 WIDTHS = Whole(1, 2**16)
 LAYERS = Whole(1, 256)
