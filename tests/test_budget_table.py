@@ -1,10 +1,12 @@
-"""The README's tables of the VRAM budget, from rows as tools/vram_contract.py writes them."""
+"""The tables of memory and speed in README.md and docs: how they are made, and that the pages have what is made."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
-from budget_table import BEGIN, END, insert, tables
+from budget_table import MEASURED, PAGES, insert, made_here, tables
+
+ROOT = Path(__file__).parent.parent
 
 
 def row(promise: str, holds: bool | None, **figures: Any) -> dict[str, Any]:
@@ -43,10 +45,20 @@ def test_promises_peaks_and_times_are_told() -> None:
     ]
 
 
-def test_the_readme_has_their_place() -> None:
-    text = (Path(__file__).parent.parent / "README.md").read_text()
-    once = insert(text, "figures")
-    assert f"{BEGIN}\nfigures\n{END}" in once
-    assert insert(once, "figures") == once
+def test_a_page_has_a_place_for_what_is_measured() -> None:
+    text = (ROOT / "docs/vram.md").read_text()
+    once = insert(text, MEASURED, "figures")
+    assert f"<!-- table: {MEASURED} -->\nfigures\n<!-- /table -->" in once
+    assert insert(once, MEASURED, "figures") == once
     with pytest.raises(ValueError, match="not both there"):
-        insert(text.replace(END, ""), "figures")
+        insert(text, "nobody's", "figures")
+
+
+def test_each_page_has_the_tables_that_are_made() -> None:
+    texts = {page: (ROOT / page).read_text() for page in PAGES}
+    for name, found in made_here().items():
+        places = [page for page, text in texts.items() if f"<!-- table: {name} -->" in text]
+        assert places, f"no page has the table {name!r}"
+        for page in places:
+            told = f"{page} is not what `python tools/budget_table.py` writes"
+            assert insert(texts[page], name, found) == texts[page], told

@@ -1,7 +1,11 @@
-"""What tools/vram_contract.py measured, as the tables in README.md.
+"""The tables of memory and speed in README.md and docs: each figure comes from here, so it is the same on each page.
 
-python tools/budget_table.py contract*.json                  # prints them
-python tools/budget_table.py contract*.json --into README.md # between the two marks there
+python tools/budget_table.py                      # writes what is planned, and what docs/reports/speed measured
+python tools/budget_table.py contract*.json       # also what tools/vram_contract.py measured
+python tools/budget_table.py contract*.json --print
+
+A page has a pair of marks for each table: `<!-- table: NAME -->` and `<!-- /table -->`. The names:
+`budget measured` (needs the files of tools/vram_contract.py), `budget planned`, `speed` and `speed in short`.
 """
 
 from __future__ import annotations
@@ -12,8 +16,24 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").is_file())
 GB = 1e9
-BEGIN, END = "<!-- measured: tools/budget_table.py -->", "<!-- /measured -->"
+PAGES = ("README.md", "docs/vram.md", "docs/performance.md")
+MEASURED, PLANNED, SPEED, SHORT = "budget measured", "budget planned", "speed", "speed in short"
+BUDGETS = (11.0, 6.5, 5.5, 4.5)  # GB, of the planned table
+SIDE = 1024  # pixels, likewise
+PCIE = 12e9  # bytes a second, likewise
+CONTENDERS = {
+    "Vortex fast": "**Vortex `fast`**",
+    "Vortex exact": "Vortex `exact`",
+    "diffusers, bitsandbytes NF4, CUDA graph": "diffusers + bitsandbytes NF4, in a CUDA graph",
+    "diffusers, bitsandbytes NF4, compiled blocks": "diffusers + bitsandbytes NF4, compiled blocks",
+    "diffusers, bitsandbytes NF4": "diffusers + bitsandbytes NF4",
+    "diffusers, 16 bits, compiled blocks": "diffusers, 16 bits, compiled blocks",
+    "ComfyUI core, 16 bits": "ComfyUI's core, 16 bits, with diffusers' VAE",
+    "diffusers, 16 bits": "diffusers, 16 bits",
+}  # as the report names them, and as the pages do
+IN_SHORT = ("Vortex fast", "Vortex exact", "diffusers, bitsandbytes NF4", "ComfyUI core, 16 bits")
 Row = dict[str, Any]
 
 
@@ -64,26 +84,73 @@ def gb(size: int | None) -> str:
     return "unknown" if size is None else f"{size / GB:.2f} GB"
 
 
-def insert(text: str, found: str) -> str:
-    """`text` with what is between its marks replaced. Raises `ValueError` where it has none."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{BEGIN} and {END} are not both there")
+def planned() -> str:
+    """What streams at some budgets, and what that costs; as `vortex plan` has it, without a card."""
+    from vortex_core.proposal import propose
+
+    lines = []
+    for budget in BUDGETS:
+        made = propose(budget, SIDE, SIDE, 1, None, {})
+        added = made.costs(PCIE, 0)
+        streamed = {row.name: row.streamed for row in made.rows if row.streamed}
+        blocks = streamed.pop("step-time blocks", 0)
+        names = [name for name in ("T5", "CLIP", "modulation") if name in streamed]
+        words = ", ".join([*names, f"{gb(blocks)} of blocks"] if blocks else names) or "nothing"
+        times = (f"{added[name]:.0f} ms" for name in ("prompt_ms", "picture_ms"))
+        lines.append((f"{budget:g} GB", words, gb(made.plan.hosted), *times))
+    return table(("budget", "streams", "pinned host memory", "adds to a new prompt", "adds to a picture"), lines)
+
+
+def speed(report: Row, contenders: Iterable[str] = CONTENDERS) -> str:
+    """Medians and peaks of tools/speed_contract.py's report, a line for each contender."""
+    lines = []
+    for name in contenders:
+        rows = sorted((row for row in report["rows"] if row["contender"] == name), key=lambda row: int(row["height"]))
+        peak = " / ".join(f"{row['peak'] / GB:.1f}" for row in rows)
+        lines.append((CONTENDERS[name], peak, *(f"{median(row) * 1e3:.0f} ms" for row in rows)))
+    return table(("", "peak at 512 / 1024, GB", "512 x 512", "1024 x 1024"), lines)
+
+
+def median(row: Row) -> float:
+    """Seconds of a picture."""
+    return next(float(found["seconds"]) for found in row["picture"]["percentiles"] if found["q"] == 50)
+
+
+def made_here() -> dict[str, str]:
+    """The tables that need no GPU, by name."""
+    report = json.loads((ROOT / "docs/reports/speed/report.json").read_text())
+    return {PLANNED: planned(), SPEED: speed(report), SHORT: speed(report, IN_SHORT)}
+
+
+def insert(text: str, name: str, found: str) -> str:
+    """`text` with what is between the marks of the table `name` replaced. Raises `ValueError` where it has none."""
+    begin, end = f"<!-- table: {name} -->", "<!-- /table -->"
+    before, opened, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not opened or not closed:
+        raise ValueError(f"{begin} and {end} are not both there")
     return f"{before}{begin}\n{found}\n{end}{after}"
 
 
 def main() -> None:
     """Parse arguments, print or write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("figures", type=Path, nargs="+", help="what vram_contract.py --json wrote")
-    parser.add_argument("--into", type=Path, help="a Markdown file with the marks")
+    parser.add_argument("figures", type=Path, nargs="*", help="what vram_contract.py --json wrote")
+    parser.add_argument("--print", action="store_true", help="print the tables, write nothing")
     arguments = parser.parse_args()
-    found = tables([row for path in arguments.figures for row in json.loads(path.read_text())])
-    if arguments.into is None:
-        print(found)
-    else:
-        arguments.into.write_text(insert(arguments.into.read_text(), found))
+    made = made_here()
+    if arguments.figures:
+        made[MEASURED] = tables([row for path in arguments.figures for row in json.loads(path.read_text())])
+    if arguments.print:
+        print("\n\n".join(f"{name}\n\n{found}" for name, found in made.items()))
+        return
+    for page in PAGES:
+        path = ROOT / page
+        text = path.read_text()
+        for name, found in made.items():
+            if f"<!-- table: {name} -->" in text:
+                text = insert(text, name, found)
+        path.write_text(text)
 
 
 if __name__ == "__main__":
