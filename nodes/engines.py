@@ -104,7 +104,7 @@ def _load(model: Model) -> Loaded:
 
 def _device() -> torch.device:
     """The host's device. Raises `VortexDeviceError` for one that Vortex does not run on."""
-    from ..vortex_core.device import resolve_device
+    from ..vortex_core.device.select import resolve_device
     from ..vortex_core.errors import VortexDeviceError
 
     try:
@@ -117,7 +117,7 @@ def check_budget(model: Model, device: torch.device) -> None:
     """Raise `VortexInputError`, before other models make room, for a budget that the card cannot keep."""
     import torch
 
-    from ..vortex_core import loading
+    from ..vortex_core.runtime import loading
 
     if device.type != "cpu":
         loading.check_budget(model.vram_budget, torch.cuda.mem_get_info(device)[1])

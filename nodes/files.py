@@ -16,8 +16,8 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import Any
 
-from ..vortex_core.checkpoint.formats import ARCHITECTURES
 from ..vortex_core.errors import VortexCheckpointError, VortexError, quoted
+from ..vortex_core.storage.formats import ARCHITECTURES
 from . import places
 from .places import MODELS, PARTS
 

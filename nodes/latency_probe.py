@@ -7,7 +7,7 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from ..vortex_core.spec import DEFAULT_STEPS, MAX_STEPS
+from ..vortex_core.flux1.spec import DEFAULT_STEPS, MAX_STEPS
 from . import engines, host, plot
 from .sampler import SIDE, SchnellSampler, check
 from .types import ANY, MODEL, Model
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..vortex_core.bench.latency_report import Series
-    from ..vortex_core.latency import Latency
+    from ..vortex_core.utils.timing import Latency
 
 
 class LatencyProbe:
@@ -86,9 +86,9 @@ class LatencyProbe:
         value: Any = None,
     ) -> tuple[str, str, Tensor, Any]:
         from ..vortex_core.bench.latency_report import summarize_series
-        from ..vortex_core.bench.pictures import measure
+        from ..vortex_core.bench.samples import measure
         from ..vortex_core.bench.workload import Workload
-        from ..vortex_core.request import check_prompt
+        from ..vortex_core.flux1.request import check_prompt
 
         check(width, height, steps=steps)
         check_prompt(prompt)

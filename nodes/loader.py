@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..vortex_core.spec import MODES
+from ..vortex_core.flux1.spec import MODES
 from . import engines
 from .models import OWN, available, choices, find
 from .types import MODEL, Model, verdict

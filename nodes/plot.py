@@ -5,25 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ..vortex_core.bench import figures
-from ..vortex_core.bench.figures import HEIGHT as HEIGHT
-from ..vortex_core.bench.figures import STOP as STOP
-from ..vortex_core.bench.figures import WARN as WARN
-from ..vortex_core.bench.figures import WIDTH as WIDTH
+from ..vortex_core.bench import plot_style
+from ..vortex_core.bench.plot_style import HEIGHT as HEIGHT
+from ..vortex_core.bench.plot_style import STOP as STOP
+from ..vortex_core.bench.plot_style import WARN as WARN
+from ..vortex_core.bench.plot_style import WIDTH as WIDTH
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
 
-def timeline(title: str, series: Mapping[str, Sequence[figures.Point]], levels: Sequence[figures.Level] = ()) -> Tensor:
+def timeline(
+    title: str, series: Mapping[str, Sequence[plot_style.Point]], levels: Sequence[plot_style.Level] = ()
+) -> Tensor:
     """Lines of `(seconds, GB)`; `levels` are `(GB, name, colour)`."""
-    return image(figures.timeline(title, series, levels))
+    return image(plot_style.timeline(title, series, levels))
 
 
 def histogram(title: str, samples: Sequence[float], marks: Sequence[tuple[float, str]], label: str) -> Tensor:
     """Counts of samples in equal bins, with `(value, name)` marks."""
-    return image(figures.histogram(title, samples, marks, label))
+    return image(plot_style.histogram(title, samples, marks, label))
 
 
 def image(figure: Figure) -> Tensor:
@@ -31,7 +33,7 @@ def image(figure: Figure) -> Tensor:
     import numpy as np
     import torch
 
-    return torch.from_numpy(figures.pixels(figure).astype(np.float32) / 255)[None]
+    return torch.from_numpy(plot_style.pixels(figure).astype(np.float32) / 255)[None]
 
 
 def beside(report: str, draw: Callable[[], Tensor]) -> tuple[str, Tensor]:
@@ -41,7 +43,7 @@ def beside(report: str, draw: Callable[[], Tensor]) -> tuple[str, Tensor]:
     """
     import torch
 
-    from ..vortex_core.packages import first_line, missing
+    from ..vortex_core.utils.packages import first_line, missing
 
     why = missing("matplotlib.figure")
     if why is None:

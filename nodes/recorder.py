@@ -11,8 +11,8 @@ from . import host
 if TYPE_CHECKING:
     import torch
 
-    from ..vortex_core.timeline import Timeline
-    from ..vortex_core.vram import Snapshot
+    from ..vortex_core.device.vram import Snapshot
+    from ..vortex_core.utils.timeline import Timeline
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +46,8 @@ class Recorder:
     def _begin(self, device: torch.device, *, reset: bool) -> None:
         import torch
 
-        from ..vortex_core.timeline import Timeline
-        from ..vortex_core.vram import snapshot
+        from ..vortex_core.device.vram import snapshot
+        from ..vortex_core.utils.timeline import Timeline
 
         if self.timeline is None:
             read = partial(snapshot, device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from ..vortex_core.spec import DEFAULT_STEPS, MAX_SIZE, MAX_STEPS, MIN_SIZE, SIZE_MULTIPLE
+from ..vortex_core.flux1.spec import DEFAULT_STEPS, MAX_SIZE, MAX_STEPS, MIN_SIZE, SIZE_MULTIPLE
 from . import engines, host
 from .types import MODEL, Model, verdict
 
@@ -117,8 +117,8 @@ class SchnellSampler:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         import torch
 
-        from ..vortex_core.finite import check_finite
-        from ..vortex_core.request import check_prompt
+        from ..vortex_core.device.finite import check_finite
+        from ..vortex_core.flux1.request import check_prompt
 
         check(width, height, batch_size, seed, steps)
         if conditioning is None:
@@ -160,7 +160,7 @@ def check(
 ) -> None:
     """Raise `VortexInputError` for what no model draws."""
     from ..vortex_core.errors import VortexInputError, quoted
-    from ..vortex_core.request import Request
+    from ..vortex_core.flux1.request import Request
 
     Request(seed=seed, height=height, width=width, steps=steps, batch_size=batch_size)
     if batch_size > MAX_BATCH:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..vortex_core.errors import VortexError, VortexInputError, quoted
-from ..vortex_core.numeric import finite
-from ..vortex_core.request import check_choice
-from ..vortex_core.spec import MODES, MOST_BUDGET
+from ..vortex_core.flux1.request import check_choice
+from ..vortex_core.flux1.spec import MODES, MOST_BUDGET
+from ..vortex_core.utils.numeric import finite
 
 MODEL = "VORTEX_MODEL"
 

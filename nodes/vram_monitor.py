@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ..vortex_core.vram import Snapshot
+    from ..vortex_core.device.vram import Snapshot
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class VRAMMonitor:
         self, value: Any, soft_limit: float, hard_limit: float, reset_peak: bool
     ) -> dict[str, Any] | tuple[Any, str, str, Tensor]:
         from ..vortex_core.errors import VortexError
-        from ..vortex_core.packages import first_line
+        from ..vortex_core.utils.packages import first_line
 
         device = host.device()
         if device.type != "cuda":
@@ -94,7 +94,7 @@ class VRAMMonitor:
 
 def where(device: torch.device) -> str:
     """What the host computes on, if not on CUDA."""
-    from ..vortex_core.device import device_words
+    from ..vortex_core.device.select import device_words
 
     return "the CPU" if device.type == "cpu" else device_words(device.type)
 
@@ -109,7 +109,7 @@ def read(
     device: torch.device, soft_limit: float, hard_limit: float
 ) -> tuple[dict[str, Any], list[tuple[float, Snapshot]]]:
     """The figures of the run, and its samples, of which the last is now."""
-    from ..vortex_core.vram import snapshot
+    from ..vortex_core.device.vram import snapshot
 
     recorder.begin(device, reset=False)  # where the host does not ask IS_CHANGED, from here on
     samples = [*recorder.samples, (time.perf_counter(), snapshot(device))]

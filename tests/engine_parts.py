@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vortex_core import Engine
-    from vortex_core.painter import Painter
+    from vortex_core.runtime.painter import Painter
 
 
 def painter_of(engine: Engine) -> Painter:

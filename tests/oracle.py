@@ -10,9 +10,9 @@ from engine_parts import painter_of
 from torch import Tensor, nn
 
 from vortex_core import Engine
-from vortex_core.checkpoint.layout import flux_sources
-from vortex_core.linear import NF4Linear
+from vortex_core.checkpoint.key_maps import flux_sources
 from vortex_core.nf4 import NF4Weight, dequantize
+from vortex_core.quant.linear import NF4Linear
 
 
 def decoded(module: nn.Module) -> dict[str, Tensor]:

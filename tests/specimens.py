@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vortex_core.checkpoint.bundle import describe, find_parts
-from vortex_core.checkpoint.materialize import check, is_quantized
-from vortex_core.conditioning import Modulation
-from vortex_core.spec import FluxSpec
-from vortex_core.transformer import Transformer
+from vortex_core.flux1.conditioning import Modulation
+from vortex_core.flux1.spec import FluxSpec
+from vortex_core.flux1.transformer import Transformer
+from vortex_core.storage.materialize import check, is_quantized
 
 SMALL = FluxSpec(hidden=128, heads=1, double_blocks=1, single_blocks=1, context=64, vec=64)
 

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vortex_core.checkpoint.bundle import open_bundle
-from vortex_core.conditioning import Modulation
-from vortex_core.transformer import Transformer
-from vortex_core.vae import Decoder
+from vortex_core.flux1.conditioning import Modulation
+from vortex_core.flux1.transformer import Transformer
+from vortex_core.flux1.vae import Decoder
 
 VOCABULARIES = {"clip": 49408, "t5": 32128}  # of the released encoders
 

@@ -26,9 +26,9 @@ from vortex_core import Engine, VortexCheckpointError, load_flux_schnell
 from vortex_core.checkpoint import cache as cache_module
 from vortex_core.checkpoint.bundle import open_bundle
 from vortex_core.checkpoint.cache import Cache
+from vortex_core.checkpoint.quantize import quantize_file
 from vortex_core.errors import VortexWarning
-from vortex_core.quantize import quantize_file
-from vortex_core.spec import VaeSpec
+from vortex_core.flux1.spec import VaeSpec
 
 NAME = "double_blocks.0.img_mlp.0.weight"
 DRAW = {"seed": 1, "height": 64, "width": 64, "steps": 1}

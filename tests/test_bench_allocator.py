@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from vortex_core import VortexInputError
 from vortex_core.bench.allocator import again, ensure_allocator, environment
-from vortex_core.cli import app
+from vortex_core.cli.main import app
 
 CONFIGURED = "PYTORCH_CUDA_ALLOC_CONF"
 COMMAND = ["vortex", "bench"]

@@ -17,11 +17,11 @@ from clock import told_time
 from typer.testing import CliRunner, Result
 
 from vortex_core import Engine
-from vortex_core.bench import against, latency_report, pictures
+from vortex_core.bench import latency_report, revisions, samples
 from vortex_core.bench.baseline import History, default_folder
-from vortex_core.bench.output import homeless
 from vortex_core.bench.workload import Workload
-from vortex_core.cli import app
+from vortex_core.cli.bench_output import homeless
+from vortex_core.cli.main import app
 from vortex_core.errors import VortexError, VortexInputError
 
 runner = CliRunner()
@@ -33,7 +33,7 @@ Bench = Callable[..., Result]
 @pytest.fixture
 def bench(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Bench:
     """Runs `vortex bench ...` with the shared engine, and checks the exit code."""
-    monkeypatch.setattr("vortex_core.bench.options.load_engine", lambda *arguments, **options: engine)
+    monkeypatch.setattr("vortex_core.cli.bench_options.load_engine", lambda *arguments, **options: engine)
 
     def run(*arguments: str, code: int = 0) -> Result:
         result = runner.invoke(app, ["bench", *arguments])
@@ -106,7 +106,7 @@ def test_targets_decide_the_exit_code(bench: Bench, options: list[str], code: in
 
 
 def test_an_interrupt_reports_what_was_measured(bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    draw, calls = pictures.draw, []
+    draw, calls = samples.draw, []
 
     def interrupt(*arguments: Any, **options: Any) -> Any:
         calls.append(1)
@@ -114,7 +114,7 @@ def test_an_interrupt_reports_what_was_measured(bench: Bench, monkeypatch: pytes
             raise KeyboardInterrupt
         return draw(*arguments, **options)
 
-    monkeypatch.setattr(pictures, "draw", interrupt)
+    monkeypatch.setattr(samples, "draw", interrupt)
     figures = last(bench(*LATENCY, "-o", str(tmp_path / "out"), code=130))
     assert figures["interrupted"]
     assert figures["series"]["cached"]["whole"]["count"] == 4
@@ -321,7 +321,7 @@ def test_two_revisions_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         core.write_text(STAND_IN.format(seconds=seconds))
         subprocess.run([*git, "add", "."], check=True)
         subprocess.run([*git, "commit", "--quiet", "-m", "x"], check=True)
-    monkeypatch.setattr(against, "ROOT", tmp_path)
+    monkeypatch.setattr(revisions, "ROOT", tmp_path)
     command = ["bench", "baseline", "compare", "--against", "HEAD^", "--iterations", "12", "--json"]
     result = runner.invoke(app, command)
     assert result.exit_code == 1, result.output
@@ -353,7 +353,7 @@ def generate(**request):
 
 def test_a_worker_that_dies_is_named(tmp_path: Path) -> None:
     with pytest.raises(Exception, match=re.escape(str(tmp_path))):
-        against.Worker(tmp_path, {"model": "no/such/model"})
+        revisions.Worker(tmp_path, {"model": "no/such/model"})
 
 
 @pytest.mark.parametrize("name", ["flux_latency", "flux_vram_profile"])

@@ -12,7 +12,7 @@ import pytest
 from scipy.stats import iqr
 
 from vortex_core import VortexInputError
-from vortex_core.bench.comparison import Comparison, compare, compare_pairs
+from vortex_core.bench.rank_tests import Comparison, compare, compare_pairs
 from vortex_core.bench.verdict import exit_code
 from vortex_core.bench.workload import ITERATIONS
 

@@ -13,14 +13,15 @@ import torch
 from clock import Clock, told_time
 from engine_parts import forget_prompts, painter_of
 
-from vortex_core import Engine, VortexInputError, load_flux_schnell, sampling
+from vortex_core import Engine, VortexInputError, load_flux_schnell
 from vortex_core.bench import latency_report
 from vortex_core.bench.latency_report import LatencyReport, judge
 from vortex_core.bench.workload import Workload
-from vortex_core.latency import summarize
-from vortex_core.text import T5
-from vortex_core.transformer import Transformer
-from vortex_core.vae import Decoder
+from vortex_core.flux1 import sampling
+from vortex_core.flux1.text_encoders import T5
+from vortex_core.flux1.transformer import Transformer
+from vortex_core.flux1.vae import Decoder
+from vortex_core.utils.timing import summarize
 
 WORK = Workload(64, 64, steps=2, iterations=16, warmup=1, cold=2)
 PHASES = ["prompt", "prepare", "step 1", "step 2", "decode", "copy out"]

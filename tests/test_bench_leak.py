@@ -9,7 +9,7 @@ import torch
 from vortex_core import Engine, VortexInputError
 from vortex_core.bench import leak
 from vortex_core.bench.leak import BOUND, FEWEST, trend
-from vortex_core.bench.memory import Counters, at_rest
+from vortex_core.bench.readings import Counters, at_rest
 from vortex_core.bench.verdict import exit_code
 
 SIZES = [(64, 64), (96, 64), (64, 80)]

@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 from test_disk import file_size_limit
 
-from vortex_core.bench import exports, figures, output
+from vortex_core.bench import exports, plot_style
+from vortex_core.cli import bench_output
 
 
 def test_figures_are_written_whether_or_not_there_are_plots(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output.write_folder(tmp_path / "broken", {"a": 1}, lambda: {"plot": 1 / 0})  # type: ignore[dict-item]
-    monkeypatch.setattr(output, "missing", lambda module: "does not import (no such file)")
-    output.write_folder(tmp_path / "missing", {"a": 1}, lambda: pytest.fail("plots without matplotlib"))
+    bench_output.write_folder(tmp_path / "broken", {"a": 1}, lambda: {"plot": 1 / 0})  # type: ignore[dict-item]
+    monkeypatch.setattr(bench_output, "missing", lambda module: "does not import (no such file)")
+    bench_output.write_folder(tmp_path / "missing", {"a": 1}, lambda: pytest.fail("plots without matplotlib"))
     for name in ("broken", "missing"):
         assert json.loads((tmp_path / name / "report.json").read_text()) == {"a": 1}
     said = " ".join(capsys.readouterr().err.split())
@@ -26,7 +27,7 @@ def test_figures_are_written_whether_or_not_there_are_plots(
 
 
 def save_plot(path: Path) -> None:
-    figures.save(figures.timeline("x", {"a": [(0.0, 1.0), (1.0, 2.0)]}), path.with_suffix(""))
+    plot_style.save(plot_style.timeline("x", {"a": [(0.0, 1.0), (1.0, 2.0)]}), path.with_suffix(""))
 
 
 def save_table(path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from vortex_core import load_flux_schnell
 from vortex_core.bench import vram_report
-from vortex_core.bench.memory import ALLOCATED, HOST, PROCESS, RESERVED
+from vortex_core.bench.readings import ALLOCATED, HOST, PROCESS, RESERVED
 from vortex_core.bench.verdict import exit_code
 from vortex_core.bench.vram_report import Stage, VramReport
 from vortex_core.errors import GB

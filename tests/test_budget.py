@@ -1,4 +1,7 @@
-"""The budget on the CPU, which stands for a card here: placements, slices, refusals. GPU: tools/vram_contract.py."""
+"""The budget on the CPU, which stands for a card here: placements, slices, refusals.
+
+On a GPU: tools/benchmarks/vram_contract.py.
+"""
 
 import math
 from collections.abc import Iterator
@@ -16,13 +19,12 @@ from vortex_core import (
     VortexInitializationError,
     VortexInputError,
     load_flux_schnell,
-    loading,
-    memory,
 )
-from vortex_core.loading import check_budget
-from vortex_core.planner import BLOCKS, MemoryPlan, MemoryRequirements, placements, smallest_budget
-from vortex_core.planner import PROMPT as PROMPT_GROUPS
-from vortex_core.vram import Counters, Snapshot
+from vortex_core.device.vram import Counters, Snapshot
+from vortex_core.memory.planner import BLOCKS, MemoryPlan, MemoryRequirements, placements, smallest_budget
+from vortex_core.memory.planner import PROMPT as PROMPT_GROUPS
+from vortex_core.runtime import loading, memory_manager
+from vortex_core.runtime.loading import check_budget
 
 GB = 1e9
 PROMPT = "a green ring"
@@ -50,7 +52,7 @@ def asked(engine: Engine, batch: int = 1) -> MemoryRequirements:
 
 def narrow(engine: Engine, batch: int = 1, spare: int = 0) -> None:
     """Give the engine the smallest budget that draws `SIZE`, and `spare` bytes."""
-    painter_of(engine).memory.budget = smallest_budget(painter_of(engine).model.pieces, asked(engine, batch)) + spare
+    painter_of(engine).memory.budget = smallest_budget(painter_of(engine).model.sizes, asked(engine, batch)) + spare
 
 
 def test_with_an_ample_budget_everything_is_resident(roomy: Engine, engine: Engine) -> None:
@@ -61,8 +63,8 @@ def test_with_an_ample_budget_everything_is_resident(roomy: Engine, engine: Engi
 
 
 def test_pieces_are_sized_as_they_turn_out(roomy: Engine) -> None:
-    assert {piece.name: piece.nbytes for piece in painter_of(roomy).model.pieces} == {
-        unit.name: unit.nbytes for unit in painter_of(roomy).model.units
+    assert {group.name: group.nbytes for group in painter_of(roomy).model.groups} == {
+        group.name: group.nbytes for group in painter_of(roomy).model.groups
     }
 
 
@@ -71,14 +73,16 @@ def test_every_placement_draws_the_same_bit_for_bit(roomy: Engine, monkeypatch: 
     latents: list[torch.Tensor] = []
     draw = dict(seed=3, on_step=lambda i, n, clean: latents.append(clean) if i == n else None, **SIZE)
     pictures = [roomy.generate(PROMPT, **draw)]
-    tried = placements(painter_of(roomy).model.pieces)
+    tried = placements(painter_of(roomy).model.sizes)
     for streamed in (*tried, *reversed(tried)):
         with monkeypatch.context() as context:
-            context.setattr(memory, "plan", lambda p, request, limit, keep, s=streamed: MemoryPlan(p, request, s, 1))
+            context.setattr(
+                memory_manager, "make_plan", lambda p, request, limit, keep, s=streamed: MemoryPlan(p, request, s, 1)
+            )
             forget_prompts(roomy)
             painter_of(roomy).memory.budget += 1  # so that it is planned anew
             pictures.append(roomy.generate(PROMPT, **draw))
-        assert {unit.name for unit in painter_of(roomy).model.units if unit.device is None} == streamed
+        assert {group.name for group in painter_of(roomy).model.groups if group.device is None} == streamed
     assert len(set(tried)) == len(tried) > 4
     assert all(torch.equal(pictures[0], picture) for picture in pictures)
     assert all(torch.equal(latents[0], last) for last in latents)
@@ -86,11 +90,11 @@ def test_every_placement_draws_the_same_bit_for_bit(roomy: Engine, monkeypatch: 
 
 def test_a_model_loaded_small_draws_the_same(tiny_dir: Path, roomy: Engine) -> None:
     native = painter_of(roomy).model.requirements(roomy.native_size, roomy.native_size, 1)
-    least = max(smallest_budget(painter_of(roomy).model.pieces, request) for request in (native, asked(roomy)))
+    least = max(smallest_budget(painter_of(roomy).model.sizes, request) for request in (native, asked(roomy)))
     with load_flux_schnell(tiny_dir, device="cpu", vram_budget=(least + 1) / GB) as small:
         assert small.plan is not None
-        assert {"modulation", "clip", "t5"}.isdisjoint(piece.group for piece in small.plan.resident)
-        assert any(piece.group == BLOCKS for piece in small.plan.pieces if piece.name in small.plan.streamed)
+        assert {"modulation", "clip", "t5"}.isdisjoint(group.part for group in small.plan.resident)
+        assert any(group.part == BLOCKS for group in small.plan.groups if group.name in small.plan.streamed)
         assert torch.equal(small.generate(PROMPT, seed=1, **SIZE), roomy.generate(PROMPT, seed=1, **SIZE))
 
 
@@ -108,9 +112,9 @@ def test_the_same_request_is_planned_once(roomy: Engine) -> None:
 
 def test_batches_are_drawn_in_slices(roomy: Engine, engine: Engine) -> None:
     seen = []
-    pieces, request = painter_of(roomy).model.pieces, asked(roomy, 3)
-    streamed = frozenset(piece.name for piece in pieces if piece.group in PROMPT_GROUPS)
-    painter_of(roomy).memory.budget = MemoryPlan(pieces, request, streamed, 2).peak
+    groups, request = painter_of(roomy).model.groups, asked(roomy, 3)
+    streamed = frozenset(group.name for group in groups if group.part in PROMPT_GROUPS)
+    painter_of(roomy).memory.budget = MemoryPlan(groups, request, streamed, 2).peak
     pictures = roomy.generate(PROMPT, seed=5, batch_size=3, on_step=lambda *step: seen.append(step), **SIZE)
     assert (roomy.plan.slice, roomy.plan.streamed) == (2, streamed)
     singles = torch.cat([engine.generate(PROMPT, seed=seed, **SIZE) for seed in (5, 6, 7)])
@@ -171,13 +175,13 @@ class Card:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, free: float) -> None:
         self.free = free
-        monkeypatch.setattr(memory, "available", lambda device, own=0: self.free)
+        monkeypatch.setattr(memory_manager, "available", lambda device, own=0: self.free)
         monkeypatch.setattr(loading, "available", lambda device, own=0: self.free)
 
 
 def test_what_others_took_tightens_the_plan(roomy: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = roomy.generate(PROMPT, seed=1, **SIZE)
-    least = smallest_budget(painter_of(roomy).model.pieces, asked(roomy))
+    least = smallest_budget(painter_of(roomy).model.sizes, asked(roomy))
     roomy.generate(PROMPT, seed=1, height=64, width=64)  # another size is planned anew
     card = Card(monkeypatch, least)
     with pytest.warns(MemoryPressureWarning, match=r"0.00 GB left at the peak of 0\.\d+ GB"):
@@ -249,7 +253,7 @@ def test_running_out_of_memory_while_moving_offloads(roomy: Engine, monkeypatch:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as context:
-        context.setattr(type(painter_of(roomy).model.units[-1]), "to_device", full)
+        context.setattr(type(painter_of(roomy).model.groups[-1]), "to_device", full)
         with pytest.raises(MemoryPressureError, match="Memory ran out: 1 of 96 x 64"):
             roomy.generate(PROMPT, seed=1, **SIZE)
     assert not roomy.resident
@@ -316,23 +320,27 @@ def test_what_callers_let_go_is_handed_back_where_it_does_not_fit(
 ) -> None:
     roomy.generate(PROMPT, seed=1, **SIZE)
     made, mine, foreign, given_back = roomy.plan, sum(painter_of(roomy).memory.components.values()), 10**9, []
-    monkeypatch.setattr(memory, "hand_back", given_back.append)
+    monkeypatch.setattr(memory_manager, "hand_back", given_back.append)
     for leftover, times in ((0, 0), (1, 1)):
-        monkeypatch.setattr(memory, "counters", lambda d, n=leftover: Counters(mine + foreign, made.peak + foreign + n))
+        monkeypatch.setattr(
+            memory_manager, "counters", lambda d, n=leftover: Counters(mine + foreign, made.peak + foreign + n)
+        )
         painter_of(roomy).memory._make(made, AMPLE * GB)
         assert len(given_back) == times
 
 
 def test_the_cap_is_the_budget_beside_what_is_there(roomy: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[int | None] = []
-    monkeypatch.setattr(memory, "cap_process", lambda device, nbytes: told.append(nbytes))
-    monkeypatch.setattr(memory, "counters", lambda device: Counters(0, 10**9))
+    monkeypatch.setattr(memory_manager, "cap_process", lambda device, nbytes: told.append(nbytes))
+    monkeypatch.setattr(memory_manager, "counters", lambda device: Counters(0, 10**9))
     painter_of(roomy).memory.cap()  # on the CPU there is nothing to cap
     assert told == []
     with monkeypatch.context() as context:
         context.setattr(painter_of(roomy).memory, "device", torch.device("cuda", 0))
         painter_of(roomy).memory.cap()
-        monkeypatch.setattr(memory, "counters", lambda device: Counters(0, 3 * 10**9))  # by then it is the engine's
+        monkeypatch.setattr(
+            memory_manager, "counters", lambda device: Counters(0, 3 * 10**9)
+        )  # by then it is the engine's
         painter_of(roomy).memory.limit(GB)  # the cap goes with the budget
         painter_of(roomy).memory.cap(on=False)
         painter_of(roomy).memory.cap(on=False)
@@ -342,6 +350,6 @@ def test_the_cap_is_the_budget_beside_what_is_there(roomy: Engine, monkeypatch: 
 
 def test_what_was_not_planned_is_said(roomy: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     reserved = iter((10**9, 2 * 10**9, 2 * 10**9))
-    monkeypatch.setattr(memory, "counters", lambda device: Counters(10**9, next(reserved)))
+    monkeypatch.setattr(memory_manager, "counters", lambda device: Counters(10**9, next(reserved)))
     with pytest.warns(MemoryPressureWarning, match=r"reserve 1.00 GB more, which was not planned; now.*cached 1.00"):
         roomy.generate(PROMPT, seed=1, **SIZE)

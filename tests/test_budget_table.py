@@ -60,5 +60,5 @@ def test_each_page_has_the_tables_that_are_made() -> None:
         places = [page for page, text in texts.items() if f"<!-- table: {name} -->" in text]
         assert places, f"no page has the table {name!r}"
         for page in places:
-            told = f"{page} is not what `python tools/budget_table.py` writes"
+            told = f"{page} is not what `python tools/benchmarks/budget_table.py` writes"
             assert insert(texts[page], name, found) == texts[page], told

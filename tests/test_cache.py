@@ -20,13 +20,13 @@ from vortex_core import Engine, VortexCheckpointError, VortexInputError, load_fl
 from vortex_core.checkpoint import cache as cache_module
 from vortex_core.checkpoint.bundle import find_parts
 from vortex_core.checkpoint.cache import Cache, identity
-from vortex_core.cli import app
-from vortex_core.conditioning import Modulation
+from vortex_core.checkpoint.quantize import quantize_file
+from vortex_core.cli.inspection import inspect
+from vortex_core.cli.main import app
 from vortex_core.errors import VortexWarning
-from vortex_core.inspection import inspect
-from vortex_core.quantize import quantize_file
-from vortex_core.spec import FluxSpec
-from vortex_core.transformer import Transformer
+from vortex_core.flux1.conditioning import Modulation
+from vortex_core.flux1.spec import FluxSpec
+from vortex_core.flux1.transformer import Transformer
 
 runner = CliRunner()
 DRAW = {"seed": 1, "height": 64, "width": 64, "steps": 1}
@@ -210,7 +210,7 @@ def test_a_failed_quantize_leaves_nothing_of_its_own(
         (tmp_path / "nf4" / "notes.txt").touch()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("vortex_core.quantize.check_unchanged", fail)
+    monkeypatch.setattr("vortex_core.checkpoint.quantize.check_unchanged", fail)
     with pytest.raises(OSError, match="No space left"):
         quantize_file(tiny_dir, tmp_path / "nf4", device="cpu")
     assert [path.name for path in (tmp_path / "nf4").iterdir()] == ["notes.txt"]  # which somebody put there

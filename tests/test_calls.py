@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from vortex_core import DeadlineError, Engine, NoEffectWarning, VortexInputError, load_flux_schnell
-from vortex_core.latency import Stopwatch
+from vortex_core.utils.timing import Stopwatch
 
 PROMPT = "a green ring"
 SMALL: dict[str, Any] = {"height": 64, "width": 64, "steps": 2}
@@ -211,7 +211,7 @@ def test_whatever_ends_a_call_the_next_picture_is_right_and_nothing_is_held(tiny
 
 
 def test_the_thread_ends_with_the_last_engine(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vortex_core import worker
+    from vortex_core.device import worker
 
     monkeypatch.setattr(worker, "_workers", {})  # apart from the engines of other tests
     before = set(threading.enumerate())

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from vortex_core import Engine, VortexCheckpointError, load_flux_schnell
 from vortex_core.checkpoint.bundle import open_bundle, open_pipeline
-from vortex_core.checkpoint.files import open_file
+from vortex_core.storage.files import open_file
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

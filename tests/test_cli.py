@@ -13,8 +13,10 @@ from test_disk import file_size_limit
 from typer.testing import CliRunner
 
 import vortex_core
-from vortex_core import Engine, disk, png
-from vortex_core.cli import app
+from vortex_core import Engine
+from vortex_core.cli import png
+from vortex_core.cli.main import app
+from vortex_core.utils import disk
 
 runner = CliRunner()
 SMALL = ["--size", "80x64", "--device", "cpu", "--steps", "1"]
@@ -97,8 +99,8 @@ def test_bad_input_gets_a_sentence_and_writes_nothing(
     monkeypatch.chdir(tmp_path)
     loads = "--model" in arguments or "--device" in arguments  # what only the library can tell, before it reads
     if not loads:
-        monkeypatch.setattr("vortex_core.pictures.Pictures.draw", None)
-        monkeypatch.setattr("vortex_core.cli.load_engine", lambda *a, **o: pytest.fail("loaded"))
+        monkeypatch.setattr("vortex_core.cli.pictures.Pictures.draw", None)
+        monkeypatch.setattr("vortex_core.cli.main.load_engine", lambda *a, **o: pytest.fail("loaded"))
     said = run("generate", *arguments, code=code)
     assert sentence in said
     assert "Traceback" not in said
@@ -114,7 +116,7 @@ def test_warnings_are_notes(tmp_path: Path) -> None:
 @pytest.fixture
 def loaded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
     """The shared engine, in place of one that each command loads."""
-    monkeypatch.setattr("vortex_core.cli.load_engine", lambda *arguments, **options: engine)
+    monkeypatch.setattr("vortex_core.cli.main.load_engine", lambda *arguments, **options: engine)
     return engine
 
 
@@ -167,7 +169,7 @@ def test_a_full_disk_leaves_whole_pictures(loaded: Engine, tmp_path: Path, monke
         with file_size_limit(10**9 if room and room.pop() else 100):
             write(path, data, replace=replace)
 
-    monkeypatch.setattr("vortex_core.pictures.write", fill)
+    monkeypatch.setattr("vortex_core.cli.pictures.write", fill)
     said = run("generate", "a red circle", "--batch", "4", "-o", str(tmp_path / "x.png"), *SMALL, code=1)
     assert "error: [Errno 27] File too large" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x-1.png", "x-2.png"]
@@ -193,7 +195,7 @@ def test_no_prompt_is_logged(loaded: Engine, tmp_path: Path, caplog: pytest.LogC
 
 
 def test_a_missing_pillow_is_told_before_drawing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vortex_core.cli.load_engine", lambda *a, **o: pytest.fail("loaded"))
+    monkeypatch.setattr("vortex_core.cli.main.load_engine", lambda *a, **o: pytest.fail("loaded"))
     monkeypatch.setitem(sys.modules, "PIL", None)
     said = run("generate", "a red circle", "-o", str(tmp_path / "x.png"), code=1)
     assert "pip install --upgrade pillow" in said

@@ -9,9 +9,9 @@ import comfy_host
 import pytest
 from typer.testing import CliRunner
 
-from vortex_core.bench.command import app
-from vortex_core.bench.compare import card
-from vortex_core.spec import FluxSpec
+from vortex_core.bench.contest import card
+from vortex_core.cli.bench import app
+from vortex_core.flux1.spec import FluxSpec
 
 NAMES = ["diffusers, 16 bits", "Vortex exact", "diffusers, bitsandbytes NF4"]
 

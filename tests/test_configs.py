@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from vortex_core import Engine, VortexCheckpointError
-from vortex_core.bounds import bounds_of
 from vortex_core.checkpoint.bundle import Bundle, open_bundle
 from vortex_core.checkpoint.config import FORMS
-from vortex_core.spec import ClipSpec, FluxSpec, T5Spec, VaeSpec
-from vortex_core.text import T5, Clip
+from vortex_core.flux1.spec import ClipSpec, FluxSpec, T5Spec, VaeSpec
+from vortex_core.flux1.text_encoders import T5, Clip
+from vortex_core.utils.bounds import bounds_of
 
 DRAW = {"seed": 1, "height": 64, "width": 64, "steps": 1}
 NAN, INF = float("nan"), float("inf")

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from vortex_core import Engine, VortexCheckpointError, load_flux_schnell, nf4
 from vortex_core.checkpoint.bundle import Bundle, open_bundle
-from vortex_core.checkpoint.dialect import find_part
-from vortex_core.checkpoint.files import StateDict, open_file
-from vortex_core.checkpoint.materialize import is_quantized
-from vortex_core.conditioning import Modulation
-from vortex_core.transformer import Transformer
+from vortex_core.checkpoint.dialects import find_part
+from vortex_core.flux1.conditioning import Modulation
+from vortex_core.flux1.transformer import Transformer
+from vortex_core.storage.files import StateDict, open_file
+from vortex_core.storage.materialize import is_quantized
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 DRAW = {"seed": 1, "height": 64, "width": 64, "steps": 1}

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from vortex_core import disk
 from vortex_core.errors import VortexInputError
+from vortex_core.utils import disk
 
 
 @pytest.mark.parametrize("links", [True, False])

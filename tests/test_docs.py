@@ -16,7 +16,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from vortex_core.cli import app
+from vortex_core.cli.main import app
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vortex_core import doctor
+from vortex_core.cli import doctor
 from vortex_core.errors import VortexCheckpointError
 
 

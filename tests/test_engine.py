@@ -21,18 +21,17 @@ from vortex_core import (
     VortexError,
     VortexInitializationError,
     VortexInputError,
-    device,
     load_flux_schnell,
-    loading,
-    sampling,
-    text,
 )
-from vortex_core import painter as painter_module
-from vortex_core.conditioning import CACHED
-from vortex_core.linear import ReferenceBackend, TritonBackend
-from vortex_core.model import Model
-from vortex_core.painter import Painter
-from vortex_core.residency import Unit
+from vortex_core.device import select
+from vortex_core.flux1 import sampling, text_encoders
+from vortex_core.flux1.conditioning import CACHED
+from vortex_core.memory.offload import WeightGroup
+from vortex_core.quant.backends import ReferenceBackend, TritonBackend
+from vortex_core.runtime import loading
+from vortex_core.runtime import painter as painter_module
+from vortex_core.runtime.model import Model
+from vortex_core.runtime.painter import Painter
 
 PROMPT = "a blue square"
 SMALL = {"height": 64, "width": 64}
@@ -200,7 +199,7 @@ def test_host_memory_is_pageable_where_none_can_be_pinned(monkeypatch: pytest.Mo
             raise RuntimeError("CUDA error: out of memory")
         return empty(shape, dtype=dtype)
 
-    monkeypatch.setattr(device.torch, "empty", refuse)
+    monkeypatch.setattr(select.torch, "empty", refuse)
     on_gpu = sampling.noise(7, 2, 64, 96, device=torch.device("cuda", 0))
     assert asked == [True, False]
     assert torch.equal(on_gpu, sampling.noise(7, 2, 64, 96))
@@ -210,11 +209,11 @@ def test_host_memory_is_pageable_where_none_can_be_pinned(monkeypatch: pytest.Mo
 def test_running_out_of_memory_while_loading_says_so_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     read, held = Model.read, []
 
-    def full(model: Model, unit: Unit, *arguments: object) -> None:
-        if unit.name == "single_blocks.1":
+    def full(model: Model, group: WeightGroup, *arguments: object) -> None:
+        if group.name == "single_blocks.1":
             raise torch.OutOfMemoryError("CUDA out of memory")
-        read(model, unit, *arguments)
-        held.extend(weakref.ref(tensor) for module in unit.modules for tensor in module.parameters())
+        read(model, group, *arguments)
+        held.extend(weakref.ref(tensor) for module in group.modules for tensor in module.parameters())
 
     monkeypatch.setattr(Model, "read", full)
     with pytest.raises(
@@ -245,7 +244,7 @@ def test_noise_is_what_comfyui_draws(height: int, width: int) -> None:
 
 
 def test_a_drawn_seed_is_told_and_repeats_the_picture(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "vortex_core.engine")
+    caplog.set_level(logging.INFO, "vortex_core.runtime.engine")
     picture = engine.generate(PROMPT, **SMALL)
     assert f"seed {engine.last_seed}" in caplog.text
     assert torch.equal(picture, engine.generate(PROMPT, seed=engine.last_seed, **SMALL))
@@ -304,7 +303,7 @@ def test_a_conditioning_stands_for_its_prompt(engine: Engine) -> None:
 
 
 def test_embeddings_from_elsewhere_draw_the_same(engine: Engine) -> None:
-    clip, t5 = text.tokenize_prompt(*painter_of(engine).conditioner.tokenizers, PROMPT)
+    clip, t5 = text_encoders.tokenize_prompt(*painter_of(engine).conditioner.tokenizers, PROMPT)
     with torch.inference_mode():
         txt, pooled = painter_of(engine).conditioner.t5(t5.ids), painter_of(engine).conditioner.clip(clip.ids)
     expected = engine.generate(PROMPT, seed=1, **SMALL)

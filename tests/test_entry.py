@@ -22,21 +22,21 @@ from typer.testing import CliRunner
 
 from vortex_core import VortexCheckpointError, VortexInputError, nf4
 from vortex_core.checkpoint import cache as cache_module
-from vortex_core.checkpoint import entry as entry_module
-from vortex_core.checkpoint import lock as lock_module
+from vortex_core.checkpoint import cache_entry as entry_module
 from vortex_core.checkpoint.cache import Cache, default_folder
-from vortex_core.checkpoint.dialect import Part
-from vortex_core.checkpoint.entry import DamagedEntry, EntryFile
-from vortex_core.checkpoint.files import SafetensorsFiles
-from vortex_core.checkpoint.lock import Lock
-from vortex_core.checkpoint.materialize import Target, materialize, pack
-from vortex_core.checkpoint.tensors import Stored
-from vortex_core.checkpoint.upload import PIECE
-from vortex_core.cli import app
+from vortex_core.checkpoint.cache_entry import DamagedEntry, EntryFile
+from vortex_core.checkpoint.dialects import Part
+from vortex_core.cli.main import app
 from vortex_core.errors import VortexWarning
-from vortex_core.linear import ReferenceBackend
-from vortex_core.partial import HOST, partial
-from vortex_core.paths import expanded
+from vortex_core.quant.backends import ReferenceBackend
+from vortex_core.storage.files import SafetensorsFiles
+from vortex_core.storage.materialize import Target, materialize, pack
+from vortex_core.storage.tensors import Stored
+from vortex_core.storage.upload import PIECE
+from vortex_core.utils import lock as lock_module
+from vortex_core.utils.lock import Lock
+from vortex_core.utils.partial import HOST, partial
+from vortex_core.utils.paths import expanded
 
 CPU = torch.device("cpu")
 
@@ -201,12 +201,12 @@ def test_another_entry_under_its_name(source: Source, tmp_path: Path) -> None:
 
 
 def test_pieces_are_checked_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Source) -> None:
-    monkeypatch.setattr("vortex_core.checkpoint.checksum.PIECE", 64)  # of 192 and 128 bytes
+    monkeypatch.setattr("vortex_core.storage.checksum.PIECE", 64)  # of 192 and 128 bytes
     source.keep()
     with_pieces = EntryFile(source.entry)
     with_pieces.verify()
     assert len(with_pieces._places) > len(list(with_pieces.names()))
-    monkeypatch.setattr("vortex_core.checkpoint.checksum.PIECE", PIECE)
+    monkeypatch.setattr("vortex_core.storage.checksum.PIECE", PIECE)
     with pytest.raises(DamagedEntry):  # and an entry of other pieces is no entry
         EntryFile(source.entry)
 
@@ -251,7 +251,7 @@ def test_a_source_of_which_only_the_system_knows_that_it_changed(
     """Written to and its time set back, where no sample was taken."""
     before, real = source.path.stat(), nf4.quantize
     monkeypatch.setattr("vortex_core.checkpoint.cache.identity", lambda files: "as it was")
-    monkeypatch.setattr("vortex_core.checkpoint.source.identity", lambda files: "as it was")
+    monkeypatch.setattr("vortex_core.checkpoint.identity.identity", lambda files: "as it was")
 
     def change(weight: Tensor, name: str) -> Any:
         if act == "gone":

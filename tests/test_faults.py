@@ -1,4 +1,4 @@
-"""Faults at each stage, once each, by tools/faults.py. Many of each, and the table: `python tools/faults.py --help`."""
+"""Faults at each stage, once each. Many of each, and the table: `python tools/hardening/faults.py --help`."""
 
 from __future__ import annotations
 

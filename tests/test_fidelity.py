@@ -9,8 +9,9 @@ import torch
 from engine_parts import painter_of
 from torch import Tensor
 
-from vortex_core import Engine, sampling
-from vortex_core.spec import FluxSpec
+from vortex_core import Engine
+from vortex_core.flux1 import sampling
+from vortex_core.flux1.spec import FluxSpec
 
 GATE = 1.5e-2  # relative error of one call in bf16, against the same NF4 weights
 

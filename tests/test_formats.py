@@ -18,13 +18,13 @@ from torch import Tensor
 
 from vortex_core import VortexCheckpointError, VortexInputError
 from vortex_core.checkpoint.bundle import find_parts, open_bundle
-from vortex_core.checkpoint.dialect import find_part, is_cut
-from vortex_core.checkpoint.files import StateDict
-from vortex_core.checkpoint.finite import Finite
-from vortex_core.checkpoint.headers import GGML
-from vortex_core.checkpoint.layout import modulation_shapes, step_shapes
-from vortex_core.inspection import inspect
-from vortex_core.spec import FluxSpec
+from vortex_core.checkpoint.dialects import find_part, is_cut
+from vortex_core.checkpoint.key_maps import modulation_shapes, step_shapes
+from vortex_core.cli.inspection import inspect
+from vortex_core.flux1.spec import FluxSpec
+from vortex_core.storage.files import StateDict
+from vortex_core.storage.finite import Finite
+from vortex_core.storage.headers import GGML
 
 NAME = "double_blocks.0.img_mlp.0"
 WEIGHT = f"{NAME}.weight"

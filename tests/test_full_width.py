@@ -16,13 +16,13 @@ from torch import Tensor
 
 from vortex_core import nf4
 from vortex_core.checkpoint.bundle import describe, find_parts
-from vortex_core.checkpoint.dialect import Part, find_part
-from vortex_core.checkpoint.files import StateDict, open_file
-from vortex_core.checkpoint.layout import flux_sources
-from vortex_core.checkpoint.materialize import check
-from vortex_core.conditioning import Modulation
-from vortex_core.spec import FluxSpec
-from vortex_core.transformer import Transformer
+from vortex_core.checkpoint.dialects import Part, find_part
+from vortex_core.checkpoint.key_maps import flux_sources
+from vortex_core.flux1.conditioning import Modulation
+from vortex_core.flux1.spec import FluxSpec
+from vortex_core.flux1.transformer import Transformer
+from vortex_core.storage.files import StateDict, open_file
+from vortex_core.storage.materialize import check
 
 pytestmark = pytest.mark.slow
 ONE_BLOCK = FluxSpec(double_blocks=1, single_blocks=1)

@@ -21,7 +21,7 @@ from specimens import look, read, save, write_gguf
 
 from vortex_core import Engine, VortexCheckpointError
 from vortex_core.checkpoint.bundle import Bundle, open_bundle
-from vortex_core.text import tokenize_prompt
+from vortex_core.flux1.text_encoders import tokenize_prompt
 
 pytest.importorskip("hypothesis")
 from hypothesis import given
@@ -93,7 +93,7 @@ def test_mutated_gguf(sound: Path, edits: list[tuple[float, int]], cut: float | 
 
 @pytest.mark.parametrize("form", ["plain.safetensors", "nested.safetensors", "whole.gguf"])
 def test_mutated_by_seed(sound: Path, form: str) -> None:
-    """The same inputs each time, each in little time, and of the kinds that tools/fuzz.py tries many more of."""
+    """The same inputs each time, each in little time, and of the kinds of tools/hardening/fuzz.py."""
     original, path = (sound / form).read_bytes(), sound / f"seeded.{form}"
     for seed in range(60):
         started = time.process_time()
@@ -118,7 +118,7 @@ def read_or_refused(path: Path, data: bytes) -> None:
 
 @pytest.mark.slow
 def test_mutated_configs_and_tokenizers(tmp_path: Path, tiny_dir: Path) -> None:
-    """300 of them, always the same; tools/fuzz.py takes more."""
+    """300 of them, always the same; tools/hardening/fuzz.py takes more."""
     trial, dice, found = Trial(tiny_dir, tmp_path / "model"), random.Random(7), Counter[str]()
     for _ in range(150):
         for kind, names in (("config", CONFIGS), ("tokenizer", TOKENIZERS)):

@@ -1,4 +1,4 @@
-"""2,000 hostile inputs of every kind, by tools/fuzz.py; 50,000: `python tools/fuzz.py --help`."""
+"""2,000 hostile inputs of every kind, by tools/hardening/fuzz.py; 50,000: `python tools/hardening/fuzz.py --help`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What users rely on, on the miniature here and at full size on a GPU (marker `gpu`).
 
-The full-size model is built with random weights by tools/full_size.py, or taken from $VORTEX_FULL_SIZE_MODEL.
+The full-size model is built with random weights by tools/benchmarks/full_size.py, or that of $VORTEX_FULL_SIZE_MODEL.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from engine_parts import forget_prompts, painter_of
 
 from vortex_core import Engine, NoEffectWarning, PromptTruncatedWarning, load_flux_schnell
-from vortex_core.graphs import BoundStep
-from vortex_core.vram import snapshot
+from vortex_core.device.vram import snapshot
+from vortex_core.runtime.graphs import BoundStep
 
 MB, GB = 10**6, 10**9
 PROMPT = "a green ring in the center of a yellow background"

@@ -25,7 +25,7 @@ from vortex_core.kernels import (
     Heads,
     Kernels,
     Moments,
-    Operand,
+    ScaledTensor,
     Window,
     _heads_broken,
     attends_in_fp8,
@@ -33,9 +33,9 @@ from vortex_core.kernels import (
     most_parts,
     reference,
 )
-from vortex_core.kernels.card import card
-from vortex_core.kernels.operand import FP8, FP8_MAX, TILE, empty_heads
-from vortex_core.linear import _fp8_broken, fp8_declined
+from vortex_core.kernels.capabilities import card
+from vortex_core.kernels.scaled_tensor import FP8, FP8_MAX, TILE, empty_heads
+from vortex_core.quant.linear import _fp8_broken, fp8_declined
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -70,18 +70,18 @@ def part(batch: int, tokens: int, width: int, dtype: torch.dtype) -> tuple[Tenso
     return tuple(copy[:, 2 : 2 + tokens, 32 : 32 + width] for copy in (whole, whole.clone()))
 
 
-def empty(batch: int, tokens: int, width: int, dtype: torch.dtype, *, scaled: bool = False) -> Operand:
+def empty(batch: int, tokens: int, width: int, dtype: torch.dtype, *, scaled: bool = False) -> ScaledTensor:
     """An operand full of NaN."""
     scale = torch.full((batch, tokens), torch.nan, device=DEVICE) if scaled else None
-    return Operand(torch.full((batch, tokens, width), torch.nan, device=DEVICE).to(dtype), scale)
+    return ScaledTensor(torch.full((batch, tokens, width), torch.nan, device=DEVICE).to(dtype), scale)
 
 
-def meant(operand: Operand) -> Tensor:
+def meant(operand: ScaledTensor) -> Tensor:
     values = operand.values.float()
     return values if operand.scale is None else values * operand.scale[..., None]
 
 
-def assert_same(ours: Operand, expected: Operand) -> None:
+def assert_same(ours: ScaledTensor, expected: ScaledTensor) -> None:
     """Equal up to one rounding of the type."""
     step = torch.finfo(ours.values.dtype).eps if ours.values.dtype != torch.float32 else 1e-5
     assert torch.isfinite(meant(ours)).all()
@@ -111,7 +111,7 @@ def test_decode_to_fp8_fills_each_row(fused, shape: tuple[int, int]) -> None:
     ours, expected = (torch.full(shape, torch.nan, device=DEVICE).to(EIGHT) for _ in range(2))
     fused.decode(weight.packed, weight.absmax, ours, scale)
     reference.decode(weight.packed, weight.absmax, expected, scale)
-    assert_same(Operand(ours[None], scale[None]), Operand(expected[None], scale[None]))
+    assert_same(ScaledTensor(ours[None], scale[None]), ScaledTensor(expected[None], scale[None]))
     torch.testing.assert_close(ours.float().abs().amax(1), torch.full_like(scale, FP8_MAX))
 
 
@@ -129,7 +129,7 @@ def test_modulate(fused, width: int, dtype: torch.dtype, scaled: bool, residual:
             kernels.residual_modulate(stream, y, gate, shift, scale, results[-1])
         else:
             kernels.modulate(stream, shift, scale, results[-1])
-    assert_same(Operand(x), Operand(again))
+    assert_same(ScaledTensor(x), ScaledTensor(again))
     assert_same(*results)
 
 
@@ -166,7 +166,7 @@ def test_rotate_leaves_values_alone(fused, heads: int, dtype: torch.dtype) -> No
         kernels.rotate(copy[:, 2:], query_norm, key_norm, angle.cos(), angle.sin())
     assert torch.equal(ours[:, :2], qkv[:, :2])
     assert torch.equal(ours[:, :, 2], qkv[:, :, 2])
-    assert_same(Operand(ours), Operand(expected))
+    assert_same(ScaledTensor(ours), ScaledTensor(expected))
 
 
 def heads_for(qkv: Tensor) -> Heads:
@@ -290,7 +290,7 @@ def strips(x: Tensor, height: int) -> list[Window]:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain torch goes through everything in many steps."""
-    monkeypatch.setattr("vortex_core.kernels.operand.CHUNK", 700)
+    monkeypatch.setattr("vortex_core.kernels.scaled_tensor.CHUNK", 700)
     monkeypatch.setattr("vortex_core.kernels.reference.TOKENS", 3)
     monkeypatch.setattr("vortex_core.nf4.CHUNK", 700)
 
@@ -330,7 +330,7 @@ def check_group_norm(kernels: Kernels, shape: tuple[int, int, int, int], dtype: 
         ours, theirs = beside(window), expected[:, :, 2 * i : 2 * i + 4]
         kernels.norm_silu(window, *made, ours)
         if kernels is not reference or dtype == torch.float32:
-            assert_same(Operand(ours), Operand(theirs))
+            assert_same(ScaledTensor(ours), ScaledTensor(theirs))
         else:  # rounds once more, before SiLU, to spare a map in fp32
             torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.005 if GPU else 0.002)
 
@@ -529,8 +529,8 @@ def test_a_step_without_triton_takes_what_it_says(dtype: torch.dtype, batch: int
     qkv, norms = empty_on_meta(batch, tokens, 3, 24, 128, dtype=dtype), empty_on_meta(2, 128, dtype=dtype)
     cos, sin = empty_on_meta(2, tokens, 64, dtype=torch.float32)
     for call in (
-        lambda: reference.modulate(x, shift, scale, Operand(values)),
-        lambda: reference.residual_modulate(x, y, gate, shift, scale, Operand(values)),
+        lambda: reference.modulate(x, shift, scale, ScaledTensor(values)),
+        lambda: reference.residual_modulate(x, y, gate, shift, scale, ScaledTensor(values)),
         lambda: reference.rotate(qkv, *norms, cos, sin),
     ):
         assert reference.step_bytes(3072) / 4 < peak(call) <= reference.step_bytes(3072)
@@ -607,7 +607,7 @@ def test_every_launch_is_on_the_device_of_its_tensors(fused, monkeypatch: pytest
     assert Device.switched == []
     launch(on_card(2), on_card(0))
     launch(Window(None, on_card(1), None), torch.zeros(1))
-    launch(None, x=Operand(on_card(3)))
+    launch(None, x=ScaledTensor(on_card(3)))
     assert seen == [0, 0, 0, 2, 1, 3]
     assert Device.current == 0
     names = [name for name, value in vars(Kernels).items() if callable(value) and not name.startswith("_")]
@@ -654,8 +654,8 @@ def test_the_choice_of_kernels_says_why(caplog: pytest.LogCaptureFixture, monkey
 def test_fast_is_declined_where_there_is_no_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fp8_declined(torch.device("cpu")) == "they need CUDA, not cpu"
     cuda = torch.device("cuda", 0)
-    monkeypatch.setattr("vortex_core.linear.fused_declined", lambda device: None)
-    monkeypatch.setattr("vortex_core.linear._fp8_broken", lambda device: None)
+    monkeypatch.setattr("vortex_core.quant.linear.fused_declined", lambda device: None)
+    monkeypatch.setattr("vortex_core.quant.linear._fp8_broken", lambda device: None)
     for capability, declined in (((8, 6), "8.9, and this card has 8.6"), ((8, 9), None), ((9, 0), None)):
         monkeypatch.setattr("torch.cuda.get_device_capability", lambda device, capability=capability: capability)
         assert declined is None if (why := fp8_declined(cuda)) is None else declined in why
@@ -704,7 +704,7 @@ def test_a_sample_product_in_fp8_is_tried(monkeypatch: pytest.MonkeyPatch) -> No
     def fail(*arguments: object) -> None:
         raise RuntimeError("rowwise scaling is not supported\nmore")
 
-    monkeypatch.setattr("vortex_core.linear.product", fail)
+    monkeypatch.setattr("vortex_core.quant.linear.product", fail)
     assert "does not: rowwise scaling is not supported" in _fp8_broken.__wrapped__(torch.device("cpu"))
-    monkeypatch.setattr("vortex_core.linear.product", lambda *arguments: arguments[-1].zero_())
+    monkeypatch.setattr("vortex_core.quant.linear.product", lambda *arguments: arguments[-1].zero_())
     assert _fp8_broken.__wrapped__(torch.device("cpu")) == "a sample product is wrong"

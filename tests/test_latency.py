@@ -7,8 +7,8 @@ import pytest
 import torch
 from clock import told_time
 
-from vortex_core import latency
-from vortex_core.latency import PERCENTILES, Stopwatch, mark, percentile, samples_needed, summarize
+from vortex_core.utils import timing
+from vortex_core.utils.timing import PERCENTILES, Stopwatch, mark, percentile, samples_needed, summarize
 
 CPU = torch.device("cpu")
 
@@ -28,7 +28,7 @@ def test_phases_are_what_ran_before_their_mark() -> None:
 
 def test_the_device_is_awaited_at_both_ends_only(monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    monkeypatch.setattr(latency, "synchronize", lambda device: events.append("synchronized"))
+    monkeypatch.setattr(timing, "synchronize", lambda device: events.append("synchronized"))
     with Stopwatch(CPU):
         for _ in range(3):
             events.append("work")

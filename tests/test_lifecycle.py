@@ -34,17 +34,14 @@ from vortex_core import (
     NotFiniteError,
     VortexError,
     VortexInputError,
-    conditioning,
-    finite,
     load_flux_schnell,
-    painter,
-    residency,
-    transformer,
-    vae,
-    worker,
 )
-from vortex_core.planner import smallest_budget
-from vortex_core.png import save_png
+from vortex_core.cli.png import save_png
+from vortex_core.device import finite, worker
+from vortex_core.flux1 import conditioning, transformer, vae
+from vortex_core.memory import offload
+from vortex_core.memory.planner import smallest_budget
+from vortex_core.runtime import painter
 
 PROMPT = "a yellow square"
 SMALL: dict[str, Any] = {"height": 64, "width": 64, "steps": 2}
@@ -99,7 +96,7 @@ def streaming(tiny_dir: Path) -> Iterator[Engine]:
     """One whose blocks do not fit its budget."""
     with load_flux_schnell(tiny_dir, device="cpu", vram_budget=0.5) as loaded:
         draw(loaded)
-        loaded.limit((smallest_budget(painter_of(loaded).model.pieces, loaded.plan.requirements) + 1000) / 1e9)
+        loaded.limit((smallest_budget(painter_of(loaded).model.sizes, loaded.plan.requirements) + 1000) / 1e9)
         draw(loaded)
         assert loaded.plan.streamed
         yield loaded
@@ -233,7 +230,7 @@ def held() -> int:
 STAGES: dict[str, tuple[object, str, int]] = {  # what breaks, and at which call
     "encode": (conditioning.Conditioner, "_table", 1),
     "step 2": (transformer.Transformer, "forward", 2),
-    "copy of a streamed block": (residency.CopyStream, "copy", 3),
+    "copy of a streamed block": (offload.CopyStream, "copy", 3),
     "decode": (vae.Decoder, "forward", 1),
     "copy out": (finite.Verdicts, "check", 1),
 }

@@ -13,21 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vortex_core import VortexInputError, kernels, linear, nf4
-from vortex_core.kernels import Operand, reference
-from vortex_core.kernels.operand import FP8
-from vortex_core.linear import (
+from vortex_core import VortexInputError, kernels, nf4
+from vortex_core.kernels import ScaledTensor, reference
+from vortex_core.kernels.scaled_tensor import FP8
+from vortex_core.quant import linear
+from vortex_core.quant.backends import (
     Backend,
     BitsAndBytesBackend,
-    NF4Linear,
     ReferenceBackend,
     TritonBackend,
     backend_declined,
     bitsandbytes_declined,
     choose_backend,
-    multiply,
-    product,
 )
+from vortex_core.quant.linear import NF4Linear, multiply, product
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda", 7)  # of which there need not be one
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
@@ -197,7 +196,7 @@ def test_pictures_that_lie_together_are_one_product(
     layer, values = made(6, 128), torch.randn(batch, tokens, 128)
     x = (apart(batch, tokens, 128) if x_apart else torch.empty(batch, tokens, 128)).copy_(values)
     out = apart(batch, tokens, 6) if out_apart else torch.full((batch, tokens, 6), torch.nan)
-    multiply(layer, Operand(x), out)
+    multiply(layer, ScaledTensor(x), out)
     torch.testing.assert_close(out, layer(values), rtol=1e-4, atol=1e-4)
     together = batch == 1 or not (x_apart or out_apart)
     assert products == ([(batch * tokens, 128)] if together else [(tokens, 128)] * batch)
@@ -211,7 +210,7 @@ def test_pictures_in_fp8_take_their_scales_along(
     x = torch.randn(batch, 5, 128) * torch.logspace(-2, 2, 10).view(batch, 5, 1)
     values = torch.zeros(batch, 7, 128, dtype=FP8)[:, 1:-1] if values_apart else torch.zeros(batch, 5, 128, dtype=FP8)
     scale = torch.full((batch, 7), torch.nan)[:, 1:-1] if scale_apart else torch.full((batch, 5), torch.nan)
-    reference.quantize(x, operand := Operand(values, scale))
+    reference.quantize(x, operand := ScaledTensor(values, scale))
     out = torch.full((batch, 5, 6), torch.nan)
     multiply(layer, operand, out)
     length = x.norm(dim=-1)[..., None] * nf4.dequantize(nf4.NF4Weight(layer.packed, layer.absmax), torch.float32).norm(
@@ -224,9 +223,9 @@ def test_pictures_in_fp8_take_their_scales_along(
 @pytest.mark.parametrize("fp8", [False, True])
 def test_outputs_side_by_side_have_their_rows_scales_and_bias(products: list[tuple[int, ...]], fp8: bool) -> None:
     layer, x = made(3 + 8 + 1, 128, fp8=fp8), torch.randn(2, 5, 128)
-    operand = Operand(x)
+    operand = ScaledTensor(x)
     if fp8:
-        reference.quantize(x, operand := Operand(torch.empty(x.shape, dtype=FP8), torch.empty(2, 5)))
+        reference.quantize(x, operand := ScaledTensor(torch.empty(x.shape, dtype=FP8), torch.empty(2, 5)))
     parts = [torch.full((2, 5, n), torch.nan) for n in (3, 8, 1)]
     multiply(layer, operand, parts)
     whole = torch.full((2, 5, 12), torch.nan)
@@ -247,7 +246,7 @@ def test_inputs_side_by_side_add_up_and_the_gelu_is_of_all(bias: bool) -> None:
     for module in (layer, plain):
         for gelu in (False, True):
             first, last = (torch.full((2, 5, n), torch.nan) for n in (3, 8))
-            multiply(module, [Operand(x) for x in xs], [first, last], gelu=gelu)
+            multiply(module, [ScaledTensor(x) for x in xs], [first, last], gelu=gelu)
             torch.testing.assert_close(first, expected[..., :3], rtol=1e-4, atol=1e-4)
             bent = F.gelu(expected[..., 3:], approximate="tanh")
             torch.testing.assert_close(last, bent if gelu else expected[..., 3:], rtol=1e-4, atol=1e-4)
@@ -262,16 +261,16 @@ def test_multiply_decodes_in_its_lane_once_and_in_the_inputs_type(monkeypatch: p
 
     monkeypatch.setattr(ReferenceBackend, "decode", counted)
     x, out = torch.randn(1, 5, 128), torch.empty(1, 5, 6)
-    multiply(layer, Operand(x), [out[..., :2], out[..., 2:]])
-    multiply(layer, Operand(x), out, 1)
-    reference.quantize(x, operand := Operand(torch.empty(x.shape, dtype=FP8), torch.empty(1, 5)))
+    multiply(layer, ScaledTensor(x), [out[..., :2], out[..., 2:]])
+    multiply(layer, ScaledTensor(x), out, 1)
+    reference.quantize(x, operand := ScaledTensor(torch.empty(x.shape, dtype=FP8), torch.empty(1, 5)))
     multiply(layer, operand, out, lane=1)
     assert told == [(torch.float32, None, 0), (torch.float32, None, 1), (FP8, layer.row_scale, 1)]
 
 
 def test_multiply_is_for_linears() -> None:
     with pytest.raises(AssertionError):
-        multiply(nn.Conv2d(1, 1, 1), Operand(torch.randn(1, 5, 128)), torch.empty(1, 5, 6))
+        multiply(nn.Conv2d(1, 1, 1), ScaledTensor(torch.randn(1, 5, 128)), torch.empty(1, 5, 6))
 
 
 def test_the_kinds_of_refusal_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,7 +293,7 @@ def test_the_kinds_of_refusal_are_told_apart(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_log_says_which_backend_and_warns_of_the_slow_one(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.DEBUG, "vortex_core.linear")
+    caplog.set_level(logging.DEBUG, "vortex_core.quant.linear")
     reasons: dict[str, str | None] = {"triton": None, "bitsandbytes": None}
     monkeypatch.setattr(linear, "fused_declined", lambda device: reasons["triton"])
     monkeypatch.setattr(linear, "bitsandbytes_declined", lambda device: reasons["bitsandbytes"])

@@ -308,7 +308,7 @@ def test_out_of_memory_reaches_the_host_as_torchs_own(comfy: FakeHost, monkeypat
         ) from torch.OutOfMemoryError()
 
     monkeypatch.setattr(engines, "_loaded", type(engines._loaded)())
-    monkeypatch.setattr(module("vortex_core.engine").Engine, "load", load)
+    monkeypatch.setattr(module("vortex_core.runtime.engine").Engine, "load", load)
     with pytest.raises(torch.OutOfMemoryError, match="Close something"):
         engines.acquire(models.find(models.BUNDLED, 6.5, "exact"))
     assert not engines._loaded

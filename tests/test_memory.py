@@ -18,25 +18,17 @@ from engine_parts import forget_prompts, painter_of
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from vortex_core import (
-    Engine,
-    MemoryPressureError,
-    MemoryPressureWarning,
-    VortexInitializationError,
-    conditioning,
-    graphs,
-    load_flux_schnell,
-    loading,
-    memory,
-    vram,
-)
-from vortex_core import painter as painter_module
-from vortex_core import streams as streams_module
-from vortex_core.arena import ALIGN, MIB, Region, block
-from vortex_core.graphs import BoundStep, GraphCache
-from vortex_core.planner import BLOCKS, MemoryPlan, MemoryRequirements, smallest_budget
-from vortex_core.transformer import Transformer
-from vortex_core.vram import Counters, Ledger, Snapshot
+from vortex_core import Engine, MemoryPressureError, MemoryPressureWarning, VortexInitializationError, load_flux_schnell
+from vortex_core.device import streams as streams_module
+from vortex_core.device import vram
+from vortex_core.device.vram import Counters, Ledger, Snapshot
+from vortex_core.flux1 import conditioning
+from vortex_core.flux1.transformer import Transformer
+from vortex_core.memory.arena import ALIGN, MIB, Region, block
+from vortex_core.memory.planner import BLOCKS, MemoryPlan, MemoryRequirements, smallest_budget
+from vortex_core.runtime import graphs, loading, memory_manager
+from vortex_core.runtime import painter as painter_module
+from vortex_core.runtime.graphs import BoundStep, GraphCache
 
 GB = 1e9
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -66,7 +58,7 @@ def asked(engine: Engine, batch: int = 1) -> MemoryRequirements:
 
 def narrow(engine: Engine, batch: int = 1) -> None:
     """Give the engine the smallest budget that draws `SIZE`."""
-    painter_of(engine).memory.budget = smallest_budget(painter_of(engine).model.pieces, asked(engine, batch))
+    painter_of(engine).memory.budget = smallest_budget(painter_of(engine).model.sizes, asked(engine, batch))
 
 
 def draw(engine: Engine, seed: int = 1, **options: Any) -> Tensor:
@@ -75,7 +67,7 @@ def draw(engine: Engine, seed: int = 1, **options: Any) -> Tensor:
 
 def streams(engine: Engine) -> bool:
     """Whether blocks stream."""
-    return any(piece.group == BLOCKS and piece.name in engine.plan.streamed for piece in engine.plan.pieces)
+    return any(group.part == BLOCKS and group.name in engine.plan.streamed for group in engine.plan.groups)
 
 
 # The arena.
@@ -83,7 +75,7 @@ def streams(engine: Engine) -> bool:
 
 def test_a_region_gives_tensors_apart_and_says_where_it_ends() -> None:
     memory = block(3 * ALIGN + 8, CPU).zero_()
-    assert (memory.dtype, memory.shape, block(0, CPU).nbytes) == (torch.uint8, (3 * ALIGN + 8,), 0)
+    assert (memory_manager.dtype, memory_manager.shape, block(0, CPU).nbytes) == (torch.uint8, (3 * ALIGN + 8,), 0)
     region = Region(memory, ALIGN)
     first = region.take((2, 3), torch.float32)
     assert region.used == 2 * ALIGN
@@ -91,14 +83,14 @@ def test_a_region_gives_tensors_apart_and_says_where_it_ends() -> None:
     last = region.take((8,), torch.uint8)
     for tensor, start in ((first, ALIGN), (second, 2 * ALIGN), (last, 3 * ALIGN)):
         assert tensor.is_contiguous()
-        assert tensor.data_ptr() - memory.data_ptr() == start
+        assert tensor.data_ptr() - memory_manager.data_ptr() == start
     first.fill_(1), second.fill_(2), last.fill_(3)
     assert (first.sum(), second.sum(), last.sum()) == (6, ALIGN, 24)
     assert not memory[:ALIGN].any()
     with pytest.raises(ValueError, match=rf"too small: {4 * ALIGN + 1} of {3 * ALIGN + 8} bytes"):
         region.take((1,), torch.uint8)
     whole = Region(memory)
-    assert whole.take((3 * ALIGN + 8,), torch.uint8).data_ptr() == memory.data_ptr()
+    assert whole.take((3 * ALIGN + 8,), torch.uint8).data_ptr() == memory_manager.data_ptr()
 
 
 # Sessions.
@@ -163,7 +155,7 @@ def test_nothing_is_read_that_this_call_has_not_written(
 
     @torch.inference_mode()
     def poison(phase: str, memory: Tensor) -> None:
-        memory.fill_(0xFF)  # NaN in every type
+        memory_manager.fill_(0xFF)  # NaN in every type
         phases.append(phase)
 
     encode, decode = conditioning.Conditioner.__call__, painter_module.decode
@@ -258,7 +250,7 @@ def test_inside_a_session_weights_are_decoded_into_the_arena(roomy: Engine) -> N
 def test_running_out_of_memory_gives_back_all_before_the_second_try(
     roomy: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected, held, hand_back = draw(roomy), painter_of(roomy).memory, memory.hand_back
+    expected, held, hand_back = draw(roomy), painter_of(roomy).memory, memory_manager.hand_back
     first, gone = StorageWeakRef(held.arena.untyped_storage()), []
     forward = painter_of(roomy).model.decoder.forward
 
@@ -272,7 +264,7 @@ def test_running_out_of_memory_gives_back_all_before_the_second_try(
         hand_back(device)
 
     monkeypatch.setattr(painter_of(roomy).model.decoder, "forward", decode)
-    monkeypatch.setattr(memory, "hand_back", handed_back)
+    monkeypatch.setattr(memory_manager, "hand_back", handed_back)
     assert torch.equal(draw(roomy), expected)
     assert all(gone)
     assert gone
@@ -286,11 +278,11 @@ class Card:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, free: float, why: str = "") -> None:
         self.free, self.plans = free, 0
-        self._plan = memory.plan
-        for module in (memory, loading):
+        self._plan = memory_manager.make_plan
+        for module in (memory_manager, loading):
             monkeypatch.setattr(module, "available", lambda device, own=0: int(self.free))
             monkeypatch.setattr(module, "shortage", lambda device, own=0: why)
-        monkeypatch.setattr(memory, "plan", self.plan)
+        monkeypatch.setattr(memory_manager, "make_plan", self.plan)
 
     def plan(self, *arguments: Any, **options: Any) -> MemoryPlan | None:
         self.plans += 1
@@ -303,7 +295,7 @@ def nearly_full(expected: bool) -> AbstractContextManager[Any]:
 
 def test_an_engine_short_of_free_memory_plans_once(roomy: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = draw(roomy)
-    least = smallest_budget(painter_of(roomy).model.pieces, asked(roomy))
+    least = smallest_budget(painter_of(roomy).model.sizes, asked(roomy))
     draw(roomy, height=64, width=64)
     card = Card(monkeypatch, free=least)
     with nearly_full(True):
@@ -314,7 +306,7 @@ def test_an_engine_short_of_free_memory_plans_once(roomy: Engine, monkeypatch: p
     for _ in range(5):  # without a plan, a move or a warning
         assert torch.equal(draw(roomy), expected)
     assert (card.plans, roomy.plan) == (1, made)
-    card.free = least + memory.SPARE  # a little more is worth no move
+    card.free = least + memory_manager.SPARE  # a little more is worth no move
     draw(roomy)
     assert (card.plans, roomy.plan) == (1, made)
 
@@ -341,7 +333,7 @@ def test_with_the_whole_budget_free_nobody_asks_the_card(roomy: Engine, monkeypa
     card = Card(monkeypatch, free=AMPLE * GB)
     draw(roomy)
     assert card.plans == 1
-    monkeypatch.setattr(memory, "available", lambda device, own=0: pytest.fail("asked"))
+    monkeypatch.setattr(memory_manager, "available", lambda device, own=0: pytest.fail("asked"))
     draw(roomy)
     assert card.plans == 1
 
@@ -349,25 +341,25 @@ def test_with_the_whole_budget_free_nobody_asks_the_card(roomy: Engine, monkeypa
 def test_an_engine_comes_back_to_what_others_left(roomy: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = draw(roomy)
     painter_of(roomy).memory.offload()
-    card = Card(monkeypatch, free=smallest_budget(painter_of(roomy).model.pieces, asked(roomy)))
+    card = Card(monkeypatch, free=smallest_budget(painter_of(roomy).model.sizes, asked(roomy)))
     with nearly_full(True):
         roomy.resume()
     assert roomy.resident
-    away = {unit.name for unit in painter_of(roomy).model.units if unit.device is None}
-    assert away & {piece.name for piece in roomy.plan.pieces if piece.group == BLOCKS}
+    away = {group.name for group in painter_of(roomy).model.groups if group.device is None}
+    assert away & {group.name for group in roomy.plan.groups if group.part == BLOCKS}
     assert torch.equal(draw(roomy), expected)
     assert roomy.plan.streamed == away  # nothing moved once more
     painter_of(roomy).memory.offload()
     card.free = AMPLE * GB
     roomy.resume()
-    assert all(unit.device is not None for unit in painter_of(roomy).model.units)
+    assert all(group.device is not None for group in painter_of(roomy).model.groups)
     assert torch.equal(draw(roomy), expected)
 
 
 def test_an_engine_that_cannot_come_back_stays_offloaded(roomy: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = draw(roomy)
     painter_of(roomy).memory.offload()
-    last = painter_of(roomy).model.units[-1]
+    last = painter_of(roomy).model.groups[-1]
 
     def full(*arguments: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -427,8 +419,8 @@ def test_what_torch_knows_of_a_cap_reaches_the_error(roomy: Engine, monkeypatch:
     }.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, answer=answer: answer, raising=False)
     monkeypatch.setattr(vram, "holders", lambda device: [])
-    monkeypatch.setattr(memory, "available", lambda device, own: vram.available(CUDA, own))
-    monkeypatch.setattr(memory, "shortage", lambda device, own: vram.shortage(CUDA, own))
+    monkeypatch.setattr(memory_manager, "available", lambda device, own: vram.available(CUDA, own))
+    monkeypatch.setattr(memory_manager, "shortage", lambda device, own: vram.shortage(CUDA, own))
     with pytest.raises(MemoryPressureError, match=r"available 0\.10 GB") as error:
         draw(roomy)
     assert CAPPED in error.value.remedy
@@ -450,16 +442,16 @@ class Backend:
         monkeypatch.setattr(model, "fused", True)
         monkeypatch.setattr(model, "_known", {})
         monkeypatch.setattr(Transformer, "fused", property(lambda transformer: True))
-        monkeypatch.setattr(GraphCache, "_record", lambda cache, step, stager: self.record(step))
+        monkeypatch.setattr(GraphCache, "_record", lambda cache, step, prefetcher: self.record(step))
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
-        for module in (memory, graphs):
+        for module in (memory_manager, graphs):
             monkeypatch.setattr(module, "counters", lambda device: self.counters)
             monkeypatch.setattr(module, "hand_back", self.hand_back)
-        for module in (memory, graphs, vram):
+        for module in (memory_manager, graphs, vram):
             monkeypatch.setattr(module, "graph_memory", lambda device: self.outside)
         monkeypatch.setattr(vram, "snapshot", self.snapshot)
         monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0, raising=False)
-        monkeypatch.setattr(memory, "available", lambda device, own: vram.available(CUDA, own))
+        monkeypatch.setattr(memory_manager, "available", lambda device, own: vram.available(CUDA, own))
 
     @property
     def outside(self) -> int:
@@ -554,7 +546,7 @@ def test_what_captured_steps_keep_is_room_of_the_engine(roomy: Engine, monkeypat
         with monkeypatch.context() as context:
             card = Backend(context, roomy, inside=inside)
             painter_of(roomy).memory.offload()
-            made = MemoryPlan(painter_of(roomy).model.pieces, asked(roomy), frozenset(), 1)
+            made = MemoryPlan(painter_of(roomy).model.sizes, asked(roomy), frozenset(), 1)
             assert made.step.graph
             card.total = made.peak
             with nearly_full(True):
@@ -573,7 +565,7 @@ def test_an_audit_under_either_allocator_finds_what_was_not_planned(
             draw(roomy)
             before = card.counters
             context.setattr(streams_module, "counters", lambda d, b=before: b)
-            context.setattr(memory, "counters", lambda d, b=before: Counters(b.allocated, b.reserved + 10**9))
+            context.setattr(memory_manager, "counters", lambda d, b=before: Counters(b.allocated, b.reserved + 10**9))
             with pytest.warns(MemoryPressureWarning, match=r"reserve 1\.00 GB more, which was not planned"):
                 draw(roomy)
             painter_of(roomy).memory.offload()

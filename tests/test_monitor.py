@@ -13,10 +13,10 @@ from fake_host import FakeHost, module, node
 
 errors, host, monitoring, packages, plot = (
     module(name)
-    for name in ("vortex_core.errors", "nodes.host", "nodes.vram_monitor", "vortex_core.packages", "nodes.plot")
+    for name in ("vortex_core.errors", "nodes.host", "nodes.vram_monitor", "vortex_core.utils.packages", "nodes.plot")
 )
 recording, figures_module, engines = (
-    module(name) for name in ("nodes.recorder", "vortex_core.bench.figures", "nodes.engines")
+    module(name) for name in ("nodes.recorder", "vortex_core.bench.plot_style", "nodes.engines")
 )
 KINDS = ("mps", "xpu", "privateuseone:0", "hpu", "xla")
 

@@ -26,7 +26,7 @@ SIDE = 64
 
 engines, host, types = module("nodes.engines"), module("nodes.host"), module("nodes.types")
 plot, recording, monitoring = module("nodes.plot"), module("nodes.recorder"), module("nodes.vram_monitor")
-errors, latency = module("vortex_core.errors"), module("vortex_core.latency")
+errors, latency = module("vortex_core.errors"), module("vortex_core.utils.timing")
 
 
 def sample(model: Any, prompt: str = PROMPT, batch: int = 1, seed: int = 7, **more: Any) -> Any:

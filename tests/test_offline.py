@@ -36,7 +36,7 @@ def watch(event, arguments):
 sys.addaudithook(watch)
 os.umask(0o027)
 sys.argv = ["vortex", *sys.argv[1:]]
-from vortex_core.cli import app
+from vortex_core.cli.main import app
 try:
     app()
 finally:
@@ -150,7 +150,7 @@ def test_without_any_network_it_draws(tmp_path: Path) -> None:
     """In a network namespace of its own, where not even the loopback is up."""
     if not can("unshare", "-rn", "true"):
         pytest.skip("NOT RUN: no network namespace can be had here")
-    code = "import sys; from vortex_core.cli import app; sys.argv[0] = 'vortex'; app()"
+    code = "import sys; from vortex_core.cli.main import app; sys.argv[0] = 'vortex'; app()"
     options = ("--device", "cpu", "--size", "64x64", "--steps", "1", "-o", str(tmp_path / "a.png"))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}
     command = ["unshare", "-rn", sys.executable, "-c", code, "generate", *options, PROMPT]

@@ -8,9 +8,10 @@ from diffusers import FluxPipeline
 from engine_parts import painter_of
 from oracle import diffusers_pipeline, diffusers_transformer, diffusers_vae
 
-from vortex_core import Engine, load_flux_schnell, sampling
-from vortex_core.sampling import rope_of
-from vortex_core.vae import decode
+from vortex_core import Engine, load_flux_schnell
+from vortex_core.flux1 import sampling
+from vortex_core.flux1.sampling import rope_of
+from vortex_core.flux1.vae import decode
 
 PROMPT = "a small green star above a large yellow ring"
 

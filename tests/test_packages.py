@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from vortex_core import nvml, packages, vram
 from vortex_core.bench.machine import gauge, machine
-from vortex_core.bench.memory import HOST, counters
+from vortex_core.bench.readings import HOST, counters
+from vortex_core.device import nvml, vram
 from vortex_core.errors import VortexError
-from vortex_core.packages import missing, need
+from vortex_core.utils import packages
+from vortex_core.utils.packages import missing, need
 
 CUDA = torch.device("cuda", 0)
 KINDS = (
@@ -129,4 +130,4 @@ def test_the_host_may_tell_neither_memory_nor_load(monkeypatch: pytest.MonkeyPat
 def test_nothing_asks_nvml_but_its_own_module() -> None:
     root = Path(packages.__file__).parent
     bare = [path.name for path in root.rglob("*.py") if "import pynvml" in path.read_text()]
-    assert bare == ["nvml.py"]
+    assert bare == ["device/nvml.py"]

@@ -120,9 +120,9 @@ sys.modules[name] = module
 spec.loader.exec_module(module)
 assert isinstance(module.NODE_CLASS_MAPPINGS, dict)
 assert "torch" not in sys.modules
-engine = importlib.import_module(name + ".vortex_core.engine")
+engine = importlib.import_module(name + ".vortex_core.runtime.engine")
 print(engine.__name__)
 """
     pack = tmp_path / "ComfyUI-Vortex"
     pack.symlink_to(ROOT, target_is_directory=True)
-    assert python(code, str(pack), cwd=tmp_path).strip().endswith("ComfyUI-Vortex.vortex_core.engine")
+    assert python(code, str(pack), cwd=tmp_path).strip().endswith("ComfyUI-Vortex.vortex_core.runtime.engine")

@@ -1,6 +1,6 @@
 """Does the miniature draw what the prompt says? The judge looks at pictures of captions never seen in training.
 
-The whole check, hundreds of captions, is tools/evaluate.py; this is a sample of it through Vortex's own engine.
+The whole check, hundreds of captions, is tools/training/evaluate.py; this is a sample of it through our own engine.
 """
 
 from pathlib import Path

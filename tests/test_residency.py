@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Conv2d, LayerNorm, Linear
 
-from vortex_core import residency
-from vortex_core.arena import Region
 from vortex_core.errors import VortexWarning
-from vortex_core.host_memory import HostMemory
-from vortex_core.placement import Placement
-from vortex_core.residency import Stager, Unit, nbytes
+from vortex_core.memory import offload
+from vortex_core.memory.arena import Region
+from vortex_core.memory.host_memory import HostMemory
+from vortex_core.memory.offload import Prefetcher, WeightGroup, nbytes
+from vortex_core.memory.placement import Placement
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -30,57 +30,57 @@ def modules(count: int) -> list[nn.Module]:
     return made
 
 
-def staging(units: list[Unit], device: torch.device | None = None) -> Region:
+def staging(groups: list[WeightGroup], device: torch.device | None = None) -> Region:
     """Memory for the pair of buffers, and with what was there before."""
-    size = 2 * max(unit.nbytes for unit in units)
+    size = 2 * max(group.nbytes for group in groups)
     return Region(torch.full((size,), 255, dtype=torch.uint8, device=device))
 
 
-def hosted(made: list[nn.Module], *, pin: bool = False) -> list[Unit]:
-    units = [Unit(f"unit.{i}", "blocks", module) for i, module in enumerate(made)]
-    memory = HostMemory(sum(unit.measure() for unit in units), pin=pin)
-    for unit in units:
-        unit.settle(host=memory.take(unit.nbytes))
-    return units
+def hosted(made: list[nn.Module], *, pin: bool = False) -> list[WeightGroup]:
+    groups = [WeightGroup(f"group.{i}", "blocks", module) for i, module in enumerate(made)]
+    memory = HostMemory(sum(group.measure() for group in groups), pin=pin)
+    for group in groups:
+        group.settle(host=memory.take(group.nbytes))
+    return groups
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
 def test_streamed_units_compute_what_they_computed_at_home(device: str, count: int) -> None:
     where, home, moved = torch.device(device), modules(count), modules(count)
-    units = hosted(moved, pin=device == "cuda")
-    stager = Stager(units, where)
+    groups = hosted(moved, pin=device == "cuda")
+    prefetcher = Prefetcher(groups, where)
     x = torch.randn(3, 5)
-    expected = [unit(x) for unit in home]
+    expected = [group(x) for group in home]
     for rounds in (1, 3):
-        with stager.open(staging(units, where), rounds):
+        with prefetcher.open(staging(groups, where), rounds):
             for _ in range(rounds):
                 for module, result in zip(moved, expected, strict=True):
                     torch.testing.assert_close(module(x.to(where)).cpu(), result)
             assert torch.equal(moved[-1].bytes.cpu(), torch.arange(2 + count, dtype=torch.uint8))
         assert all(tensor.device.type == "cpu" for module in moved for tensor in module.parameters())
-    with stager.open(staging(units, where)):  # another order works, too
+    with prefetcher.open(staging(groups, where)):  # another order works, too
         for module, result in reversed(list(zip(moved, expected, strict=True))):
             torch.testing.assert_close(module(x.to(where)).cpu(), result)
-    stager.close()
+    prefetcher.close()
 
 
 def test_what_was_offloaded_streams_from_memory_that_is_made_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
     take = HostMemory.take
     monkeypatch.setattr(HostMemory, "take", lambda memory, size: (taken.append(size), take(memory, size))[1])
-    units = [Unit(f"unit.{i}", "blocks", module) for i, module in enumerate(modules(2))]
-    expected = [tensor.clone() for tensor in units[0].modules[0].parameters()]
-    for unit in units:
-        unit.settle(device=torch.empty(unit.measure(), dtype=torch.uint8))
-    placement = Placement(units, torch.device("cpu"))
+    groups = [WeightGroup(f"group.{i}", "blocks", module) for i, module in enumerate(modules(2))]
+    expected = [tensor.clone() for tensor in groups[0].modules[0].parameters()]
+    for group in groups:
+        group.settle(device=torch.empty(group.measure(), dtype=torch.uint8))
+    placement = Placement(groups, torch.device("cpu"))
     placement.start(frozenset())
     placement.offload()
     assert not taken
-    placement.place(frozenset({"unit.0"}))
-    assert taken == [units[0].nbytes]
-    assert (units[0].streams, units[1].streams) == (True, False)
-    assert all(map(torch.equal, units[0].modules[0].parameters(), expected))
+    placement.place(frozenset({"group.0"}))
+    assert taken == [groups[0].nbytes]
+    assert (groups[0].streams, groups[1].streams) == (True, False)
+    assert all(map(torch.equal, groups[0].modules[0].parameters(), expected))
 
 
 def test_a_unit_keeps_the_layout_of_its_tensors() -> None:
@@ -88,10 +88,10 @@ def test_a_unit_keeps_the_layout_of_its_tensors() -> None:
     conv = Conv2d(6, 4, 3).requires_grad_(False)
     conv.weight.data = conv.weight.data.contiguous(memory_format=torch.channels_last)
     expected = conv.weight.clone()
-    unit = Unit("vae", "vae", conv)
-    unit.settle(device=torch.full((unit.measure(),), 255, dtype=torch.uint8))
-    unit.to_host()
-    unit.to_device(torch.device("cpu"))
+    group = WeightGroup("vae", "vae", conv)
+    group.settle(device=torch.full((group.measure(),), 255, dtype=torch.uint8))
+    group.to_host()
+    group.to_device(torch.device("cpu"))
     assert torch.equal(conv.weight, expected)
     assert conv.weight.is_contiguous(memory_format=torch.channels_last)
 
@@ -120,20 +120,20 @@ class Script:
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_copies_run_one_unit_ahead_and_no_more_often_than_needed(count: int, rounds: int) -> None:
     made = modules(count)
-    units, lane = hosted(made), Script()
-    stager = Stager(units, torch.device("cpu"), lane)
+    groups, lane = hosted(made), Script()
+    prefetcher = Prefetcher(groups, torch.device("cpu"), lane)
     x = torch.randn(3, 5)
     expected = [module(x) for module in modules(count)]
     asked: list[int] = []
     for module in made:
         module.register_forward_pre_hook(lambda *_: asked.append(len(lane.told)))
-    with stager.open(staging(units), rounds):
+    with prefetcher.open(staging(groups), rounds):
         for _ in range(rounds):
             for module, result in zip(made, expected, strict=True):
                 before = len(lane.told)
                 assert torch.equal(module(x), result)
                 assert asked[-1] == before  # it was asked for already
-                # a copy is asked for once its buffer's last unit has run: it goes where that one just was
+                # a copy is asked for once its buffer's last group has run: it goes where that one just was
                 assert lane.told[before:] in ([], [next(module.parameters()).data_ptr()])
     copies = count if count <= 2 else rounds * count - (rounds - 1) * (count == 3)
     assert len(lane.told) == copies
@@ -142,13 +142,13 @@ def test_copies_run_one_unit_ahead_and_no_more_often_than_needed(count: int, rou
 
 def test_what_is_due_between_units_can_be_done_later() -> None:
     made = modules(3)
-    units, lane = hosted(made), Script()
-    stager = Stager(units, torch.device("cpu"), lane)
+    groups, lane = hosted(made), Script()
+    prefetcher = Prefetcher(groups, torch.device("cpu"), lane)
     x = torch.randn(3, 5)
     expected = [module(x) for module in modules(3)]
     acts: list[Callable[[], None]] = []
-    with stager.open(staging(units), rounds=2):
-        with stager.handed(acts.append):
+    with prefetcher.open(staging(groups), rounds=2):
+        with prefetcher.handed(acts.append):
             for module in made:
                 module(x)
         assert len(lane.told) == 2  # only those that were fetched ahead
@@ -165,17 +165,17 @@ def test_what_is_due_between_units_can_be_done_later() -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_unit_comes_and_goes_bit_for_bit(device: str) -> None:
     (module,) = modules(1)
-    unit = Unit("unit", "blocks", module)
+    group = WeightGroup("group", "blocks", module)
     expected = [tensor.clone() for tensor in module.state_dict().values()]
     where = torch.device(device)
-    unit.measure()
-    unit.settle(device=torch.empty(unit.nbytes, dtype=torch.uint8, device=where))
-    memory = HostMemory(unit.nbytes, pin=False)
+    group.measure()
+    group.settle(device=torch.empty(group.nbytes, dtype=torch.uint8, device=where))
+    memory = HostMemory(group.nbytes, pin=False)
     for keeps in (False, True, True):
-        unit.to_host(memory if keeps else None)
-        assert unit.device is None
-        unit.to_device(where)
-        assert (unit.host is not None) is keeps  # what streams once stays in host memory, what is only offloaded not
+        group.to_host(memory if keeps else None)
+        assert group.device is None
+        group.to_device(where)
+        assert (group.host is not None) is keeps  # what streams once stays in host memory, what is only offloaded not
         found = [tensor.cpu() for tensor in module.state_dict().values()]
         assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
         assert all(tensor.device.type == device for tensor in module.parameters())
@@ -236,12 +236,12 @@ def test_nbytes_counts_parameters_and_buffers() -> None:
 
 
 def test_addresses_tell_whose_they_are() -> None:
-    """A graph that reads one unit's weights is not to be found where another of its size lies in their place."""
-    units, buffer = hosted(modules(1) + modules(1)), torch.empty(4096, dtype=torch.uint8)
+    """A graph that reads one group's weights is not to be found where another of its size lies in their place."""
+    groups, buffer = hosted(modules(1) + modules(1)), torch.empty(4096, dtype=torch.uint8)
     found = []
-    for here, away in (units, reversed(units)):
+    for here, away in (groups, reversed(groups)):
         here.device, away.device = buffer, None
-        placement = Placement(units, torch.device("cpu"))
+        placement = Placement(groups, torch.device("cpu"))
         placement.start(frozenset({away.name}))
         found.append(placement.addresses)
     assert found[0] != found[1]
@@ -249,18 +249,18 @@ def test_addresses_tell_whose_they_are() -> None:
 
 def test_a_unit_goes_where_it_is_sent() -> None:
     (module,) = modules(1)
-    unit = Unit("unit", "blocks", module)
-    unit.settle(device=torch.empty(unit.measure(), dtype=torch.uint8))
-    memory = HostMemory(unit.nbytes, pin=False)
-    unit.to_host(memory)
-    assert unit.streams
-    assert unit.host is not None
-    assert unit.host.untyped_storage().data_ptr() == memory._region.memory.untyped_storage().data_ptr()
+    group = WeightGroup("group", "blocks", module)
+    group.settle(device=torch.empty(group.measure(), dtype=torch.uint8))
+    memory = HostMemory(group.nbytes, pin=False)
+    group.to_host(memory)
+    assert group.streams
+    assert group.host is not None
+    assert group.host.untyped_storage().data_ptr() == memory._region.memory.untyped_storage().data_ptr()
     bound: list[Tensor] = []
-    unit.bind = bound.append  # type: ignore[method-assign]  # a tensor cannot change its device to this one
-    unit.to_device(torch.device("meta"))
+    group.bind = bound.append  # type: ignore[method-assign]  # a tensor cannot change its device to this one
+    group.to_device(torch.device("meta"))
     assert [buffer.device.type for buffer in bound] == ["meta"]
-    assert bound == [unit.device]
+    assert bound == [group.device]
 
 
 def test_a_copy_waits_for_the_products_before_it_and_they_for_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,10 +296,10 @@ def test_a_copy_waits_for_the_products_before_it_and_they_for_the_copy(monkeypat
             told.append(("copy", source, non_blocking))
 
     card = torch.device("cuda", 1)
-    monkeypatch.setattr(residency, "streams_of", lambda device: SimpleNamespace(copy=Stream("copies")))
+    monkeypatch.setattr(offload, "streams_of", lambda device: SimpleNamespace(copy=Stream("copies")))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(f"products of {device}"))
     monkeypatch.setattr(torch.cuda, "stream", Inside)
-    copies = residency.CopyStream(card)
+    copies = offload.CopyStream(card)
     token = copies.copy(Target(), "weights")  # type: ignore[arg-type]
     copies.wait(token)
     assert told == [

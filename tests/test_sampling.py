@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from vortex_core import sampling
-from vortex_core.latency import Stopwatch
-from vortex_core.spec import FluxSpec
+from vortex_core.flux1 import sampling
+from vortex_core.flux1.spec import FluxSpec
+from vortex_core.utils.timing import Stopwatch
 
 SPEC = FluxSpec(hidden=128, heads=1, double_blocks=1, single_blocks=1)
 HEIGHT, WIDTH = 48, 80  # 3 x 5 tokens

@@ -1,4 +1,4 @@
-"""A short run of tools/soak.py, and that it sees what it looks for. The long one: `python tools/soak.py --help`."""
+"""A short soak, and that it sees what it looks for. The long one: `python tools/hardening/soak.py --help`."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import pytest
 
 import vortex_core
 from vortex_core import Engine
-from vortex_core.terminal import OPTIONS
+from vortex_core.cli.terminal import OPTIONS
 
 CORE = Path(vortex_core.__file__).parent
 BENCH = CORE / "bench"  # measures under each allocator, and says which it was
@@ -65,7 +65,14 @@ def test_nothing_depends_on_torchs_allocator(path: Path) -> None:
 
 def test_every_part_is_read() -> None:
     names = {str(path.relative_to(CORE)) for path in SOURCES}
-    assert {"arena.py", "engine.py", "graphs.py", "memory.py", "vram.py", "kernels/reference.py"} <= names
+    assert {
+        "memory/arena.py",
+        "runtime/engine.py",
+        "runtime/graphs.py",
+        "runtime/memory_manager.py",
+        "device/vram.py",
+        "kernels/reference.py",
+    } <= names
     assert not any(name.startswith("bench") for name in names)
 
 

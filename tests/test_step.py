@@ -14,16 +14,18 @@ from engine_parts import painter_of
 from torch import Tensor, nn
 from torch.nn import Linear
 
-from vortex_core import Engine, load_flux_schnell, nf4, sampling
-from vortex_core.arena import Region
-from vortex_core.graphs import BoundStep, GraphCache, PiecewiseGraph, step_bytes
-from vortex_core.kernels import Operand, reference
-from vortex_core.kernels.operand import FP8
-from vortex_core.linear import NF4Linear, ReferenceBackend, multiply, product
-from vortex_core.planner import smallest_budget
-from vortex_core.residency import Stager
-from vortex_core.step import Step
-from vortex_core.transformer import Transformer
+from vortex_core import Engine, load_flux_schnell, nf4
+from vortex_core.flux1 import sampling
+from vortex_core.flux1.step_buffers import StepBuffers
+from vortex_core.flux1.transformer import Transformer
+from vortex_core.kernels import ScaledTensor, reference
+from vortex_core.kernels.scaled_tensor import FP8
+from vortex_core.memory.arena import Region
+from vortex_core.memory.offload import Prefetcher
+from vortex_core.memory.planner import smallest_budget
+from vortex_core.quant.backends import ReferenceBackend
+from vortex_core.quant.linear import NF4Linear, multiply, product
+from vortex_core.runtime.graphs import BoundStep, GraphCache, PiecewiseGraph, step_bytes
 
 CPU = torch.device("cpu")
 SIZES = [(64, 64, 1), (128, 80, 2), (64, 96, 3)]
@@ -112,7 +114,7 @@ class Captures:
         self.captured: list[tuple[int, int, int]] = []
         self.replays = 0
         monkeypatch.setattr(Transformer, "fused", property(lambda transformer: True))
-        monkeypatch.setattr(GraphCache, "_record", lambda graphs, step, stager: self.record(step))
+        monkeypatch.setattr(GraphCache, "_record", lambda graphs, step, prefetcher: self.record(step))
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
 
     def record(self, step: BoundStep) -> SimpleNamespace:
@@ -141,7 +143,7 @@ def test_a_graph_is_found_at_the_addresses_it_was_captured_with_alone(
 
     def draw(memory: torch.Tensor, address: tuple[int, ...], start: int = 0) -> int:
         """How many were captured so far."""
-        velocity = graphs.open(size, Region(memory, start), Stager([], CPU), lambda: address)
+        velocity = graphs.open(size, Region(memory, start), Prefetcher([], CPU), lambda: address)
         assert torch.equal(velocity(*arguments), expected)
         return len(card.captured)
 
@@ -173,9 +175,9 @@ def test_the_graphs_of_the_sizes_drawn_last_are_kept(
         lent.append(1)
         yield
 
-    monkeypatch.setattr("vortex_core.graphs.KEPT", 2)
+    monkeypatch.setattr("vortex_core.runtime.graphs.KEPT", 2)
     for counts in ((3, 2), (3,), (1,)):
-        velocity = graphs.open(largest, Region(memory), Stager([], CPU), tuple, lend)
+        velocity = graphs.open(largest, Region(memory), Prefetcher([], CPU), tuple, lend)
         for count in counts:
             velocity(img[:count], txt[:count], modulation, pe)
     assert [size[0] for size in graphs.sizes] == [3, 1]
@@ -231,7 +233,7 @@ def test_a_capture_that_fails_leaves_no_graph_and_no_pool(
 ) -> None:
     card, graphs = Captures(monkeypatch), GraphCache(transformer, CPU)
     size, arguments = size_of(128, 80, 2), request(engine, 128, 80, 2)
-    velocity = graphs.open(size, region(engine, size), Stager([], CPU))
+    velocity = graphs.open(size, region(engine, size), Prefetcher([], CPU))
     one = (arguments[0][:1], arguments[1][:1], *arguments[2:])
     expected = velocity(*one).clone()
     assert graphs.sizes == (size_of(128, 80, 1),)
@@ -258,7 +260,7 @@ def test_slices_of_several_sizes_share_a_region(engine: Engine, transformer: Tra
     graphs = GraphCache(transformer, CPU)
     img, txt, modulation, pe = request(engine, 128, 80, 3)
     size = size_of(128, 80, 2)
-    velocity = graphs.open(size, region(engine, size), Stager([], CPU))
+    velocity = graphs.open(size, region(engine, size), Prefetcher([], CPU))
     parts = [velocity(part, txt[: len(part)], modulation, pe).clone() for part in img.split(2)]
     assert torch.equal(parts[1], transformer(img[2:], txt[:1], modulation, pe))
     assert torch.equal(parts[0], transformer(img[:2], txt[:2], modulation, pe))
@@ -285,7 +287,7 @@ def test_the_library_takes_every_pictures_scales_aligned(engine: Engine) -> None
         return flat
 
     starts: dict[str, int] = {}
-    step = Step(painter_of(engine).model.flux, reference, (3, 250, 25), torch.bfloat16, take, fast=True)
+    step = StepBuffers(painter_of(engine).model.flux, reference, (3, 250, 25), torch.bfloat16, take, fast=True)
     ends = {"normal": [], "active": []}
     for stream in (step.txt, step.img, step.joint):
         for name, operand in (("normal", stream.normal), ("active", stream.active)):
@@ -327,7 +329,7 @@ def test_multiply_fills_a_part_of_a_longer_buffer(batch: int, bias: bool) -> Non
     expected = plain(x)
     for module in (linear, plain):
         whole = torch.full((batch, 10, 24), torch.nan)
-        multiply(module, Operand(x), whole[:, 2:9])
+        multiply(module, ScaledTensor(x), whole[:, 2:9])
         torch.testing.assert_close(whole[:, 2:9], expected)
         assert whole[:, :2].isnan().all()
         assert whole[:, 9:].isnan().all()
@@ -344,11 +346,11 @@ def test_parts_lie_apart_and_are_meant_side_by_side(device: str, batch: int, bia
     for linear1, linear2 in zip(wide, narrow, strict=True):
         linear1.to(device), linear2.to(device)
         first, last, y = (torch.full((batch, 7, n), torch.nan, device=device) for n in (24, 64, 24))
-        multiply(linear1, Operand(x), [first, last], gelu=True)
+        multiply(linear1, ScaledTensor(x), [first, last], gelu=True)
         whole = linear1(x)
         torch.testing.assert_close(first, whole[..., :24], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(last, F.gelu(whole[..., 24:], approximate="tanh"), rtol=1e-4, atol=2**-10)
-        multiply(linear2, [Operand(attn[..., 64:]), Operand(last)], y)
+        multiply(linear2, [ScaledTensor(attn[..., 64:]), ScaledTensor(last)], y)
         torch.testing.assert_close(y, linear2(torch.cat((attn[..., 64:], last), dim=2)), rtol=1e-4, atol=1e-4)
 
 
@@ -371,7 +373,7 @@ def test_an_fp8_product_is_as_close_as_fp8_allows(batch: int) -> None:
     linear = NF4Linear(weight, torch.randn(24), ReferenceBackend())
     linear.prepare_fp8()
     x = torch.randn(batch, 7, 128) * torch.logspace(-2, 2, 7)[:, None]
-    operand = Operand(torch.empty(x.shape, dtype=FP8), torch.empty(x.shape[:2]))
+    operand = ScaledTensor(torch.empty(x.shape, dtype=FP8), torch.empty(x.shape[:2]))
     reference.quantize(x, operand)
     out = torch.full((batch, 7, 24), torch.nan)
     multiply(linear, operand, out)
@@ -481,7 +483,7 @@ def test_replayed_steps_are_the_launched_ones_bit_for_bit(mode: str) -> None:
 @pytest.mark.gpu
 def test_kernels_that_are_launched_early_draw_what_those_in_turn_do(monkeypatch: pytest.MonkeyPatch) -> None:
     from vortex_core.kernels import launch
-    from vortex_core.kernels.card import card
+    from vortex_core.kernels.capabilities import card
 
     if not card(torch.device("cuda", 0)).early:
         pytest.skip("this card launches no kernel early")
@@ -559,12 +561,12 @@ def test_blocks_that_stream_are_captured_in_parts_and_draw_the_same() -> None:
 
         expected = drawn()
         asked = painter_of(engine).model.requirements(128, 128, 1, blas=painter_of(engine).memory.blas)
-        painter_of(engine).memory.budget = smallest_budget(painter_of(engine).model.pieces, asked)
+        painter_of(engine).memory.budget = smallest_budget(painter_of(engine).model.sizes, asked)
         assert all(map(torch.equal, drawn(), expected))
         steps, kept = painter_of(engine).memory.placement.steps, dict(graphs)
         assert len(kept) == 2
-        assert len(steps.units) > 1
-        assert {len(recording._parts) for recording in kept.values()} == {4 * len(steps.units) + 1}
+        assert len(steps.groups) > 1
+        assert {len(recording._parts) for recording in kept.values()} == {4 * len(steps.groups) + 1}
         assert all(map(torch.equal, drawn(), expected))
         assert graphs == kept  # nothing was captured again
         engine.offload()

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from vortex_core import streams as module
-from vortex_core.streams import Blas, streams_of
+from vortex_core.device import streams as module
+from vortex_core.device.streams import Blas, streams_of
 
 CPU = torch.device("cpu")
 

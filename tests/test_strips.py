@@ -11,11 +11,11 @@ from torch.utils._pytree import tree_leaves
 from whole_vae import whole_decode
 
 from vortex_core import Engine, load_flux_schnell
-from vortex_core.arena import aligned
+from vortex_core.flux1.spec import VaeSpec
+from vortex_core.flux1.strips import DecoderLayout, Span
+from vortex_core.flux1.vae import Decoder, decode, library_bytes
 from vortex_core.kernels import Moments, choose_kernels, reference
-from vortex_core.spec import VaeSpec
-from vortex_core.strips import DecoderLayout, Span
-from vortex_core.vae import Decoder, decode, library_bytes
+from vortex_core.memory.arena import aligned
 
 SMALL = VaeSpec(channels=(24, 36, 36, 48), layers=1, groups=12)
 POISON = 0xFF  # NaN in every type
@@ -138,7 +138,7 @@ def test_a_decoder_on_meta_may_be_told_its_layout() -> None:
 
 def test_moments_have_room_for_every_part(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where plain torch takes them row by row."""
-    monkeypatch.setattr("vortex_core.kernels.operand.CHUNK", 100)
+    monkeypatch.setattr("vortex_core.kernels.scaled_tensor.CHUNK", 100)
     most, take = [], Moments.take
     monkeypatch.setattr(Moments, "take", lambda moments, count: most.append(moments.parts) or take(moments, count))
     with torch.inference_mode():

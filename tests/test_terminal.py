@@ -11,12 +11,13 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from vortex_core import __main__, cancel, terminal
-from vortex_core.bench import figures
-from vortex_core.cli import app
-from vortex_core.console import Bars, Console, Grid
+from vortex_core import __main__
+from vortex_core.bench import plot_style
+from vortex_core.cli import interrupt, terminal
+from vortex_core.cli.console import Bars, Console, Grid
+from vortex_core.cli.main import app
 from vortex_core.errors import VortexInputError
-from vortex_core.foreign import printable
+from vortex_core.utils.printable import printable
 
 HOSTILE = "[/] [b]bold[/b] [link=https://x.org]x[/link] [red :smile: \\[x] 🔴 $\\frac{ \x1b[31m\x9b2J\r\a\u202e \udce9"
 SHOWN = (
@@ -33,7 +34,7 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def main(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
     """Runs the command as a process would: exit code and what it wrote, in a console of some encoding."""
-    monkeypatch.setattr(cancel, "install", lambda: None)
+    monkeypatch.setattr(interrupt, "install", lambda: None)
 
     def run(*arguments: str, encoding: str = "utf-8") -> tuple[int, str, str]:
         streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
@@ -163,8 +164,8 @@ def test_the_library_speaks_of_options(sentence: str, said: str) -> None:
 
 def test_titles_begin_no_formula() -> None:
     title = "FLUX $\\frac{ " + HOSTILE.encode(errors="ignore").decode().replace("🔴", "")  # a glyph the font lacks
-    figure = figures.timeline(title, {title: [(0.0, 1.0)]}, levels=[(1.0, "$\\x", "red")])
-    assert figures.pixels(figure).shape == (figures.HEIGHT, figures.WIDTH, 3)
+    figure = plot_style.timeline(title, {title: [(0.0, 1.0)]}, levels=[(1.0, "$\\x", "red")])
+    assert plot_style.pixels(figure).shape == (plot_style.HEIGHT, plot_style.WIDTH, 3)
 
 
 def test_help_needs_no_library() -> None:
@@ -173,7 +174,7 @@ def test_help_needs_no_library() -> None:
 import sys
 from typer.main import get_command
 from typer.testing import CliRunner
-from vortex_core.cli import app
+from vortex_core.cli.main import app
 
 def walk(command, path=()):
     yield path
@@ -200,9 +201,9 @@ def test_ctrl_c_ends_at_once_and_says_what_was_written() -> None:
     script = """
 import os, signal
 from vortex_core import cancel
-cancel.install()
-cancel.tally.begin(4)
-cancel.tally.written = 2
+interrupt.install()
+interrupt.tally.begin(4)
+interrupt.tally.written = 2
 os.kill(os.getpid(), signal.SIGINT)
 print("never")
 """
@@ -216,20 +217,20 @@ print("never")
 def test_ctrl_c_waits_for_a_file_and_its_count(monkeypatch: pytest.MonkeyPatch) -> None:
     import signal
 
-    monkeypatch.setattr(cancel, "_installed", True)
+    monkeypatch.setattr(interrupt, "_installed", True)
     before = signal.getsignal(signal.SIGINT)
     done = []
 
     def write() -> None:
-        with cancel.held():
+        with interrupt.held():
             signal.raise_signal(signal.SIGINT)
             done.append(1)
 
     try:
-        cancel.raises()
+        interrupt.raises()
         with pytest.raises(KeyboardInterrupt):
             write()
-        cancel.raises()
+        interrupt.raises()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     finally:
@@ -242,8 +243,8 @@ def test_a_command_that_ignores_ctrl_c_stays_so(monkeypatch: pytest.MonkeyPatch)
 
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        cancel.install()
-        cancel.raises()
+        interrupt.install()
+        interrupt.raises()
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from vortex_core import Engine, threads
+from vortex_core import Engine
+from vortex_core.device import threads
 
 
 @pytest.fixture

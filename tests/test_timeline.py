@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from itertools import count
 
-from vortex_core.timeline import Timeline
+from vortex_core.utils.timeline import Timeline
 
 
 def test_it_reads_while_it_lasts_and_once_at_each_end() -> None:

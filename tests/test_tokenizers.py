@@ -15,8 +15,8 @@ from tokenizers import Tokenizer
 
 from vortex_core import Engine, PromptSyntaxWarning, PromptTruncatedWarning, VortexCheckpointError
 from vortex_core.checkpoint.tokenizer import read_tokenizer, tokenizer_of
-from vortex_core.checkpoint.vocabulary import STEADY, build, encode
-from vortex_core.text import ENOUGH, tokenize
+from vortex_core.flux1.text_encoders import ENOUGH, tokenize
+from vortex_core.storage.vocabulary import STEADY, build, encode
 
 DRAW = {"seed": 1, "height": 64, "width": 64, "steps": 1}
 TEXT = "A red  circle\n don't"

@@ -1,4 +1,4 @@
-"""What units and their stager hold at each moment: whose memory tensors lie in, and what is left when they are done."""
+"""What weight groups and their prefetcher hold at each moment: whose memory tensors lie in, and what stays."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from test_residency import Runtime, Script, hosted, modules, staging
 from torch import Tensor, nn
 from torch.nn import Linear
 
-from vortex_core import residency
 from vortex_core.errors import VortexWarning
-from vortex_core.residency import HostMemory, Stager, Unit
+from vortex_core.memory import offload
+from vortex_core.memory.offload import HostMemory, Prefetcher, WeightGroup
 
 CPU = torch.device("cpu")
 
@@ -26,36 +26,36 @@ def lies_in(module: nn.Module, buffer: Tensor | None) -> bool:
 
 def test_a_unit_is_where_it_was_put_last() -> None:
     (module,) = modules(1)
-    unit = Unit("unit", "blocks", module)
-    assert (unit.nbytes, unit.streams, unit.device, unit.host) == (0, False, None, None)
-    unit.settle(device=torch.empty(unit.measure(), dtype=torch.uint8))
-    assert unit.streams is False
-    assert lies_in(module, unit.device)
-    unit.to_host()
-    assert unit.host is not None
-    assert (unit.host.dtype, len(unit.host)) == (torch.uint8, unit.nbytes)
-    assert lies_in(module, unit.host)
-    before = unit.host
-    unit.to_host()  # twice is once
-    assert unit.host is before
-    unit.to_device(CPU)
-    assert lies_in(module, unit.device)
-    assert unit.host is None
-    memory = HostMemory(unit.nbytes, pin=False)
-    unit.to_host(memory)
-    assert unit.streams is True
+    group = WeightGroup("group", "blocks", module)
+    assert (group.nbytes, group.streams, group.device, group.host) == (0, False, None, None)
+    group.settle(device=torch.empty(group.measure(), dtype=torch.uint8))
+    assert group.streams is False
+    assert lies_in(module, group.device)
+    group.to_host()
+    assert group.host is not None
+    assert (group.host.dtype, len(group.host)) == (torch.uint8, group.nbytes)
+    assert lies_in(module, group.host)
+    before = group.host
+    group.to_host()  # twice is once
+    assert group.host is before
+    group.to_device(CPU)
+    assert lies_in(module, group.device)
+    assert group.host is None
+    memory = HostMemory(group.nbytes, pin=False)
+    group.to_host(memory)
+    assert group.streams is True
     assert lies_in(module, memory._region.memory)
 
 
 def test_a_unit_that_was_only_offloaded_comes_to_stream() -> None:
     (module,) = modules(1)
-    unit = Unit("unit", "blocks", module)
+    group = WeightGroup("group", "blocks", module)
     expected = [tensor.clone() for tensor in module.state_dict().values()]
-    unit.settle(device=torch.empty(unit.measure(), dtype=torch.uint8))
-    unit.to_host()
-    memory = HostMemory(unit.nbytes, pin=False)
-    unit.to_host(memory)
-    assert unit.streams
+    group.settle(device=torch.empty(group.measure(), dtype=torch.uint8))
+    group.to_host()
+    memory = HostMemory(group.nbytes, pin=False)
+    group.to_host(memory)
+    assert group.streams
     assert lies_in(module, memory._region.memory)
     assert all(map(torch.equal, module.state_dict().values(), expected))
     (streaming,) = hosted(modules(1))
@@ -66,27 +66,27 @@ def test_a_unit_that_was_only_offloaded_comes_to_stream() -> None:
 
 def test_a_stager_leaves_every_unit_at_home_and_no_hook() -> None:
     made = modules(3)
-    units = hosted(made)
-    stager = Stager(units, CPU)
+    groups = hosted(made)
+    prefetcher = Prefetcher(groups, CPU)
     x = torch.randn(3, 5)
     expected = [module(x) for module in modules(3)]
-    region = staging(units)
-    with stager.open(region):
+    region = staging(groups)
+    with prefetcher.open(region):
         assert all(lies_in(module, region.memory) for module in made)
         assert torch.equal(made[0](x), expected[0])
-    assert all(lies_in(module, unit.host) for module, unit in zip(made, units, strict=True))
-    stager.close()
+    assert all(lies_in(module, group.host) for module, group in zip(made, groups, strict=True))
+    prefetcher.close()
     assert all(torch.equal(module(x), result) for module, result in zip(made, expected, strict=True))
 
 
 @pytest.mark.parametrize("ran", [0, 1, 2])
 def test_a_round_that_is_given_up_waits_for_its_copies(ran: int) -> None:
     made = modules(3)
-    units, lane = hosted(made), Script()
-    stager = Stager(units, CPU, lane)
+    groups, lane = hosted(made), Script()
+    prefetcher = Prefetcher(groups, CPU, lane)
 
     def begin() -> None:
-        with stager.open(staging(units), rounds=3):
+        with prefetcher.open(staging(groups), rounds=3):
             for module in made[:ran]:
                 module(torch.randn(3, 5))
             assert lane.pending  # ahead of what ran
@@ -95,17 +95,17 @@ def test_a_round_that_is_given_up_waits_for_its_copies(ran: int) -> None:
     with pytest.raises(KeyboardInterrupt):
         begin()
     assert not lane.pending
-    with stager.open(staging(units)):
+    with prefetcher.open(staging(groups)):
         pass
     assert not lane.pending
 
 
 def test_one_round_is_the_default_and_acts_are_done_at_once_again() -> None:
     made = modules(3)
-    units, lane = hosted(made), Script()
-    stager = Stager(units, CPU, lane)
-    with stager.open(staging(units)):
-        with stager.handed(lambda act: None):
+    groups, lane = hosted(made), Script()
+    prefetcher = Prefetcher(groups, CPU, lane)
+    with prefetcher.open(staging(groups)):
+        with prefetcher.handed(lambda act: None):
             made[0](torch.randn(3, 5))
         assert len(lane.told) == 2
         for module in made:
@@ -119,10 +119,10 @@ def test_units_of_any_sizes_share_buffers() -> None:
     made = [Linear(5, n).requires_grad_(False) for n in sizes]
     x = torch.randn(3, 5)
     expected = [module(x) for module in made]
-    units = hosted(list(made))
-    assert len({unit.nbytes for unit in units}) > 2
-    stager = Stager(units, CPU)
-    with stager.open(staging(units), rounds=2):
+    groups = hosted(list(made))
+    assert len({group.nbytes for group in groups}) > 2
+    prefetcher = Prefetcher(groups, CPU)
+    with prefetcher.open(staging(groups), rounds=2):
         for _ in range(2):
             assert all(torch.equal(module(x), result) for module, result in zip(made, expected, strict=True))
 
@@ -133,15 +133,15 @@ def test_pinning_that_fails_leaves_no_error_for_the_next_launch(monkeypatch: pyt
     def zeros(count: int, *, device: str) -> SimpleNamespace:
         return SimpleNamespace(add_=lambda value: launched.append((count, device, value)))
 
-    monkeypatch.setattr(residency.torch.cuda, "cudart", lambda: Runtime(error=2))
-    monkeypatch.setattr(residency.torch, "zeros", zeros)
+    monkeypatch.setattr(offload.torch.cuda, "cudart", lambda: Runtime(error=2))
+    monkeypatch.setattr(offload.torch, "zeros", zeros)
     with pytest.warns(VortexWarning, match=r"^No pinned host memory for 0.02 GB \(error 2\); weights stream slower.$"):
         HostMemory(20 * 10**6, pin=True)
     assert launched == [(1, "cuda", 1)]
 
 
 def test_nothing_is_pinned_where_nothing_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(residency.torch.cuda, "cudart", lambda: pytest.fail("asked to pin nothing"))
+    monkeypatch.setattr(offload.torch.cuda, "cudart", lambda: pytest.fail("asked to pin nothing"))
     assert HostMemory(0, pin=True).pinned == 0
 
 
@@ -150,13 +150,13 @@ def test_memory_is_given_back_after_the_last_copy_and_a_lost_device_is_no_error(
 ) -> None:
     told: list[str] = []
     runtime = SimpleNamespace(cudaHostUnregister=lambda pointer: told.append("unregistered"))
-    monkeypatch.setattr(residency.torch.cuda, "cudart", lambda: runtime)
-    monkeypatch.setattr(residency.torch.cuda, "synchronize", lambda: told.append("synchronized"))
-    residency._unregister(torch.empty(8, dtype=torch.uint8))
+    monkeypatch.setattr(offload.torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(offload.torch.cuda, "synchronize", lambda: told.append("synchronized"))
+    offload._unregister(torch.empty(8, dtype=torch.uint8))
     assert told == ["synchronized", "unregistered"]
 
     def lost() -> None:
         raise RuntimeError("CUDA error: unspecified launch failure")
 
-    monkeypatch.setattr(residency.torch.cuda, "synchronize", lost)
-    residency._unregister(torch.empty(8, dtype=torch.uint8))
+    monkeypatch.setattr(offload.torch.cuda, "synchronize", lost)
+    offload._unregister(torch.empty(8, dtype=torch.uint8))

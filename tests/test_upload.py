@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vortex_core.checkpoint import upload
-from vortex_core.checkpoint.files import SafetensorsFiles, open_file
-from vortex_core.checkpoint.upload import PIECE, FileBytes, Upload, upload_to
 from vortex_core.errors import VortexCheckpointError, VortexWarning
+from vortex_core.storage import upload
+from vortex_core.storage.files import SafetensorsFiles, open_file
+from vortex_core.storage.upload import PIECE, FileBytes, Upload, upload_to
 
 SIZES = (0, 1, 63, PIECE, PIECE + 1, 20 * PIECE + 7)  # more pieces than there are buffers
 

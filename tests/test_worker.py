@@ -25,19 +25,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vortex_core import jobs
-from vortex_core import worker as module
-from vortex_core.errors import (
-    BusyError,
-    DeadlineError,
-    DeviceLostError,
-    VortexError,
-    VortexInputError,
-    VortexWarning,
-)
-from vortex_core.jobs import Cancelled, Job, ask, check, inside, warn
-from vortex_core.streams import Order, blas_of, streams_of
-from vortex_core.worker import QUEUE, Worker, worker_of
+from vortex_core.device import jobs
+from vortex_core.device import worker as module
+from vortex_core.device.jobs import Cancelled, Job, ask, check, inside, warn
+from vortex_core.device.streams import Order, blas_of, streams_of
+from vortex_core.device.worker import QUEUE, Worker, worker_of
+from vortex_core.errors import BusyError, DeadlineError, DeviceLostError, VortexError, VortexInputError, VortexWarning
 
 CPU = torch.device("cpu")
 TIMES = 200
@@ -252,7 +245,7 @@ def test_the_interpreter_ends_with_a_worker_alive() -> None:
 
 def _run(script: str) -> str:
     """What a fresh interpreter prints."""
-    start = "import os, torch; from vortex_core.worker import worker_of; w = worker_of(torch.device('cpu'))\n"
+    start = "import os, torch; from vortex_core.device.worker import worker_of; w = worker_of(torch.device('cpu'))\n"
     start += "class Thing: pass\ne = Thing(); w.attach(e)\n"
     command = [sys.executable, "-W", "ignore", "-c", start + script]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

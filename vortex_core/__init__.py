@@ -10,19 +10,23 @@ Public names load on first use, so that importing the package costs nothing.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from .conditioning import Conditioning as Conditioning
-    from .engine import Engine as Engine
-    from .engine import load_flux_schnell as load_flux_schnell
-    from .vram import clear_cuda_cache as clear_cuda_cache
+from .moved import install
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from .device.vram import clear_cuda_cache as clear_cuda_cache
+    from .flux1.conditioning import Conditioning as Conditioning
+    from .runtime.engine import Engine as Engine
+    from .runtime.engine import load_flux_schnell as load_flux_schnell
+
+__version__ = "0.2.0"
+
+install(__name__)
 
 _HOMES = {
-    "Conditioning": "conditioning",
-    "Engine": "engine",
-    "load_flux_schnell": "engine",
-    "clear_cuda_cache": "vram",
+    "Conditioning": "flux1.conditioning",
+    "Engine": "runtime.engine",
+    "load_flux_schnell": "runtime.engine",
+    "clear_cuda_cache": "device.vram",
     **dict.fromkeys(
         (
             "VortexError",

@@ -7,23 +7,23 @@ import sys
 from contextlib import suppress
 from typing import TextIO
 
-from . import cancel
+from .cli import interrupt
 
 EXIT_ERROR = 1
 
 
 def main() -> None:
     """Run the command that `sys.argv` names, and exit."""
-    cancel.install()
+    interrupt.install()
     code = _run()
-    cancel.ignore()
+    interrupt.ignore()
     sys.exit(code)
 
 
 def _run() -> int:
     sys.stdout, sys.stderr = _whole(sys.stdout), _whole(sys.stderr)
     try:
-        from .cli import run
+        from .cli.main import run
 
         code = run()
         sys.stdout.flush()

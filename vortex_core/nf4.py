@@ -14,7 +14,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from .errors import VortexCheckpointError
-from .packages import first_line, missing
+from .utils.packages import first_line, missing
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:  # whoever looks at headers needs the format alone
     from torch import Tensor
 
 BLOCK = 64
+# Embedders and the last projection are small, and their error would reach every token: they stay unquantized.
+UNQUANTIZED = ("img_in", "txt_in", "time_in", "vector_in", "final_layer.linear")
 CHUNK = 2**21  # values that are taken at once
 DECODE_BYTES = CHUNK * (4 + 2) + 2**16  # of it: the chunk in fp32, its bytes as int32, and the table
 LEVELS = (

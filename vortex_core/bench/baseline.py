@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeGuard
 
-from ..disk import add_line
 from ..errors import VortexError, VortexInputError
-from ..foreign import printable
-from ..paths import expanded
+from ..utils.disk import add_line
+from ..utils.paths import expanded
+from ..utils.printable import printable
 from .latency_report import LatencyReport
 from .machine import Machine
 from .workload import Workload

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..disk import add_line, write
+from ..utils.disk import add_line, write
 
 if TYPE_CHECKING:
-    from .pictures import Sample
+    from .samples import Sample
 
 Metric = tuple[str, Mapping[str, str], float]  # name, labels, value
 

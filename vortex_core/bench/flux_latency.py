@@ -2,7 +2,7 @@
 
 import typer
 
-from .command import latency
+from ..cli.bench import latency
 
 if __name__ == "__main__":
     typer.run(latency)

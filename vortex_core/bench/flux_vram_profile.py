@@ -2,7 +2,7 @@
 
 import typer
 
-from .command import vram
+from ..cli.bench import vram
 
 if __name__ == "__main__":
     typer.run(vram)

@@ -7,15 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..latency import Latency, samples_needed, summarize
+from ..utils.timing import Latency, samples_needed, summarize
 from .machine import Reading, machine, now
-from .pictures import Sample, describe, measure, overhead
 from .report import Report
+from .samples import Sample, describe, measure, overhead
 from .verdict import FAIL, PASS, UNDECIDED, Verdict
 from .workload import Workload
 
 if TYPE_CHECKING:
-    from ..engine import Engine
+    from ..runtime.engine import Engine
 
 CLOCKS_AGREE = 0.01, 0.001  # share of a picture, and seconds, by which host and device clocks may differ
 

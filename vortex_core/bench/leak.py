@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import VortexInputError
 from .machine import machine, now
-from .memory import Counters, at_rest
-from .pictures import describe, draw
+from .readings import Counters, at_rest
 from .report import Report
+from .samples import describe, draw
 from .verdict import FAIL, PASS, UNDECIDED, Verdict
 from .workload import PROMPTS
 
 if TYPE_CHECKING:
     import torch
 
-    from ..engine import Engine
+    from ..runtime.engine import Engine
 
 CONFIDENCE = 0.999  # of a slope: several counters are judged, again and again
 FLOOR = 100_000  # bytes a picture; allocators settle by less, a leak of a picture's tensor is more

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from .. import __version__, nvml
+from .. import __version__
+from ..device import nvml
 
 T = TypeVar("T")
 

@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .. import sampling
-from ..checkpoint.layout import SWAPPED, flux_sources
-from ..conditioning import Conditioning
-from ..latency import mark
-from ..linear import NF4Linear
+from ..checkpoint.key_maps import SWAPPED, flux_sources
+from ..flux1 import sampling
+from ..flux1.conditioning import Conditioning
+from ..flux1.spec import DEFAULT_STEPS
 from ..nf4 import BLOCK, LEVELS, NF4Weight
-from ..spec import DEFAULT_STEPS
+from ..quant.linear import NF4Linear
+from ..utils.timing import mark
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline, FluxTransformer2DModel
 
-    from ..engine import Engine
+    from ..runtime.engine import Engine
 
 Velocity = Callable[["Job", Tensor, Tensor], Tensor]  # (job, packed latents [1, S, 64], t [1]) to [1, S, 64]
 

@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import GB
-from ..latency import Latency, percentile
+from ..utils.timing import Latency, percentile
 from .baseline import Run
-from .figures import STOP, WARN, Median, histogram, scatter, stacks, timeline, trend
 from .latency_report import LatencyReport
 from .leak import MB, LeakReport
-from .memory import RESERVED
+from .plot_style import STOP, WARN, Median, histogram, scatter, stacks, timeline, trend
+from .readings import RESERVED
 from .vram_report import MODEL, PEAK, TOTAL, VramReport
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from .compare import Result
+    from .contest import Result
 
 MS = "milliseconds"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from .pictures import Sample
+from .samples import Sample
 
 MICROSECONDS = 1e6
 

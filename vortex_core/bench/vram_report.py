@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from ..device.vram import peak as peak_of
 from ..errors import GB
-from ..timeline import Moment, Timeline
-from ..vram import peak as peak_of
+from ..utils.timeline import Moment, Timeline
 from .machine import machine, now
-from .memory import ALLOCATED, RESERVED, Counters, at_rest, counters
-from .pictures import describe, draw
+from .readings import ALLOCATED, RESERVED, Counters, at_rest, counters
 from .report import Report
+from .samples import describe, draw
 from .verdict import FAIL, PASS, UNDECIDED, Verdict
 from .workload import PROMPTS
 
 if TYPE_CHECKING:
-    from ..engine import Engine
+    from ..runtime.engine import Engine
 
 MODEL, GENERATION, TOTAL = 6.5 * GB, 0.5 * GB, 7.0 * GB  # bytes of torch reserved, at most
 SMALL = 512 * 512  # pixels up to which what generation adds is judged; more take more, by design

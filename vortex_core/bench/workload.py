@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import VortexInputError
-from ..spec import DEFAULT_STEPS
+from ..flux1.spec import DEFAULT_STEPS
 
 PROMPTS = (
     "a red circle on a white background",

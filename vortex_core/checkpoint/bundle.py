@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer
 
 from ..errors import VortexCheckpointError, VortexWarning, quoted
-from ..paths import expanded
-from ..spec import FluxSpec, ModelSpec
+from ..flux1.spec import FluxSpec, ModelSpec
+from ..storage.files import SAFETENSORS, Raw, open_file, unreadable
+from ..storage.formats import READ, config_format
+from ..storage.tensors import Tensors
+from ..storage.vocabulary import token_count
+from ..utils.paths import expanded
 from .config import read_config, sizes
-from .dialect import Part, check_depth, depth, find_part, is_cut
-from .files import SAFETENSORS, Raw, open_file, unreadable
+from .dialects import Part, check_depth, depth, find_part, is_cut
 from .folders import open_folder, whole_of
-from .formats import READ, config_format
-from .tensors import Tensors
 from .tokenizer import find_tokenizers, read_tokenizer, tokenizer_of
-from .vocabulary import token_count
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline

@@ -21,15 +21,16 @@ from pathlib import Path
 
 from .. import __version__
 from ..errors import VortexCheckpointError, VortexInputError, VortexWarning
-from ..partial import partial, parts, sweep
-from ..paths import expanded
-from .dialect import Part
-from .entry import DamagedEntry, EntryFile, manifest_of, metadata
-from .kept import Kept
-from .lock import Lock
-from .materialize import UNQUANTIZED, Target
-from .source import check_unchanged, identity
-from .tensors import Stored, Tensors
+from ..nf4 import UNQUANTIZED
+from ..storage.materialize import Target
+from ..storage.tensors import Stored, Tensors
+from ..utils.lock import Lock
+from ..utils.partial import partial, parts, sweep
+from ..utils.paths import expanded
+from .cache_entry import DamagedEntry, EntryFile, manifest_of, metadata
+from .cached_tensors import Kept
+from .dialects import Part
+from .identity import check_unchanged, identity
 from .write import Named, Wanted, write_nf4
 
 log = logging.getLogger(__name__)

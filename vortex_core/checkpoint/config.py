@@ -6,17 +6,17 @@ the VAE), and must agree in the rest. Keys that are not listed here reach nobody
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from ..bounds import Bounds, OneOf, bounds_of
 from ..errors import VortexCheckpointError, quoted
-from ..spec import ClipSpec, FluxSpec, T5Spec, VaeSpec, dev_checkpoint_message
-from .tensors import Tensors
+from ..flux1.spec import ClipSpec, FluxSpec, T5Spec, VaeSpec, dev_checkpoint_message
+from ..storage.strict_json import unambiguous
+from ..storage.tensors import Tensors
+from ..utils.bounds import Bounds, OneOf, bounds_of
 
 CLIP_HEAD = 64  # channels of a head, in every CLIP text model
 LARGEST = 10**6  # bytes of a config.json; the released ones have 2,000
@@ -37,18 +37,6 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise VortexCheckpointError(f"{path} is not a model's config. Download it again.", path=str(path))
     return config
-
-
-def unambiguous(text: str | bytes) -> Any:
-    """JSON in which no object has a key twice. Raises `ValueError`, or `RecursionError`."""
-    return json.loads(text, object_pairs_hook=_once)
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key twice")
-    return found
 
 
 def sizes(kind: str, tensors: Tensors, config: Mapping[str, Any] | None = None) -> Any:

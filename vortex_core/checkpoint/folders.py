@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..errors import VortexCheckpointError, quoted
-from .files import PICKLES, SAFETENSORS, SafetensorsFiles, pickle_message, unreadable
+from ..storage.files import PICKLES, SAFETENSORS, SafetensorsFiles, pickle_message, unreadable
 
 SHARD = re.compile(r"(.+)-(\d{5,})-of-(\d{5,})$")
 INDEX = re.compile(r"(.+)\.safetensors\.index(\.[^.]+)?\.json$", re.IGNORECASE)

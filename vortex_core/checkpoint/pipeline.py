@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ..errors import VortexCheckpointError, quoted
-from .dialect import Part, find_part
-from .files import StateDict
+from ..storage.files import StateDict
+from .dialects import Part, find_part
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline

@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from ..errors import VortexCheckpointError
-from .vocabulary import END, build, build_clip, guarded, read_pair, read_text
+from ..storage.vocabulary import END, build, build_clip, guarded, read_pair, read_text
 
 # Where `vortex fetch tokenizers` downloads from, and where a cache is looked through: repository, file.
 CLIP_HOMES = (("openai/clip-vit-large-patch14", "tokenizer.json"),)

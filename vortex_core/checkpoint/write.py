@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..device import host_buffer
-from ..nf4 import BLOCK, LEVELS, join
-from .checksum import CHECKSUMS, blank, checksum, pieces, words
-from .dtypes import WORDS
-from .layout import SWAPPED, flux_sources, source_rows
-from .materialize import UNQUANTIZED, Target, is_quantized, read_nf4, shapes
-from .tensors import NF4_STATE, Tensors
+from ..device.select import host_buffer
+from ..nf4 import BLOCK, LEVELS, UNQUANTIZED, join
+from ..storage.checksum import CHECKSUMS, blank, checksum, pieces, words
+from ..storage.dtypes import WORDS
+from ..storage.materialize import Target, is_quantized, read_nf4, shapes
+from ..storage.tensors import NF4_STATE, Tensors
+from .key_maps import SWAPPED, flux_sources, source_rows
 
 Named = tuple[nn.Module, str]  # a module on `meta`, and the prefix of its tensors' names
 QUEUED = 8  # chunks that wait to be written, each at most half of the largest weight

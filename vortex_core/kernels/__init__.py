@@ -15,15 +15,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..packages import missing
+from ..utils.packages import missing
 from . import reference
-from .operand import TILE, Heads, Moments, Operand, Window, empty_heads, most_parts
+from .scaled_tensor import TILE, Heads, Moments, ScaledTensor, Window, empty_heads, most_parts
 
 __all__ = [
     "Heads",
     "Kernels",
     "Moments",
-    "Operand",
+    "ScaledTensor",
     "Window",
     "attends_in_fp8",
     "choose_kernels",
@@ -42,19 +42,21 @@ class Kernels(Protocol):
         """NF4 to `out`."""
         ...
 
-    def modulate(self, x: Tensor, shift: Tensor, scale: Tensor, out: Operand) -> None:
+    def modulate(self, x: Tensor, shift: Tensor, scale: Tensor, out: ScaledTensor) -> None:
         """adaLN of `x`."""
         ...
 
-    def residual_modulate(self, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, out: Operand) -> None:
+    def residual_modulate(
+        self, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, out: ScaledTensor
+    ) -> None:
         """`x += gate * y` in place, and adaLN of it."""
         ...
 
-    def gelu(self, x: Tensor, out: Operand, before: Tensor | None = None) -> None:
+    def gelu(self, x: Tensor, out: ScaledTensor, before: Tensor | None = None) -> None:
         """Per-token fp8 of `before` and the GELU of `x`, side by side."""
         ...
 
-    def quantize(self, x: Tensor, out: Operand) -> None:
+    def quantize(self, x: Tensor, out: ScaledTensor) -> None:
         """Per-token fp8 of `x`."""
         ...
 

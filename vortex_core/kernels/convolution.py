@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tile
-from .card import card
+from . import tiles
+from .capabilities import card
 from .groupnorm import write_moments
-from .operand import PIXELS, Moments
+from .scaled_tensor import PIXELS, Moments
 
 ROW = 128  # bytes of a tile's row, which the copy engine takes at once
 STAGES = 3  # tiles on their way, as far as shared memory goes
@@ -39,9 +39,9 @@ def _convolve(
     for i in range(TAPS * TAPS * STEPS):
         tap, inner = i // STEPS, i % STEPS * INNER
         first = start + (tap // TAPS + down) * (width + 2) + tap % TAPS + right
-        pixels = tile.load(x, first, inner, (height + 2) * (width + 2), C, PIXELS, INNER, COPIES)
+        pixels = tiles.load(x, first, inner, (height + 2) * (width + 2), C, PIXELS, INNER, COPIES)
         row = corner * N + channel
-        taps = tile.load(weight, row, tap * C + inner, UP * UP * N, TAPS * TAPS * C, BLOCK_N, INNER, COPIES)
+        taps = tiles.load(weight, row, tap * C + inner, UP * UP * N, TAPS * TAPS * C, BLOCK_N, INNER, COPIES)
         summed = tl.dot(pixels, taps.T, summed, input_precision=PRECISION)
     column = channel + tl.arange(0, BLOCK_N)
     pixel = start + tl.arange(0, PIXELS)
@@ -120,7 +120,7 @@ def _launch(
         _, groups, stride = values.shape
     rows = x[0].permute(1, 2, 0).flatten(0, 1)
     _convolve[(columns, across)](
-        tile.source(rows, pixels, inner, copies=known.copies), tile.source(taps, block, inner, copies=known.copies),
+        tiles.source(rows, pixels, inner, copies=known.copies), tiles.source(taps, block, inner, copies=known.copies),
         bias, out, values, height - 2, width - 2, stride, first, COPIES=known.copies,
         C=channels, N=wide, GROUPS=groups, TAPS=3 if corners == 1 else 2, ADD=add,
         PIXELS=pixels, BLOCK_N=block, INNER=inner, PRECISION="ieee" if itemsize == 4 else "tf32",

@@ -3,12 +3,12 @@
 Nothing is allocated, and every launch is on the device of its tensors, whichever is the current one.
 """
 
-from . import attention, convolution, groupnorm, heads, rotary, rows
-from . import decode as nf4
+from . import convolution, decoder_attention, fp8_attention, groupnorm, rotary, rows
+from . import dequantize as nf4
 from .launch import on_device
 
-attend = on_device(attention.attend)
-attend_heads = on_device(heads.attend_heads)
+attend = on_device(decoder_attention.attend)
+attend_heads = on_device(fp8_attention.attend_heads)
 bordered = on_device(groupnorm.bordered)
 convolve = on_device(convolution.convolve)
 convolve_doubled = on_device(convolution.convolve_doubled)
@@ -19,7 +19,7 @@ group_moments = on_device(groupnorm.group_moments)
 modulate = on_device(rows.modulate)
 norm_silu = on_device(groupnorm.norm_silu)
 norm_terms = on_device(groupnorm.norm_terms)
-pack_heads = on_device(heads.pack_heads)
+pack_heads = on_device(fp8_attention.pack_heads)
 quantize = on_device(rows.quantize)
 residual_modulate = on_device(rows.residual_modulate)
 rotate = on_device(rotary.rotate)

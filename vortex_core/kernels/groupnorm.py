@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .operand import VALUES, Moments, Window
+from .scaled_tensor import VALUES, Moments, Window
 
 WARPS = 8
 PARTS = 1024  # moments that are joined at once

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .card import card
-from .operand import FP8
+from .capabilities import card
+from .scaled_tensor import FP8
 
 P = ParamSpec("P")
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import nf4
-from .operand import FP8_MAX, SMALLEST, TILE, Heads, Moments, Operand, Window, chunk_rows
+from .scaled_tensor import FP8_MAX, SMALLEST, TILE, Heads, Moments, ScaledTensor, Window, chunk_rows
 
 EPSILON = 1e-6  # of every norm in FLUX
 TOKENS = 1024  # of all pictures, that a step's functions take at once
@@ -30,14 +30,14 @@ def decode(packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None
     nf4.dequantize(nf4.NF4Weight(packed, absmax), out.dtype, out)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, out: Operand) -> None:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, out: ScaledTensor) -> None:
     """adaLN: layer norm without weights, then `(1 + scale) * x + shift`. `x` `[B, T, D]`, `shift`, `scale` `[D]`."""
     shift, factor = shift.float(), 1 + scale.float()
     for start, stop in _chunks(x):
         _write(_normal(x[:, start:stop]).mul_(factor).add_(shift), out.tokens(start, stop))
 
 
-def residual_modulate(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, out: Operand) -> None:
+def residual_modulate(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, out: ScaledTensor) -> None:
     """`x += gate * y` in place, then `modulate`: the end of one branch and the start of the next."""
     gate = gate.float()
     for start, stop in _chunks(x):
@@ -46,13 +46,13 @@ def residual_modulate(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: 
     modulate(x, shift, scale, out)
 
 
-def gelu(x: Tensor, out: Operand, before: Tensor | None = None) -> None:
+def gelu(x: Tensor, out: ScaledTensor, before: Tensor | None = None) -> None:
     """GELU (tanh form) of `x` `[B, T, W]` to fp8 with a scale for each token, `before` `[B, T, A]` in front of it."""
     y = F.gelu(x.float(), approximate="tanh")
     _write(y if before is None else torch.cat((before.float(), y), dim=-1), out)
 
 
-def quantize(x: Tensor, out: Operand) -> None:
+def quantize(x: Tensor, out: ScaledTensor) -> None:
     """`x` `[B, T, K]` to fp8 with a scale for each token."""
     _write(x.float(), out)
 
@@ -249,7 +249,7 @@ def row_scales(absmax: Tensor) -> Tensor:
     return absmax.amax(dim=1).clamp_min(SMALLEST) / FP8_MAX
 
 
-def _write(y: Tensor, out: Operand) -> None:
+def _write(y: Tensor, out: ScaledTensor) -> None:
     if out.scale is not None:
         scale = y.abs().amax(dim=-1).clamp_min(SMALLEST) / FP8_MAX
         out.scale.copy_(scale)

@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import early, follow
-from .operand import FP8_MAX, SMALLEST, Operand
 from .reference import EPSILON
+from .scaled_tensor import FP8_MAX, SMALLEST, ScaledTensor
 
 _EPSILON = tl.constexpr(EPSILON)
 _FP8_MAX = tl.constexpr(FP8_MAX)
@@ -75,28 +75,28 @@ def _gelu(
     _write(value, out, out_b, out_t, out_scale, scale_b, scale_t, T, column, column < A + W, True)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, out: Operand) -> None:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, out: ScaledTensor) -> None:
     """See `reference.modulate`."""
     _launch_modulate(x, None, None, shift, scale, out)
 
 
-def residual_modulate(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, out: Operand) -> None:
+def residual_modulate(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, out: ScaledTensor) -> None:
     """See `reference.residual_modulate`."""
     _launch_modulate(x, y, gate, shift, scale, out)
 
 
-def gelu(x: Tensor, out: Operand, before: Tensor | None = None) -> None:
+def gelu(x: Tensor, out: ScaledTensor, before: Tensor | None = None) -> None:
     """See `reference.gelu`."""
     _launch_gelu(x, out, before, gelu=True)
 
 
-def quantize(x: Tensor, out: Operand) -> None:
+def quantize(x: Tensor, out: ScaledTensor) -> None:
     """See `reference.quantize`."""
     _launch_gelu(x, out, None, gelu=False)
 
 
 def _launch_modulate(
-    x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, out: Operand
+    x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, out: ScaledTensor
 ) -> None:
     batch, tokens, width = x.shape
     _modulate[(batch * tokens,)](
@@ -106,7 +106,7 @@ def _launch_modulate(
     )  # fmt: skip
 
 
-def _launch_gelu(x: Tensor, out: Operand, before: Tensor | None, *, gelu: bool) -> None:
+def _launch_gelu(x: Tensor, out: ScaledTensor, before: Tensor | None, *, gelu: bool) -> None:
     batch, tokens, width = x.shape
     first = 0 if before is None else before.shape[2]
     block = triton.next_power_of_2(first + width)

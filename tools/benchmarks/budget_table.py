@@ -1,0 +1,158 @@
+"""The tables of memory and speed in README.md and docs: each figure comes from here, so it is the same on each page.
+
+python tools/benchmarks/budget_table.py                      # writes what is planned, and what docs/reports/speed
+measured python tools/benchmarks/budget_table.py contract*.json       # also what tools/benchmarks/vram_contract.py
+measured python tools/benchmarks/budget_table.py contract*.json --print
+
+A page has a pair of marks for each table: `<!-- table: NAME -->` and `<!-- /table -->`. The names:
+`budget measured` (needs the files of tools/benchmarks/vram_contract.py), `budget planned`, `speed` and `speed in
+short`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").is_file())
+GB = 1e9
+PAGES = ("README.md", "docs/vram.md", "docs/performance.md")
+MEASURED, PLANNED, SPEED, SHORT = "budget measured", "budget planned", "speed", "speed in short"
+BUDGETS = (11.0, 6.5, 5.5, 4.5)  # GB, of the planned table
+SIDE = 1024  # pixels, likewise
+PCIE = 12e9  # bytes a second, likewise
+CONTENDERS = {
+    "Vortex fast": "**Vortex `fast`**",
+    "Vortex exact": "Vortex `exact`",
+    "diffusers, bitsandbytes NF4, CUDA graph": "diffusers + bitsandbytes NF4, in a CUDA graph",
+    "diffusers, bitsandbytes NF4, compiled blocks": "diffusers + bitsandbytes NF4, compiled blocks",
+    "diffusers, bitsandbytes NF4": "diffusers + bitsandbytes NF4",
+    "diffusers, 16 bits, compiled blocks": "diffusers, 16 bits, compiled blocks",
+    "ComfyUI core, 16 bits": "ComfyUI's core, 16 bits, with diffusers' VAE",
+    "diffusers, 16 bits": "diffusers, 16 bits",
+}  # as the report names them, and as the pages do
+IN_SHORT = ("Vortex fast", "Vortex exact", "diffusers, bitsandbytes NF4", "ComfyUI core, 16 bits")
+Row = dict[str, Any]
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """The machine, how many promises hold and which do not, peaks against predictions, times."""
+    judged = [row for row in rows if row["holds"] is not None]
+    broken = [f"- broken: {row['promise']}: {row['found']}" for row in judged if not row["holds"]]
+    machines = sorted({row["found"] for row in rows if row["promise"] == "measured on"})
+    held = f"{len(judged) - len(broken)} of {len(judged)} promises hold."
+    parts = [". ".join([*machines, held]), "\n".join(broken), peaks(rows), times(rows)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def peaks(rows: Iterable[Row]) -> str:
+    """A line for each placement whose peak was predicted; those of the grid count for the extremes only."""
+    found = [row for row in rows if "predicted" in row]
+    lines = []
+    for row in found:
+        if row["section"] != "grid":
+            budget = f"{row['budget']:g} GB" + (f", {row['card']:g} GB card" if "card" in row else "")
+            size = f"{row['size']}, {row['batch']} at once" if row["batch"] > 1 else row["size"]
+            lines.append((budget, size, *(gb(row[name]) for name in ("predicted", "reserved", "process", "hosted"))))
+    if not lines:
+        return ""
+    off = [row["predicted"] / row["reserved"] - 1 for row in found]
+    head = ("budget", "size", "predicted peak", "torch reserved, peak", "process (NVML), peak", "in host memory")
+    return table(head, lines) + f"\n\nPredicted peaks over {len(off)} cases: {min(off):+.1%} to {max(off):+.1%}."
+
+
+def times(rows: Iterable[Row]) -> str:
+    """A line for each budget that was timed."""
+    found: dict[float, dict[str, str]] = {}
+    for row in rows:
+        if "ms" in row:
+            found.setdefault(row["budget"], {})[row["what"]] = f"{row['ms']:.0f} ms"
+    columns = sorted({what for timed in found.values() for what in timed}, reverse=True)
+    lines = [(f"{budget:g} GB", *(timed.get(what, "") for what in columns)) for budget, timed in found.items()]
+    return table(("budget", *columns), lines) if lines else ""
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """In Markdown."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines))
+
+
+def gb(size: int | None) -> str:
+    """Bytes, as they are read."""
+    return "unknown" if size is None else f"{size / GB:.2f} GB"
+
+
+def planned() -> str:
+    """What streams at some budgets, and what that costs; as `vortex plan` has it, without a card."""
+    from vortex_core.cli.plan_report import propose
+
+    lines = []
+    for budget in BUDGETS:
+        made = propose(budget, SIDE, SIDE, 1, None, {})
+        added = made.costs(PCIE, 0)
+        streamed = {row.name: row.streamed for row in made.rows if row.streamed}
+        blocks = streamed.pop("step-time blocks", 0)
+        names = [name for name in ("T5", "CLIP", "modulation") if name in streamed]
+        words = ", ".join([*names, f"{gb(blocks)} of blocks"] if blocks else names) or "nothing"
+        times = (f"{added[name]:.0f} ms" for name in ("prompt_ms", "picture_ms"))
+        lines.append((f"{budget:g} GB", words, gb(made.plan.hosted), *times))
+    return table(("budget", "streams", "pinned host memory", "adds to a new prompt", "adds to a picture"), lines)
+
+
+def speed(report: Row, contenders: Iterable[str] = CONTENDERS) -> str:
+    """Medians and peaks of tools/benchmarks/speed_contract.py's report, a line for each contender."""
+    lines = []
+    for name in contenders:
+        rows = sorted((row for row in report["rows"] if row["contender"] == name), key=lambda row: int(row["height"]))
+        peak = " / ".join(f"{row['peak'] / GB:.1f}" for row in rows)
+        lines.append((CONTENDERS[name], peak, *(f"{median(row) * 1e3:.0f} ms" for row in rows)))
+    return table(("", "peak at 512 / 1024, GB", "512 x 512", "1024 x 1024"), lines)
+
+
+def median(row: Row) -> float:
+    """Seconds of a picture."""
+    return next(float(found["seconds"]) for found in row["picture"]["percentiles"] if found["q"] == 50)
+
+
+def made_here() -> dict[str, str]:
+    """The tables that need no GPU, by name."""
+    report = json.loads((ROOT / "docs/reports/speed/report.json").read_text())
+    return {PLANNED: planned(), SPEED: speed(report), SHORT: speed(report, IN_SHORT)}
+
+
+def insert(text: str, name: str, found: str) -> str:
+    """`text` with what is between the marks of the table `name` replaced. Raises `ValueError` where it has none."""
+    begin, end = f"<!-- table: {name} -->", "<!-- /table -->"
+    before, opened, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not opened or not closed:
+        raise ValueError(f"{begin} and {end} are not both there")
+    return f"{before}{begin}\n{found}\n{end}{after}"
+
+
+def main() -> None:
+    """Parse arguments, print or write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("figures", type=Path, nargs="*", help="what vram_contract.py --json wrote")
+    parser.add_argument("--print", action="store_true", help="print the tables, write nothing")
+    arguments = parser.parse_args()
+    made = made_here()
+    if arguments.figures:
+        made[MEASURED] = tables([row for path in arguments.figures for row in json.loads(path.read_text())])
+    if arguments.print:
+        print("\n\n".join(f"{name}\n\n{found}" for name, found in made.items()))
+        return
+    for page in PAGES:
+        path = ROOT / page
+        text = path.read_text()
+        for name, found in made.items():
+            if f"<!-- table: {name} -->" in text:
+                text = insert(text, name, found)
+        path.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Scores a model directory: does each picture show what its caption, never seen in training, says?
+
+`draw(prompts, seeds) -> pictures [B, H, W, 3]` has two makers: diffusers' pipeline (bf16, or with the weights that
+Vortex serves in NF4 rounded to it), and Vortex's own engine. Captions and seeds are fixed.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import judge
+import scenes
+import tiny_model as tm
+import torch
+import typer
+from torch import Tensor
+
+Draw = Callable[[list[str], list[int]], Tensor]
+MODEL = Path(__file__).parents[2] / "vortex_core" / "assets" / "tiny-schnell"
+
+
+def diffusers_draw(model: Path, nf4: bool, device: str, mode: str = "exact") -> Draw:
+    """Draw with diffusers in bf16; `nf4` rounds the weights that are served in NF4."""
+    from diffusers import FluxPipeline
+
+    pipeline = FluxPipeline.from_pretrained(model, torch_dtype=torch.bfloat16).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    if nf4:
+        tm.quantize(tm.Tiny(pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.vae,
+                            pipeline.tokenizer, pipeline.tokenizer_2))  # fmt: skip
+    side = pipeline.vae.config.sample_size
+
+    def draw(prompts: list[str], seeds: list[int]) -> Tensor:
+        noise = [torch.Generator().manual_seed(s) for s in seeds]
+        return torch.from_numpy(pipeline(
+            prompts, guidance_scale=0.0, num_inference_steps=4, max_sequence_length=tm.T5_LENGTH, height=side,
+            width=side, generator=noise, output_type="np").images)  # fmt: skip
+
+    return draw
+
+
+def vortex_draw(model: Path, nf4: bool, device: str, mode: str = "exact") -> Draw:
+    """Draw with Vortex's engine in a mode; on the CPU `fast` computes its numbers in plain torch."""
+    from vortex_core import load_flux_schnell
+    from vortex_core.kernels import reference
+
+    engine = load_flux_schnell(model=model, device=device, quantization="nf4" if nf4 else "none", mode=mode)
+    if device == "cpu":
+        engine._model.transformer.use(reference, fast=mode == "fast", fp8_attention=mode == "fast")
+    side = json.loads((model / "vae" / "config.json").read_text())["sample_size"]
+
+    def draw(prompts: list[str], seeds: list[int]) -> Tensor:
+        each = (engine.generate(p, seed=s, height=side, width=side, steps=4)
+                for p, s in zip(prompts, seeds, strict=True))  # fmt: skip
+        return torch.cat(list(each)).cpu()
+
+    return draw
+
+
+MAKERS = {"diffusers": diffusers_draw, "vortex": vortex_draw}
+
+
+def never_seen(things: int, count: int) -> list[tuple[scenes.Scene, str]]:
+    """Fixed scenes that training never saw, with their captions."""
+    rng = random.Random(9_000 + things)
+    drawn = [scenes.sample_held_out(rng, things) for _ in range(count)]
+    return [(scene, scenes.caption(scene, rng)) for scene in drawn]
+
+
+def score(draw: Draw, things: int, count: int, batch: int) -> tuple[float, Counter[str]]:
+    """The share of pictures judged right, and the first reasons of the others."""
+    right, why = 0, Counter()
+    cases = never_seen(things, count)
+    for at in range(0, count, batch):
+        part = cases[at : at + batch]
+        for picture, (scene, _) in zip(draw([c for _, c in part], list(range(at, at + len(part)))), part, strict=True):
+            verdict = judge.matches(picture, scene)
+            right += verdict.ok
+            why.update(reason.split(" is ")[0] for reason in verdict.reasons[:1])
+    return right / count, why
+
+
+def main(
+    model: Annotated[Path, typer.Argument(help="Model directory in diffusers' layout.")] = MODEL,
+    maker: Annotated[str, typer.Option(help="diffusers or vortex.")] = "diffusers",
+    nf4: Annotated[bool, typer.Option("--nf4/--bf16", help="Precision of the weights served in NF4.")] = True,
+    one: Annotated[int, typer.Option(help="Captions of one object.")] = 200,
+    two: Annotated[int, typer.Option(help="Captions of two objects.")] = 100,
+    batch: Annotated[int, typer.Option(help="Pictures at a time.")] = 10,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    mode: Annotated[str, typer.Option(help="Vortex's: exact or fast.")] = "exact",
+) -> None:
+    """Score a model on captions never seen in training; prints a table, then one JSON line."""
+    draw = MAKERS[maker](model, nf4, device, mode)
+    result: dict[str, object] = {"maker": maker, "precision": "nf4" if nf4 else "bf16", "mode": mode}
+    print("objects  captions  right  first reasons of the others")
+    for name, things, count in (("one", 1, one), ("two", 2, two)):
+        share, why = score(draw, things, count, batch)
+        print(f"{name:7s}  {count:8d}  {share:5.3f}  {dict(why.most_common(4))}", flush=True)
+        result |= {name: share, f"{name}_captions": count}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    typer.run(main)

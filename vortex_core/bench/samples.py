@@ -1,0 +1,101 @@
+"""Pictures that are drawn to be timed, and what each took."""
+
+from __future__ import annotations
+
+import secrets
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import GB
+from ..utils.timing import Stopwatch, mark
+from .machine import Reading, gauge
+from .workload import Workload
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ..runtime.engine import Engine
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One picture: `seconds` on the host's clock, `phases` by name on the device's, the machine right after it.
+
+    `started` is in seconds since the run began; `cold`: its prompt was new.
+    """
+
+    index: int
+    cold: bool
+    prompt: str
+    seed: int
+    started: float
+    seconds: float
+    phases: dict[str, float]
+    unmarked: float
+    reading: Reading
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return asdict(self)
+
+
+def describe(engine: Engine) -> dict[str, str]:
+    """The model and how it runs."""
+    return {
+        "name": engine.name,
+        "quantization": engine.quantization,
+        "mode": engine.mode,
+        "dtype": str(engine.dtype).removeprefix("torch."),
+        "device": engine.device.type,
+        "vram_budget": "none" if engine.budget is None else f"{engine.budget / GB:g} GB",
+    }
+
+
+def draw(engine: Engine, prompt: str, seed: int, **options: Any) -> Tensor:
+    """One picture, copied out to host memory. `options` go to `Engine.generate`."""
+    picture = engine.generate(prompt, seed=seed, **options).cpu()
+    mark("copy out")
+    return picture
+
+
+def measure(
+    engine: Engine, workload: Workload, on_picture: Callable[[int, int], None] | None = None, **options: Any
+) -> Iterator[Sample]:
+    """Draw the workload; each picture that counts, as soon as it is there. `options` go to `Engine.generate`.
+
+    `on_picture(done, total)` is told of every picture outside the timed span, warm-up included; it may raise to cancel.
+    """
+    read = gauge(engine.device)
+    options |= {"width": workload.width, "height": workload.height, "steps": workload.steps}
+    begun = time.perf_counter()
+    for prompt in workload.prompts:
+        engine.encode(prompt, workload.steps)  # from now on it is cached
+    for i in range(workload.total):
+        index = i - workload.warmup
+        cold = index >= workload.iterations
+        prompt = workload.prompts[i % len(workload.prompts)]
+        if cold:
+            prompt = f"{prompt}, {secrets.token_hex(4)}"
+        started = time.perf_counter() - begun
+        with Stopwatch(engine.device) as watch:
+            draw(engine, prompt, i, **options)
+        if index >= 0:
+            yield Sample(index, cold, prompt, i, started, watch.seconds, watch.phases, watch.unmarked, read())
+        if on_picture is not None:
+            on_picture(i + 1, workload.total)
+
+
+def overhead(sample: Sample, device: torch.device, repeats: int = 200) -> float:
+    """Seconds that the stopwatch itself adds to a picture with this one's phases: the median of empty ones."""
+    taken = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        with Stopwatch(device):
+            for phase in sample.phases:
+                mark(phase)
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken)

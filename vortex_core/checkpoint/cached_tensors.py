@@ -1,0 +1,89 @@
+"""A part's tensors out of the cache, whatever becomes of its entry while they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ..nf4 import NF4Weight, dequantize
+from ..storage.materialize import Target, read_nf4
+from ..storage.tensors import Stored
+from .cache_entry import CPU, DamagedEntry
+from .dialects import Part
+
+T = TypeVar("T", Tensor, NF4Weight)
+
+
+class Kept:
+    """The tensors of an entry. One that turns out to be damaged is made `again`, else the part itself is read.
+
+    `again(stored, error)` makes a new entry in the place of `stored`, or gives None where that cannot be.
+    """
+
+    def __init__(
+        self, stored: Stored, again: Callable[[Stored, Exception], Stored | None], part: Part, target: Target
+    ) -> None:
+        self.where = stored.where
+        self._headers = stored  # which were checked; the data shows when it is read
+        self._stored: Stored | None = stored
+        self._again: Callable[[Stored, Exception], Stored | None] | None = again
+        self._part = part
+        self._target = replace(target, progress=lambda nbytes: None)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._headers
+
+    def names(self) -> Iterable[str]:
+        """See `Stored.names`."""
+        return self._headers.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See `Stored.shape`."""
+        return self._headers.shape(name)
+
+    def nbytes(self, name: str) -> int:
+        """See `Stored.nbytes`."""
+        return self._headers.nbytes(name)
+
+    def check(self, name: str, *, scales: bool = True) -> None:
+        """See `Stored.check`."""
+        self._headers.check(name, scales=scales)
+
+    def is_nf4(self, name: str) -> bool:
+        """See `Stored.is_nf4`."""
+        return self._headers.is_nf4(name)
+
+    def read(self, name: str, device: torch.device | str = CPU) -> Tensor:
+        """See `Stored.read`."""
+        if self.is_nf4(name):
+            return dequantize(self.read_nf4(name, device), torch.float32)
+        return self._read(
+            lambda stored: stored.read(name, device),
+            lambda: self._part.tensors.read(name, device).view(self.shape(name)),
+        )
+
+    def read_nf4(self, name: str, device: torch.device | str = CPU) -> NF4Weight:
+        """See `Stored.read_nf4`."""
+        return self._read(
+            lambda stored: stored.read_nf4(name, device),
+            lambda: read_nf4(self._part.tensors, name, self._target, torch.device(device)),
+        )
+
+    def settle(self) -> None:
+        """See `Stored.settle`."""
+        for tensors in (self._stored, self._part.tensors):
+            if tensors is not None:
+                tensors.settle()
+
+    def _read(self, kept: Callable[[Stored], T], anew: Callable[[], T]) -> T:
+        while self._stored is not None:
+            try:
+                return kept(self._stored)
+            except (DamagedEntry, OSError) as error:
+                again, self._again = self._again, None  # once: a disk that damages two would damage more
+                self._stored = again(self._stored, error) if again is not None else None
+        return anew()

@@ -1,0 +1,128 @@
+"""What this machine can do, and what to fix: the checks behind `vortex doctor`."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+
+import torch
+
+from ..checkpoint.bundle import open_bundle
+from ..device.select import device_words, other_accelerator
+from ..quant.backends import bitsandbytes_declined
+from ..utils.packages import first_line, missing
+
+SMALLEST_CARD = 8e9  # bytes; the smallest card the default budget of 6.5 GB suits
+NEEDED = ("transformers", "tokenizers", "safetensors")
+WANTED = {  # the module that is used, its package, and what is not there without it
+    "diffusers": ("diffusers", "only Engine.from_pipeline and `vortex bench compare` need it"),
+    "gguf": ("gguf", "only GGUF files need it"),
+    "matplotlib.figure": ("matplotlib", "only plots need it"),
+    "psutil": ("psutil", "only figures of host memory need it"),
+    "pynvml": ("nvidia-ml-py", "only figures of other programs' VRAM, clocks and temperature need it"),
+    "scipy.stats": ("scipy", "only comparisons of benchmarks need it"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report. `state` is `ok`, `note` (works, could be better) or `fault`; `fix` says what to do."""
+
+    name: str
+    state: str
+    detail: str
+    fix: str = ""
+
+
+def examine() -> Iterator[Finding]:
+    """Look at Python, torch, the GPU, bitsandbytes, packages and the bundled model. Loads no weights.
+
+    What is broken is a finding, whatever it raises.
+    """
+    yield Finding("Python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    yield Finding("torch", "ok", torch.__version__)
+    yield from _devices()
+    for package in NEEDED:
+        why = missing(package)
+        fix = "" if why is None else f"pip install --upgrade {package}"
+        yield Finding(package, "ok" if why is None else "fault", why or _version(package), fix)
+    for module, (package, purpose) in WANTED.items():
+        yield _wanted(module, package, purpose)
+    yield _bundled_model()
+
+
+def _wanted(module: str, package: str, purpose: str) -> Finding:
+    why = missing(module)
+    if why is None:
+        return Finding(package, "ok", _version(package))
+    return Finding(package, "note", f"{why}; {purpose}", f"pip install --upgrade {package}")
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package) or "of unknown version"
+    except Exception:  # it imports, so it is there: on a path without metadata, or with half of it
+        return "of unknown version"
+
+
+def _devices() -> Iterator[Finding]:
+    if not torch.cuda.is_available():
+        built, other = torch.version.cuda, other_accelerator()
+        detail = f"none; torch was built for CUDA {built}" if built else "none; this torch build is for the CPU only"
+        if other is not None:
+            detail = f"{device_words(other)}, which Vortex does not use"
+        fix = "Pictures are drawn on the CPU, fine for the bundled model. "
+        fix += "Update the NVIDIA driver." if built else "With an NVIDIA card, install a CUDA build of torch."
+        yield Finding("GPU", "note", detail, fix)
+        yield _bitsandbytes(torch.device("cpu"))
+        return
+    for index in range(torch.cuda.device_count()):
+        try:
+            yield _gpu(index)
+        except Exception as error:
+            fix = "Update the NVIDIA driver, or install a torch build that fits it."
+            yield Finding(f"GPU {index}", "fault", f"it does not answer: {first_line(error)}", fix)
+    yield _wanted("triton", "triton", "the fast kernels need it")
+    yield _bitsandbytes(torch.device("cuda", 0))
+
+
+def _gpu(index: int) -> Finding:
+    properties = torch.cuda.get_device_properties(index)
+    free, total = torch.cuda.mem_get_info(index)
+    detail = (
+        f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
+        f"{total / 1e9:.1f} GB of VRAM, {free / 1e9:.1f} GB free"
+    )
+    name = f"GPU {index}"
+    if (properties.major, properties.minor) < (8, 0):
+        return Finding(name, "fault", detail, "FLUX needs native bf16: RTX 30 series or later.")
+    if total < SMALLEST_CARD:
+        return Finding(
+            name, "note", detail, "FLUX.1-schnell fits with weights that stream; `vortex plan --vram` tells the cost."
+        )
+    if free < SMALLEST_CARD * 0.875:
+        return Finding(name, "note", detail, "Close other programs that use the card: `nvidia-smi` lists them.")
+    return Finding(name, "ok", detail)
+
+
+def _bitsandbytes(device: torch.device) -> Finding:
+    try:
+        declined = bitsandbytes_declined(device)
+    except torch.OutOfMemoryError:
+        return Finding("NF4", "note", "no room to try it", "Close other programs that use the card, and ask again.")
+    if declined is None:
+        return Finding("NF4", "ok", f"bitsandbytes {_version('bitsandbytes')} decodes on {device}")
+    detail = f"plain torch, slower; bitsandbytes on {device}: {declined}"
+    return Finding("NF4", "note", detail, "pip install --upgrade bitsandbytes")
+
+
+def _bundled_model() -> Finding:
+    try:
+        bundle = open_bundle("tiny")
+    except Exception as error:  # of a damaged file, or of a package above
+        fix = "pip install --force-reinstall --no-deps vortex-flux"
+        return Finding("bundled model", "fault", first_line(error), fix)
+    side = bundle.spec.vae.sample_size
+    return Finding("bundled model", "ok", f"{bundle.name}, {side} x {side}")

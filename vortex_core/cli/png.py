@@ -1,0 +1,70 @@
+"""PNG files that remember how they were made, in the words that other programs read."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .. import __version__
+from ..errors import VortexError
+from ..utils.disk import write
+from ..utils.printable import printable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def check_writer() -> None:
+    """Raise `VortexError` where Pillow is missing or broken, before anything is drawn."""
+    try:
+        from PIL import Image, PngImagePlugin  # noqa: F401
+    except Exception as error:  # a broken install fails in many ways
+        raise VortexError(
+            f"Pictures are written with Pillow, which does not import ({error}): pip install --upgrade pillow."
+        ) from error
+
+
+def save_png(picture: Tensor, path: Path, texts: Mapping[str, str]) -> None:
+    """Write `encode`'s file to `path`, whole or not at all. Raises what that does, and `OSError`."""
+    write(path, encode(picture, texts), replace=True)
+
+
+def encode(picture: Tensor, texts: Mapping[str, str]) -> bytes:
+    """A float `[H, W, 3]` picture in 0..1 as a PNG file that carries `texts`, and who wrote it.
+
+    ComfyUI's names (`prompt`, `workflow`) hold its own JSON; AUTOMATIC1111's `parameters` is what everybody reads.
+    Raises `NotFiniteError` for NaN.
+    """
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    from ..device.finite import check_finite
+
+    check_finite(picture, "The picture")
+    info = PngInfo()
+    for key, text in {**texts, "Software": f"vortex {__version__}"}.items():
+        # iTXt takes every character; readers that know only tEXt are served wherever that can be
+        (info.add_text if text.isascii() else info.add_itxt)(key, text)
+    levels = picture.mul(255).round().byte().cpu()
+    image = Image.frombytes("RGB", (levels.shape[1], levels.shape[0]), bytes(levels.contiguous().untyped_storage()))
+    file = io.BytesIO()
+    image.save(file, format="PNG", pnginfo=info)
+    return file.getvalue()
+
+
+def parameters(prompt: str, *, steps: int, seed: int, width: int, height: int, model: str) -> str:
+    """How a picture was made, as AUTOMATIC1111 writes it: the prompt, then one line of `Name: value, ...`."""
+    model = printable(model)  # a file's name, whose bytes may be no text
+    facts = {
+        "Steps": steps,
+        "Sampler": "Euler",
+        "CFG scale": 1,  # no guidance
+        "Seed": seed,
+        "Size": f"{width}x{height}",
+        "Model": json.dumps(model, ensure_ascii=False) if set(model) & set(',:"\n') else model,
+        "Version": f"vortex {__version__}",
+    }
+    return f"{prompt}\n" + ", ".join(f"{name}: {value}" for name, value in facts.items())

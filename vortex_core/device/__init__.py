@@ -1,0 +1,5 @@
+"""The device: which one, its streams, its counters, and the one thread that does all work on it."""
+
+from ..moved import attributes_of
+
+__getattr__ = attributes_of(__name__, ".select", "resolve_device", "host_buffer")

@@ -1,0 +1,201 @@
+"""A call on its way to a worker (device/worker.py), and what code inside it may do: check, ask its caller, warn."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from contextvars import ContextVar, copy_context
+from functools import partial
+from time import monotonic
+from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple, Unpack
+
+import torch
+
+from ..errors import DeadlineError, VortexInputError, quoted
+from ..utils.numeric import finite
+
+if TYPE_CHECKING:
+    from .worker import Worker
+
+PACKAGE = os.path.join(os.path.dirname(__file__), "")
+
+T = TypeVar("T")
+Args = TypeVarTuple("Args")
+Where = tuple[str, int, str, dict[Any, Any]]  # file, line, module, the module's registry of warnings
+
+asked: ContextVar[tuple[Question, ...]] = ContextVar("vortex_asked", default=())  # those that we are inside of
+
+
+class Cancelled(BaseException):
+    """Inside a job: its caller is gone. No caller sees it, and no `except Exception` catches it."""
+
+
+class Bell:
+    """Rung by anyone at any moment, a finalizer too, and heard once. An Event's lock is no RLock."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def ring(self) -> None:
+        """Have the one who waits, or the next who will, go on."""
+        with suppress(RuntimeError):  # rung already
+            self._lock.release()
+
+    def wait(self, timeout: float = -1) -> None:
+        """Until it rings, or `timeout` seconds are over."""
+        self._lock.acquire(timeout=timeout)
+
+
+class Outcome:
+    """What a call came to. Whoever takes it takes it away, so that nothing is held."""
+
+    result: Any = None
+    error: BaseException | None = None
+
+    def take(self) -> Any:
+        """The result, or the exception raised: the same object, with the frames of both threads."""
+        result, error = self.result, self.error
+        self.result = self.error = None
+        if error is None:
+            return result
+        context = error.__context__
+        try:
+            raise error
+        finally:
+            if context is not None:  # `raise` puts what the caller handles at the moment in its place
+                error.__context__ = context
+            del error, context  # the exception knows this frame
+
+
+class Job(Outcome):
+    """A call on its way. `where`, for a warning, is known of a caller who cannot be asked, a coroutine.
+
+    `question` waits to be answered by the caller; `asking` is open until the job goes on.
+    """
+
+    notify: Callable[[], None]
+    where: Where | None = None
+
+    def __init__(self, worker: Worker, call: Callable[[], Any], owner: object, deadline: float | None) -> None:
+        seconds = finite(deadline)
+        if deadline is not None and (seconds is None or seconds <= 0):
+            raise VortexInputError(
+                f"deadline is a number of seconds above 0, such as 30, and finite, not {quoted(deadline)}."
+            )
+        self.deadline, self.since = seconds, monotonic()
+        self.limit = None if seconds is None else self.since + seconds
+        self.worker, self.owner = worker, owner
+        self.call: Any = call
+        self.context: Any = copy_context()
+        self.stream = worker.order.foreign()
+        # the asked function in which this was submitted: who asked there waits for it
+        self.origin = next((q for q in reversed(asked.get()) if q.open and q.worker is worker), None)
+        self.question: Question | None = None
+        self.asking: Question | None = None
+        self.running = self.done = self.gone = False
+        self.held_up = False  # a call was given up because what this one asked did not return
+
+    def check(self) -> None:
+        """Raise what ends the job early: its caller is gone, its time is up, its device is lost."""
+        if self.gone:
+            raise Cancelled
+        self.worker.check()
+        if self.limit is not None and monotonic() > self.limit:
+            raise DeadlineError(
+                f"The call took longer than its deadline of {self.deadline:g} s, and was stopped. Give it more time.",
+                deadline=self.deadline,
+            )
+
+    def pause(self) -> float | None:
+        """Seconds until its time in the queue is up; None: it runs, or has all the time."""
+        return None if self.running or self.limit is None else max(0.0, self.limit - monotonic())
+
+    def finish(self) -> None:
+        """It is over: what it held is let go, and what it came to where nobody wants that."""
+        self.call = self.context = self.owner = self.origin = self.where = self.stream = None
+        if self.gone:
+            self.result = self.error = None
+        self.done = True
+
+
+class Question(Outcome):
+    """A function that a job wants to have run on the thread of its caller. Open until the job goes on."""
+
+    def __init__(self, job: Job, call: Callable[[], Any]) -> None:
+        self.worker, self.owner = job.worker, job.owner
+        self.call: Any = call
+        self.since = monotonic()
+        self.open, self.answered = True, False
+
+    def answer(self) -> None:
+        """Run it, here, and tell the worker."""
+        token = asked.set((*asked.get(), self))
+        try:
+            with torch.inference_mode():
+                self.result = self.call()
+        except BaseException as error:
+            self.error = error
+        finally:
+            asked.reset(token)
+        self.answered = True
+        self.worker.bell.ring()
+
+    def close(self) -> None:
+        """The job goes on, or has ended."""
+        self.open = False
+        self.call = self.owner = self.result = self.error = None
+
+
+class _Here(threading.local):
+    worker: Worker | None = None  # whose thread this is
+    job: Job | None = None  # that runs on it
+
+
+here = _Here()
+
+
+def check() -> None:
+    """For code that draws, at every step: end here if the job's deadline is over or its caller gone."""
+    if (job := here.job) is not None:
+        job.check()
+
+
+def ask(function: Callable[[Unpack[Args]], T], *args: *Args) -> T:
+    """`function(*args)` on the thread and in the context of the job's caller; right here where no job runs.
+
+    A coroutine's thread does not wait, so for `arun` it runs here, in a copy of the context. What it raises is raised
+    here. While it runs, jobs that it submits are served, and after `PATIENCE` seconds those of other owners.
+    """
+    job = here.job
+    return function(*args) if job is None else job.worker.ask(job, partial(function, *args))
+
+
+def inside(owner: object) -> bool:
+    """Whether we are inside a function that a job of `owner` asked for."""
+    return any(question.open and question.owner is owner for question in asked.get())
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Give a warning at the line, outside this package, that made the call. It raises where a filter says so."""
+    job = here.job
+    if job is None:
+        warnings.warn_explicit(message, category, *outside())
+    elif job.where is not None:
+        warnings.warn_explicit(message, category, *job.where)
+    else:
+        ask(warn, message, category)
+
+
+def outside() -> Where:
+    """The innermost line outside this package. By folder: as a part of another package it has another name."""
+    frame = sys._getframe(1)
+    while frame.f_code.co_filename.startswith(PACKAGE) and frame.f_back is not None:
+        frame = frame.f_back
+    names = frame.f_globals
+    registry = names.setdefault("__warningregistry__", {})
+    return frame.f_code.co_filename, frame.f_lineno, names.get("__name__", "<unknown>"), registry

@@ -1,0 +1,309 @@
+"""What the device's memory holds: torch's two counters, the process as NVML sees it, the whole device.
+
+`allocated` is what tensors take, `reserved` what torch's allocator keeps for them, `process` that plus the CUDA
+context and libraries. What captured steps allocate is in `reserved` with torch's own allocator; with cudaMallocAsync
+the driver has it, and tells (`graph_memory`). All in bytes; GB is 10^9.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+
+from ..errors import GB
+from ..utils.timeline import INTERVAL, Timeline
+from .nvml import ask_card
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Bytes at one moment. `process` is None where NVML does not tell (no driver, another PID namespace)."""
+
+    allocated: int
+    reserved: int
+    process: int | None
+    free: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """torch's two counters of a device, in bytes."""
+
+    allocated: int
+    reserved: int
+
+
+def counters(device: torch.device) -> Counters:
+    """Those of a CUDA device at the moment; zeros on the CPU, and before CUDA was used."""
+    stats = torch.cuda.memory_stats_as_nested_dict(device) if device.type == "cuda" else None
+    if not stats:
+        return Counters(allocated=0, reserved=0)
+    # as it comes: `memory_stats` flattens and sorts all of it, for 0.4 ms
+    return Counters(stats["allocated_bytes"]["all"]["current"], stats["reserved_bytes"]["all"]["current"])
+
+
+def snapshot(device: torch.device, *, process: bool = True) -> Snapshot:
+    """The counters of a CUDA device; zeros on the CPU, which has no VRAM. NVML takes a millisecond: if `process`."""
+    if device.type != "cuda":
+        return Snapshot(allocated=0, reserved=0, process=None, free=0, total=0)
+    free, total = torch.cuda.mem_get_info(device)
+    now = counters(device)
+    return Snapshot(
+        allocated=now.allocated,
+        reserved=now.reserved,
+        process=process_memory(device) if process else None,
+        free=free,
+        total=total,
+    )
+
+
+def process_memory(device: torch.device) -> int | None:
+    """Bytes NVML accounts to this process on a CUDA device, or None where it cannot tell."""
+    return next((holder.nbytes for holder in holders(device) if holder.pid == os.getpid()), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A process with memory on a device. `nbytes` is None where the driver does not tell."""
+
+    pid: int
+    nbytes: int | None
+
+
+def holders(device: torch.device) -> list[Holder]:
+    """The processes that NVML sees on a CUDA device; none where it cannot tell."""
+    return ask_card(device, _holders) or []
+
+
+def _holders(pynvml: Any, card: Any) -> list[Holder]:
+    return [
+        Holder(int(process.pid), _told(process.usedGpuMemory))
+        for process in pynvml.nvmlDeviceGetComputeRunningProcesses(card)
+    ]
+
+
+def _told(used: Any) -> int | None:
+    """Bytes, or None where NVML does not tell, for which some modules have the largest number of 64 bits."""
+    return None if used is None or int(used) >= 2**63 else int(used)
+
+
+def available(device: torch.device, own: int = 0) -> int | None:
+    """Bytes that torch could reserve for whoever holds `own` of what is allocated; None on the CPU.
+
+    What the driver has free, what torch and graphs keep for nobody, and `own`; less where the process is capped.
+    """
+    if device.type != "cuda":
+        return None
+    now = snapshot(device, process=False)
+    return min(now.free + now.reserved + graph_memory(device), _cap(device, now.total)) - (now.allocated - own)
+
+
+def shortage(device: torch.device, own: int = 0) -> str:
+    """Why `available` is not more, in words: a cap on the process, a slice of a card, other programs and models."""
+    if device.type != "cuda":
+        return ""
+    now, words = snapshot(device, process=False), []
+    cap = _cap(device, now.total)
+    if cap < now.free + now.reserved:
+        words.append(
+            f"this process is capped at {cap / GB:.2f} GB (torch.cuda.set_per_process_memory_fraction), whatever the "
+            "card has free"
+        )
+    name = torch.cuda.get_device_name(device)
+    if "MIG" in name:
+        words.append(f"{name} is a slice of a card, of {now.total / GB:.2f} GB")
+    others = [holder for holder in holders(device) if holder.pid != os.getpid() and holder.nbytes]
+    words += [f"process {holder.pid} holds {(holder.nbytes or 0) / GB:.2f} GB" for holder in others]
+    if now.allocated - own > 0.1 * GB:
+        words.append(f"other models and tensors of this process hold {(now.allocated - own) / GB:.2f} GB")
+    return "; ".join(words)
+
+
+def _cap(device: torch.device, total: int) -> int:
+    """Bytes that torch may reserve in this process."""
+    fraction: Callable[[torch.device], float] = getattr(
+        torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0
+    )
+    return int(fraction(device) * total)
+
+
+def hand_back(device: torch.device) -> None:
+    """Give the driver what torch has cached, and what graphs that are gone have left, on a CUDA device."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.empty_cache()
+        _driver("cuDeviceGraphMemTrim", device)
+
+
+def graph_memory(device: torch.device) -> int:
+    """Bytes that the driver keeps for graphs that allocate inside, beside what torch has reserved."""
+    if device.type != "cuda":
+        return 0
+    found = ctypes.c_uint64(0)
+    reserved = 2  # CU_GRAPH_MEM_ATTR_RESERVED_MEM_CURRENT
+    _driver("cuDeviceGetGraphMemAttribute", device, reserved, ctypes.byref(found))
+    return found.value
+
+
+def _driver(name: str, device: torch.device, *arguments: Any) -> None:
+    """Call the driver, which torch does not do for us; it only observes and tidies, so a failure is no error."""
+    library = _driver_library()
+    if library is None:
+        return
+    handle = ctypes.c_int(0)
+    try:
+        if library.cuDeviceGet(ctypes.byref(handle), device.index or 0) == 0:
+            getattr(library, name)(handle, *arguments)
+    except Exception as error:  # an old driver, or another's library of that name
+        log.debug("%s: %s", name, error)
+
+
+@cache
+def _driver_library() -> Any:
+    try:
+        return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError as error:
+        log.debug("The CUDA driver's library does not load: %s", error)
+        return None
+
+
+def cap_process(device: torch.device, nbytes: int | None) -> None:
+    """Have torch refuse to reserve more than `nbytes` in this whole process, whoever asks; None: no cap.
+
+    The cap is the process', not Vortex': set it only in a process that is yours.
+    """
+    total = torch.cuda.mem_get_info(device)[1]
+    torch.cuda.set_per_process_memory_fraction(1.0 if nbytes is None else min(1.0, nbytes / total), device)
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """Who holds what is reserved on a device, in bytes; `rows` add up to `held`.
+
+    `components` are Vortex'. `graphs` keep memory that no tensor has: in what torch has reserved, or, with
+    cudaMallocAsync, in what the driver has (`outside`). `others` is what is allocated besides: pictures and tensors of
+    callers, other models. `cached` is what torch has reserved and nobody holds, the rounding of segments among it.
+    `pinned` is host memory that is pinned, by use; it is no part of the sum.
+    """
+
+    components: Mapping[str, int]
+    allocated: int
+    reserved: int
+    graphs: int
+    outside: int
+    pinned: Mapping[str, int]
+
+    @property
+    def held(self) -> int:
+        """What torch has reserved, and the driver for graphs."""
+        return self.reserved + self.outside
+
+    @property
+    def others(self) -> int:
+        """Allocated by anybody else."""
+        return self.allocated - sum(self.components.values())
+
+    @property
+    def cached(self) -> int:
+        """Reserved and free."""
+        return self.held - self.allocated - self.graphs
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """Every component, then `graphs`, `others` and `cached`."""
+        return {**self.components, "graphs": self.graphs, "others": self.others, "cached": self.cached}
+
+
+@dataclass(slots=True)
+class Peak:
+    """The most that torch had within a scope, in bytes. Where `exact` is False it may have been more in between."""
+
+    allocated: int = 0
+    reserved: int = 0
+    exact: bool = False
+
+
+@contextmanager
+def peak(device: torch.device) -> Iterator[Peak]:
+    """The peak of what is inside; filled in at the end. Scopes nest, and nobody's statistics are reset.
+
+    torch keeps one peak for the whole process, which others read and reset. It tells this scope's whenever it rises in
+    here. Where it does not, an earlier peak was higher; then the counters of what went to and came from the driver
+    tell the peak of reserved, if nothing was handed back in here, and only that of allocated may be missed.
+    """
+    found = Peak()
+    if device.type != "cuda":
+        yield found
+        return
+    before = torch.cuda.memory_stats(device)
+    try:
+        yield found
+    finally:
+        after = torch.cuda.memory_stats(device)
+        found.reserved, sure = _peak(before, after, "reserved_bytes")
+        found.reserved += graph_memory(device)
+        found.allocated, exact = _peak(before, after, "allocated_bytes")
+        found.exact = sure and exact
+
+
+def _peak(before: Mapping[str, int], after: Mapping[str, int], counter: str) -> tuple[int, bool]:
+    first, last, most = (f"{counter}.all.{what}" for what in ("current", "freed", "peak"))
+    if after[most] > before[most]:
+        return after[most], True
+    counts = after.get(f"{counter}.all.allocated", 1) > 0  # cudaMallocAsync's backend does not count what goes
+    if counts and after[last] == before[last]:  # nothing was given back, so it only grew
+        return after[first], True
+    return max(before[first], after[first]), False
+
+
+class Sampler(Timeline[Snapshot]):
+    """Snapshots of a device in the background; see `Timeline`.
+
+    Shorter spikes than the interval are missed; torch's own peaks (`peak`) are not, but NVML keeps none.
+    """
+
+    def __init__(self, device: torch.device, interval: float = INTERVAL) -> None:
+        super().__init__(partial(snapshot, device), interval=interval)
+
+    @property
+    def samples(self) -> list[Snapshot]:
+        """The oldest first."""
+        return [moment.reading for moment in self.moments]
+
+    def most(self, counter: str) -> int | None:
+        """The largest value of a `Snapshot` field; None where it was never known."""
+        return max((value for s in self.samples if (value := getattr(s, counter)) is not None), default=None)
+
+    @property
+    def least_free(self) -> int:
+        """The least the whole device had free."""
+        return min(s.free for s in self.samples)
+
+
+def clear_cuda_cache() -> int:
+    """Hand torch's unused cached memory back to the driver; the bytes freed. The last resort, not a habit.
+
+    Vortex never calls it between pictures: the next allocation of each size asks the driver again (milliseconds
+    each, and a device synchronization), so the next picture is slower.
+    """
+    if not torch.cuda.is_available():
+        log.info("clear_cuda_cache: there is no CUDA device, nothing to free")
+        return 0
+    gc.collect()
+    before = torch.cuda.memory_reserved()
+    torch.cuda.empty_cache()
+    freed = before - torch.cuda.memory_reserved()
+    log.warning("clear_cuda_cache freed %.2f GB; the next picture pays for allocating it again", freed / 1e9)
+    return freed

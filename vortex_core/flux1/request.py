@@ -1,0 +1,140 @@
+"""What a caller asks for, checked before any work is done."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..errors import VortexInputError, quoted
+from ..utils.numeric import whole
+from .spec import MAX_SIZE, MAX_STEPS, MIN_SIZE, SIZE_MULTIPLE
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+MAX_SEED = 2**64 - 1
+HALF = re.compile("[\ud800-\udfff]")  # of a pair that makes one character
+MAX_BATCH = 1024  # no memory is known to hold more, and what is computed of it stays small
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One call of `Engine.generate`, with ints of Python. Raises `VortexInputError` for whatever is out of range."""
+
+    seed: int
+    height: int
+    width: int
+    steps: int
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        given = {name: getattr(self, name) for name in ("height", "width", "batch_size", "seed")}
+        numbers = {name: whole(value) for name, value in given.items()}
+        for side in ("height", "width"):
+            pixels = numbers[side]
+            if pixels is None or pixels % SIZE_MULTIPLE or not MIN_SIZE <= pixels <= MAX_SIZE:
+                raise VortexInputError(
+                    f"{side} must be a multiple of {SIZE_MULTIPLE} from {MIN_SIZE} to {MAX_SIZE} pixels, "
+                    f"not {quoted(given[side])}."
+                )
+        batch, seed = numbers["batch_size"], numbers["seed"]
+        if batch is None or not 1 <= batch <= MAX_BATCH:
+            raise VortexInputError(
+                f"batch_size must be a whole number from 1 to {MAX_BATCH}, not {quoted(given['batch_size'])}."
+            )
+        if seed is None or not 0 <= seed <= MAX_SEED - batch + 1:
+            raise VortexInputError(
+                f"seed must be a whole number from 0 to 2^64 - 1 (for the last picture of a batch too), "
+                f"not {quoted(given['seed'])}."
+            )
+        for name, number in {**numbers, "steps": check_steps(self.steps)}.items():
+            object.__setattr__(self, name, number)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Shape of the pictures, `[B, H, W, 3]`."""
+        return self.batch_size, self.height, self.width, 3
+
+    def check_out(self, out: object, device: torch.device) -> None:
+        """Raise `VortexInputError` unless `out` can take these pictures in place."""
+        import torch  # here, so that a command can check what it was given before seconds of imports
+
+        wanted = f"{self.shape} torch.float32 on {device}"
+        if not isinstance(out, torch.Tensor):
+            raise VortexInputError(f"out must be a tensor, {wanted}, not {quoted(out)}.")
+        if out.layout is not torch.strided or not out.is_contiguous():
+            raise VortexInputError(f"out must be contiguous: {wanted}.")
+        if (tuple(out.shape), out.dtype, out.device) != (self.shape, torch.float32, device):
+            raise VortexInputError(
+                f"out must be {wanted}; found {quoted(tuple(out.shape))} {out.dtype} on {out.device}."
+            )
+        if out.requires_grad:
+            raise VortexInputError("out must be a tensor that needs no gradient: pass out.detach().")
+
+
+def check_prompt(prompt: object) -> None:
+    """Raise `VortexInputError` unless `prompt` is a text. It may be empty: schnell then draws what it likes."""
+    if not isinstance(prompt, str):
+        raise VortexInputError(f"The prompt must be a text, not {quoted(prompt)}.")
+    half = HALF.search(prompt)
+    if half is not None:
+        raise VortexInputError(
+            f"The prompt has half a character (U+{ord(half[0]):04X}) at place {half.start()}: an emoji that was cut in "
+            "two, or bytes that are not UTF-8. Write it anew."
+        )
+
+
+def check_steps(steps: object) -> int:
+    """`steps`, a whole number from 1 to 8. Raises `VortexInputError` for anything else."""
+    number = whole(steps)
+    if number is None or not 1 <= number <= MAX_STEPS:
+        raise VortexInputError(f"steps must be from 1 to {MAX_STEPS} (schnell is made for 4), not {quoted(steps)}.")
+    return number
+
+
+def check_callback(name: str, function: object) -> None:
+    """Raise `VortexInputError` unless `function` can be called, or is None."""
+    if function is not None and not callable(function):
+        raise VortexInputError(f"{name} must be a function, not {quoted(function)}.")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise `VortexInputError` unless `value` is one of `choices`."""
+    if not isinstance(value, str) or value not in choices:
+        raise VortexInputError(f"Unknown {name} {quoted(value)}; choose from {', '.join(choices)}.")
+
+
+def check_embeddings(txt: object, pooled: object, context: int, vec: int) -> None:
+    """Raise `VortexInputError` for others than finite floats `[1, N, context]` and `[1, vec]`."""
+    for name, values, shape, origin in (
+        ("txt", txt, (1, "tokens", context), "T5 embeddings"),
+        ("pooled", pooled, (1, vec), "from CLIP"),
+    ):
+        if not check_floats(name, values, shape, origin).isfinite().all():
+            raise VortexInputError(f"{name} holds NaN or infinity. Make the embeddings again.")
+
+
+def check_latents(latents: object, channels: int) -> None:
+    """Raise `VortexInputError` for others than floats `[B, channels, H/8, W/8]`, finite if they are in host memory."""
+    values = check_floats("latents", latents, ("B", channels, "H/8", "W/8"), "in the model's scale")
+    if values.device.type == "cpu" and not values.isfinite().all():
+        raise VortexInputError("latents hold NaN or infinity, and so would the picture.")
+
+
+def check_floats(name: str, values: object, shape: tuple[int | str, ...], origin: str) -> Tensor:
+    """`values`, a tensor of floats of this `shape`, where a name is any length but 0; else `VortexInputError`."""
+    import torch
+
+    wanted = f"{name} must be [{', '.join(map(str, shape))}] ({origin})"
+    if not isinstance(values, torch.Tensor):
+        raise VortexInputError(f"{wanted}, a tensor, not {quoted(values)}.")
+    if values.ndim != len(shape) or not all(
+        n == wants if isinstance(wants, int) else n for n, wants in zip(values.shape, shape, strict=True)
+    ):
+        raise VortexInputError(f"{wanted}, at least one, not {quoted(list(values.shape))}.")
+    if not values.is_floating_point() or values.layout is not torch.strided or values.is_meta:
+        raise VortexInputError(f"{wanted}, floats in memory, not {values.dtype}, {values.layout} on {values.device}.")
+    return values

@@ -1,0 +1,183 @@
+"""The two text encoders: tokens in, T5 embeddings and CLIP's pooled vector out.
+
+The models are transformers' own, built on `meta` and filled by us, so that T5's linears (`wo` too, which
+transformers' own 4-bit path leaves out) are NF4. Embedding tables stay in host memory: a prompt looks up a few
+hundred rows, which is cheaper to send than a third of a GB is to keep.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn import Embedding
+
+from ..device.jobs import warn
+from ..errors import SHOWN, PromptSyntaxWarning, PromptTruncatedWarning, quoted
+from ..storage.materialize import Target, check, materialize
+from ..storage.tensors import Tensors
+from ..storage.vocabulary import encode
+from .spec import CLIP_TOKENS, T5_TOKENS, ClipSpec, T5Spec
+
+HOST = torch.device("cpu")
+T5_PAD = 0
+ENOUGH = 20_000  # characters; a million take seconds, for tokens that are lost
+# what ComfyUI and other programs do not read as words
+SYNTAX = tuple(
+    re.compile(pattern)
+    for pattern in (r"(?<!\\)\([^()]*:\s*[-+]?\d{0,4}\.?\d{1,4}\s*\)", r"\bembedding:\S{1,200}", r"\bBREAK\b")
+)
+# pooling is done here, and transformers warns of its own defaults where a vocabulary is smaller
+UNUSED = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Token ids, cut and padded to an encoder's length, and the text that did not fit."""
+
+    ids: tuple[int, ...]
+    lost: str
+
+
+def tokenize(tokenizer: Tokenizer, prompt: str, length: int, pad: int | None = None) -> Tokens:
+    """Ids of `prompt`, ending in the end token, exactly `length` of them; padded with `pad` or the end token."""
+    encoding = encode(tokenizer, prompt[:ENOUGH])
+    if len(prompt) > ENOUGH and len(encoding.ids) < 2 * length:
+        encoding = encode(tokenizer, prompt)
+    end = encoding.ids[-1]
+    if len(encoding.ids) <= length:
+        fill = end if pad is None else pad
+        return Tokens((*encoding.ids, *[fill] * (length - len(encoding.ids))), lost="")
+    return Tokens((*encoding.ids[: length - 1], end), lost=prompt[encoding.offsets[length - 1][0] :].strip())
+
+
+def tokenize_prompt(clip: Tokenizer, t5: Tokenizer, prompt: str) -> tuple[Tokens, Tokens]:
+    """CLIP's 77 and T5's 256 tokens of a prompt. Warns (`PromptTruncatedWarning`) with the text that is lost."""
+    clip_tokens = tokenize(clip, prompt, CLIP_TOKENS)
+    t5_tokens = tokenize(t5, prompt, T5_TOKENS, pad=T5_PAD)
+    if t5_tokens.lost:
+        _warn(f"The prompt is longer than the {T5_TOKENS} tokens FLUX.1-schnell reads. Lost: {_ends(t5_tokens.lost)}")
+    elif clip_tokens.lost:
+        _warn(
+            f"The prompt is longer than CLIP's {CLIP_TOKENS} tokens. T5 still reads all of it, but the pooled "
+            f"vector is without: {_ends(clip_tokens.lost)}"
+        )
+    return clip_tokens, t5_tokens
+
+
+def note_syntax(prompt: str) -> None:
+    """Warn (`PromptSyntaxWarning`), once for each, of what other programs would not read as words."""
+    for found in (pattern.search(prompt) for pattern in SYNTAX):
+        if found is not None:
+            warn(
+                f"{quoted(found[0])} is taken literally, as words of the prompt: FLUX's encoders know neither weights "
+                "such as (word:1.2), nor embedding: names, nor BREAK.",
+                PromptSyntaxWarning,
+            )
+
+
+class T5:
+    """T5's encoder. `groups` are its blocks, the groups that may stream."""
+
+    def __init__(self, spec: T5Spec) -> None:
+        from transformers import T5Config, T5EncoderModel
+
+        with torch.device("meta"):
+            model = T5EncoderModel(T5Config(**asdict(spec), **_ours(T5EncoderModel))).eval()
+        self._model: Any = model.encoder
+        self._model.embed_tokens = None  # tied to `shared`, which is looked up here
+        self._table = Embedding(model.config.vocab_size, model.config.d_model, device="meta")
+        self._device = HOST
+
+    @property
+    def groups(self) -> list[nn.Module]:
+        """The blocks, in the order they run."""
+        return list(self._model.block)
+
+    @property
+    def norm(self) -> nn.Module:
+        """The last norm, which never streams."""
+        return self._model.final_layer_norm
+
+    @property
+    def modules(self) -> list[tuple[nn.Module, str]]:
+        """Its modules and the prefixes of their tensors' names."""
+        return [(self._model, "encoder."), (self._table, "shared.")]
+
+    def check(self, tensors: Tensors) -> int:
+        """See `materialize.check`."""
+        return sum(check(module, tensors, prefix) for module, prefix in self.modules)
+
+    @property
+    def working_bytes(self) -> int:
+        """About what a prompt takes on the device besides weights: score matrices in fp32, and the wide layer's."""
+        config = self._model.config
+        return 4 * T5_TOKENS * (config.num_heads * T5_TOKENS * 4 + config.d_ff * 4)
+
+    def load_table(self, tensors: Tensors, target: Target) -> None:
+        """Fill the embedding table, in host memory; the rest runs on `target.device`."""
+        self._device = target.device
+        materialize(self._table, tensors, target, prefix="shared.", home=HOST)
+
+    def __call__(self, ids: tuple[int, ...]) -> Tensor:
+        """Embeddings `[1, 256, context]` on the device. No mask: FLUX has none, so padding tokens count."""
+        embedded = F.embedding(torch.tensor([ids]), self._table.weight).to(self._device)
+        return self._model(inputs_embeds=embedded).last_hidden_state
+
+
+class Clip:
+    """CLIP's text encoder, for its pooled vector. `groups` are its layers, the groups that may stream."""
+
+    def __init__(self, spec: ClipSpec) -> None:
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        with torch.device("meta"):
+            model = CLIPTextModel(CLIPTextConfig(**asdict(spec), **_ours(CLIPTextModel), **UNUSED)).eval()
+        self._model: Any = getattr(model, "text_model", model)  # transformers 4 nests it
+        self._device = HOST
+
+    @property
+    def groups(self) -> list[nn.Module]:
+        """The layers, in the order they run."""
+        return list(self._model.encoder.layers)
+
+    @property
+    def norm(self) -> nn.Module:
+        """The last norm, which never streams."""
+        return self._model.final_layer_norm
+
+    def check(self, tensors: Tensors) -> int:
+        """See `materialize.check`."""
+        return check(self._model, tensors)
+
+    def load_table(self, tensors: Tensors, target: Target) -> None:
+        """Fill the embedding tables, in host memory; the rest runs on `target.device`."""
+        self._device = target.device
+        embeddings = self._model.embeddings
+        materialize(embeddings, tensors, target, prefix="embeddings.", home=HOST)
+        positions = embeddings.position_embedding.num_embeddings
+        embeddings.position_ids = torch.arange(positions)[None]  # a buffer no checkpoint carries
+        embeddings.register_forward_hook(lambda module, inputs, output: output.to(self._device))
+
+    def __call__(self, ids: tuple[int, ...]) -> Tensor:
+        """The pooled vector `[1, vec]` on the device."""
+        states = self._model(input_ids=torch.tensor([ids])).last_hidden_state
+        return states[:, ids.index(ids[-1])]  # where the end token, which also pads, stands first
+
+
+def _ours(model: Any) -> dict[str, Any]:
+    """What is ours to say of one of transformers' models: attention is torch's, whatever anybody's config asks for."""
+    return {"attn_implementation": "sdpa" if model._supports_sdpa else "eager"}
+
+
+def _ends(text: str) -> str:
+    return repr(text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} ... {text[-SHOWN // 2 :]}")
+
+
+def _warn(message: str) -> None:
+    warn(message, PromptTruncatedWarning)

@@ -1,0 +1,249 @@
+"""Step time: FLUX's double and single blocks, from packed latents and modulation to a velocity.
+
+Legend: B pictures, S image tokens, N text tokens, L = N + S, D hidden, H heads, C = D / H, M width of the MLP.
+Names and fused layout are BFL's (`qkv`, `linear1`, `linear2`), so a released checkpoint maps one to one. What
+depends on the prompt alone is not here: time, pooled text and every modulation linear run at prompt time
+(flux1/conditioning.py), and a block takes its shifts, scales and gates as rows of the modulation table.
+Modules are plain `nn.Linear`; loading swaps in NF4 (storage/materialize.py).
+
+A step is a fixed sequence of products and kernels between buffers (flux1/step_buffers.py), so that it can be replayed.
+Text and image share one residual stream and one qkv buffer, each in its own rows: nothing is joined or cut. A block
+ends with the gated sum *and* the adaLN of what follows it, one pass over memory instead of two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn import Linear
+
+from ..kernels import Kernels, ScaledTensor, reference
+from ..quant.linear import NF4Linear, multiply
+from .spec import FluxSpec
+from .step_buffers import Rope, StepBuffers, Take, TokenStream
+
+__all__ = ["Rope", "Transformer"]
+
+
+class Next(NamedTuple):
+    """The adaLN after a block, which the block ends with: shift and scale `[D]`, and where it goes."""
+
+    shift: Tensor
+    scale: Tensor
+    out: ScaledTensor
+
+
+class RMSNorm(nn.Module):
+    """The weight of an RMS norm, with BFL's name."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(dim))
+
+
+class QKNorm(nn.Module):
+    """Norms of queries and keys over the channels of a head."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.query_norm = RMSNorm(head_dim)
+        self.key_norm = RMSNorm(head_dim)
+
+
+class SelfAttention(nn.Module):
+    """The attention weights of one stream of a double block."""
+
+    def __init__(self, spec: FluxSpec) -> None:
+        super().__init__()
+        self.qkv = Linear(spec.hidden, 3 * spec.hidden)
+        self.norm = QKNorm(spec.head_dim)
+        self.proj = Linear(spec.hidden, spec.hidden)
+
+
+class DoubleBlock(nn.Module):
+    """Image and text keep their own weights and meet in attention."""
+
+    def __init__(self, spec: FluxSpec) -> None:
+        super().__init__()
+        self.img_attn = SelfAttention(spec)
+        self.txt_attn = SelfAttention(spec)
+        self.img_mlp = mlp(spec)
+        self.txt_mlp = mlp(spec)
+
+    def forward(self, step: StepBuffers, mod: Tensor, img_next: Next, txt_next: Next) -> None:
+        """From `normal` of both streams to what follows them. `mod` `[12, D]`: image, then text."""
+        img, txt = step.img, step.txt
+        with step.beside():
+            multiply(self.txt_attn.qkv, txt.normal, txt.qkv.flatten(2), step.txt_lane)
+        multiply(self.img_attn.qkv, img.normal, img.qkv.flatten(2))
+        step.meet()
+        out = attend(step, step.qkv, ((txt, self.txt_attn.norm), (img, self.img_attn.norm)))
+        with step.beside():
+            branch(step.kernels, txt, out, self.txt_attn, self.txt_mlp, mod[6:], step.txt_lane)
+        branch(step.kernels, img, out, self.img_attn, self.img_mlp, mod[:6])
+        step.meet()
+        # both after the last use of `normal`: what follows may be the joint one, laid out otherwise
+        step.kernels.residual_modulate(img.x, img.y, mod[5], *img_next)
+        step.kernels.residual_modulate(txt.x, txt.y, mod[11], *txt_next)
+
+
+class SingleBlock(nn.Module):
+    """Text and image as one sequence; attention and MLP side by side behind one wide linear."""
+
+    def __init__(self, spec: FluxSpec) -> None:
+        super().__init__()
+        self.linear1 = Linear(spec.hidden, 3 * spec.hidden + spec.mlp)
+        self.linear2 = Linear(spec.hidden + spec.mlp, spec.hidden)
+        self.norm = QKNorm(spec.head_dim)
+
+    def forward(self, step: StepBuffers, gate: Tensor, following: Next) -> None:
+        """From `normal` of the joint sequence to what follows, of its last tokens if that wants fewer. `gate` `[D]`."""
+        joint, last = step.joint, following.out.values.shape[1]
+        multiply(self.linear1, joint.normal, step.linear1, gelu=joint.active is None)
+        out = attend(step, joint.qkv, ((joint, self.norm),))
+        multiply(self.linear2, joint.activate(step.kernels, out), joint.y)
+        step.kernels.residual_modulate(joint.x[:, -last:], joint.y[:, -last:], gate, *following)
+
+
+class FinalLayer(nn.Module):
+    """The last norm and the projection to packed latents."""
+
+    def __init__(self, spec: FluxSpec) -> None:
+        super().__init__()
+        self.linear = Linear(spec.hidden, spec.in_channels)
+
+
+class Transformer(nn.Module):
+    """The token half of FLUX: everything whose work grows with tokens and repeats each step."""
+
+    def __init__(self, spec: FluxSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.kernels: Kernels = reference
+        self.fast = self.fp8_attention = False
+        self.side: torch.cuda.Stream | None = None
+        self.img_in = Linear(spec.in_channels, spec.hidden)
+        self.txt_in = Linear(spec.context, spec.hidden)
+        self.double_blocks = nn.ModuleList(DoubleBlock(spec) for _ in range(spec.double_blocks))
+        self.single_blocks = nn.ModuleList(SingleBlock(spec) for _ in range(spec.single_blocks))
+        self.final_layer = FinalLayer(spec)
+
+    def use(
+        self,
+        kernels: Kernels,
+        *,
+        fast: bool,
+        fp8_attention: bool = False,
+        side: torch.cuda.Stream | None = None,
+    ) -> None:
+        """Compute with `kernels`; `fast` multiplies in fp8, and takes NF4 weights only.
+
+        `fp8_attention`: only where `fast`. `side`: a CUDA stream for the text of double blocks, which fills what the
+        image's last tiles leave idle.
+        """
+        self.kernels, self.fast, self.fp8_attention, self.side = kernels, fast, fp8_attention, side
+        for linear in self.linears():
+            if fast:
+                linear.prepare_fp8()
+
+    @property
+    def fused(self) -> bool:
+        """Whether the kernels are Triton's, which allocate nothing in a step."""
+        return self.kernels is not reference
+
+    def linears(self) -> Iterator[NF4Linear]:
+        """Every quantized linear."""
+        return (part for part in self.modules() if isinstance(part, NF4Linear))
+
+    def step(self, size: tuple[int, int, int], take: Take | None = None) -> StepBuffers:
+        """Buffers for a step of `size` = (pictures, text tokens, image tokens), from `take`; default fresh ones."""
+        weight = self.img_in.weight
+
+        def fresh(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=weight.device)
+
+        return StepBuffers(
+            self.spec,
+            self.kernels,
+            size,
+            weight.dtype,
+            take or fresh,
+            fast=self.fast,
+            fp8_attention=self.fp8_attention,
+            side=self.side,
+        )
+
+    def forward(
+        self, img: Tensor, txt: Tensor, modulation: Tensor, pe: Rope, step: StepBuffers | None = None
+    ) -> Tensor:
+        """The velocity `[B, S, 64]` of packed latents `img [B, S, 64]` at one step.
+
+        `txt` `[B, N, D]` is `txt_in` of the T5 embeddings: the same in every step, so the caller does it once.
+        `modulation` is one step of the table, `[rows, D]`: 12 rows a double block, 3 a single block, 2 at the end.
+        `step`: the buffers to work in, one of which is returned; default fresh ones.
+        """
+        step = step or self.step((img.shape[0], txt.shape[1], img.shape[1]))
+        step.place(pe)
+        step.txt.x.copy_(txt)
+        multiply(self.img_in, ScaledTensor(img.to(self.img_in.weight.dtype)), step.img.x)
+
+        def following(row: int, out: ScaledTensor) -> Next:
+            return Next(modulation[row], modulation[row + 1], out)
+
+        streams = (step.img, step.txt)
+        for row, stream in zip((0, 6), streams, strict=True):
+            step.kernels.modulate(stream.x, *following(row, stream.normal))
+        row, singles = 0, 12 * len(self.double_blocks)
+        for double in self.double_blocks:
+            mod, row = modulation[row : row + 12], row + 12
+            if row < singles:
+                double(step, mod, following(row, step.img.normal), following(row + 6, step.txt.normal))
+            else:
+                parts = (step.joint.normal.tokens(stream.start, stream.stop) for stream in streams)
+                double(step, mod, *(following(row, part) for part in parts))
+        for single in self.single_blocks:
+            gate, row = modulation[row + 2], row + 3
+            out = step.joint.normal if row + 2 < len(modulation) else step.final
+            single(step, gate, following(row, out))
+        multiply(self.final_layer.linear, step.final, step.velocity)
+        return step.velocity
+
+
+def mlp(spec: FluxSpec) -> nn.Sequential:
+    """FLUX's MLP; entries 0 and 2 carry the weights, as in the checkpoint's names."""
+    return nn.Sequential(Linear(spec.hidden, spec.mlp), nn.GELU(approximate="tanh"), Linear(spec.mlp, spec.hidden))
+
+
+def branch(
+    kernels: Kernels, stream: TokenStream, out: Tensor, attn: SelfAttention, mlp: nn.Module, mod: Tensor, lane: int = 0
+) -> None:
+    """A double block's stream from attention's output to its MLP's. `mod` `[6, D]`."""
+    _, _, gate, shift, scale, _ = mod
+    wide, _, narrow = mlp.children()
+    multiply(attn.proj, stream.pack(out, kernels), stream.y, lane)
+    kernels.residual_modulate(stream.x, stream.y, gate, shift, scale, stream.normal)
+    multiply(wide, stream.normal, stream.wide, lane, gelu=stream.active is None)
+    multiply(narrow, stream.activate(kernels), stream.y, lane)
+
+
+def attend(step: StepBuffers, qkv: Tensor, parts: Sequence[tuple[TokenStream, QKNorm]]) -> Tensor:
+    """Attention over `qkv` `[B, L, 3, H, C]`, made of one or two streams with norms of their own; `[B, L, D]`.
+
+    In fp8 the result is where the queries were. Else attention is the library's, in memory of its own.
+    """
+    if step.heads is not None:
+        ends = (parts[0][1], parts[-1][1])
+        norms = [weight.scale for norm in ends for weight in (norm.query_norm, norm.key_norm)]
+        step.kernels.pack_heads(qkv, norms, parts[-1][0].start, *step.joint.pe, step.heads)
+        out = qkv[:, :, 0]
+        step.kernels.attend_heads(step.heads, out)
+        return out.flatten(2)
+    for stream, norm in parts:
+        cos, sin = stream.pe
+        step.kernels.rotate(stream.qkv, norm.query_norm.scale, norm.key_norm.scale, cos, sin)
+    q, k, v = qkv.transpose(1, 3).unbind(2)  # each [B, H, L, C], where the products wrote them
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)

@@ -1,0 +1,5 @@
+"""Who gets the VRAM: the plan, the arena that calls work in, weights that stream from host memory."""
+
+from ..moved import attributes_of
+
+__getattr__ = attributes_of(__name__, "..runtime.memory_manager", "MemoryManager", "Place")

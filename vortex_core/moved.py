@@ -1,0 +1,80 @@
+"""Modules under the names that they had before 0.2.0: `vortex_core.vram` is `vortex_core.device.vram`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+ROOMS = {  # the modules of each: NAME, or NEW=OLD
+    "utils": "bounds numeric packages paths disk partial lock=checkpoint.lock printable=foreign timeline "
+    "timing=latency",
+    "device": "streams worker jobs nvml vram threads finite",
+    "memory": "arena planner offload=residency placement host_memory",
+    "kernels": "capabilities=kernels.card decoder_attention=kernels.attention dequantize=kernels.decode "
+    "fp8_attention=kernels.heads scaled_tensor=kernels.operand tiles=kernels.tile",
+    "quant": "linear",
+    "storage": "files=checkpoint.files filebytes=checkpoint.filebytes headers=checkpoint.headers "
+    "formats=checkpoint.formats dtypes=checkpoint.dtypes finite=checkpoint.finite tensors=checkpoint.tensors "
+    "upload=checkpoint.upload checksum=checkpoint.checksum materialize=checkpoint.materialize "
+    "vocabulary=checkpoint.vocabulary",
+    "flux1": "spec transformer step_buffers=step conditioning text_encoders=text vae strips sampling request",
+    "checkpoint": "dialects=checkpoint.dialect key_maps=checkpoint.layout cache_entry=checkpoint.entry "
+    "cached_tensors=checkpoint.kept identity=checkpoint.source quantize",
+    "runtime": "engine turns painter loading model graphs",
+    "bench": "contest=bench.compare rank_tests=bench.comparison revisions=bench.against revision_worker=bench.worker "
+    "plot_style=bench.figures samples=bench.pictures readings=bench.memory",
+    "cli": "compare=bench.compare_command terminal console interrupt=cancel doctor inspection plan_report=proposal "
+    "pictures png bench=bench.command baseline=bench.baseline_command bench_options=bench.options "
+    "bench_output=bench.output",
+}
+NAMES = [(room, *item.partition("=")[::2]) for room, items in ROOMS.items() for item in items.split()]
+MOVED = {old or new: f"{room}.{new}" for room, new, old in NAMES}
+
+
+class Moved(MetaPathFinder, Loader):
+    """Finds old names of a package's modules, and gives the modules that have new ones."""
+
+    def __init__(self, package: str) -> None:
+        self.package = package
+        self.specs: dict[str, ModuleSpec | None] = {}
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """See `importlib.abc.MetaPathFinder`."""
+        package, _, name = fullname.partition(f"{self.package}.")
+        return ModuleSpec(fullname, self) if not package and name in MOVED else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """The module itself, so that both names are one."""
+        module = import_module(f"{self.package}.{MOVED[spec.name.removeprefix(f'{self.package}.')]}")
+        self.specs[spec.name] = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """It has run already; what the import system has written over is put back."""
+        spec = module.__spec__
+        assert spec is not None
+        module.__spec__ = self.specs.pop(spec.name)
+
+
+def install(package: str) -> None:
+    """Find the old names of `package`, after all others."""
+    if not any(isinstance(finder, Moved) and finder.package == package for finder in sys.meta_path):
+        sys.meta_path.append(Moved(package))
+
+
+def attributes_of(package: str, module: str, *names: str) -> Callable[[str], Any]:
+    """The `__getattr__` of a package that has the name of a former module: `names` that were there are in `module`."""
+
+    def attribute(name: str) -> Any:
+        if name not in names:  # submodules among them, which are imported then
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_module(module, package), name)
+
+    return attribute

@@ -1,0 +1,248 @@
+"""From files to a placed model: what is checked before anything is read, and how weights arrive group by group."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..checkpoint.bundle import Bundle
+from ..checkpoint.cache import Cache
+from ..device.jobs import ask, check
+from ..device.select import resolve_device
+from ..device.streams import streams_of
+from ..device.vram import available, hand_back, shortage, snapshot
+from ..errors import GB, VortexInitializationError, VortexInputError, quoted
+from ..flux1.request import check_choice
+from ..flux1.spec import MODES, MOST_BUDGET, QUANTIZATIONS
+from ..kernels import Kernels, attends_in_fp8, choose_kernels, fused_declined, reference
+from ..memory.placement import Placement
+from ..memory.planner import MemoryPlan, make_plan, smallest_budget
+from ..quant.backends import BACKENDS, Backend, choose_backend
+from ..quant.linear import fp8_declined
+from ..storage.materialize import Target
+from ..utils.numeric import finite
+from ..utils.timing import Stopwatch, mark
+from .model import Model, Sources
+
+log = logging.getLogger(__name__)
+
+OnLoad = Callable[[int, int], None]
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DEFAULT_BUDGET = 6.5 * GB
+CONTEXT = 1 * GB  # what a card needs besides: the CUDA context, the desktop
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedConfig:
+    """How a model is to be loaded, checked. `backend` None: 16-bit weights. `budget` None: no VRAM to budget.
+
+    `mode` is what it will be, which may not be what was asked for.
+    """
+
+    device: torch.device
+    quantization: str
+    dtype: torch.dtype
+    backend: Backend | None
+    budget: int | None
+    mode: str
+    kernels: Kernels
+    fp8_attention: bool
+
+    @classmethod
+    def check(
+        cls,
+        device: str | torch.device | None,
+        quantization: str,
+        dtype: torch.dtype | None,
+        backend: str | None,
+        vram_budget: float | None,
+        mode: str,
+    ) -> ResolvedConfig:
+        """Check `Engine.load`'s options, and try samples of the kernels. Raises what `Engine.load` does."""
+        where = resolve_device(device)
+        budget = check_options(where, quantization, dtype, backend, vram_budget, mode)
+        dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
+        try:
+            decoder = choose_backend(where, backend) if quantization == "nf4" else None
+            mode, kernels = choose_mode(mode, where, dtype, decoder), choose_kernels(where)
+            fp8_attention = mode == "fast" and attends_in_fp8(where)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory("There is no room to try the kernels", where, None) from error.with_traceback(None)
+        return cls(where, quantization, dtype, decoder, budget, mode, kernels, fp8_attention)
+
+
+def check_options(
+    where: torch.device,
+    quantization: str,
+    dtype: torch.dtype | None,
+    backend: str | None,
+    vram_budget: float | None,
+    mode: str,
+) -> int | None:
+    """What can be told of `Engine.load`'s options before anything is tried; the budget in bytes."""
+    check_choice("quantization", quantization, QUANTIZATIONS)
+    check_choice("mode", mode, MODES)
+    if backend is not None:
+        check_choice("backend", backend, BACKENDS)
+    if dtype is not None and dtype not in DTYPES:
+        raise VortexInputError(f"dtype is one of {', '.join(map(str, DTYPES))}, not {quoted(dtype)}.")
+    return check_budget(vram_budget, snapshot(where).total if where.type == "cuda" else None)
+
+
+def choose_mode(mode: str, device: torch.device, dtype: torch.dtype, backend: Backend | None) -> str:
+    """`mode`, or `exact` where `fast` cannot be, and why in the log."""
+    if mode == "exact":
+        return mode
+    if backend is None:
+        declined: str | None = "it multiplies NF4 weights, and these are not"
+    elif backend.name != "triton":
+        declined = fused_declined(device) or f"only the triton backend decodes to fp8, and it is {backend.name}"
+    elif dtype != torch.bfloat16:
+        declined = f"products in fp8 end in bf16, and {dtype} was asked for"
+    else:
+        declined = fp8_declined(device)  # last: kernels are compiled for it
+    if declined is None:
+        return mode
+    log.log(logging.WARNING if device.type == "cuda" else logging.INFO, "Mode: exact; fast declined: %s", declined)
+    return "exact"
+
+
+def check_budget(vram_budget: object, total: int | None) -> int | None:
+    """The budget in bytes of one in GB (None: 6.5, or what a smaller card leaves), for a card of `total` bytes.
+
+    `total` None is a device without VRAM, where a budget is taken only if it is asked for. Raises `VortexInputError`.
+    """
+    if vram_budget is None:
+        return None if total is None else int(min(DEFAULT_BUDGET, max(total - CONTEXT, total / 2)))
+    budget = finite(vram_budget)
+    if budget is None or budget > MOST_BUDGET:
+        raise VortexInputError(
+            f"vram_budget is a number of GB (10^9 bytes), such as 6.5, and finite, not {quoted(vram_budget)}."
+        )
+    if budget <= 0:
+        raise VortexInputError(f"vram_budget must be more than 0 GB, and finite, not {budget}.")
+    if total is not None and budget * GB > total:
+        raise VortexInputError(
+            f"vram_budget is {budget:g} GB, but the card has {total / GB:.2f} GB. Name at most "
+            f"{(total - CONTEXT) / GB:.1f}, which leaves 1 GB for the CUDA context and the desktop."
+        )
+    return int(budget * GB)
+
+
+def build(bundle: Bundle, setup: ResolvedConfig) -> Model:
+    """The modules on `meta`, ready for the weights."""
+    fast, fp8_attention, fused = setup.mode == "fast", setup.fp8_attention, setup.kernels is not reference
+    model = Model(bundle.spec, setup.dtype, setup.backend, fast=fast, fp8_attention=fp8_attention, fused=fused)
+    streams = streams_of(setup.device)
+    side = streams.side if streams is not None and fast else None
+    model.transformer.use(setup.kernels, fast=fast, fp8_attention=fp8_attention, side=side)
+    if model.decodes_fused:
+        model.decoder.use(setup.kernels)
+    return model
+
+
+def first_plan(name: str, model: Model, setup: ResolvedConfig, blas: int) -> MemoryPlan:
+    """The plan for one picture at the model's native size, or at the largest that fits the budget.
+
+    Raises `VortexInputError` where the budget is too small for any, and `VortexInitializationError` where the card
+    has not got that much left.
+    """
+    budget = math.inf if setup.budget is None else setup.budget
+    side = model.vae.sample_size
+    sides = [side, *(smaller for smaller in (512, 256, 64) if smaller < side)]
+    asked = [model.requirements(side, side, 1, blas=blas) for side in sides]
+    plan = next((found for requirements in asked if (found := make_plan(model.sizes, requirements, budget))), None)
+    if plan is None:
+        needs = [f"{r.width} x {r.height} takes {smallest_budget(model.sizes, r) / GB:.2f} GB" for r in asked]
+        raise VortexInputError(
+            f"A VRAM budget of {budget / GB:g} GB is too small for {name}, even with all weights in host memory: "
+            f"{', '.join(needs)}."
+        )
+    room = available(setup.device, blas)
+    if room is not None and plan.peak > room:
+        raise out_of_memory("There is not enough VRAM to load", setup.device, plan)
+    return plan
+
+
+def fill(
+    model: Model,
+    bundle: Bundle,
+    setup: ResolvedConfig,
+    plan: MemoryPlan,
+    placement: Placement,
+    on_progress: OnLoad | None,
+    cache: Cache | None,
+) -> None:
+    """Read every weight to where the plan wants it, group by group: host memory holds about one group besides.
+
+    Raises `VortexCheckpointError` before any device memory is taken, and torch's `OutOfMemoryError`.
+    """
+    sources = {kind: part.tensors for kind, part in bundle.parts.items()}
+    done, total = 0, model.check(sources)
+
+    def progress(count: int) -> None:
+        nonlocal done
+        check()
+        done += count
+        if on_progress is not None:
+            ask(on_progress, min(done, total), total)
+
+    target = Target(setup.device, setup.dtype, progress)
+    with Stopwatch(setup.device) as watch:
+        if cache is not None and setup.backend is not None:
+            # a part that must be quantized first is read once for that, and its result once more
+            total += sum(part.nbytes for kind, part in bundle.parts.items() if cache.lacks(part, kind))
+            named = {"transformer": [(model.transformer, ""), (model.modulation, "")], "t5": model.t5.modules}
+            sources |= {kind: cache.quantized(bundle.parts[kind], kind, parts, target) for kind, parts in named.items()}
+            total = done + model.check(sources)
+            mark("cache")
+        model.t5.load_table(sources["t5"], target)
+        model.clip.load_table(sources["clip"], target)
+        mark("tables")
+        _place(model, sources, target, plan, placement)
+        for source in sources.values():
+            source.settle()
+    phases = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in watch.phases.items())
+    log.debug("Weights arrived in %.2f s: %s", watch.seconds, phases)
+
+
+def _place(model: Model, sources: Sources, target: Target, plan: MemoryPlan, placement: Placement) -> None:
+    memory = placement.host_memory(plan.hosted)
+    mark("host memory")
+    # First, all at once: what reading takes for a moment comes after them, and leaves no holes that weights lie around.
+    hand_back(target.device)
+    resident = {
+        group.name: torch.empty(group.nbytes, dtype=torch.uint8, device=target.device) for group in plan.resident
+    }
+    for group in model.groups:
+        # what streams, too, comes by way of the device: from there to pinned memory is faster than from a file
+        model.read(group, sources, target)
+        if group.name in plan.streamed:
+            group.settle(host=memory.take(group.measure()))
+        else:
+            group.settle(device=resident.pop(group.name))
+        mark(group.part)
+    placement.start(plan.streamed)
+    hand_back(target.device)
+
+
+def out_of_memory(message: str, device: torch.device, plan: MemoryPlan | None) -> VortexInitializationError:
+    """The error of a load that does not fit: what it takes, who holds the rest, and what would fit."""
+    memory, room, why = snapshot(device), available(device), shortage(device)
+    remedy = "Close other programs that use the card (`nvidia-smi` lists them) or unload other models, and retry."
+    if plan is not None:
+        least = smallest_budget(plan.groups, plan.requirements)
+        size = f"{plan.requirements.width} x {plan.requirements.height}"
+        remedy += f" The smallest vram_budget that draws {size} is {least / GB:.2f} GB."
+    return VortexInitializationError(
+        f"{message} on {device}" + (f": {why}" if why else ""),
+        needed=None if plan is None else plan.peak,
+        free=memory.free if room is None else max(0, room),
+        total=memory.total,
+        allocated=memory.allocated,
+        remedy=remedy,
+    )

@@ -1,0 +1,292 @@
+"""An engine's share of the device: each call is planned, weights move where its plan wants them, the budget holds.
+
+`session` opens the memory of one call. What the call works in lies in the arena, by offset (memory/arena.py): decoded
+weights at its start, then the buffers through which weights stream, then those of the steps; the decoder uses all of it
+again; latents lie at its end. What libraries allocate by themselves (text encoders, attention, a few of the decoder's
+layers) comes out of a block that is held between calls, and lent to torch's allocator while they run.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ..device.jobs import warn
+from ..device.streams import blas_of
+from ..device.vram import Counters, Ledger, available, cap_process, counters, graph_memory, hand_back, shortage
+from ..errors import GB, MemoryPressureError, MemoryPressureWarning
+from ..memory.arena import Region, Views, block
+from ..memory.placement import Placement
+from ..memory.planner import MemoryPlan, MemoryRequirements, make_plan, smallest_budget
+from .graphs import GraphCache, Velocity
+from .loading import ResolvedConfig
+from .model import Model
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+MOST_VIEWS = 4096  # of the arena that are remembered; a size has some 30
+SPARE = 0.25 * GB  # what a card should have left at the peak; with less, some drivers start to swap
+
+
+class MemoryManager:
+    """Keeps what is on the device within `budget` (bytes; infinite on the CPU unless one is given), by `plan`."""
+
+    def __init__(self, model: Model, setup: ResolvedConfig, first: MemoryPlan) -> None:
+        """`first`: the plan that the model is loaded by."""
+        self.device, self.backend = setup.device, setup.backend
+        self.budget = math.inf if setup.budget is None else float(setup.budget)
+        self.model, self.plan = model, first
+        self.placement = Placement(model.groups, setup.device)
+        self.graphs = GraphCache(model.transformer, setup.device)
+        self.arena = self.library = block(0, setup.device)  # what calls work in; what is lent to libraries
+        self.views: Views = {}  # of the arena
+        self._blas, self._streams = blas_of(setup.device), model.streams(setup.device)
+        self._within = 0.0  # the budget that `plan` was made for
+        self._room = 0.0  # and what the card had left for it
+        self._others: int | None = None  # what the process had reserved when it was capped
+
+    def cap(self, on: bool = True) -> None:
+        """Have torch refuse more than the budget to the whole process, besides what it has now; or no more."""
+        if on and math.isfinite(self.budget) and self.device.type == "cuda":
+            self._others = counters(self.device).reserved
+            cap_process(self.device, self._others + int(self.budget))
+        elif self._others is not None:
+            cap_process(self.device, None)
+            self._others = None
+
+    def limit(self, budget: float) -> None:
+        """Keep within another budget from the next call on; a cap goes with it."""
+        self.budget = float(budget)
+        if self._others is not None:
+            cap_process(self.device, self._others + int(budget))
+
+    def run(self, requirements: MemoryRequirements, work: Callable[[Place], Result]) -> Result:
+        """Do `work` in a session. When memory runs out nevertheless, once more with the next tighter plan.
+
+        Raises `MemoryPressureError` where there is none, or that runs out, too.
+        """
+        limit = math.inf
+        for last in (False, True):
+            try:
+                return self._once(requirements, limit, work)
+            except torch.OutOfMemoryError as error:
+                cause = error.with_traceback(None)  # its frames would keep what they allocated
+            self.release()
+            if not last:
+                log.warning("Out of memory with a plan for %.2f GB; again with a tighter one", self.plan.peak / GB)
+                limit = self.plan.peak - 1
+        raise self._pressure("Memory ran out, twice", self.plan, min(limit, self._room)) from cause
+
+    def _once(self, requirements: MemoryRequirements, limit: float, work: Callable[[Place], Result]) -> Result:
+        with self.session(requirements, limit) as place:
+            return work(place)
+
+    @contextmanager
+    def session(self, requirements: MemoryRequirements, limit: float = math.inf) -> Iterator[Place]:
+        """The memory of one call, within budget and `limit`. Raises `MemoryPressureError` where there is no plan."""
+        if len(self.views) > MOST_VIEWS:
+            self.views.clear()
+        before, within = self.check_workspaces(), min(self.budget, limit)
+        if not self._stands(requirements, within):
+            self._arrange(requirements, within)
+            before = counters(self.device)
+        place = Place(self, self.plan)
+        # every launch inside is on the device of the tensors
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext(), place.decoding():
+            yield place
+        self._audit(before.reserved)
+
+    def check_workspaces(self) -> Counters:
+        """See whether cuBLAS' workspaces are where captured steps have them: after code that is not ours has run."""
+        return self._blas.ensure(self._streams)
+
+    def _stands(self, requirements: MemoryRequirements, within: float) -> bool:
+        """Whether the latest plan is for the same and still holds: then nobody need plan."""
+        plan = self.plan
+        if not (
+            (requirements, within) == (plan.requirements, self._within)
+            and plan.streamed == self.placement.streamed
+            and self.arena.numel() >= plan.arena
+            and self.library.numel() >= plan.library
+            and plan.peak + self._excess(plan) <= within
+        ):
+            return False
+        if self._room >= within:
+            return True
+        # what others left was less than the budget: ask again, and plan anew where that is no longer so
+        room = available(self.device, sum(self.components.values()))
+        return room is not None and plan.peak <= room <= self._room + SPARE
+
+    def _arrange(self, requirements: MemoryRequirements, within: float) -> None:
+        """Plan within the budget and what the card has left, and make it so."""
+        room = available(self.device, sum(self.components.values()))
+        self._within, self._room = within, math.inf if room is None else room
+        limit = min(self._within, self._room)
+        plan = make_plan(self.model.sizes, requirements, limit, keep=self.placement.streamed)
+        if plan is None:
+            poorest = make_plan(self.model.sizes, requirements, smallest_budget(self.model.sizes, requirements))
+            assert poorest is not None
+            raise self._pressure("This does not fit", poorest, limit)
+        if self._room - plan.peak < SPARE:
+            warn(
+                f"The card will have {(self._room - plan.peak) / GB:.2f} GB left at the peak of {plan.peak / GB:.2f} "
+                "GB. Close other programs that use it, or name a smaller vram_budget.",
+                MemoryPressureWarning,
+            )
+        try:
+            self._make(plan, limit)
+        except torch.OutOfMemoryError as error:
+            self.offload()
+            raise self._pressure("Memory ran out", plan, limit) from error.with_traceback(None)
+        self.plan = plan
+
+    def _make(self, plan: MemoryPlan, limit: float) -> None:
+        moves = self.arena.numel() < plan.arena or plan.streamed != self.placement.streamed
+        if moves or plan.peak + self._excess(plan) > limit:
+            self.release()
+        elif self.library.numel() < plan.library:
+            self.library = block(0, self.device)
+            hand_back(self.device)
+        self.placement.place(plan.streamed)
+        memory = counters(self.device)
+        others = memory.allocated - sum(self.components.values())
+        if memory.reserved - others > plan.peak:  # pictures of other sizes, which callers have let go
+            hand_back(self.device)
+        if self.arena.numel() < plan.arena:
+            self.arena = block(plan.arena, self.device)
+        if self.library.numel() < plan.library:
+            self.library = block(plan.library, self.device)
+
+    def release(self) -> None:
+        """Give back all that calls work in; weights stay."""
+        self.graphs.clear()
+        self.views.clear()
+        self.arena = self.library = block(0, self.device)
+        hand_back(self.device)
+
+    def _excess(self, plan: MemoryPlan) -> int:
+        """What larger pictures left that this one does not need."""
+        kept = (
+            (self.arena.numel(), plan.arena),
+            (self.library.numel(), plan.library),
+            (self.graphs.nbytes, plan.step.graph),
+        )
+        return sum(max(0, has - needs) for has, needs in kept)
+
+    def _audit(self, before: int) -> None:
+        """Warn where a call had torch reserve more than its plan says."""
+        grown = counters(self.device).reserved - before
+        if grown > self.plan.requirements.pictures + self.plan.step.graph + self.plan.requirements.slack:
+            rows = ", ".join(f"{name} {size / GB:.2f}" for name, size in self.ledger.rows.items())
+            warn(
+                f"This call had torch reserve {grown / GB:.2f} GB more, which was not planned; now, in GB: {rows}.",
+                MemoryPressureWarning,
+            )
+
+    def _pressure(self, message: str, plan: MemoryPlan, limit: float) -> MemoryPressureError:
+        asked = plan.requirements
+        room = min(limit, self.budget)
+        what = f"{asked.batch} of {asked.width} x {asked.height}" if asked.batch else "a prompt"
+        least = smallest_budget(self.model.sizes, asked)
+        why = shortage(self.device, sum(self.components.values())) if limit < self.budget else ""
+        return MemoryPressureError(
+            f"{message}: {what}",
+            needed=plan.peak,
+            available=int(room) if room < math.inf else plan.peak,
+            breakdown=plan.breakdown,
+            remedy=(f"Of the card: {why}. " if why else "")
+            + f"The smallest budget for it is {least / GB:.2f} GB; smaller pictures or batches take less.",
+        )
+
+    @property
+    def blas(self) -> int:
+        """Bytes of cuBLAS' workspaces, of which there is one set for all engines on a device."""
+        return self._blas.nbytes(self._streams)
+
+    def address(self) -> tuple[int, ...]:
+        """Where all lies that a captured step reads outside the arena, as far as torch tells."""
+        return (*self.placement.addresses, self._blas.generation)
+
+    @property
+    def components(self) -> dict[str, int]:
+        """Bytes of tensors on the device between calls, by component."""
+        blocks = {"arena": self.arena.numel(), "libraries": self.library.numel()}
+        return {**self.placement.resident_bytes, **blocks, "cuBLAS": self.blas}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that offloading frees: the components but cuBLAS', and what graphs keep."""
+        return sum(self.components.values()) - self.blas + self.graphs.nbytes
+
+    @property
+    def ledger(self) -> Ledger:
+        """Who holds what is reserved on the device."""
+        memory, outside = counters(self.device), graph_memory(self.device)
+        components = self.components if self.device.type == "cuda" else {}
+        pinned = {"streamed weights": self.placement.pinned_bytes}
+        return Ledger(components, memory.allocated, memory.reserved, self.graphs.reserved + outside, outside, pinned)
+
+    def offload(self) -> None:
+        """Move everything to host memory and hand the VRAM back to the driver."""
+        self.placement.offload()
+        self.release()
+
+    def resume(self) -> None:
+        """Bring everything back to the device, as for the latest call. Raises as `session`, and nothing is there."""
+        self._arrange(self.plan.requirements, self.budget)
+
+
+class Place:
+    """What a call works with while its session is open."""
+
+    def __init__(self, memory: MemoryManager, plan: MemoryPlan) -> None:
+        self.plan = plan
+        self._memory = memory
+        self._block, self._end = memory.arena, plan.arena - plan.requirements.latents
+        self.maps = self._block[: self._end]  # memory for the decoder
+
+    def decoding(self) -> AbstractContextManager[None]:
+        """NF4 weights are decoded into the arena's start, where there is scratch for them."""
+        backend, region = self._memory.backend, Region(self._block, 0, self._memory.views)
+        if backend is None or not self.plan.requirements.scratch:
+            return nullcontext()
+        return backend.using(*(region.take((size,), torch.uint8) for size in self._memory.model.scratch))
+
+    @contextmanager
+    def libraries(self) -> Iterator[None]:
+        """Inside, torch's allocator has the block that is held for what libraries allocate."""
+        memory, size = self._memory, self._memory.library.numel()
+        memory.library = block(0, memory.device)
+        yield
+        memory.library = block(size, memory.device)  # not after an error, whose traceback keeps tensors alive
+
+    @contextmanager
+    def prompt(self) -> Iterator[None]:
+        """Inside, text encoders and modulation run, streamed or not."""
+        with self._memory.placement.prompt.open(self._region()), self.libraries():
+            yield
+
+    @contextmanager
+    def steps(self, height: int, width: int, tokens: int, rounds: int) -> Iterator[tuple[Velocity, dict[str, Tensor]]]:
+        """The velocity of pictures of this size, and uninitialized memory for `Model.call_inputs`; in `rounds`."""
+        memory, region, prefetcher = self._memory, self._region(), self._memory.placement.steps
+        size = (self.plan.slice, tokens, height // 16 * (width // 16))
+        with prefetcher.open(region, rounds):
+            velocity = memory.graphs.open(size, region, prefetcher, memory.address, self.libraries)
+            inputs = memory.model.call_inputs(height, width, tokens)
+            yield velocity, {name: region.take(shape, kind) for name, (shape, kind) in inputs.items()}
+
+    def latents(self, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """fp32 tensors of these shapes, uninitialized, which stay where they are through steps and decode."""
+        region = Region(self._block, self._end, self._memory.views)
+        return tuple(region.take(shape, torch.float32) for shape in shapes)
+
+    def _region(self) -> Region:
+        return Region(self.maps, self.plan.requirements.scratch, self._memory.views)

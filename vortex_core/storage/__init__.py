@@ -1,0 +1,1 @@
+"""Bytes on disk to tensors: headers, files, uploads, checksums, and modules that are filled from them."""
