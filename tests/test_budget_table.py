@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from budget_table import MEASURED, PAGES, insert, made_here, tables
+from budget_table import MEASURED, PAGES, both_allocators, goals, insert, made_here, tables
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,6 +42,42 @@ def test_promises_peaks_and_times_are_told() -> None:
         "| --- | --- | --- |",
         "| 11 GB | 250 ms | 40 ms |",
         "| 4.5 GB | 311 ms |  |",
+    ]
+
+
+def promise(name: str, found: float, wanted: float, holds: bool) -> dict[str, Any]:
+    return {"promise": name, "found": found, "wanted": wanted, "holds": holds}
+
+
+def test_a_goal_that_one_report_misses_is_told_as_not_reached() -> None:
+    reports = {
+        "native": {"promises": [promise("a", 2, 1, False), promise("b", 1, 2, False), promise("c", 1, 1, True)]},
+        "other": {"promises": [promise("a", 0.5, 1, True), promise("b", 12.34, 2, True), promise("c", 1, 1, True)]},
+    }
+    assert goals(reports).splitlines() == [
+        "| not reached | goal | native | other |",
+        "| --- | --- | --- | --- |",
+        "| a | at most 1 | 2 | 0.5, reached |",
+        "| b | at least 2 | 1 | 12.3, reached |",
+        "",
+        "Promises that hold: 1 of 3 (native), 3 of 3 (other).",
+    ]
+
+
+def test_allocators_are_compared_by_mode_and_size() -> None:
+    def report(factor: float) -> dict[str, Any]:
+        times = {("fast", "1024"): 0.3, ("fast", "512"): 0.1, ("exact", "512"): 0.2, ("exact", "1024"): 0.5}
+        return {
+            "rows": [
+                {"contender": f"Vortex {mode}", "height": side}
+                | {"picture": {"percentiles": [{"q": 90, "seconds": 9.0}, {"q": 50, "seconds": seconds * factor}]}}
+                for (mode, side), seconds in times.items()
+            ]
+        }
+
+    assert both_allocators({"native": report(1), "other": report(0.9)}).splitlines()[2:] == [
+        "| `fast` | 100.0 ms | 90.0 ms | 0.900 | 300.0 ms | 270.0 ms | 0.900 |",
+        "| `exact` | 200.0 ms | 180.0 ms | 0.900 | 500.0 ms | 450.0 ms | 0.900 |",
     ]
 
 

@@ -1,12 +1,12 @@
 """The tables of memory and speed in README.md and docs: each figure comes from here, so it is the same on each page.
 
-python tools/benchmarks/budget_table.py                      # writes what is planned, and what docs/reports/speed
-measured python tools/benchmarks/budget_table.py contract*.json       # also what tools/benchmarks/vram_contract.py
-measured python tools/benchmarks/budget_table.py contract*.json --print
+    python tools/benchmarks/budget_table.py                  # what is planned, and what docs/reports/speed* measured
+    python tools/benchmarks/budget_table.py contract*.json   # also what tools/benchmarks/vram_contract.py measured
+    python tools/benchmarks/budget_table.py contract*.json --print
 
 A page has a pair of marks for each table: `<!-- table: NAME -->` and `<!-- /table -->`. The names:
-`budget measured` (needs the files of tools/benchmarks/vram_contract.py), `budget planned`, `speed` and `speed in
-short`.
+`budget measured` (needs the files of tools/benchmarks/vram_contract.py), `budget planned`, `speed`, `speed in short`,
+`goals`, `parts` and `both allocators`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "
 GB = 1e9
 PAGES = ("README.md", "docs/vram.md", "docs/performance.md")
 MEASURED, PLANNED, SPEED, SHORT = "budget measured", "budget planned", "speed", "speed in short"
+GOALS, PARTS, BOTH = "goals", "parts", "both allocators"
+REPORTS = {"native": "speed", "cudaMallocAsync": "speed-async"}  # below docs/reports, by torch's allocator
 BUDGETS = (11.0, 6.5, 5.5, 4.5)  # GB, of the planned table
 SIDE = 1024  # pixels, likewise
 PCIE = 12e9  # bytes a second, likewise
@@ -112,15 +114,94 @@ def speed(report: Row, contenders: Iterable[str] = CONTENDERS) -> str:
     return table(("", "peak at 512 / 1024, GB", "512 x 512", "1024 x 1024"), lines)
 
 
-def median(row: Row) -> float:
-    """Seconds of a picture."""
-    return next(float(found["seconds"]) for found in row["picture"]["percentiles"] if found["q"] == 50)
+def median(row: Row, part: str = "picture") -> float:
+    """Seconds of a picture, or of a part of it."""
+    return next(float(found["seconds"]) for found in row[part]["percentiles"] if found["q"] == 50)
+
+
+def goals(reports: dict[str, Row]) -> str:
+    """The promises that are broken in one of these reports, by allocator, and how many of all hold."""
+    judged = {name: {row["promise"]: row for row in report["promises"]} for name, report in reports.items()}
+    lines = []
+    for promise in next(iter(judged.values())):
+        rows = [found[promise] for found in judged.values()]
+        if not all(row["holds"] for row in rows):
+            most = (rows[0]["found"] <= rows[0]["wanted"]) == rows[0]["holds"]
+            goal = f"{'at most' if most else 'at least'} {rows[0]['wanted']:g}"
+            lines.append((promise, goal, *(figure(row["found"]) + ", reached" * row["holds"] for row in rows)))
+    held = (f"{sum(row['holds'] for row in found.values())} of {len(found)} ({name})" for name, found in judged.items())
+    return table(("not reached", "goal", *judged), lines) + f"\n\nPromises that hold: {', '.join(held)}."
+
+
+def parts(reports: dict[str, Row]) -> str:
+    """What a picture is made of, and what comes on top of it, in both modes."""
+
+    def both(promise: str, form: str) -> list[str]:  # a promise's figure in `fast` and in `exact`
+        return [
+            " / ".join(form.format(kept(report, mode + promise)) for mode in ("fast", "exact"))
+            for report in reports.values()
+        ]
+
+    def fast(part: str, times: int) -> list[str]:  # milliseconds of a part of a picture in `fast`, at both sizes
+        rows = ([row for row in report["rows"] if row["contender"] == "Vortex fast"] for report in reports.values())
+        return [" / ".join(f"{median(row, part) * times * 1e3:.0f} ms" for row in found) for found in rows]
+
+    return table(
+        ("", *reports),
+        [
+            ("the 4 steps of a `fast` picture, 512 / 1024", *fast("step", 4)),
+            ("decoding it", *fast("decode", 1)),
+            ("a new prompt adds, `fast` / `exact`", *both(": a new prompt adds", "{:.0f} ms")),
+            ("a batch of 4 against one picture", *both(" 512: batch 4", "{:.2f} times")),
+            ("P99 over P50 of 30 pictures", *both(" 512: P99", "{:.3f}")),
+            ("the first picture of a process, over the second", *both(": first picture", "{:.1f} s")),
+        ],
+    )
+
+
+def both_allocators(reports: dict[str, Row]) -> str:
+    """Medians of Vortex under each allocator, and the second over the first."""
+    sides = ("512", "1024")
+    lines = []
+    for mode in ("fast", "exact"):
+        cells = [f"`{mode}`"]
+        for side in sides:
+            times = [
+                median(row) * 1e3
+                for report in reports.values()
+                for row in report["rows"]
+                if (row["contender"], str(row["height"])) == (f"Vortex {mode}", side)
+            ]
+            cells += [*(f"{found:.1f} ms" for found in times), f"{times[1] / times[0]:.3f}"]
+        lines.append(cells)
+    return table(("", *(f"{side}, {what}" for side in sides for what in (*reports, "ratio"))), lines)
+
+
+def kept(report: Row, start: str) -> float:
+    """What was found of the promise that starts so."""
+    return next(float(row["found"]) for row in report["promises"] if row["promise"].startswith(start))
+
+
+def figure(found: float) -> str:
+    """A promise's figure, whatever its unit, as the pages have it."""
+    return f"{found:.1f}" if found >= 10 else f"{found:.3g}"
 
 
 def made_here() -> dict[str, str]:
     """The tables that need no GPU, by name."""
-    report = json.loads((ROOT / "docs/reports/speed/report.json").read_text())
-    return {PLANNED: planned(), SPEED: speed(report), SHORT: speed(report, IN_SHORT)}
+    reports = {
+        name: json.loads((ROOT / "docs/reports" / folder / "report.json").read_text())
+        for name, folder in REPORTS.items()
+    }
+    native = reports["native"]
+    return {
+        PLANNED: planned(),
+        SPEED: speed(native),
+        SHORT: speed(native, IN_SHORT),
+        GOALS: goals(reports),
+        PARTS: parts(reports),
+        BOTH: both_allocators(reports),
+    }
 
 
 def insert(text: str, name: str, found: str) -> str:
