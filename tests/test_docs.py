@@ -232,7 +232,6 @@ def test_the_scripts_that_pages_name_are_there() -> None:
 HOUSE = ("checkpoint", "flux1", "runtime", "storage", "quant", "memory", "kernels", "cli", "bench", "device", "utils")
 
 
-@pytest.mark.skipif(not (ROOT / "vortex_core/flux1").is_dir(), reason="modules have not moved yet")
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
 def test_the_modules_that_pages_name_are_there(page: str) -> None:
     text = (ROOT / page).read_text()
