@@ -83,14 +83,14 @@ def test_a_region_gives_tensors_apart_and_says_where_it_ends() -> None:
     last = region.take((8,), torch.uint8)
     for tensor, start in ((first, ALIGN), (second, 2 * ALIGN), (last, 3 * ALIGN)):
         assert tensor.is_contiguous()
-        assert tensor.data_ptr() - memory_manager.data_ptr() == start
+        assert tensor.data_ptr() - memory.data_ptr() == start
     first.fill_(1), second.fill_(2), last.fill_(3)
     assert (first.sum(), second.sum(), last.sum()) == (6, ALIGN, 24)
     assert not memory[:ALIGN].any()
     with pytest.raises(ValueError, match=rf"too small: {4 * ALIGN + 1} of {3 * ALIGN + 8} bytes"):
         region.take((1,), torch.uint8)
     whole = Region(memory)
-    assert whole.take((3 * ALIGN + 8,), torch.uint8).data_ptr() == memory_manager.data_ptr()
+    assert whole.take((3 * ALIGN + 8,), torch.uint8).data_ptr() == memory.data_ptr()
 
 
 # Sessions.
