@@ -1,4 +1,4 @@
-"""A transformer in any dialect to NF4: what `vortex quantize` does."""
+"""`vortex quantize`: a transformer from any file that is read, written in NF4."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def quantize_file(
 ) -> Path:
     """Write the transformer at `source` in NF4, tensor by tensor; the target.
 
-    A `target` that ends in .safetensors is one file under BFL's names. Any other is a folder that diffusers' own
-    `FluxTransformer2DModel.from_pretrained` reads, with the last projection in NF4 too, as diffusers has it.
-    NF4 sources are copied bit for bit. Raises `VortexCheckpointError` where there is no whole transformer and
-    `VortexInputError` for a target that cannot be, before anything is written; `OSError` where the disk is full, and
-    then nothing is left behind.
+    A `target` that ends in .safetensors is one file with BFL's names. Any other is a folder that diffusers'
+    `FluxTransformer2DModel.from_pretrained` reads; in it the last projection is NF4, too, as diffusers has it.
+    NF4 sources are copied bit for bit. Raises `VortexCheckpointError` where there is no whole transformer, and
+    `VortexInputError` for an impossible target, before anything is written; `OSError` where the disk is full, and then
+    nothing is left behind.
     """
     where = resolve_device(device)
     path = expanded(target)
@@ -62,12 +62,12 @@ def quantize_file(
             on_progress(min(done, total), total)
 
     read = Target(where, torch.float32, progress)
-    made_by = {"vortex": __version__, "source": Path(source).name}
+    metadata = {"vortex": __version__, "source": Path(source).name}
     raw = parts["transformer"].stored.raw
     before = identity(raw.files)
 
     def write(written: Path, naming: Naming) -> None:
-        write_nf4(written, tensors, Wanted.of(modules, naming), read, made_by, naming)
+        write_nf4(written, tensors, Wanted.of(modules, naming), read, metadata, naming)
         check_unchanged(raw, before, str(source))
 
     with torch.inference_mode():
@@ -84,7 +84,7 @@ def quantize_file(
 
 @contextlib.contextmanager
 def _folder(path: Path) -> Iterator[None]:
-    """A folder to write into, of which nothing of ours is left where that fails and it was new."""
+    """Inside, a folder to write into. A new one is removed again where that fails."""
     new = not path.exists() or is_unfinished(path)
     path.mkdir(exist_ok=True)
     try:
@@ -98,7 +98,7 @@ def _folder(path: Path) -> Iterator[None]:
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Whether there is nothing in a folder but what a `quantize_file` that was killed left. Raises `OSError`."""
+    """Whether a folder holds nothing but the remains of a `quantize_file` that was killed. Raises `OSError`."""
     if not folder.is_dir():
         return False
     inside = list(folder.iterdir())
@@ -108,7 +108,7 @@ def is_unfinished(folder: Path) -> bool:
 
 
 def check_target(path: Path) -> None:
-    """Raise `VortexInputError` unless `path` can be a .safetensors file, or a folder that holds nothing else."""
+    """Raise `VortexInputError` unless `path` can be a .safetensors file, or a folder without other files."""
     if not path.parent.is_dir():
         raise VortexInputError(f"There is no folder {path.parent}; make it first.")
     if path.suffix == ".safetensors":
@@ -121,7 +121,7 @@ def check_target(path: Path) -> None:
 
 
 def diffusers_config(spec: FluxSpec) -> dict[str, Any]:
-    """The config.json of a transformer that `write_nf4` wrote in `DIFFUSERS` naming."""
+    """The config.json of a transformer that `write_nf4` wrote with the `DIFFUSERS` names."""
     return {
         "_class_name": "FluxTransformer2DModel",
         "attention_head_dim": spec.head_dim,
