@@ -15,7 +15,6 @@ from ..errors import VortexCheckpointError, VortexWarning, quoted
 from ..flux1.spec import FluxSpec, ModelSpec
 from ..storage.files import SAFETENSORS, Raw, open_file, unreadable
 from ..storage.formats import READ, config_format
-from ..storage.tensors import Tensors
 from ..storage.vocabulary import token_count
 from ..utils.paths import expanded
 from .config import read_config, sizes
@@ -45,10 +44,6 @@ class Bundle:
     parts: Mapping[str, Part]
     tokenizer: Tokenizer
     tokenizer_2: Tokenizer
-
-    def tensors(self, kind: str) -> Tensors:
-        """A part's canonical tensors; `kind` is `transformer`, `clip`, `t5` or `vae`."""
-        return self.parts[kind].tensors
 
 
 def open_bundle(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
@@ -27,35 +27,16 @@ class CachedTensors:
     def __init__(
         self, stored: Stored, again: Callable[[Stored, Exception], Stored | None], part: Part, target: Target
     ) -> None:
-        self.where = stored.where
-        self._headers = stored  # checked already; the data is checked when it is read
+        # headers are checked already; the data is checked when it is read
+        self.where, self.names, self.shape, self.nbytes = stored.where, stored.names, stored.shape, stored.nbytes
+        self.check, self.is_nf4, self._has = stored.check, stored.is_nf4, stored.__contains__
         self._stored: Stored | None = stored
         self._again: Callable[[Stored, Exception], Stored | None] | None = again
         self._part = part
         self._target = replace(target, progress=lambda nbytes: None)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._headers
-
-    def names(self) -> Iterable[str]:
-        """See `Stored.names`."""
-        return self._headers.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """See `Stored.shape`."""
-        return self._headers.shape(name)
-
-    def nbytes(self, name: str) -> int:
-        """See `Stored.nbytes`."""
-        return self._headers.nbytes(name)
-
-    def check(self, name: str, *, scales: bool = True) -> None:
-        """See `Stored.check`."""
-        self._headers.check(name, scales=scales)
-
-    def is_nf4(self, name: str) -> bool:
-        """See `Stored.is_nf4`."""
-        return self._headers.is_nf4(name)
+        return self._has(name)
 
     def read(self, name: str, device: torch.device | str = CPU) -> Tensor:
         """See `Stored.read`."""

@@ -21,16 +21,8 @@ from .key_maps import SWAPPED, flux_sources, t5_gguf_sources, vae_sources
 SourceNames = Callable[[str], tuple[str, ...]]  # a canonical name to the names that it has in a file
 
 
-def _same(name: str) -> tuple[str, ...]:
-    return (name,)
-
-
-def _bfl_vae(name: str) -> tuple[str, ...]:
-    return (f"decoder.{name}",)
-
-
-def _nested_clip(name: str) -> tuple[str, ...]:
-    return (f"text_model.{name}",)
+def _after(prefix: str) -> SourceNames:
+    return lambda name: (prefix + name,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,20 +43,20 @@ PREFIXES = {
 }
 LAYOUTS = {
     "transformer": (
-        Layout("BFL", "double_blocks.0.img_attn.qkv.weight", _same),
+        Layout("BFL", "double_blocks.0.img_attn.qkv.weight", _after("")),
         Layout("diffusers", "transformer_blocks.0.attn.to_q.weight", flux_sources, SWAPPED),
     ),
     # transformers 4 writes CLIP's text model under `text_model.`, transformers 5 without
     "clip": (
-        Layout("transformers", "text_model.encoder.layers.0.self_attn.q_proj.weight", _nested_clip),
-        Layout("transformers", "encoder.layers.0.self_attn.q_proj.weight", _same),
+        Layout("transformers", "text_model.encoder.layers.0.self_attn.q_proj.weight", _after("text_model.")),
+        Layout("transformers", "encoder.layers.0.self_attn.q_proj.weight", _after("")),
     ),
     "t5": (
-        Layout("transformers", "encoder.block.0.layer.0.SelfAttention.q.weight", _same),
+        Layout("transformers", "encoder.block.0.layer.0.SelfAttention.q.weight", _after("")),
         Layout("llama.cpp", "enc.blk.0.attn_q.weight", t5_gguf_sources),
     ),
     "vae": (
-        Layout("BFL", "decoder.mid.block_1.norm1.weight", _bfl_vae),
+        Layout("BFL", "decoder.mid.block_1.norm1.weight", _after("decoder.")),
         Layout("diffusers", "decoder.mid_block.resnets.0.norm1.weight", vae_sources),
     ),
 }

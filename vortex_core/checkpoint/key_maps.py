@@ -67,11 +67,7 @@ SWAPPED = ("final_layer.adaLN_modulation.1",)  # diffusers stores (scale, shift)
 def step_shapes(spec: FluxSpec) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors of `Transformer(spec)`, without torch."""
     d, m = spec.hidden, spec.mlp
-    linears = {
-        "img_in": (d, spec.in_channels),
-        "txt_in": (d, spec.context),
-        "final_layer.linear": (spec.in_channels, d),
-    }
+    linears = {"img_in": (d, spec.in_channels), "txt_in": (d, spec.context)}
     norms = []
     for block in (f"double_blocks.{i}.{stream}" for i in range(spec.double_blocks) for stream in ("img", "txt")):
         linears |= {f"{block}_attn.qkv": (3 * d, d), f"{block}_attn.proj": (d, d)}
@@ -80,6 +76,7 @@ def step_shapes(spec: FluxSpec) -> dict[str, tuple[int, ...]]:
     for block in (f"single_blocks.{i}" for i in range(spec.single_blocks)):
         linears |= {f"{block}.linear1": (3 * d + m, d), f"{block}.linear2": (d, d + m)}
         norms.append(block)
+    linears["final_layer.linear"] = (spec.in_channels, d)
     scales = {f"{norm}.norm.{kind}_norm.scale": (spec.head_dim,) for norm in norms for kind in ("query", "key")}
     return _with_biases(linears) | scales
 

@@ -17,7 +17,7 @@ from ..device.jobs import check
 from ..device.select import host_buffer
 from ..utils.timing import mark
 from .spec import FluxSpec
-from .transformer import Rope
+from .step_buffers import Rope
 
 CPU = torch.device("cpu")
 

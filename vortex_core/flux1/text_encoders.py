@@ -19,7 +19,7 @@ from torch.nn import Embedding
 
 from ..device.jobs import warn
 from ..errors import SHOWN, PromptSyntaxWarning, PromptTruncatedWarning, quoted
-from ..storage.materialize import Target, check, materialize
+from ..storage.materialize import Target, materialize
 from ..storage.tensors import Tensors
 from ..storage.vocabulary import encode
 from .spec import CLIP_TOKENS, T5_TOKENS, ClipSpec, T5Spec
@@ -81,7 +81,19 @@ def note_syntax(prompt: str) -> None:
             )
 
 
-class T5:
+class _Encoder:
+    """A model of transformers with linears that may stream, and embedding tables in host memory."""
+
+    _model: Any
+    _device = HOST
+
+    @property
+    def norm(self) -> nn.Module:
+        """The last norm, which never streams."""
+        return self._model.final_layer_norm
+
+
+class T5(_Encoder):
     """T5's encoder. `groups`: its blocks, each of which may stream."""
 
     def __init__(self, spec: T5Spec) -> None:
@@ -89,10 +101,9 @@ class T5:
 
         with torch.device("meta"):
             model = T5EncoderModel(T5Config(**asdict(spec), **_ours(T5EncoderModel))).eval()
-        self._model: Any = model.encoder
+        self._model = model.encoder
         self._model.embed_tokens = None  # the same as `shared`, which is `_table` here
         self._table = Embedding(model.config.vocab_size, model.config.d_model, device="meta")
-        self._device = HOST
 
     @property
     def groups(self) -> list[nn.Module]:
@@ -100,18 +111,9 @@ class T5:
         return list(self._model.block)
 
     @property
-    def norm(self) -> nn.Module:
-        """The last norm, which never streams."""
-        return self._model.final_layer_norm
-
-    @property
     def modules(self) -> list[tuple[nn.Module, str]]:
         """Its modules, each with the prefix of its tensors' names."""
         return [(self._model, "encoder."), (self._table, "shared.")]
-
-    def check(self, tensors: Tensors) -> int:
-        """See `materialize.check`."""
-        return sum(check(module, tensors, prefix) for module, prefix in self.modules)
 
     @property
     def working_bytes(self) -> int:
@@ -130,7 +132,7 @@ class T5:
         return self._model(inputs_embeds=embedded).last_hidden_state
 
 
-class Clip:
+class Clip(_Encoder):
     """CLIP's text encoder, for its pooled vector. `groups`: its layers, each of which may stream."""
 
     def __init__(self, spec: ClipSpec) -> None:
@@ -138,8 +140,7 @@ class Clip:
 
         with torch.device("meta"):
             model = CLIPTextModel(CLIPTextConfig(**asdict(spec), **_ours(CLIPTextModel), **UNUSED)).eval()
-        self._model: Any = getattr(model, "text_model", model)  # transformers 4 nests it
-        self._device = HOST
+        self._model = getattr(model, "text_model", model)  # transformers 4 nests it
 
     @property
     def groups(self) -> list[nn.Module]:
@@ -147,13 +148,9 @@ class Clip:
         return list(self._model.encoder.layers)
 
     @property
-    def norm(self) -> nn.Module:
-        """The last norm, which never streams."""
-        return self._model.final_layer_norm
-
-    def check(self, tensors: Tensors) -> int:
-        """See `materialize.check`."""
-        return check(self._model, tensors)
+    def modules(self) -> list[tuple[nn.Module, str]]:
+        """Its module, with the prefix of its tensors' names."""
+        return [(self._model, "")]
 
     def load_table(self, tensors: Tensors, target: Target) -> None:
         """Fill the embedding tables, in host memory; the rest runs on `target.device`."""

@@ -26,8 +26,6 @@ from ..quant.linear import NF4Linear, multiply
 from .spec import DOUBLE_ROWS, FINAL_ROWS, SINGLE_ROWS, FluxSpec
 from .step_buffers import Rope, StepBuffers, Take, TokenStream
 
-__all__ = ["Rope", "Transformer"]
-
 HALF = DOUBLE_ROWS // 2  # modulation rows of one stream of a double block
 
 

@@ -37,7 +37,6 @@ KEPT = 8  # graphs; about a megabyte each, more where they are cut
 POOL = 32 * MIB  # what cudaMallocAsync takes at a time for graphs; torch's own allocator takes less
 Size = tuple[int, int, int]  # pictures, text tokens, image tokens
 Address = tuple[int, ...]
-Lend = Callable[[], AbstractContextManager[None]]
 Velocity = Callable[[Tensor, Tensor, Tensor, Rope], Tensor]  # as `BoundStep`
 
 
@@ -142,7 +141,7 @@ class GraphCache:
         region: Region,
         prefetcher: Prefetcher,
         address: Callable[[], Address] = tuple,
-        lend: Lend = nullcontext,
+        lend: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> Velocity:
         """The velocity function for pictures of `size`, and for fewer at a time, with buffers from `region`.
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ..checkpoint.bundle import Bundle
-from ..checkpoint.cache import Cache
+from ..checkpoint.cache import CACHED, Cache
 from ..device.jobs import ask, check
 from ..device.select import resolve_device
 from ..device.streams import streams_of
@@ -189,8 +189,8 @@ def fill(
         if cache is not None and setup.backend is not None:
             # a part without an entry is read once to be quantized, and its new entry is read after that
             total += sum(part.nbytes for kind, part in bundle.parts.items() if cache.lacks(part, kind))
-            named = {"transformer": [(model.transformer, ""), (model.modulation, "")], "t5": model.t5.modules}
-            sources |= {kind: cache.quantized(bundle.parts[kind], kind, parts, target) for kind, parts in named.items()}
+            for kind in CACHED:
+                sources[kind] = cache.quantized(bundle.parts[kind], kind, model.modules[kind], target)
             total = done + model.check(sources)
             mark("cache")
         model.t5.load_table(sources["t5"], target)

@@ -188,8 +188,7 @@ class MemoryManager:
             )
 
     def _pressure(self, message: str, plan: MemoryPlan, limit: float) -> MemoryPressureError:
-        asked = plan.requirements
-        room = min(limit, self.budget)
+        asked, room = plan.requirements, min(limit, self.budget)
         what = f"{asked.batch} of {asked.width} x {asked.height}" if asked.batch else "a prompt"
         least = smallest_budget(self.model.sizes, asked)
         why = shortage(self.device, sum(self.components.values())) if limit < self.budget else ""
@@ -244,8 +243,7 @@ class Place:
     """The memory of a call while its session is open."""
 
     def __init__(self, memory: MemoryManager, plan: MemoryPlan) -> None:
-        self.plan = plan
-        self._memory = memory
+        self.plan, self._memory = plan, memory
         self._block, self._end = memory.arena, plan.arena - plan.requirements.latents
         self.maps = self._block[: self._end]  # memory for the VAE's decoder
 

@@ -9,6 +9,7 @@ from math import prod
 import torch
 from torch import nn
 
+from ..checkpoint.write import Named
 from ..device.streams import Streams
 from ..flux1 import sampling
 from ..flux1.conditioning import Modulation
@@ -60,21 +61,22 @@ class Model:
         self.fast, self.fp8_attention = fast, fp8_attention
         self.fused = kernels is not reference if fused is None else fused
         self._vae_fused = self.fused and self.vae.powers_of_two
-        side = streams.side if streams is not None and fast else None
-        self.cuda_streams: tuple[torch.cuda.Stream, ...] = ()
-        if streams is not None and self.fused:
-            self.cuda_streams = (streams.capture,) if side is None else (streams.capture, side)
+        self.cuda_streams = (streams.capture, streams.side)[: 1 + fast] if streams and self.fused else ()
         self.clip, self.t5 = Clip(spec.clip), T5(spec.t5)
         with torch.device("meta"):
             self.transformer, self.modulation = Transformer(self.flux), Modulation(self.flux)
             self.decoder = Decoder(self.vae)
+        flux: list[Named] = [(self.transformer, ""), (self.modulation, "")]
+        self.modules = {"clip": self.clip.modules, "t5": self.t5.modules, "transformer": flux}
+        self.modules["vae"] = [(self.decoder, "")]
         # on `meta`, but with the final types, so that sizes can be measured; CLIP and the VAE are small and stay plain
-        packed = ((self.transformer, ""), (self.modulation, ""), *self.t5.modules)
+        packed = (*flux, *self.t5.modules)
         for module in (*(module for module, _ in packed), *self.clip.groups, self.clip.norm, self.decoder):
             module.to(dtype)
         if backend is not None:
             for module, prefix in packed:
                 pack(module, prefix, backend)
+        side = streams.side if streams and fast else None
         self.transformer.use(kernels, fast=fast, fp8_attention=fp8_attention, side=side)
         if self._vae_fused:
             self.decoder.use(kernels)
@@ -131,9 +133,8 @@ class Model:
 
     def check(self, sources: Sources) -> int:
         """Compare every part with the headers of its file; the bytes to read. Raises `VortexCheckpointError`."""
-        plain = ((self.transformer, "transformer"), (self.modulation, "transformer"), (self.decoder, "vae"))
-        encoders = self.clip.check(sources["clip"]) + self.t5.check(sources["t5"])
-        return encoders + sum(check(module, sources[kind]) for module, kind in plain)
+        named = ((kind, *one) for kind, modules in self.modules.items() for one in modules)
+        return sum(check(module, sources[kind], prefix) for kind, module, prefix in named)
 
     def read(self, group: WeightGroup, sources: Sources, target: Target) -> None:
         """Fill a group's modules on `target.device`."""
