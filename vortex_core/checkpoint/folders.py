@@ -80,7 +80,7 @@ def _family(path: Path) -> tuple[str, str] | None:
 
 
 def _plain(weights: Sequence[Path]) -> list[Path]:
-    """Without variants, such as `model.fp16`, of files that are there, too."""
+    """`weights` without variants, such as `model.fp16` beside `model`."""
 
     def stem(path: Path) -> str:
         found = SHARD.match(path.stem)

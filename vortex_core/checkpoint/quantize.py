@@ -21,6 +21,7 @@ from ..storage.materialize import Target, check
 from ..utils.partial import is_abandoned, is_part, partial
 from ..utils.paths import expanded
 from .bundle import WORDS, describe, find_parts
+from .dialects import Part
 from .identity import check_unchanged, identity
 from .write import CANONICAL, DIFFUSERS, Naming, Wanted, write_nf4
 
@@ -45,14 +46,10 @@ def quantize_file(
     where = resolve_device(device)
     path = expanded(target)
     check_target(path)
-    parts, configs = find_parts(expanded(source), {})
-    if "transformer" not in parts:
-        raise VortexCheckpointError(f"{source} does not hold {WORDS['transformer']}.", path=str(source))
-    tensors = parts["transformer"].tensors
-    spec = describe("transformer", parts["transformer"], configs.get("transformer"))
+    part, spec = _transformer(source)
     with torch.device("meta"):
         modules = [(Transformer(spec), ""), (Modulation(spec), "")]
-    total = sum(check(module, tensors, prefix) for module, prefix in modules)
+    total = sum(check(module, part.tensors, prefix) for module, prefix in modules)
     done = 0
 
     def progress(count: int) -> None:
@@ -63,12 +60,11 @@ def quantize_file(
 
     read = Target(where, torch.float32, progress)
     metadata = {"vortex": __version__, "source": Path(source).name}
-    raw = parts["transformer"].stored.raw
-    before = identity(raw.files)
+    before = identity(part.stored.raw.files)
 
     def write(written: Path, naming: Naming) -> None:
-        write_nf4(written, tensors, Wanted.of(modules, naming), read, metadata, naming)
-        check_unchanged(raw, before, str(source))
+        write_nf4(written, part.tensors, Wanted.of(modules, naming), read, metadata, naming)
+        check_unchanged(part.stored.raw, before, str(source))
 
     with torch.inference_mode():
         if path.suffix == ".safetensors":
@@ -80,6 +76,13 @@ def quantize_file(
             with partial(path / CONFIG) as config:  # in its place before the weights: see `is_unfinished`
                 config.write_text(json.dumps(diffusers_config(spec), indent=2))
     return path
+
+
+def _transformer(source: str | Path) -> tuple[Part, FluxSpec]:
+    parts, configs = find_parts(expanded(source), {})
+    if "transformer" not in parts:
+        raise VortexCheckpointError(f"{source} does not hold {WORDS['transformer']}.", path=str(source))
+    return parts["transformer"], describe("transformer", parts["transformer"], configs.get("transformer"))
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ their own, half as large, and the heads for attention lie where the MLP's operan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -59,6 +59,25 @@ class TokenStream:
         return [self.active]
 
 
+class _Views:
+    """Views into the flat buffers of `batch` pictures."""
+
+    def __init__(self, flat: Mapping[str, Tensor], batch: int, *, fast: bool) -> None:
+        self._flat, self._batch, self._fast = flat, batch, fast
+
+    def plain(self, name: str, *shape: int, skip: int = 0) -> Tensor:
+        """`[B, *shape]`, which starts behind B times `skip` values."""
+        start, whole = self._batch * skip, (self._batch, *shape)
+        return self._flat[name][start : start + prod(whole)].view(whole)
+
+    def operand(self, name: str, rows: int, width: int, start: int = 0, skip: int = 0) -> ScaledTensor:
+        """`[B, rows, width]` behind B times `start` rows and `skip` values; in fp8 with scales."""
+        scale = None
+        if self._fast:  # rounded, since the library wants vectors of scales aligned
+            scale = self.plain(f"{name}_scale", _rounded(rows), skip=_rounded(start))[:, :rows]
+        return ScaledTensor(self.plain(name, rows, width, skip=skip + start * width), scale)
+
+
 class StepBuffers:
     """Buffers for B pictures, N text and S image tokens, from `take`; `fast` for products in fp8."""
 
@@ -79,18 +98,8 @@ class StepBuffers:
         tokens, hidden, mlp = txt_tokens + img_tokens, spec.hidden, spec.mlp
         head = (3, spec.heads, spec.head_dim)
         flat = {name: take(name, *shape) for name, shape in buffers(spec, size, dtype, fast=fast).items()}
-
-        def view(name: str, *shape: int, skip: int = 0) -> Tensor:
-            return flat[name][skip : skip + prod(shape)].view(shape)
-
-        def operand(name: str, rows: int, width: int, start: int = 0, skip: int = 0) -> ScaledTensor:
-            scale = None
-            if fast:
-                each = _rounded(rows)  # of every picture: the library wants vectors of scales aligned
-                scale = view(f"{name}_scale", batch, each, skip=batch * _rounded(start))[:, :rows]
-            return ScaledTensor(view(name, batch, rows, width, skip=skip + batch * start * width), scale)
-
-        x, qkv = view("x", batch, tokens, hidden), view("linear1", batch, tokens, *head)
+        views = _Views(flat, batch, fast=fast)
+        x, qkv = views.plain("x", tokens, hidden), views.plain("linear1", tokens, *head)
 
         def stream(start: int, stop: int) -> TokenStream:
             rows = stop - start  # text and image have their own: they run at the same time
@@ -98,29 +107,29 @@ class StepBuffers:
                 start,
                 stop,
                 x=x[:, start:stop],
-                normal=operand("normal", rows, hidden, start),
+                normal=views.operand("normal", rows, hidden, start),
                 qkv=qkv[:, start:stop],
-                wide=view("linear1", batch, rows, mlp, skip=batch * (tokens * 3 * hidden + start * mlp)),
-                active=operand("active", rows, mlp, start) if fast else None,
-                attn=operand("active", rows, hidden, start, skip=batch * tokens * mlp) if fast else None,
-                y=view("y", batch, rows, hidden, skip=batch * start * hidden),
+                wide=views.plain("linear1", rows, mlp, skip=tokens * 3 * hidden + start * mlp),
+                active=views.operand("active", rows, mlp, start) if fast else None,
+                attn=views.operand("active", rows, hidden, start, skip=tokens * mlp) if fast else None,
+                y=views.plain("y", rows, hidden, skip=start * hidden),
             )
 
         self.kernels, self._side, self.qkv = kernels, side, qkv
         self.txt, self.img, self.joint = stream(0, txt_tokens), stream(txt_tokens, tokens), stream(0, tokens)
         self.linear1 = [self.joint.qkv.flatten(2), self.joint.wide]
         if fast:  # linear1 is one product, and linear2 has one operand
-            whole = view("linear1", batch, tokens, 3 * hidden + mlp)
+            whole = views.plain("linear1", tokens, 3 * hidden + mlp)
             self.linear1 = [whole]
             self.joint = replace(
                 self.joint,
                 qkv=whole[..., : 3 * hidden].unflatten(-1, head),
                 wide=whole[..., 3 * hidden :],
-                active=operand("active", tokens, hidden + mlp),
+                active=views.operand("active", tokens, hidden + mlp),
             )
         self.heads = _heads(flat["active"], flat["v_scale"], (batch, tokens, *head[1:])) if fp8_attention else None
-        self.final = ScaledTensor(view("linear1", batch, img_tokens, hidden))
-        self.velocity = view("velocity", batch, img_tokens, spec.in_channels)
+        self.final = ScaledTensor(views.plain("linear1", img_tokens, hidden))
+        self.velocity = views.plain("velocity", img_tokens, spec.in_channels)
 
     @contextmanager
     def beside(self) -> Iterator[None]:

@@ -30,7 +30,7 @@ class Level:
     """One resolution: where the strips of its maps lie, counted from the top.
 
     Blocks compute between two maps of `channels`: `residual` and `other`. The map from the level below, `arrival`, has
-    `arriving` channels; if these are as many, it is the residual map.
+    `arriving` channels; where `arriving` equals `channels`, it lies where the residual map does.
     """
 
     arriving: int

@@ -154,7 +154,7 @@ class Model:
     def requirements(
         self, height: int, width: int, batch: int, tokens: int = T5_TOKENS, blas: int = 0
     ) -> MemoryRequirements:
-        """What one request takes besides weights. `tokens`: of text. `blas`: bytes of cuBLAS' workspaces."""
+        """The memory of one request besides weights. `tokens`: of text. `blas`: bytes of cuBLAS' workspaces."""
         key = (height, width, batch, tokens, blas)
         if key in self._known:  # every picture asks
             return self._known[key]
@@ -179,12 +179,12 @@ class Model:
         return self._known[key]
 
     def prompt_requirements(self, blas: int = 0) -> MemoryRequirements:
-        """What encoding a prompt takes, without a picture."""
+        """The memory of encoding a prompt, without a picture."""
         library = self.t5.working_bytes + self._plain
         return MemoryRequirements(0, 0, 0, sum(self.scratch), library=library, blas=blas, slack=self._slack)
 
     def decode_requirements(self, height: int, width: int, batch: int, blas: int = 0) -> MemoryRequirements:
-        """What decoding latents `[batch, 16, height, width]` takes."""
+        """The memory of decoding latents `[batch, 16, height, width]`."""
         asked = self.requirements(8 * height, 8 * width, batch, blas=blas)
         return replace(asked, scratch=0, steps=(StepRequirements(1),))
 

@@ -89,7 +89,7 @@ class Painter:
             threads.use(self.model.flux.hidden)
 
     def close(self) -> None:
-        """Release all memory, even while somebody still holds this object."""
+        """Release all memory, even if other code still holds this object."""
         try:
             self.memory.cap(on=False)
         finally:
