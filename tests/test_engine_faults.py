@@ -110,7 +110,7 @@ def test_a_picture_that_is_not_finite_is_an_error(alone: Engine, tmp_path: Path)
 
 def test_weights_that_are_not_finite_are_found_where_a_prompt_is_encoded(alone: Engine) -> None:
     with torch.inference_mode():
-        painter_of(alone).model.modulation.final_layer.adaLN_modulation[1].bias[0] = float("nan")
+        painter_of(alone).model.modulation.get_parameter("final_layer.adaLN_modulation.1.bias")[0] = float("nan")
     with pytest.raises(NotFiniteError, match="modulation of the Conditioning is not finite"):
         alone.encode("a prompt that nobody has asked for")
 
