@@ -144,7 +144,7 @@ def _broken(device: torch.device) -> str | None:
     reference.decode(packed, absmax, expected)
     wanted = _samples(reference, x, weight)
     near = all((a.float() - b.float()).norm() < 0.02 * b.float().norm() for a, b in zip(found, wanted, strict=True))
-    return None if torch.equal(decoded, expected) and near else "a sample comes out otherwise than the reference's"
+    return None if torch.equal(decoded, expected) and near else "a sample differs from the reference"
 
 
 def _samples(kernels: Kernels, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

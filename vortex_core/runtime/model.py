@@ -21,7 +21,7 @@ from ..kernels import reference
 from ..memory.arena import Shape, aligned, laid_out, round_up
 from ..memory.offload import WeightGroup
 from ..memory.planner import BLOCKS, SLACK, MemoryRequirements, StepRequirements, WeightGroupSize
-from ..nf4 import DECODE_BYTES
+from ..nf4 import DEQUANTIZE_BYTES
 from ..quant.backends import Backend
 from ..quant.linear import NF4Linear
 from ..storage.materialize import Target, check, materialize, pack
@@ -75,7 +75,7 @@ class Model:
         self.groups = list(self._groups())
         self.sizes = tuple(WeightGroupSize(group.name, group.part, group.measure()) for group in self.groups)
         self.scratch = self._scratch()
-        self._plain = DECODE_BYTES if self.scratch and not fused else 0  # what decoding in plain torch allocates
+        self._plain = DEQUANTIZE_BYTES if self.scratch and not fused else 0  # what plain torch allocates for that
         # many small tensors come and go there, and cudaMallocAsync leaves up to 0.17 GB between them (H200)
         self._slack = SLACK if fused else SLACK + 5 * POOL
         self._known: dict[tuple[int, ...], MemoryRequirements] = {}
