@@ -237,7 +237,7 @@ def test_a_source_that_is_replaced_before_it_is_known(source: Source) -> None:
     part, other = source.part(), source.path.with_name("other")
     save_file({name: torch.zeros(p.shape) for name, p in module().named_parameters()}, other)
     other.replace(source.path)
-    target = Target(CPU, torch.float32, ReferenceBackend(), source.progress)
+    target = Target(CPU, torch.float32, source.progress)
     with pytest.raises(VortexCheckpointError, match="changed while it was read"):
         Cache(source.folder).quantized(part, "t5", [(module(), "")], target)
     assert source.names() == []

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vortex_core import VortexInputError, kernels, nf4
 from vortex_core.kernels import ScaledTensor, reference
 from vortex_core.kernels.scaled_tensor import FP8
-from vortex_core.quant import linear
+from vortex_core.quant import backends, linear
 from vortex_core.quant.backends import (
     Backend,
     BitsAndBytesBackend,
@@ -92,7 +92,7 @@ def test_each_backend_decodes_by_its_own_library(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(reference, "decode", lambda *arguments: told.append(("reference", arguments)))
     weight, scales = nf4.quantize(torch.randn(6, 128)), torch.ones(6)
     for name in ("triton", "reference", "bitsandbytes"):
-        made = linear._backend(name)
+        made = backends._backend(name)
         assert made.name == name
         found = made.decode(weight.packed, weight.absmax, torch.float32, scales)
         ((by, (packed, absmax, out, row_scale)),) = told
@@ -274,8 +274,8 @@ def test_multiply_is_for_linears() -> None:
 
 
 def test_the_kinds_of_refusal_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "fused_declined", lambda device: f"no compiler for {device}")
-    monkeypatch.setattr(linear, "bitsandbytes_declined", lambda device: f"no kernel for {device}")
+    monkeypatch.setattr(backends, "fused_declined", lambda device: f"no compiler for {device}")
+    monkeypatch.setattr(backends, "bitsandbytes_declined", lambda device: f"no kernel for {device}")
     assert backend_declined("triton", CARD) == "no compiler for cuda:7"
     assert backend_declined("bitsandbytes", CARD) == "no kernel for cuda:7"
     assert backend_declined("reference", CARD) is None
@@ -293,10 +293,10 @@ def test_the_kinds_of_refusal_are_told_apart(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_log_says_which_backend_and_warns_of_the_slow_one(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.DEBUG, "vortex_core.quant.linear")
+    caplog.set_level(logging.DEBUG, "vortex_core.quant.backends")
     reasons: dict[str, str | None] = {"triton": None, "bitsandbytes": None}
-    monkeypatch.setattr(linear, "fused_declined", lambda device: reasons["triton"])
-    monkeypatch.setattr(linear, "bitsandbytes_declined", lambda device: reasons["bitsandbytes"])
+    monkeypatch.setattr(backends, "fused_declined", lambda device: reasons["triton"])
+    monkeypatch.setattr(backends, "bitsandbytes_declined", lambda device: reasons["bitsandbytes"])
     choices: list[tuple[torch.device, str | None]] = [(CARD, None), (CPU, None), (CARD, "reference"), (CPU, "triton")]
     kinds = [type(choose_backend(*choice)) for choice in choices]
     reasons["triton"] = "no compiler"
@@ -331,7 +331,7 @@ def test_bitsandbytes_is_tried_on_a_sample_of_every_code(monkeypatch: pytest.Mon
     assert sorted(packed.flatten().tolist()) == list(range(256))  # both nibbles in every pair
     assert (packed.dtype, packed.shape, absmax.shape, dtype) == (torch.uint8, (4, 64), (4, 2), torch.float32)
     assert len(set(absmax.flatten().tolist())) == 8
-    monkeypatch.setattr(linear, "missing", lambda module: f"is not here ({module})")
+    monkeypatch.setattr(backends, "missing", lambda module: f"is not here ({module})")
     assert bitsandbytes_declined(CPU) == "it is not here (bitsandbytes)"
     assert len(seen) == 1
 

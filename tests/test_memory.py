@@ -75,7 +75,7 @@ def streams(engine: Engine) -> bool:
 
 def test_a_region_gives_tensors_apart_and_says_where_it_ends() -> None:
     memory = block(3 * ALIGN + 8, CPU).zero_()
-    assert (memory_manager.dtype, memory_manager.shape, block(0, CPU).nbytes) == (torch.uint8, (3 * ALIGN + 8,), 0)
+    assert (memory.dtype, memory.shape, block(0, CPU).nbytes) == (torch.uint8, (3 * ALIGN + 8,), 0)
     region = Region(memory, ALIGN)
     first = region.take((2, 3), torch.float32)
     assert region.used == 2 * ALIGN
@@ -155,7 +155,7 @@ def test_nothing_is_read_that_this_call_has_not_written(
 
     @torch.inference_mode()
     def poison(phase: str, memory: Tensor) -> None:
-        memory_manager.fill_(0xFF)  # NaN in every type
+        memory.fill_(0xFF)  # NaN in every type
         phases.append(phase)
 
     encode, decode = conditioning.Conditioner.__call__, painter_module.decode

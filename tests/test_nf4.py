@@ -119,16 +119,16 @@ def test_the_choice_of_backend_says_why(caplog: pytest.LogCaptureFixture, monkey
     card = torch.device("cuda", 7)  # of which there need not be one
     assert choose_backend(CPU).name == choose_backend(CPU, "reference").name == "reference"
     assert choose_backend(CPU, "bitsandbytes").name == "bitsandbytes"
-    monkeypatch.setattr("vortex_core.quant.linear.fused_declined", lambda device: "no compiler")
-    monkeypatch.setattr("vortex_core.quant.linear.bitsandbytes_declined", lambda device: None)
+    monkeypatch.setattr("vortex_core.quant.backends.fused_declined", lambda device: "no compiler")
+    monkeypatch.setattr("vortex_core.quant.backends.bitsandbytes_declined", lambda device: None)
     assert choose_backend(card).name == "bitsandbytes"
     assert "NF4 backend: bitsandbytes on cuda:7 (triton declined: no compiler)" in caplog.text
-    monkeypatch.setattr("vortex_core.quant.linear.bitsandbytes_declined", lambda device: "no kernel for it")
+    monkeypatch.setattr("vortex_core.quant.backends.bitsandbytes_declined", lambda device: "no kernel for it")
     assert choose_backend(card).name == "reference"
     assert "bitsandbytes declined: no kernel for it" in caplog.text
     with pytest.raises(VortexInputError, match="no kernel for it"):
         choose_backend(CPU, "bitsandbytes")
-    monkeypatch.setattr("vortex_core.quant.linear.fused_declined", lambda device: None)
+    monkeypatch.setattr("vortex_core.quant.backends.fused_declined", lambda device: None)
     assert choose_backend(card).name == "triton"
 
 

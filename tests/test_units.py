@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import Linear
 
 from vortex_core.errors import VortexWarning
-from vortex_core.memory import offload
-from vortex_core.memory.offload import HostMemory, Prefetcher, WeightGroup
+from vortex_core.memory import host_memory, offload
+from vortex_core.memory.host_memory import HostMemory
+from vortex_core.memory.offload import Prefetcher, WeightGroup
 
 CPU = torch.device("cpu")
 
@@ -152,11 +153,11 @@ def test_memory_is_given_back_after_the_last_copy_and_a_lost_device_is_no_error(
     runtime = SimpleNamespace(cudaHostUnregister=lambda pointer: told.append("unregistered"))
     monkeypatch.setattr(offload.torch.cuda, "cudart", lambda: runtime)
     monkeypatch.setattr(offload.torch.cuda, "synchronize", lambda: told.append("synchronized"))
-    offload._unregister(torch.empty(8, dtype=torch.uint8))
+    host_memory._unregister(torch.empty(8, dtype=torch.uint8))
     assert told == ["synchronized", "unregistered"]
 
     def lost() -> None:
         raise RuntimeError("CUDA error: unspecified launch failure")
 
     monkeypatch.setattr(offload.torch.cuda, "synchronize", lost)
-    offload._unregister(torch.empty(8, dtype=torch.uint8))
+    host_memory._unregister(torch.empty(8, dtype=torch.uint8))

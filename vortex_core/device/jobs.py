@@ -21,7 +21,7 @@ from ..utils.numeric import finite
 if TYPE_CHECKING:
     from .worker import Worker
 
-PACKAGE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")  # the folder of `vortex_core`
+PACKAGE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
 
 T = TypeVar("T")
 Args = TypeVarTuple("Args")
