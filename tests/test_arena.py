@@ -189,7 +189,7 @@ def test_inside_a_session_weights_are_decoded_into_the_arena(roomy: Engine) -> N
 
     def where() -> int:
         packed, absmax = torch.zeros(64, 32, dtype=torch.uint8), torch.zeros(64, 1)
-        return backend.decode(packed, absmax, torch.float32).data_ptr()
+        return backend.dequantize(packed, absmax, torch.float32).data_ptr()
 
     with torch.inference_mode(), held.session(asked(roomy)):
         assert where() == held.arena.data_ptr()

@@ -66,7 +66,7 @@ def test_a_step_without_triton_takes_what_it_says(dtype: torch.dtype, batch: int
     # the table is made on a device by copying, which `meta` cannot
     packed, absmax = torch.zeros(3 * 2**14, 512, dtype=torch.uint8), torch.zeros(3 * 2**14, 16)
     out = torch.empty(3 * 2**14, 1024, dtype=dtype)
-    assert peak(lambda: reference.decode(packed, absmax, out)) <= nf4.DECODE_BYTES
+    assert peak(lambda: reference.dequantize(packed, absmax, out)) <= nf4.DEQUANTIZE_BYTES
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

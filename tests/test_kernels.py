@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("seeded")
 def test_decode_is_bit_exact(fused, shape: tuple[int, int], dtype: torch.dtype) -> None:
     weight = nf4.quantize_reference(draw(*shape))
     ours = torch.full(shape, torch.nan, device=DEVICE, dtype=dtype)
-    fused.decode(weight.packed, weight.absmax, ours)
+    fused.dequantize(weight.packed, weight.absmax, ours)
     assert torch.equal(ours, nf4.dequantize(weight, dtype))
 
 
@@ -32,8 +32,8 @@ def test_decode_to_fp8_fills_each_row(fused, shape: tuple[int, int]) -> None:
     weight = nf4.quantize_reference(draw(*shape) * torch.logspace(-3, 3, shape[0], device=DEVICE)[:, None])
     scale = reference.row_scales(weight.absmax)
     ours, expected = (torch.full(shape, torch.nan, device=DEVICE).to(EIGHT) for _ in range(2))
-    fused.decode(weight.packed, weight.absmax, ours, scale)
-    reference.decode(weight.packed, weight.absmax, expected, scale)
+    fused.dequantize(weight.packed, weight.absmax, ours, scale)
+    reference.dequantize(weight.packed, weight.absmax, expected, scale)
     assert_same(ScaledTensor(ours[None], scale[None]), ScaledTensor(expected[None], scale[None]))
     torch.testing.assert_close(ours.float().abs().amax(1), torch.full_like(scale, FP8_MAX))
 

@@ -45,57 +45,57 @@ def test_each_lane_is_memory_of_its_own_and_only_inside(backend: Backend, dtype:
     lanes = [torch.full((6 * 128 * dtype.itemsize,), 255, dtype=torch.uint8) for _ in range(2)]
     with backend.using(*lanes):
         for lane in (0, 1):
-            on_this = [backend.decode(first.packed, first.absmax, dtype, None, lane)]
+            on_this = [backend.dequantize(first.packed, first.absmax, dtype, None, lane)]
             assert on_this[0].data_ptr() == lanes[lane].data_ptr()
             assert torch.equal(on_this[0], wanted[0])
-            other = backend.decode(second.packed, second.absmax, dtype, lane=1 - lane)
+            other = backend.dequantize(second.packed, second.absmax, dtype, scratch=1 - lane)
             assert other.data_ptr() == lanes[1 - lane].data_ptr()
             assert other.shape == (4, 128)  # of a buffer for the largest
             assert torch.equal(other, wanted[1])
             assert torch.equal(on_this[0], wanted[0])
-        assert backend.decode(first.packed, first.absmax, dtype).data_ptr() == lanes[0].data_ptr()
-        beyond = backend.decode(first.packed, first.absmax, dtype, None, 2)
+        assert backend.dequantize(first.packed, first.absmax, dtype).data_ptr() == lanes[0].data_ptr()
+        beyond = backend.dequantize(first.packed, first.absmax, dtype, None, 2)
         assert torch.equal(beyond, wanted[0])
         assert beyond.data_ptr() not in [lane.data_ptr() for lane in lanes]
     with pytest.raises(KeyError), backend.using(*lanes):
         raise KeyError
     lanes[0].fill_(255)
-    fresh = backend.decode(first.packed, first.absmax, dtype)
+    fresh = backend.dequantize(first.packed, first.absmax, dtype)
     assert (fresh.dtype, fresh.device) == (dtype, CPU)
     assert torch.equal(fresh, wanted[0])
     assert bool((lanes[0] == 255).all())
 
 
 def test_fresh_memory_is_on_the_weights_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "decode", lambda *arguments: None)
+    monkeypatch.setattr(reference, "dequantize", lambda *arguments: None)
     weight = nf4.quantize(torch.ones(2, 64)).to(torch.device("meta"))
-    assert ReferenceBackend().decode(weight.packed, weight.absmax, torch.float32).device.type == "meta"
+    assert ReferenceBackend().dequantize(weight.packed, weight.absmax, torch.float32).device.type == "meta"
 
 
 def test_rows_are_divided_by_their_scales(backend: Backend) -> None:
     weight, scales = nf4.quantize(torch.randn(6, 128)), torch.logspace(-2, 2, 6)
     plain = nf4.dequantize(weight, torch.float32)
-    found = backend.decode(weight.packed, weight.absmax, torch.float32, scales)
+    found = backend.dequantize(weight.packed, weight.absmax, torch.float32, scales)
     torch.testing.assert_close(found, plain / scales[:, None])
-    assert torch.equal(backend.decode(weight.packed, weight.absmax, torch.float32, None), plain)
+    assert torch.equal(backend.dequantize(weight.packed, weight.absmax, torch.float32, None), plain)
 
 
 def test_each_backend_decodes_by_its_own_library(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[tuple[str, Any]] = []
-    fused = SimpleNamespace(decode=lambda *arguments: told.append(("triton", arguments)))
+    fused = SimpleNamespace(dequantize=lambda *arguments: told.append(("triton", arguments)))
     monkeypatch.setitem(sys.modules, "vortex_core.kernels.fused", fused)
     monkeypatch.setattr(kernels, "fused", fused, raising=False)
-    monkeypatch.setattr(reference, "decode", lambda *arguments: told.append(("reference", arguments)))
+    monkeypatch.setattr(reference, "dequantize", lambda *arguments: told.append(("reference", arguments)))
     weight, scales = nf4.quantize(torch.randn(6, 128)), torch.ones(6)
     for name in ("triton", "reference", "bitsandbytes"):
-        made = backends._backend(name)
+        made = backends._KINDS[name]()
         assert made.name == name
-        found = made.decode(weight.packed, weight.absmax, torch.float32, scales)
+        found = made.dequantize(weight.packed, weight.absmax, torch.float32, scales)
         ((by, (packed, absmax, out, row_scale)),) = told
         told.clear()
         assert by == ("reference" if name == "bitsandbytes" else name)  # which has none that divides
         assert (packed is weight.packed, absmax is weight.absmax, out is found, row_scale is scales) == (True,) * 4
-    found = BitsAndBytesBackend().decode(weight.packed, weight.absmax, torch.float32)
+    found = BitsAndBytesBackend().dequantize(weight.packed, weight.absmax, torch.float32)
     assert told == []
     assert torch.equal(found, nf4.dequantize(weight, torch.float32))
 
@@ -170,13 +170,13 @@ def test_the_log_says_which_backend_and_warns_of_the_slow_one(
 
 def test_bitsandbytes_is_tried_on_a_sample_of_every_code(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Tensor, Tensor, torch.dtype]] = []
-    decode = BitsAndBytesBackend.decode
+    decode = BitsAndBytesBackend.dequantize
 
     def watched(backend: Backend, packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
         seen.append((packed, absmax, dtype))
         return decode(backend, packed, absmax, dtype)
 
-    monkeypatch.setattr(BitsAndBytesBackend, "decode", watched)
+    monkeypatch.setattr(BitsAndBytesBackend, "dequantize", watched)
     assert bitsandbytes_declined(CPU) is None
     ((packed, absmax, dtype),) = seen
     assert sorted(packed.flatten().tolist()) == list(range(256))  # both nibbles in every pair
@@ -194,7 +194,7 @@ def test_the_sample_is_on_the_device_that_is_asked_about(monkeypatch: pytest.Mon
         seen.extend((packed, absmax))
         raise ValueError("no kernel\nand more")
 
-    monkeypatch.setattr(BitsAndBytesBackend, "decode", watched)
+    monkeypatch.setattr(BitsAndBytesBackend, "dequantize", watched)
     assert bitsandbytes_declined(torch.device("meta")) == "no kernel"
     assert [tensor.device.type for tensor in seen] == ["meta", "meta"]
 

@@ -239,18 +239,18 @@ def test_inputs_side_by_side_add_up_and_the_gelu_is_of_all(bias: bool) -> None:
 
 
 def test_multiply_decodes_in_its_lane_once_and_in_the_inputs_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, told, decode = made(6, 128, fp8=True), [], ReferenceBackend.decode
+    layer, told, decode = made(6, 128, fp8=True), [], ReferenceBackend.dequantize
 
     def counted(backend: Backend, packed: Tensor, absmax: Tensor, dtype: torch.dtype, *rest: Any) -> Tensor:
         told.append((dtype, *rest))
         return decode(backend, packed, absmax, dtype, *rest)
 
-    monkeypatch.setattr(ReferenceBackend, "decode", counted)
+    monkeypatch.setattr(ReferenceBackend, "dequantize", counted)
     x, out = torch.randn(1, 5, 128), torch.empty(1, 5, 6)
     multiply(layer, ScaledTensor(x), [out[..., :2], out[..., 2:]])
     multiply(layer, ScaledTensor(x), out, 1)
     reference.quantize(x, operand := ScaledTensor(torch.empty(x.shape, dtype=FP8), torch.empty(1, 5)))
-    multiply(layer, operand, out, lane=1)
+    multiply(layer, operand, out, scratch=1)
     assert told == [(torch.float32, None, 0), (torch.float32, None, 1), (FP8, layer.row_scale, 1)]
 
 

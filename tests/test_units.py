@@ -106,7 +106,7 @@ def test_one_round_is_the_default_and_acts_are_done_at_once_again() -> None:
     groups, lane = hosted(made), Script()
     prefetcher = Prefetcher(groups, CPU, lane)
     with prefetcher.open(staging(groups)):
-        with prefetcher.handed(lambda act: None):
+        with prefetcher.deferred(lambda act: None):
             made[0](torch.randn(3, 5))
         assert len(lane.told) == 2
         for module in made:

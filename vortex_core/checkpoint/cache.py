@@ -26,7 +26,7 @@ from ..storage.materialize import Target
 from ..storage.tensors import Stored, Tensors
 from ..utils.lock import Lock
 from ..utils.partial import partial, parts, sweep
-from ..utils.paths import expanded
+from ..utils.paths import expanded, user_folder
 from .cache_entry import DamagedEntry, EntryFile, manifest_of, metadata
 from .cached_tensors import CachedTensors
 from .dialects import Part
@@ -56,17 +56,8 @@ class Entry:
 
 def default_folder() -> Path:
     """`$VORTEX_CACHE`, else the user's cache folder. Raises `VortexInputError` where there is no home folder."""
-    named = os.environ.get("VORTEX_CACHE")
-    if named:
-        return expanded(named)
-    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
-    try:
-        return (expanded(base) if base else Path.home() / ".cache") / "vortex"
-    except RuntimeError as error:
-        raise VortexInputError(
-            "This user has no home folder, so there is no place to keep quantized weights. "
-            "Name a folder in `cache_dir` or $VORTEX_CACHE."
-        ) from error
+    advice = ", so there is no place to keep quantized weights. Name a folder in `cache_dir` or $VORTEX_CACHE."
+    return user_folder("VORTEX_CACHE", ("XDG_CACHE_HOME", "LOCALAPPDATA"), ".cache", "vortex", advice)
 
 
 class Cache:

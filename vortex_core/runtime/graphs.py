@@ -195,7 +195,7 @@ class GraphCache:
         assert streams is not None
         gc.collect()  # now, since a finalizer might do what a capture forbids
         torch.cuda.synchronize(self._device)
-        with torch.cuda.stream(streams.capture), prefetcher.handed(graph.between), graph.capture():
+        with torch.cuda.stream(streams.capture), prefetcher.deferred(graph.between), graph.capture():
             step.run()
         return graph
 

@@ -22,7 +22,7 @@ from ..kernels import Kernels, reference
 from ..memory.arena import Shape, aligned, laid_out, round_up
 from ..memory.offload import WeightGroup
 from ..memory.planner import BLOCKS, SLACK, MemoryRequirements, StepRequirements, WeightGroupSize
-from ..nf4 import DECODE_BYTES
+from ..nf4 import DEQUANTIZE_BYTES
 from ..quant.backends import Backend
 from ..quant.linear import NF4Linear
 from ..storage.materialize import Target, check, materialize, pack
@@ -85,7 +85,7 @@ class Model:
         self.sizes = tuple(WeightGroupSize(group.name, group.part, group.measure()) for group in self.groups)
         self.scratch = self._scratch()
         # plain torch allocates to dequantize, and cudaMallocAsync leaves up to 0.17 GB between its small tensors (H200)
-        self._plain = DECODE_BYTES if self.scratch and not self.fused else 0
+        self._plain = DEQUANTIZE_BYTES if self.scratch and not self.fused else 0
         self._slack = SLACK if self.fused else SLACK + 5 * POOL
         self._known: dict[tuple[int, ...], MemoryRequirements] = {}
 

@@ -1,4 +1,4 @@
-"""Packages that Vortex can do without: whether they import here. A broken one counts as a missing one."""
+"""Packages that Vortex can do without: whether they import here. A broken package counts as missing."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from importlib import import_module
 
 from ..errors import SHOWN, VortexError
 
-_broken: dict[str, str] = {}  # to try again takes as long, and may say something else the second time
+# Why modules do not import, until the process ends. A second try would take as long, and may fail in another way.
+_broken: dict[str, str] = {}
 
 
 def missing(module: str) -> str | None:
-    """Why `module` cannot be used: `does not import (...)`, or None once it has. A broken one may raise anything."""
+    """Import `module`. Returns None, or why it failed: `does not import (...)`. A broken one may raise anything."""
     if module in _broken and sys.modules.get(module) is None:
         return _broken[module]
     try:
@@ -27,7 +28,7 @@ def missing(module: str) -> str | None:
 
 @contextmanager
 def _nothing_fetched() -> Iterator[None]:
-    """Inside, the package `kernels` does not import: bitsandbytes has it download code, and runs that, where it can."""
+    """Inside, the package `kernels` does not import: bitsandbytes would have it download code, and run that."""
     before = sys.modules.get("kernels")
     sys.modules["kernels"] = None  # type: ignore[assignment]
     try:
@@ -39,7 +40,7 @@ def _nothing_fetched() -> Iterator[None]:
 
 
 def need(module: str, purpose: str) -> None:
-    """Raise `VortexError` where `module` does not import, before work is done that would end there."""
+    """Raise `VortexError` where `module` does not import. To be called before work that would fail there."""
     why = missing(module)
     if why is not None:
         package = module.partition(".")[0]
@@ -47,6 +48,6 @@ def need(module: str, purpose: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says in its first line, at most 200 characters, or its kind where it says nothing."""
+    """The first line of an error's text, at most 200 characters; its class where it has no text."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:SHOWN]
