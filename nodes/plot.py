@@ -43,7 +43,7 @@ def beside(report: str, draw: Callable[[], Tensor]) -> tuple[str, Tensor]:
     """
     import torch
 
-    from ..vortex_core.utils.packages import first_line, missing
+    from ..vortex_core.utils.packages import first_line, missing, remedy
 
     why = missing("matplotlib.figure")
     if why is None:
@@ -52,4 +52,4 @@ def beside(report: str, draw: Callable[[], Tensor]) -> tuple[str, Tensor]:
         except Exception as error:
             why = f"does not draw ({first_line(error)})"
     blank = torch.ones(1, HEIGHT, WIDTH, 3)
-    return f"{report}\nNo plot: matplotlib {why}. Try `pip install --upgrade matplotlib`.", blank
+    return f"{report}\nNo plot: matplotlib {why}. Try `{remedy('matplotlib')}`.", blank

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import VortexInputError
+from ..utils.packages import remedy
 from .machine import machine, now
 from .readings import Counters, at_rest
 from .report import Report
@@ -121,7 +122,7 @@ def run(
     check early and keeps what was measured. `options` go to `Engine.generate`.
     """
     if not any(value is not None for value in read(engine.device).values()):
-        raise VortexInputError("No counter of memory can be read here. Install psutil, which tells the host's.")
+        raise VortexInputError(f"No counter of memory can be read here. Try `{remedy('psutil')}`: it tells the host's.")
     when = now()
     settle = 2 * max(len(sizes), len(PROMPTS))
     readings: dict[str, list[int]] = {}

@@ -25,7 +25,7 @@ class Worker:
         self._root = root
         # -P: the worker's own folder must not shadow the standard library
         self._process = subprocess.Popen(
-            [sys.executable, "-P", Path(__file__).with_name("device/worker.py")],
+            [sys.executable, "-P", Path(__file__).with_name("revision_worker.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

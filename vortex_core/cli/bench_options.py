@@ -19,6 +19,7 @@ from ..errors import VortexInputError
 from ..flux1.request import Request, check_choice, check_prompt
 from ..flux1.spec import DEFAULT_STEPS, MIN_SIZE, MODES, QUANTIZATIONS
 from ..utils.disk import check_file, check_folder
+from ..utils.packages import missing, remedy
 from .bench_output import homeless
 from .terminal import (
     EXIT_CANCELLED,
@@ -210,13 +211,11 @@ def check_output(folder: Path, option: str) -> None:
 
 def check_plots() -> None:
     """Raise `VortexInputError` where matplotlib is missing or broken, before anything is measured."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except Exception as error:  # a broken install fails in many ways
+    why = missing("matplotlib.figure")
+    if why is not None:
         raise VortexInputError(
-            f"--output draws plots with matplotlib, which does not import ({error}): pip install --upgrade matplotlib, "
-            "or leave --output out."
-        ) from error
+            f"--output draws plots with matplotlib, which {why}. Try `{remedy('matplotlib')}`, or leave --output out."
+        )
 
 
 def check_files(*paths: Path | None) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..utils.disk import write
-from ..utils.packages import first_line, missing
+from ..utils.packages import first_line, missing, remedy
 from .terminal import err
 from .terminal import grid as grid
 
@@ -46,7 +46,7 @@ def write_folder(folder: Path, figures: Mapping[str, Any], plots: Callable[[], M
             why = f"does not draw ({first_line(error)})"
     err().say((str(folder), "green"), f"  {', '.join(written)}")
     if why is not None:
-        err().say(f"No plots: matplotlib {why}. Try `pip install --upgrade matplotlib`.")
+        err().say(f"No plots: matplotlib {why}. Try `{remedy('matplotlib')}`.")
 
 
 def homeless(report: str) -> str:

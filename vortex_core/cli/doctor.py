@@ -12,7 +12,7 @@ import torch
 from ..checkpoint.bundle import open_bundle
 from ..device.select import device_words, other_accelerator
 from ..quant.backends import bitsandbytes_declined
-from ..utils.packages import first_line, missing
+from ..utils.packages import first_line, missing, remedy
 
 SMALLEST_CARD = 8e9  # bytes; the smallest card the default budget of 6.5 GB suits
 NEEDED = ("transformers", "tokenizers", "safetensors")
@@ -46,7 +46,7 @@ def examine() -> Iterator[Finding]:
     yield from _devices()
     for package in NEEDED:
         why = missing(package)
-        fix = "" if why is None else f"pip install --upgrade {package}"
+        fix = "" if why is None else remedy(package)
         yield Finding(package, "ok" if why is None else "fault", why or _version(package), fix)
     for module, (package, purpose) in WANTED.items():
         yield _wanted(module, package, purpose)
@@ -57,7 +57,7 @@ def _wanted(module: str, package: str, purpose: str) -> Finding:
     why = missing(module)
     if why is None:
         return Finding(package, "ok", _version(package))
-    return Finding(package, "note", f"{why}; {purpose}", f"pip install --upgrade {package}")
+    return Finding(package, "note", f"{why}; {purpose}", remedy(module))
 
 
 def _version(package: str) -> str:

@@ -14,11 +14,11 @@ from ..errors import VortexInputError
 from ..flux1.request import Request, check_choice, check_prompt
 from ..flux1.spec import DEFAULT_STEPS, MAX_SIZE, MAX_STEPS, MIN_SIZE, MODES, QUANTIZATIONS, SIZE_MULTIPLE
 from ..utils.disk import check_folder
+from ..utils.packages import need
 from ..utils.printable import printable, printable_lines
 from . import interrupt
 from .bench import app as bench
 from .pictures import Pictures, check_new, output_paths
-from .png import check_writer
 from .terminal import (
     T5,
     CacheDir,
@@ -152,7 +152,7 @@ def generate(
         check_choice("mode", mode, MODES)
         check_choice("quantization", quantization, QUANTIZATIONS)
         check_number("--vram", vram, **BUDGETS)
-        check_writer()
+        need("PIL.PngImagePlugin", "Writing a picture")
         paths = output_paths(output or Path(f"vortex-{seed}.png"), batch, overwrite)
         pictures = Pictures(prompt, negative_prompt, seed, steps, height, width, paths, overwrite)
         with progress_bars() as progress:

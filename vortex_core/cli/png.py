@@ -5,31 +5,13 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import __version__
-from ..errors import VortexError
-from ..utils.disk import write
 from ..utils.printable import printable
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-def check_writer() -> None:
-    """Raise `VortexError` where Pillow is missing or broken, before anything is drawn."""
-    try:
-        from PIL import Image, PngImagePlugin  # noqa: F401
-    except Exception as error:  # a broken install fails in many ways
-        raise VortexError(
-            f"Pictures are written with Pillow, which does not import ({error}): pip install --upgrade pillow."
-        ) from error
-
-
-def save_png(picture: Tensor, path: Path, texts: Mapping[str, str]) -> None:
-    """Write `encode`'s file to `path`, whole or not at all. Raises what that does, and `OSError`."""
-    write(path, encode(picture, texts), replace=True)
 
 
 def encode(picture: Tensor, texts: Mapping[str, str]) -> bytes:
