@@ -309,7 +309,7 @@ def test_bad_input_is_refused_before_anything_is_loaded(
 
 def test_help_names_the_exit_codes() -> None:
     said = re.sub(r"\s+", " ", runner.invoke(app, ["bench", "latency", "--help"]).output)
-    assert "Exit codes: 0 pass, 1 fail, 2 bad usage, 3 the samples cannot tell, 130 interrupted" in said
+    assert "Exit codes: 0 pass, 1 fail, 2 bad usage, 3 undecided, 130 interrupted" in said
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import argparse
 import json
 import time
 import traceback
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def latency(engine: Any, workload: Workload, folder: Path) -> dict[str, Any]:
     report = latency_report.run(engine, workload)
     figures = report.figures()
     target = folder / f"latency-{workload.width}"
-    samples = [sample.as_dict() for sample in report.samples]
+    samples = [asdict(sample) for sample in report.samples]
     write_folder(target, figures | {"samples": samples}, lambda: plots.latency_plots(report))
     exports.write_csv(report.samples, target / "samples.csv")
     whole = report.series["cached"].whole

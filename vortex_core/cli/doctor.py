@@ -39,7 +39,7 @@ class Finding:
 def examine() -> Iterator[Finding]:
     """Look at Python, torch, the GPU, bitsandbytes, packages and the bundled model. Loads no weights.
 
-    What is broken is a finding, whatever it raises.
+    A part that raises anything is a finding, too.
     """
     yield Finding("Python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     yield Finding("torch", "ok", torch.__version__)
@@ -63,7 +63,7 @@ def _wanted(module: str, package: str, purpose: str) -> Finding:
 def _version(package: str) -> str:
     try:
         return metadata.version(package) or "of unknown version"
-    except Exception:  # it imports, so it is there: on a path without metadata, or with half of it
+    except Exception:  # it imports, but its metadata are missing or damaged
         return "of unknown version"
 
 
@@ -121,7 +121,7 @@ def _bitsandbytes(device: torch.device) -> Finding:
 def _bundled_model() -> Finding:
     try:
         bundle = open_bundle("tiny")
-    except Exception as error:  # of a damaged file, or of a package above
+    except Exception as error:  # a damaged file, or a package that fails
         fix = "pip install --force-reinstall --no-deps vortex-flux"
         return Finding("bundled model", "fault", first_line(error), fix)
     side = bundle.spec.vae.sample_size
