@@ -1,10 +1,10 @@
-"""The example reports in docs/reports: latency and the VRAM profile at some sizes, the model loaded for each profile.
+"""Writes the example reports in docs/reports: latency and the VRAM profile at some sizes, and the leak check.
 
     python tools/benchmarks/example_reports.py tiny docs/reports/tiny-cpu --device cpu --size 128
     python tools/benchmarks/example_reports.py /dev/shm/random-schnell docs/reports/full-size --mode exact --mode fast
                                                                                 # 3 minutes; a quiet GPU
 
-What each folder holds, `vortex bench latency -o` and `vortex bench vram -o` write too, one at a time.
+`vortex bench latency -o` and `vortex bench vram -o` write the same folders, one at a time.
 """
 
 from __future__ import annotations
