@@ -145,7 +145,7 @@ def test_what_cannot_be_summarized_is_refused(samples: list[float]) -> None:
 
 @pytest.mark.parametrize("samples", [[1.0], [2.0, 2.0, 2.0], [0.0, 0.0], [i**2 for i in range(500)], [1e-9, 1e9]])
 def test_any_samples_make_a_histogram(samples: list[float]) -> None:
-    image = plot.histogram("title", samples, [(samples[0], "P50")], "ms")
+    image = plot.image(plot_style.histogram("title", samples, [(samples[0], "P50")], "ms"))
     assert image.shape == (1, plot.HEIGHT, plot.WIDTH, 3)
     assert image.min() >= 0
     assert image.max() == 1
@@ -153,5 +153,5 @@ def test_any_samples_make_a_histogram(samples: list[float]) -> None:
 
 @pytest.mark.parametrize("line", [[], [(0.0, 0.0)], [(0.0, 1.0), (1.0, 2.0)], [(i / 20, i % 7) for i in range(5000)]])
 def test_any_samples_make_a_timeline(line: list[tuple[float, float]]) -> None:
-    image = plot.timeline("title", {"torch reserved": line}, [(1.5, "soft limit", plot.WARN)])
+    image = plot.image(plot_style.timeline("title", {"torch reserved": line}, [(1.5, "soft limit", plot_style.WARN)]))
     assert image.shape == (1, plot.HEIGHT, plot.WIDTH, 3)
