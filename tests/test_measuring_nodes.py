@@ -15,6 +15,7 @@ SIDE = 64
 
 host, types = module("nodes.host"), module("nodes.types")
 plot, recording, monitoring = module("nodes.plot"), module("nodes.recorder"), module("nodes.vram_monitor")
+plot_style = module("vortex_core.bench.plot_style")
 errors, latency = module("vortex_core.errors"), module("vortex_core.utils.timing")
 
 
