@@ -242,6 +242,19 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
 
 
 @pytest.fixture
+def bytes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many bytes of models' files are read, each time."""
+    from vortex_core.storage.filebytes import FileBytes
+
+    counts: list[int] = []
+    real = FileBytes.read
+    monkeypatch.setattr(
+        FileBytes, "read", lambda file, offset, memory: counts.append(len(memory)) or real(file, offset, memory)
+    )
+    return counts
+
+
+@pytest.fixture
 def quantizations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The weights that were quantized."""
     from vortex_core import nf4

@@ -280,7 +280,7 @@ def test_inspect_says_what_it_is(tmp_path: Path, tiny_dir: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("form", ["bf16", "fp8", "NF4", "GGUF"])
-def test_inspect_reads_headers_only(tmp_path: Path, form: str) -> None:
+def test_inspect_reads_headers_only(tmp_path: Path, form: str, bytes_read: list[int]) -> None:
     """A file of the real sizes that is all holes: its bytes are not there to be read."""
     with torch.device("meta"):
         halves = (Transformer(FluxSpec()), Modulation(FluxSpec()))
@@ -289,9 +289,8 @@ def test_inspect_reads_headers_only(tmp_path: Path, form: str) -> None:
     (sparse_gguf if form == "GGUF" else sparse_safetensors)(path, tensors, form)
     assert path.stat().st_size > 6e9
     assert path.stat().st_blocks * 512 < 50e6
-    started = time.process_time()
     seen = inspect(path)
-    assert time.process_time() - started < 1
+    assert sum(bytes_read) < 2e6
     (found,) = seen.found
     assert form in found.words
     assert found.nbytes == pytest.approx(path.stat().st_size, rel=0.01)

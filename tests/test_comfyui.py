@@ -118,7 +118,7 @@ def test_the_host_lists_the_nodes(host: Host) -> None:
     assert {name: spec[0][1:] for name, spec in loader["optional"].items()} == {
         "clip_l": ["clip_l.safetensors"], "t5xxl": ["t5xxl_fp16.safetensors"], "vae": ["ae.safetensors"],
     }  # fmt: skip
-    # its seconds are not judged (test_nodes.py does): 0.27 s of the host's garbage collection fall into them at times
+    # seconds are not judged, but what is imported (test_nodes.py): the host's garbage collection takes 0.27 s at times
     assert any(comfy_host.PACK in line and "seconds" in line for line in host.log().splitlines())
     assert "IMPORT FAILED" not in host.log()
 
