@@ -1,7 +1,7 @@
-"""The engines that are loaded, by content: one for the same weights, however many loader nodes ask for it.
+"""The loaded engines, by content: loader nodes that name the same weights share one engine.
 
-Nodes get an engine through `acquire` each time they run, so it does not matter whether the host dropped a loader's
-output, moved the weights away or never ran the loader again.
+Nodes call `acquire` each time they run. So it does not matter if the host dropped a loader's output, moved the weights
+away or never ran the loader again.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-KEPT = 2  # engines; one that is offloaded still takes its weights' size of host memory
+KEPT = 2  # engines; an offloaded one still takes as much host memory as its weights have bytes
 
 
 @dataclass(slots=True)
 class Loaded:
-    """An engine, what stands for it in the host, and what it may take."""
+    """An engine, its stand-in in the host's list of models, and its budget in bytes."""
 
     engine: Engine
     patcher: Any
@@ -42,7 +42,7 @@ _lock = threading.RLock()
 
 
 def acquire(model: Model) -> Engine:
-    """The engine of a handle, resident, with the room its budget promises; loaded first where it is not."""
+    """The engine of a handle: loaded if it was not, resident, and with the VRAM free that its budget promises."""
     with _lock:
         loaded = _loaded.pop(model.key, None)
         if loaded is None:
@@ -57,7 +57,7 @@ def acquire(model: Model) -> Engine:
 
 
 def patcher(model: Model) -> Any:
-    """What stands in the host's list of loaded models for the engine of a handle, which is loaded where it is not."""
+    """The stand-in, in the host's list of loaded models, for the engine of a handle. Loads it if it was not."""
     with _lock:
         acquire(model)
         return _loaded[model.key].patcher
@@ -65,7 +65,7 @@ def patcher(model: Model) -> Any:
 
 @contextmanager
 def torchs_own_memory_errors() -> Iterator[None]:
-    """Vortex's errors of too little memory as torch's own: the host then unloads its models and says so."""
+    """Turn Vortex's errors of too little memory into torch's: the host then unloads its models and tells the user."""
     import torch
 
     from ..vortex_core.errors import MemoryPressureError, VortexInitializationError
@@ -86,7 +86,7 @@ def _load(model: Model) -> Loaded:
         _unload(next(iter(_loaded)))
     _offload_others(model, device)
     host.make_room(model.budget, device)
-    report = host.progress(1000)  # bytes overflow the 32 bits that some of the host's clients count in
+    report = host.progress(1000)  # not bytes: some of the host's clients count in 32 bits
     log.info("Loading %s", model.name)
     with torchs_own_memory_errors():
         engine = Engine.load(
@@ -103,7 +103,7 @@ def _load(model: Model) -> Loaded:
 
 
 def _device() -> torch.device:
-    """The host's device. Raises `VortexDeviceError` for one that Vortex does not run on."""
+    """The host's device. Raises `VortexDeviceError` if Vortex does not run on it."""
     from ..vortex_core.device.select import resolve_device
     from ..vortex_core.errors import VortexDeviceError
 
@@ -114,7 +114,7 @@ def _device() -> torch.device:
 
 
 def check_budget(model: Model, device: torch.device) -> None:
-    """Raise `VortexInputError`, before other models make room, for a budget that the card cannot keep."""
+    """Raise `VortexInputError` for a budget that the card does not have, before other models make room for it."""
     import torch
 
     from ..vortex_core.runtime import loading
@@ -124,7 +124,7 @@ def check_budget(model: Model, device: torch.device) -> None:
 
 
 def _offload_others(model: Model, device: torch.device) -> None:
-    """Least recently used engines leave the card until the budgets of those that stay fit on it."""
+    """Offload the least recently used engines until the budgets of those that stay fit on the card."""
     import torch
 
     if device.type == "cpu":

@@ -1,6 +1,6 @@
-"""What the files in the host's model folders hold, told by headers: models, and the parts that single files lack.
+"""What the files in the host's model folders hold, read from their headers: models, and the parts of models.
 
-The nodes pick from these tables and never build a path from what a workflow says.
+The nodes pick from these lists. They never build a path from a workflow's text.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from ..vortex_core.storage.formats import ARCHITECTURES
 from . import places
 from .places import MODELS, PARTS
 
-READ = (*ARCHITECTURES, None)  # of GGUF files; some do not say
+READ = (*ARCHITECTURES, None)  # of GGUF files; None: the file does not say
 ARCHITECTURE = b"general.architecture"
-PATIENCE = 0.3  # seconds for reading headers, after which lists are made of what was read
-AT_LEAST = 64  # headers that are read for a list, however long that takes; one takes some milliseconds
+PATIENCE = 0.3  # seconds for reading headers; then lists are made of what was read so far
+AT_LEAST = 64  # headers that are read for a list, however long they take; one takes a few milliseconds
 KNOWN = 2**16  # files whose contents are remembered
 MODEL_FILES = 10_000  # of a model folder; the released one has 30
 
@@ -40,7 +40,7 @@ def models() -> dict[str, Path]:
 def parts(part: str, patient: bool = False) -> dict[str, Path]:
     """Files that hold `clip`, `t5` or `vae`, by their names below the folder, as the host's own loaders show them.
 
-    `patient`: all of them, however long that takes.
+    `patient`: all of them, however long reading takes.
     """
     kind = PARTS[part]
     listed = _holding(places.found(kind), lambda path: part in held(path), patient)
@@ -48,9 +48,9 @@ def parts(part: str, patient: bool = False) -> dict[str, Path]:
 
 
 def pick(name: str) -> Path | None:
-    """What is called so, `kind/sub/name`, listed or not; None where there is nothing.
+    """The file or folder `kind/sub/name`, listed or not; None where there is none.
 
-    Raises `VortexCheckpointError`, with the reason, for what may not be read.
+    Raises `VortexCheckpointError`, with the reason, for one that may not be read.
     """
     kind = name.partition("/")[0]
     if kind not in {*MODELS, *PARTS.values()}:
@@ -59,10 +59,10 @@ def pick(name: str) -> Path | None:
 
 
 def fingerprint(path: Path) -> str:
-    """Changes when a file of the model does: names, sizes and times, since 34 GB take too long to read.
+    """A digest of the model's files by name, size and time: reading 34 GB would take too long.
 
-    Raises `VortexCheckpointError` for a file that a link leads out of the host's model folders, and for a folder that
-    no model has.
+    Raises `VortexCheckpointError` for a link that leads out of the host's model folders, and for a folder with too many
+    files.
     """
     root = path.resolve()
     inside = (str(root), *places.allowed())
@@ -80,14 +80,14 @@ def fingerprint(path: Path) -> str:
 
 
 def look(path: Path) -> dict[str, Any]:
-    """The parts of FLUX.1-schnell at `path` with their sizes, from headers; there is one at least.
+    """The parts of FLUX.1-schnell at `path`, at least one, with their sizes, from headers.
 
     Raises `VortexCheckpointError` where it is another model, damaged, or needs a package that is missing.
     """
     from ..vortex_core.checkpoint.bundle import describe, find_parts
 
     architecture = _architecture(path)
-    if architecture not in READ:  # the vocabulary of a language model takes long to read
+    if architecture not in READ:  # refused before the rest is read: a language model's vocabulary takes long
         raise VortexCheckpointError(
             f"{quoted(path.name)} is a GGUF file of {quoted(architecture)}, which is no part of FLUX.1-schnell.",
             path=str(path),
@@ -97,7 +97,7 @@ def look(path: Path) -> dict[str, Any]:
         parts = {kind: describe(kind, part, configs.get(kind)) for kind, part in found.items()}
     except VortexError:
         raise
-    except Exception as error:  # of any file that lies there
+    except Exception as error:  # whatever lies there
         raise VortexCheckpointError(
             f"{quoted(str(path))} cannot be read ({type(error).__name__}: {quoted(str(error))}). Download it again.",
             path=str(path),
@@ -112,9 +112,9 @@ def look(path: Path) -> dict[str, Any]:
 
 
 def held(path: Path) -> Mapping[str, Any]:
-    """What a file holds, in `look`'s terms; nothing of a folder, nor of what is no model, which the log then says.
+    """The parts that a file holds, as `look` gives them. Empty for a folder or another file; the log says why.
 
-    It is read once for each size and time that it has.
+    A file is read again only when its size or time changes.
     """
     stamp = _stamp(path)
     if stamp is None:
@@ -130,7 +130,7 @@ def held(path: Path) -> Mapping[str, Any]:
 def _contents(path: Path) -> Mapping[str, Any]:
     try:
         return look(path)
-    except Exception as error:  # the host would lose the node's whole list
+    except Exception as error:  # else the host would lose the node's whole list
         places.say_once(logging.INFO, f"{quoted(path.name)} is not for Vortex: {error}")
         return {}
 
@@ -150,15 +150,15 @@ def _is_known(path: Path) -> bool:
 
 
 _known: dict[Path, tuple[tuple[int, int], Mapping[str, Any]]] = {}
-_until = 0.0  # when the lists that the host asks for now have read enough
+_until = 0.0  # the time at which the lists that the host asks for now stop reading
 _reader: threading.Thread | None = None
 
 
 def _holding(found: Mapping[str, Path], wanted: Callable[[Path], bool], patient: bool = False) -> dict[str, Path]:
-    """Those of `found` that are `wanted`, as far as headers can be read in a moment; a thread reads the others."""
+    """Those of `found` that are `wanted`, as far as headers are read within `PATIENCE`. A thread reads the others."""
     global _until, _reader
     if found:
-        from ..vortex_core.checkpoint import bundle  # noqa: F401  # takes its time, once
+        from ..vortex_core.checkpoint import bundle  # noqa: F401  # slow the first time: not part of `PATIENCE`
     if time.monotonic() > _until + PATIENCE:
         _until = time.monotonic() + PATIENCE
     listed, read, left = {}, 0, []
@@ -180,11 +180,11 @@ def _holding(found: Mapping[str, Path], wanted: Callable[[Path], bool], patient:
 def _read(paths: list[Path]) -> None:
     for path in paths:
         held(path)
-        time.sleep(0.002)  # or whoever makes a list meanwhile waits for the interpreter at each file
+        time.sleep(0.002)  # lets a list that is made meanwhile have the interpreter
 
 
 def _files(root: Path) -> Iterator[Path]:
-    """Everything in a model folder but folders of its own. Raises `VortexCheckpointError` for too much of it."""
+    """All files below a model folder. Raises `VortexCheckpointError` for more than `MODEL_FILES` entries."""
     count, folders = 0, [root]
     while folders:
         with os.scandir(folders.pop()) as entries:
@@ -201,12 +201,12 @@ def _files(root: Path) -> Iterator[Path]:
 
 
 def _needs_gguf(path: Path) -> bool:
-    """Listed without being read, so that loading it can say what to install."""
+    """Whether this is a GGUF file and its package is missing. It is listed, so that loading it says what to install."""
     return path.suffix.lower() == ".gguf" and find_spec("gguf") is None and _architecture(path) in ("flux", "pig", None)
 
 
 def _architecture(path: Path) -> str | None:
-    """What a GGUF file says in its first bytes; None where it does not, and of other files."""
+    """The architecture that a GGUF file names in its first bytes; None if it names none, and for other files."""
     if path.suffix.lower() != ".gguf":
         return None
     try:

@@ -1,5 +1,6 @@
-"""Every call into ComfyUI: folders, VRAM, progress, previews, interrupts. All imports inside functions, so that the
-pack loads fast, and its nodes import and test where there is no ComfyUI.
+"""Every call into ComfyUI: folders, VRAM, progress, previews, interrupts.
+
+All imports of ComfyUI are inside functions: the pack loads fast, and its nodes can be tested without ComfyUI.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ _registered_with: Any = None
 
 
 def model_folders(kind: str) -> list[Path]:
-    """The host's registered folders of one kind, such as `checkpoints`; none of a kind that it does not know.
+    """The host's registered folders of one kind, such as `checkpoints`; none for an unknown kind.
 
-    `vortex` is registered here, once, and again where the host forgot it: some hosts do a lot whenever they are told.
+    `vortex` is registered here: once, because some hosts do much work each time, and again if the host forgot it.
     """
     global _registered_with
     import folder_paths
@@ -55,7 +56,7 @@ def cache_folder() -> Path:
 
 
 def cache_dir() -> Path | None:
-    """`Engine.load`'s `cache_dir`: None, which means `$VORTEX_CACHE`, where that is set."""
+    """The argument `cache_dir` of `Engine.load`: None if `$VORTEX_CACHE` is set, which the engine then reads."""
     return None if os.environ.get("VORTEX_CACHE") else cache_folder()
 
 
@@ -78,7 +79,7 @@ def device() -> torch.device:
 
 
 def make_room(size: int, device: torch.device) -> None:
-    """Have the host move its models away until `size` bytes are free on a GPU."""
+    """Have the host move its models off the GPU until `size` bytes are free."""
     import comfy.model_management as management
 
     if device.type != "cpu":
@@ -86,7 +87,7 @@ def make_room(size: int, device: torch.device) -> None:
 
 
 def register(engine: Engine) -> Any:
-    """What stands for an engine in the host's list of loaded models. Keep it: the host holds it weakly."""
+    """The stand-in for an engine in the host's list of loaded models. Keep it: the host holds it weakly."""
     return _patcher_class()(engine)
 
 
@@ -99,18 +100,18 @@ def bring_back(patcher: Any, working: int) -> None:
 
 @cache
 def _patcher_class() -> type:
-    """The host's own `ModelPatcher`, with another way to move weights.
+    """The host's `ModelPatcher` with another way to move weights.
 
-    Derived where it runs, because hosts ask more of this object with every release; what is new comes from the host.
+    It is derived from the class of the running host: each release asks more of it, and what is new comes from there.
     """
     import torch
     from comfy.model_patcher import ModelPatcher
 
     class VortexFlux(torch.nn.Module):
-        """What the host takes for the model: no weights, so that nobody moves them behind the engine's back."""
+        """What the host takes for the model. It has no weights, so nobody moves any without the engine's knowledge."""
 
     class EnginePatcher(ModelPatcher):
-        """All or nothing: every step needs all step-time weights, so a part of them on the device is of no use."""
+        """Moves all weights or none: every step needs all of them, so a part on the device is of no use."""
 
         def __init__(self, engine: Engine) -> None:
             self.engine = engine
@@ -118,7 +119,7 @@ def _patcher_class() -> type:
             super().__init__(VortexFlux(), engine.device, torch.device("cpu"), size=self.resident_size)
 
         def model_size(self) -> int:
-            # grows a little with every new picture size, and is zero while offloaded: then the last one counts
+            # the size grows a little with each new picture size; while offloaded the last size counts
             self.resident_size = self.engine.device_bytes or self.resident_size
             return self.resident_size
 
@@ -134,10 +135,10 @@ def _patcher_class() -> type:
             return self.engine.device_bytes - before
 
         def partially_unload(self, device_to: torch.device, memory_to_free: int = 0, **ignored: Any) -> int:
-            return 0  # the host then asks for all of it, with detach
+            return 0  # the host then calls detach, which frees all
 
         def detach(self, unpatch_all: bool = True) -> torch.nn.Module:
-            # False: the host replaces an entry of its list, or this object dies; nothing moves then
+            # False: the host replaces an entry of its list, or this object dies; then nothing moves
             if unpatch_all:
                 super().detach(False)
                 self.engine.offload()
@@ -150,7 +151,7 @@ def _patcher_class() -> type:
 
 
 def progress(total: int) -> Callable[..., None]:
-    """`report(done, preview=None)` for the running node's progress bar; raises when the user interrupts."""
+    """A function `report(done, preview=None)` for the running node's bar. It raises when the user interrupts."""
     bar = None
     with _only_shown("progress"):
         import comfy.utils
@@ -167,14 +168,14 @@ def progress(total: int) -> Callable[..., None]:
 
 
 def check_interrupt() -> None:
-    """Raise the host's own exception when the user interrupts."""
+    """Raise the host's exception if the user has interrupted."""
     import comfy.model_management as management
 
     management.throw_exception_if_processing_interrupted()
 
 
 def previewer(device: torch.device) -> Callable[[Tensor], Any] | None:
-    """From latents in the model's scale to a preview, by the method the user chose; None where previews are off."""
+    """A function from latents in the model's scale to a preview, as the user chose; None if previews are off."""
     found = None
     with _only_shown("previews"):
         import comfy.latent_formats
@@ -192,12 +193,12 @@ def previewer(device: torch.device) -> Callable[[Tensor], Any] | None:
 
 @contextmanager
 def _only_shown(what: str) -> Iterator[None]:
-    """Where the host's way to show something is not as it was, a line in the log, and the picture goes on."""
+    """Turn an error in the host's display into one line of the log: the picture goes on."""
     import comfy.model_management as management
 
     try:
         yield
-    except getattr(management, "InterruptProcessingException", ()):  # the bar asks for it, too
+    except getattr(management, "InterruptProcessingException", ()):  # the host's bar raises it, too
         raise
     except Exception as error:
         _say_once(f"No {what} here: ComfyUI's way to show them is another ({error!r})")
@@ -219,7 +220,7 @@ def is_running() -> bool:
 
 
 def to_native(latents: Tensor) -> Tensor:
-    """From the model's scale to that of the host's LATENT, on the CPU, in memory of its own."""
+    """From the model's scale to that of the host's LATENT: a copy on the CPU."""
     import comfy.latent_formats
 
     return comfy.latent_formats.Flux().process_out(latents.float()).to("cpu", copy=True)

@@ -1,4 +1,4 @@
-"""Latency Probe: how long pictures take here, with percentiles that say what they rest on."""
+"""Latency Probe: how long pictures take here, as percentiles with the number of samples that each rests on."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from ..vortex_core.flux1.spec import DEFAULT_STEPS, MAX_STEPS
+from ..vortex_core.bench.verdict import milliseconds as ms
 from . import engines, host, plot
-from .sampler import SIDE, SchnellSampler, check
-from .types import ANY, MODEL, Model
+from .sampler import MODEL_INPUT, SIDE, STEPS, SchnellSampler, check
+from .types import ANY, Model
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..vortex_core.bench.latency_report import Series
-    from ..vortex_core.utils.timing import Latency
 
 
 class LatencyProbe:
@@ -33,21 +32,18 @@ class LatencyProbe:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "model": (MODEL, {"tooltip": "From NF4 Flux Loader."}),
+                "model": MODEL_INPUT,
                 "prompt": (
                     "STRING",
                     {
                         "multiline": True,
                         "default": "a red circle on a white background",
-                        "tooltip": "Encoded once, before the clock starts: what is measured is sampling and decoding.",
+                        "tooltip": "Encoded once, before the clock starts. Only sampling and decoding are measured.",
                     },
                 ),
-                "width": ("INT", SIDE | {"tooltip": "Pixels, a multiple of 16."}),
-                "height": ("INT", SIDE | {"tooltip": "Pixels, a multiple of 16."}),
-                "steps": (
-                    "INT",
-                    {"default": DEFAULT_STEPS, "min": 1, "max": MAX_STEPS, "tooltip": "schnell is made for 4."},
-                ),
+                "width": SIDE,
+                "height": SIDE,
+                "steps": STEPS,
                 "runs": (
                     "INT",
                     {
@@ -62,7 +58,7 @@ class LatencyProbe:
                     {"default": 2, "min": 0, "max": 100, "tooltip": "Pictures before the clock starts; not counted."},
                 ),
             },
-            "optional": {"value": (ANY, {"tooltip": "Anything, passed on: puts the probe after another node."})},
+            "optional": {"value": (ANY, {"tooltip": "Anything. It is passed on; the probe runs after its node."})},
         }
 
     @classmethod
@@ -72,7 +68,7 @@ class LatencyProbe:
 
     @classmethod
     def IS_CHANGED(cls, **inputs: Any) -> str:
-        return str(time.time_ns())  # the host would hand out the last measurement
+        return str(time.time_ns())  # else the host would give the last measurement again
 
     def probe(
         self,
@@ -86,6 +82,7 @@ class LatencyProbe:
         value: Any = None,
     ) -> tuple[str, str, Tensor, Any]:
         from ..vortex_core.bench.latency_report import summarize_series
+        from ..vortex_core.bench.plots import spread
         from ..vortex_core.bench.samples import measure
         from ..vortex_core.bench.workload import Workload
         from ..vortex_core.flux1.request import check_prompt
@@ -106,12 +103,12 @@ class LatencyProbe:
             **series.whole.as_dict(),
             "phases": {name: phase.as_dict() for name, phase in series.phases.items()},
         }
-        text, plotted = plot.beside(describe(what, series), lambda: picture(what, figures["seconds"], series.whole))
+        text, plotted = plot.beside(describe(what, series), lambda: spread(what, figures["seconds"], series.whole))
         return text, json.dumps(figures), plotted, value
 
 
 def device_name(device: Any) -> str:
-    """The card's name, or what else it is."""
+    """The card's name, or the device in words."""
     import torch
 
     if device.type == "cpu":
@@ -132,15 +129,3 @@ def describe(what: str, series: Series) -> str:
     lines.append(f"Beyond 3 sigma: {outliers or 'none'}")
     lines.append("Medians: " + ", ".join(f"{name} {ms(p.percentile(50).seconds)}" for name, p in series.phases.items()))
     return "\n".join(lines)
-
-
-def ms(seconds: float) -> str:
-    """Milliseconds, as they are read."""
-    return f"{seconds * 1e3:.1f} ms"
-
-
-def picture(what: str, samples: list[float], latency: Latency) -> Tensor:
-    """The histogram as IMAGE."""
-    from ..vortex_core.bench.plots import percentile_marks
-
-    return plot.histogram(what, [sample * 1e3 for sample in samples], percentile_marks(latency), "milliseconds")

@@ -43,9 +43,9 @@ class NF4FluxLoader:
                         "min": 0.5,
                         "max": 200.0,
                         "step": 0.5,
-                        "tooltip": "GB of VRAM this model may take at its peak: other models leave the card until so "
-                        "much is free, and weights that do not fit stream from host memory. Less is slower; what "
-                        "cannot fit is refused. Without a GPU it means nothing.",
+                        "tooltip": "GB of VRAM that this model may take at its peak. Other models leave the card until "
+                        "that much is free. Weights that do not fit stream from host memory, which is slower. A "
+                        "budget that cannot do is refused. Without a GPU it has no effect.",
                     },
                 ),
                 "mode": (
@@ -57,7 +57,7 @@ class NF4FluxLoader:
                     },
                 ),
             },
-            # appended after a release: what is saved lists values by position
+            # new inputs come last: saved workflows list values by position
             "optional": {
                 "clip_l": (
                     choices("clip"),
@@ -78,7 +78,7 @@ class NF4FluxLoader:
     def VALIDATE_INPUTS(
         cls, model: str | None = None, clip_l: str | None = OWN, t5xxl: str | None = OWN, vae: str | None = OWN
     ) -> str | bool:
-        """Whether these files would do, or why not, before anything of a workflow runs. A linked input is None."""
+        """Whether these files can be used, or why not, before a workflow runs. A linked input is None."""
         return verdict(
             lambda: model is None or find(model, 1.0, MODES[0], clip=clip_l or OWN, t5=t5xxl or OWN, vae=vae or OWN)
         )

@@ -14,7 +14,7 @@ from .types import Model
 
 BUNDLED = "tiny-schnell"
 OWN = "automatic"
-SHOWN = 10  # names of a list that an error repeats
+SHOWN = 10  # names that an error lists
 
 
 def available() -> list[str]:
@@ -28,15 +28,15 @@ def choices(part: str) -> list[str]:
 
 
 def find(name: str, vram_budget: float, mode: str, *, clip: str = OWN, t5: str = OWN, vae: str = OWN) -> Model:
-    """The handle of a model in `available`, with the parts that it lacks.
+    """The handle of a model in `available`, with files for the parts that it lacks.
 
-    `clip`, `t5` and `vae` are `choices`: `OWN` is the model's own, else the one file that fits. Raises
-    `VortexInputError` where there is no such file and where a part is missing, `VortexCheckpointError` with the reason
-    for a file that is there but is another model, damaged, or may not be read.
+    `clip`, `t5` and `vae` are `choices`. `OWN` stands for the model's own part, else for the one file that fits. Raises
+    `VortexInputError` if a file or a part is missing. Raises `VortexCheckpointError`, with the reason, for a file that
+    is another model, damaged, or may not be read.
     """
     from ..vortex_core.checkpoint.bundle import TINY, WORDS
 
-    path = TINY if name == BUNDLED else files.pick(str(name))  # by the API it may be no text
+    path = TINY if name == BUNDLED else files.pick(str(name))  # the API may send anything
     if path is None:
         raise VortexInputError(
             f"There is no model {quoted(name)} here: it is not in list. Found: {_some(available())}. Put "
@@ -90,6 +90,6 @@ def _part(name: str, held: Mapping[str, Any], part: str, choice: str) -> Path | 
 
 
 def _some(names: Iterable[str]) -> str:
-    """The first names of a list that may be long."""
+    """The first names of a long list, to be read."""
     shown = list(islice(names, SHOWN + 1))
     return ", ".join(shown[:SHOWN]) + (", and more" if len(shown) > SHOWN else "") or "none"

@@ -1,7 +1,7 @@
-"""What lies below the host's model folders and may be a model, by names alone: no file is opened here.
+"""What may be a model below the host's model folders, by names alone: no file is opened here.
 
-Walking is bounded, whatever lies there: in depth, in folders, in entries, and to regular files. A link is followed
-while it stays inside the folders that the host registered. What is passed over has its reason, once, in the log.
+The search is bounded in depth, folders and entries, and lists only regular files. A link is followed if it stays inside
+the folders that the host registered. The log says once why something is not listed.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ PARTS = {"clip": "text_encoders", "t5": "text_encoders", "vae": "vae"}
 WEIGHTS = (".safetensors", ".sft", ".gguf")
 DEPTH = 12  # folders below a registered one
 FOLDERS = 5_000  # below a registered one
-ENTRIES = 50_000  # of one folder, which takes 0.05 s, and twice as many below a registered one
+ENTRIES = 50_000  # of one folder, which take 0.05 s; twice as many below a registered one
 LINES = 1_000  # in the log
-SETTLED = 2.0  # seconds; the coarsest clock that a file system keeps
+SETTLED = 2.0  # seconds; no file system keeps times more coarsely
 
 
 def found(kind: str) -> dict[str, Path]:
@@ -73,7 +73,7 @@ _said: set[str] = set()
 
 
 def say_once(level: int, message: str) -> None:
-    """Log a line, however often the host asks for the list, and not too many of them."""
+    """Log a line once, however often the host asks for the list, and at most `LINES` of them."""
     if message not in _said and len(_said) <= LINES:
         _said.add(message)
         log.log(level, message if len(_said) <= LINES else "Other files are passed over, too; pick one to hear why.")
@@ -89,10 +89,10 @@ class Walk:
         self.inside, self.every = inside, every
         self.models: dict[str, Path] = {}
         self.refused: dict[str, str] = {}
-        self._changed: dict[str, int] = {}  # when each folder that was searched did
+        self._changed: dict[str, int] = {}  # times at which the folders that were searched last changed
         self._left = 2 * ENTRIES
         self._cache = host.cache_folder()
-        # a folder's own name comes before that of a link to it, and each is searched once
+        # a folder's own name comes before a link to it; each folder is searched once
         self._real, self._links = deque([("", str(root))]), deque[tuple[str, str]]()
         seen: set[tuple[int, int]] = set()
         started = time.time()
@@ -118,7 +118,7 @@ class Walk:
 
     @property
     def is_current(self) -> bool:
-        """Whether no folder has changed since. One that took long stands for a while without being certain."""
+        """Whether no folder has changed since. After a slow walk recent changes are passed over for a while."""
         if not (self._settled or time.time() < self._until):
             return False
         return all(_changed(folder) == before for folder, before in self._changed.items())
@@ -141,7 +141,7 @@ class Walk:
                 self._refuse(below + entry.name, entry.path, f"is not listed: {error.strerror or error}")
 
     def _sort(self, name: str, entry: os.DirEntry[str]) -> None:
-        """Put one entry where it belongs. Raises `OSError` where it leads nowhere."""
+        """List, queue or refuse one entry. Raises `OSError` for a link that leads nowhere."""
         if not _is_text(name):
             self._refuse(name, entry.path, "is not listed: its name is not text in UTF-8. Rename it")
         elif entry.name.startswith("._") and not self.every:

@@ -21,20 +21,20 @@ KEPT = 36_000  # samples, half an hour
 
 
 class Recorder:
-    """One for the process. It samples as long as the host's run lasts; samples stay until the next reset."""
+    """The one sampler of the process. It samples until the host's run ends; samples stay until the next reset."""
 
     def __init__(self) -> None:
         self.timeline: Timeline[Snapshot] | None = None
 
     @property
     def samples(self) -> list[tuple[float, Snapshot]]:
-        """Seconds and what was read then, the oldest first."""
+        """Times in seconds with what was read then, the oldest first."""
         return [(moment.seconds, moment.reading) for moment in self.timeline.moments] if self.timeline else []
 
     def begin(self, device: torch.device, *, reset: bool) -> None:
-        """Start sampling a CUDA device until the host's run ends; with `reset`, forget what was before.
+        """Start sampling a CUDA device until the host's run ends; with `reset`, forget earlier samples.
 
-        It only observes: where this fails, less is known at the end, and the log says why.
+        A failure only costs the samples; the log says why.
         """
         if device.type != "cuda":
             return

@@ -14,9 +14,24 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SIDE = {"default": 1024, "min": MIN_SIZE, "max": MAX_SIZE, "step": SIZE_MULTIPLE}
+# Inputs, as the Latency Probe has them too.
+MODEL_INPUT = (MODEL, {"tooltip": "From NF4 Flux Loader."})
+SIDE = (
+    "INT",
+    {
+        "default": 1024,
+        "min": MIN_SIZE,
+        "max": MAX_SIZE,
+        "step": SIZE_MULTIPLE,
+        "tooltip": f"Pixels, a multiple of {SIZE_MULTIPLE}. tiny-schnell was trained at 128.",
+    },
+)
+STEPS = (
+    "INT",
+    {"default": DEFAULT_STEPS, "min": 1, "max": MAX_STEPS, "tooltip": "schnell is distilled for 4; more seldom help."},
+)
 MAX_BATCH = 64
-USED = {"pooled_output", "guidance"}  # guidance: schnell has none, and a Flux graph often sets it
+USED = {"pooled_output", "guidance"}  # guidance has no effect, without a warning: Flux graphs often set it
 
 
 class SchnellSampler:
@@ -33,7 +48,7 @@ class SchnellSampler:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "model": (MODEL, {"tooltip": "From NF4 Flux Loader."}),
+                "model": MODEL_INPUT,
                 "prompt": (
                     "STRING",
                     {
@@ -44,8 +59,8 @@ class SchnellSampler:
                         "what is cut. Not used where conditioning is connected.",
                     },
                 ),
-                "width": ("INT", SIDE | {"tooltip": "Pixels, a multiple of 16. tiny-schnell was trained at 128."}),
-                "height": ("INT", SIDE | {"tooltip": "Pixels, a multiple of 16. tiny-schnell was trained at 128."}),
+                "width": SIDE,
+                "height": SIDE,
                 "batch_size": (
                     "INT",
                     {
@@ -65,15 +80,7 @@ class SchnellSampler:
                         "tooltip": "The same seed draws the same picture; the noise is that of the host's KSampler.",
                     },
                 ),
-                "steps": (
-                    "INT",
-                    {
-                        "default": DEFAULT_STEPS,
-                        "min": 1,
-                        "max": MAX_STEPS,
-                        "tooltip": "schnell is distilled for 4; more seldom help.",
-                    },
-                ),
+                "steps": STEPS,
             },
             "optional": {
                 "negative_prompt": (
@@ -138,7 +145,7 @@ class SchnellSampler:
 
         def on_step(i: int, n: int, clean: Tensor) -> None:
             if clean.is_cuda:
-                # launches run ahead of the card: the bar would jump, and an interrupt would come too late
+                # work is queued ahead of the card: the bar would jump, and an interrupt would come too late
                 torch.cuda.synchronize(clean.device)
             report(len(latents) * n + i, preview(clean) if preview else None)
             if i == n:
@@ -158,7 +165,7 @@ class SchnellSampler:
 def check(
     width: int = MIN_SIZE, height: int = MIN_SIZE, batch_size: int = 1, seed: int = 0, steps: int = DEFAULT_STEPS
 ) -> None:
-    """Raise `VortexInputError` for what no model draws."""
+    """Raise `VortexInputError` for a size, batch, seed or number of steps that no model draws."""
     from ..vortex_core.errors import VortexInputError, quoted
     from ..vortex_core.flux1.request import Request
 
@@ -170,7 +177,7 @@ def check(
 def from_native(conditioning: Any) -> list[tuple[Tensor, Tensor]]:
     """T5's `[1, N, D]` and CLIP's `[1, V]` for each prompt of `[[T5 [B, N, D], {"pooled_output": [B, V]}]]`.
 
-    Raises `VortexInputError` for several entries (Combine, areas), or what no Flux CLIP made.
+    Raises `VortexInputError` for several entries (Combine, areas), or for what a Flux CLIP did not make.
     """
     import torch
 
@@ -181,7 +188,7 @@ def from_native(conditioning: Any) -> list[tuple[Tensor, Tensor]]:
     if len(conditioning) != 1:
         raise VortexInputError(
             f"conditioning holds {len(conditioning)} entries; Vortex takes one, straight from CLIP Text Encode. "
-            "Combined prompts and areas need guidance, which schnell has not."
+            "Combined prompts and areas need guidance, which schnell does not have."
         )
     txt, extras = conditioning[0]
     pooled = extras.get("pooled_output")

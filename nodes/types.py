@@ -16,7 +16,7 @@ MODEL = "VORTEX_MODEL"
 
 
 class AnyType(str):
-    """A socket type that equals every other: the host asks `received != wanted`."""
+    """A socket type that fits every other: the host compares with `received != wanted`."""
 
     __slots__ = ()
 
@@ -32,7 +32,7 @@ ANY = AnyType("*")
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """The loader's light handle: which weights and how, never the weights. `fingerprint` stands for their content.
+    """The loader's light handle: it names weights and holds none. `fingerprint` stands for their content.
 
     `parts` are files for what `path` lacks, by `clip`, `t5` and `vae`.
     """
@@ -52,7 +52,7 @@ class Model:
 
     @property
     def key(self) -> tuple[str, str]:
-        """What makes two handles the same engine; the budget can change without loading again."""
+        """Handles with equal keys share an engine. The budget is no part of it: it changes without loading again."""
         return self.fingerprint, self.mode
 
     @property
@@ -62,7 +62,7 @@ class Model:
 
 
 def verdict(check: Callable[[], Any]) -> str | bool:
-    """What the host wants of VALIDATE_INPUTS: True where `check` passes, else the reason in words."""
+    """The answer of a VALIDATE_INPUTS: True if `check` passes, else the reason in words."""
     try:
         check()
     except VortexError as error:

@@ -1,4 +1,4 @@
-"""The model's VAE decoder in the shape of the host's VAE: what its nodes and those of other packs read and call."""
+"""The model's VAE decoder with the interface of the host's VAE, as its nodes and those of other packs use it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CHANNELS = 16
 
 
 class Decoder:
-    """Decodes with the engine of `model`, which already holds these weights; a second copy would cost VRAM.
+    """Decodes with the engine of `model`, which already holds these weights: a second copy would cost VRAM.
 
     The attributes are those of the host's `comfy.sd.VAE` for FLUX. There is no `first_stage_model` behind them.
     """
@@ -33,9 +33,9 @@ class Decoder:
 
         self.model = model
         self.device, self.output_device = host.device(), torch.device("cpu")
-        self.vae_dtype, self.working_dtypes = torch.float32, [torch.float32]  # of LATENT samples, as they come in
+        self.vae_dtype, self.working_dtypes = torch.float32, [torch.float32]  # LATENT samples are fp32
 
-    # ------------------------------------------------------------ what it does
+    # ------------------------------------------------------------ decoding
 
     def decode(self, samples_in: Tensor, vae_options: object = None) -> Tensor:
         """LATENT samples `[B, 16, H/8, W/8]` to IMAGE `[B, H, W, 3]`."""
@@ -49,12 +49,12 @@ class Decoder:
         return pictures
 
     def decode_tiled(self, samples: Tensor, *tiles: object, **tiling: object) -> Tensor:
-        """Whole all the same: the engine decodes within its budget, and tiles would change the picture."""
+        """Decode without tiles: the engine keeps its budget anyway, and tiles would change the picture."""
         return self.decode(samples)
 
     decode_tiled_ = decode_tiled
 
-    # ------------------------------------------------------------ what it does not
+    # ------------------------------------------------------------ encoding is refused
 
     def encode(self, *pixels: object, **options: object) -> NoReturn:
         """Raise `VortexError`: the engine has no encoder."""
@@ -64,7 +64,7 @@ class Decoder:
 
     encode_tiled = encode_tiled_ = get_sd = encode
 
-    # ------------------------------------------------------------ what is read of it
+    # ------------------------------------------------------------ what the host asks
 
     def vae_output_dtype(self) -> torch.dtype:
         """The type of pictures."""
@@ -72,26 +72,26 @@ class Decoder:
 
     @property
     def patcher(self) -> Any:
-        """What stands in the host's list of loaded models: that of the engine, whose weights these are."""
+        """The stand-in of the engine, which holds these weights, in the host's list of loaded models."""
         return engines.patcher(self.model)
 
     def model_size(self) -> int:
-        """Bytes that the host can free by moving it away."""
+        """Bytes that the host frees when it moves the model away."""
         return int(self.patcher.model_size())
 
     def memory_used_decode(self, shape: tuple[int, ...], dtype: object = None) -> int:
-        """Bytes that the host should free before decoding: none, the engine's budget has them."""
+        """Bytes that the host should free before decoding: none, the engine's budget includes them."""
         return 0
 
     memory_used_encode = memory_used_decode
 
     def prepare_decode(self, sample_shape: tuple[int, ...], memory_required: int | None = None) -> int:
-        """Make the model resident; pictures that are decoded at once."""
+        """Make the model resident. Returns how many pictures are decoded at once."""
         engines.acquire(self.model)
         return 1
 
     def throw_exception_if_invalid(self) -> None:
-        """It is valid."""
+        """Do nothing: it is valid."""
 
     def is_dynamic(self) -> bool:
         """Weights move as a whole."""
@@ -104,7 +104,7 @@ class Decoder:
     spacial_compression_encode = spacial_compression_decode
 
     def temporal_compression_decode(self) -> None:
-        """No frames."""
+        """None: there are no frames."""
 
     def vae_encode_crop_pixels(self, pixels: Tensor) -> Tensor:
         """IMAGE `[B, H, W, C]` cut in the middle to multiples of 8, as the host does before it encodes."""

@@ -1,4 +1,4 @@
-"""VRAM Monitor: what the run took, against limits. Passes any value through, so that it runs where it is put."""
+"""VRAM Monitor: what the run took, against limits. It passes any value on, so it can stand anywhere in a workflow."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
+from ..vortex_core.bench import plot_style
+from ..vortex_core.errors import GB
 from . import host, plot
 from .recorder import recorder
 from .types import ANY
 
 if TYPE_CHECKING:
     import torch
+    from matplotlib.figure import Figure
     from torch import Tensor
 
     from ..vortex_core.device.vram import Snapshot
 
 log = logging.getLogger(__name__)
 
-GB = 1e9
 COUNTERS = {
     "allocated": "torch allocated",
     "reserved": "torch reserved",
@@ -80,7 +82,7 @@ class VRAMMonitor:
             return unmeasured(value, device, "no gpu", text)
         try:
             figures, samples = read(device, soft_limit, hard_limit)
-        except Exception as error:  # what was drawn must not be lost for it
+        except Exception as error:  # the pictures of the run must not be lost
             log.warning("%s does not tell its memory", device, exc_info=True)
             return unmeasured(value, device, "unknown", f"{device} does not tell its memory: {first_line(error)}")
         text = report(figures)
@@ -101,17 +103,17 @@ def where(device: torch.device) -> str:
 
 def unmeasured(value: Any, device: torch.device, status: str, text: str) -> tuple[Any, str, str, Tensor]:
     """The outputs of a run without figures."""
-    text, timeline = plot.beside(text, lambda: plot.timeline("VRAM: nothing to measure", {}))
+    text, timeline = plot.beside(text, lambda: plot_style.timeline("VRAM: nothing to measure", {}))
     return value, text, json.dumps({"device": str(device), "status": status, "report": text}), timeline
 
 
 def read(
     device: torch.device, soft_limit: float, hard_limit: float
 ) -> tuple[dict[str, Any], list[tuple[float, Snapshot]]]:
-    """The figures of the run, and its samples, of which the last is now."""
+    """The figures of the run, and its samples. The last sample is now."""
     from ..vortex_core.device.vram import snapshot
 
-    recorder.begin(device, reset=False)  # where the host does not ask IS_CHANGED, from here on
+    recorder.begin(device, reset=False)  # a host that does not call IS_CHANGED is sampled from here on
     samples = [*recorder.samples, (time.perf_counter(), snapshot(device))]
     return measure(device, [counters(sample) for _, sample in samples], soft_limit, hard_limit), samples
 
@@ -129,11 +131,11 @@ def counters(sample: Snapshot) -> dict[str, int | None]:
 def measure(
     device: torch.device, samples: list[dict[str, int | None]], soft_limit: float, hard_limit: float
 ) -> dict[str, Any]:
-    """All figures in bytes, and how they stand to the limits in GB. The last of `samples` is now."""
+    """All figures in bytes, and the verdict on limits in GB. The last of `samples` is now."""
     import torch
 
     peak = {name: max(sample[name] or 0 for sample in samples) or None for name in COUNTERS}
-    # torch keeps its own peaks, which no sampling interval can miss
+    # torch's own peaks; samples at intervals can miss one
     peak["allocated"] = torch.cuda.max_memory_allocated(device)
     peak["reserved"] = torch.cuda.max_memory_reserved(device)
     return {
@@ -149,7 +151,7 @@ def measure(
 
 
 def judge(peak: int, soft_limit: float, hard_limit: float) -> str:
-    """How a peak in bytes stands to limits in GB, of which 0 is none."""
+    """Compare a peak in bytes with limits in GB. A limit of 0 is none."""
     if hard_limit and peak > hard_limit * GB:
         return "over the hard limit"
     if soft_limit and peak > soft_limit * GB:
@@ -172,13 +174,13 @@ def report(figures: dict[str, Any]) -> str:
 
 def picture(
     figures: dict[str, Any], samples: list[tuple[float, Snapshot]], soft_limit: float, hard_limit: float
-) -> Tensor:
-    """The timeline as IMAGE."""
+) -> Figure:
+    """The timeline of the run."""
     start = samples[0][0]
     read = [(seconds - start, counters(sample)) for seconds, sample in samples]
     series = {
         name: [(seconds, value / GB) for seconds, taken in read if (value := taken[key]) is not None]
         for key, name in COUNTERS.items()
     }
-    limits = ((soft_limit, "soft limit", plot.WARN), (hard_limit, "hard limit", plot.STOP))
-    return plot.timeline(f"VRAM of {figures['device']}", series, [level for level in limits if level[0]])
+    limits = ((soft_limit, "soft limit", plot_style.WARN), (hard_limit, "hard limit", plot_style.STOP))
+    return plot_style.timeline(f"VRAM of {figures['device']}", series, [level for level in limits if level[0]])

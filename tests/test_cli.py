@@ -16,7 +16,7 @@ import vortex_core
 from vortex_core import Engine
 from vortex_core.cli import png
 from vortex_core.cli.main import app
-from vortex_core.utils import disk
+from vortex_core.utils import disk, packages
 
 runner = CliRunner()
 SMALL = ["--size", "80x64", "--device", "cpu", "--steps", "1"]
@@ -196,9 +196,12 @@ def test_no_prompt_is_logged(loaded: Engine, tmp_path: Path, caplog: pytest.LogC
 
 def test_a_missing_pillow_is_told_before_drawing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vortex_core.cli.main.load_engine", lambda *a, **o: pytest.fail("loaded"))
-    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.setattr(packages, "_broken", {})
+    for module in ("PIL", "PIL.PngImagePlugin"):
+        monkeypatch.setitem(sys.modules, module, None)
     said = run("generate", "a red circle", "-o", str(tmp_path / "x.png"), code=1)
-    assert "pip install --upgrade pillow" in said
+    assert "Writing a picture needs the package pillow" in said
+    assert "pip install pillow" in said
 
 
 def test_a_model_s_name_is_any_file_s() -> None:

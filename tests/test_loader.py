@@ -216,7 +216,7 @@ def test_gguf_is_listed_by_its_header_and_says_what_it_needs(
     monkeypatch.setattr(files, "find_spec", lambda name: None)
     files._known.clear()
     assert models.available() == [models.BUNDLED, name, FILE]
-    with pytest.raises(errors.VortexCheckpointError, match="pip install gguf"):
+    with pytest.raises(errors.VortexCheckpointError, match=r"pip install 'vortex-flux\[gguf\]'"):
         models.find(name, 6.5, "exact")
 
 

@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from vortex_core import Engine
 from vortex_core.bench.machine import gauge, machine
 from vortex_core.bench.readings import HOST, counters
+from vortex_core.cli.main import app
 from vortex_core.device import nvml, vram
 from vortex_core.errors import VortexError
-from vortex_core.utils import packages
-from vortex_core.utils.packages import missing, need
+from vortex_core.utils import packages, partial
+from vortex_core.utils.packages import missing, need, remedy
 
 CUDA = torch.device("cuda", 0)
 KINDS = (
@@ -56,6 +59,73 @@ def test_what_imports_is_not_missing() -> None:
     assert missing("json.decoder") is None
     need("json", "Nothing")
     assert "No module named" in (missing("there_is_no_such_package") or "")
+
+
+@pytest.mark.parametrize(
+    ("module", "command"),
+    [
+        ("gguf", "pip install 'vortex-flux[gguf]'"),
+        ("matplotlib.figure", "pip install 'vortex-flux[plots]'"),
+        ("scipy.stats", "pip install 'vortex-flux[stats]'"),
+        ("psutil", "pip install psutil"),
+        ("PIL.PngImagePlugin", "pip install pillow"),
+        ("pynvml", "pip install nvidia-ml-py"),
+    ],
+)
+def test_what_is_missing_names_the_command_that_brings_it(
+    monkeypatch: pytest.MonkeyPatch, module: str, command: str
+) -> None:
+    top = module.partition(".")[0]
+    for name in {top, module}:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(VortexError, match=r"This needs the package .*, which does not import \(") as raised:
+        need(module, "This")
+    assert str(raised.value).endswith(f"Try `{command}`.")
+    monkeypatch.setattr(packages.metadata, "version", lambda name: 1 / 0)  # as in ComfyUI: the package is not installed
+    assert remedy(module) == f"pip install {packages.PACKAGES.get(top, top)}"
+
+
+def test_what_is_there_but_broken_is_upgraded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_package.py").write_text("raise OSError('no')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert remedy("broken_package") == "pip install --upgrade broken_package"
+
+
+@pytest.mark.parametrize(
+    ("words", "package", "extra"),
+    [
+        (["leak"], "scipy", "stats"),
+        (["baseline", "compare"], "scipy", "stats"),
+        (["latency", "-o", "out"], "matplotlib", "plots"),
+        (["vram", "-o", "out"], "matplotlib", "plots"),
+    ],
+)
+def test_a_benchmark_says_what_it_lacks_before_it_loads_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], package: str, extra: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Engine, "load", lambda *a, **o: pytest.fail("loaded"))
+    for name in [name for name in sys.modules if name.partition(".")[0] == package] + [package]:
+        monkeypatch.setitem(sys.modules, name, None)
+    result = CliRunner().invoke(app, ["bench", *words])
+    assert result.exit_code in (1, 2)
+    assert f"pip install 'vortex-flux[{extra}]'" in " ".join(result.output.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_psutil_no_temporary_file_is_taken_for_abandoned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = tmp_path / f".vortex-{partial.HOST}-999999999-00000000.part"
+    left.touch()
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    assert not partial.is_abandoned(left)
+    partial.sweep(tmp_path)
+    assert left.exists()
+    monkeypatch.undo()
+    packages._broken.clear()
+    partial.sweep(tmp_path)
+    assert not left.exists()
 
 
 class Foreign(types.ModuleType):

@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import vortex_core
+from vortex_core.utils import packages
 
 ROOT = Path(__file__).parent.parent
 CORE = ROOT / "vortex_core"
@@ -85,7 +86,36 @@ def test_requirements_leave_the_host_alone() -> None:
 def test_requirements_agree_with_the_package() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = (ROOT / "requirements.txt").read_text().splitlines()
-    assert {line for line in lines if line and not line.startswith("#")} <= set(project["dependencies"])
+    ours = {*project["dependencies"], *project["optional-dependencies"]["plots"]}  # the nodes that measure draw plots
+    assert {line for line in lines if line and not line.startswith("#")} <= ours
+
+
+def test_each_extra_is_named_where_its_package_is_missing() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {extra: {package} for package, extra in packages.EXTRAS.items()}
+    assert named == {
+        extra: {Requirement(line).name for line in lines}
+        for extra, lines in extras.items()
+        if extra not in ("all", "dev")
+    }
+    assert extras["all"] == [f"vortex-flux[{','.join(sorted(named))}]"]
+    assert "vortex-flux[all]" in extras["dev"]
+
+
+def test_a_picture_and_a_plan_need_no_extra(tmp_path: Path) -> None:
+    code = """
+import sys
+for package in sys.argv[1].split(","):
+    sys.modules[package] = None
+from vortex_core.cli.main import app
+app(sys.argv[2:])
+"""
+    hidden = ",".join([*packages.EXTRAS, "accelerate", "hypothesis", "pytest", "setuptools"])
+    path = tmp_path / "picture.png"
+    python(code, hidden, "generate", "a red circle", "--size", "64x64", "--device", "cpu", "-o", str(path))
+    assert path.stat().st_size
+    assert "peak of torch reserved" in python(code, hidden, "plan")
+    assert "transformer" in python(code, hidden, "inspect", str(CORE / "assets/tiny-schnell"))
 
 
 def test_import_is_light() -> None:

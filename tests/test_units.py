@@ -136,7 +136,9 @@ def test_pinning_that_fails_leaves_no_error_for_the_next_launch(monkeypatch: pyt
 
     monkeypatch.setattr(offload.torch.cuda, "cudart", lambda: Runtime(error=2))
     monkeypatch.setattr(offload.torch, "zeros", zeros)
-    with pytest.warns(VortexWarning, match=r"^No pinned host memory for 0.02 GB \(error 2\); weights stream slower.$"):
+    with pytest.warns(
+        VortexWarning, match=r"^No pinned host memory for 0.02 GB \(error 2\); copies to a GPU are slower.$"
+    ):
         HostMemory(20 * 10**6, pin=True)
     assert launched == [(1, "cuda", 1)]
 

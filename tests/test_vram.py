@@ -284,10 +284,10 @@ def test_the_drivers_library_is_looked_for_once(monkeypatch: pytest.MonkeyPatch,
         raise OSError(f"{library}: cannot open shared object file")
 
     monkeypatch.setattr(vram, "os", SimpleNamespace(name=system))
-    monkeypatch.setattr(counters.ctypes, "CDLL", lambda library: asked.append(library) or found)
+    monkeypatch.setattr(vram.ctypes, "CDLL", lambda library: asked.append(library) or found)
     assert load() is found
     assert asked == [name]
-    monkeypatch.setattr(counters.ctypes, "CDLL", missing)
+    monkeypatch.setattr(vram.ctypes, "CDLL", missing)
     assert load() is None
 
 
@@ -361,14 +361,14 @@ def test_nvml_tells_who_is_on_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses", lambda handle: running)
     monkeypatch.setattr(vram.torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="x"))
     assert vram.holders(CUDA) == [Holder(1, None), Holder(os.getpid(), 5)]
-    assert counters.process_memory(CUDA) == 5
+    assert vram.process_memory(CUDA) == 5
 
     def missing(*arguments: object) -> None:
         raise Missing
 
     monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses", missing)
     assert vram.holders(CUDA) == []
-    assert counters.process_memory(CUDA) is None
+    assert vram.process_memory(CUDA) is None
     monkeypatch.setattr(pynvml, "nvmlInit", missing)
     assert vram.holders(CUDA) == []
 

@@ -1,4 +1,4 @@
-"""The tables of memory and speed in README.md and docs: each figure comes from here, so it is the same on each page.
+"""Writes the tables of memory and speed in README.md and docs, so that a figure is the same on each page.
 
     python tools/benchmarks/budget_table.py                  # what is planned, and what docs/reports/speed* measured
     python tools/benchmarks/budget_table.py contract*.json   # also what tools/benchmarks/vram_contract.py measured
@@ -24,8 +24,8 @@ MEASURED, PLANNED, SPEED, SHORT = "budget measured", "budget planned", "speed", 
 GOALS, PARTS, BOTH = "goals", "parts", "both allocators"
 REPORTS = {"native": "speed", "cudaMallocAsync": "speed-async"}  # below docs/reports, by torch's allocator
 BUDGETS = (11.0, 6.5, 5.5, 4.5)  # GB, of the planned table
-SIDE = 1024  # pixels, likewise
-PCIE = 12e9  # bytes a second, likewise
+SIDE = 1024  # pixels, of the planned table
+PCIE = 12e9  # bytes a second, of the planned table
 CONTENDERS = {
     "Vortex fast": "**Vortex `fast`**",
     "Vortex exact": "Vortex `exact`",
@@ -35,7 +35,7 @@ CONTENDERS = {
     "diffusers, 16 bits, compiled blocks": "diffusers, 16 bits, compiled blocks",
     "ComfyUI core, 16 bits": "ComfyUI's core, 16 bits, with diffusers' VAE",
     "diffusers, 16 bits": "diffusers, 16 bits",
-}  # as the report names them, and as the pages do
+}  # names in the report, and on the pages
 IN_SHORT = ("Vortex fast", "Vortex exact", "diffusers, bitsandbytes NF4", "ComfyUI core, 16 bits")
 Row = dict[str, Any]
 
@@ -51,7 +51,7 @@ def tables(rows: Sequence[Row]) -> str:
 
 
 def peaks(rows: Iterable[Row]) -> str:
-    """A line for each placement whose peak was predicted; those of the grid count for the extremes only."""
+    """A line for each placement with a predicted peak. Those of the grid count only for the extremes."""
     found = [row for row in rows if "predicted" in row]
     lines = []
     for row in found:
@@ -78,17 +78,17 @@ def times(rows: Iterable[Row]) -> str:
 
 
 def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """In Markdown."""
+    """A table in Markdown."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines))
 
 
 def gb(size: int | None) -> str:
-    """Bytes, as they are read."""
+    """Bytes as text in GB."""
     return "unknown" if size is None else f"{size / GB:.2f} GB"
 
 
 def planned() -> str:
-    """What streams at some budgets, and what that costs; as `vortex plan` has it, without a card."""
+    """What streams at some budgets, and what that costs, as `vortex plan` says without a card."""
     from vortex_core.cli.plan_report import propose
 
     lines = []
@@ -134,7 +134,7 @@ def goals(reports: dict[str, Row]) -> str:
 
 
 def parts(reports: dict[str, Row]) -> str:
-    """What a picture is made of, and what comes on top of it, in both modes."""
+    """The parts of a picture's time, and what comes on top of it, in both modes."""
 
     def both(promise: str, form: str) -> list[str]:  # a promise's figure in `fast` and in `exact`
         return [
@@ -178,12 +178,12 @@ def both_allocators(reports: dict[str, Row]) -> str:
 
 
 def kept(report: Row, start: str) -> float:
-    """What was found of the promise that starts so."""
+    """The finding for the promise that starts so."""
     return next(float(row["found"]) for row in report["promises"] if row["promise"].startswith(start))
 
 
 def figure(found: float) -> str:
-    """A promise's figure, whatever its unit, as the pages have it."""
+    """A promise's figure with its unit, as the pages show it."""
     return f"{found:.1f}" if found >= 10 else f"{found:.3g}"
 
 
@@ -205,7 +205,7 @@ def made_here() -> dict[str, str]:
 
 
 def insert(text: str, name: str, found: str) -> str:
-    """`text` with what is between the marks of the table `name` replaced. Raises `ValueError` where it has none."""
+    """`text` with a new table between the marks of `name`. Raises `ValueError` if it has no such marks."""
     begin, end = f"<!-- table: {name} -->", "<!-- /table -->"
     before, opened, rest = text.partition(begin)
     _, closed, after = rest.partition(end)

@@ -1,10 +1,10 @@
-"""The example reports in docs/reports: latency and the VRAM profile at some sizes, the model loaded for each profile.
+"""Writes the example reports in docs/reports: latency and the VRAM profile at some sizes, and the leak check.
 
     python tools/benchmarks/example_reports.py tiny docs/reports/tiny-cpu --device cpu --size 128
     python tools/benchmarks/example_reports.py /dev/shm/random-schnell docs/reports/full-size --mode exact --mode fast
                                                                                 # 3 minutes; a quiet GPU
 
-What each folder holds, `vortex bench latency -o` and `vortex bench vram -o` write too, one at a time.
+`vortex bench latency -o` and `vortex bench vram -o` write the same folders, one at a time.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import json
 import time
 import traceback
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def latency(engine: Any, workload: Workload, folder: Path) -> dict[str, Any]:
     report = latency_report.run(engine, workload)
     figures = report.figures()
     target = folder / f"latency-{workload.width}"
-    samples = [sample.as_dict() for sample in report.samples]
+    samples = [asdict(sample) for sample in report.samples]
     write_folder(target, figures | {"samples": samples}, lambda: plots.latency_plots(report))
     exports.write_csv(report.samples, target / "samples.csv")
     whole = report.series["cached"].whole

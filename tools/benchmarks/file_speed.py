@@ -1,9 +1,9 @@
-"""What reading a model's files takes: seconds and host memory, each measure in a process of its own.
+"""Measures seconds and host memory of reading a model's files, each in a process of its own.
 
     python tools/benchmarks/full_size.py files /dev/shm/random-schnell
 
-Seconds start when torch, the CUDA context and bitsandbytes are up. Host memory is resident memory without the pages
-of the model's own mapped files, looked at five times a second in a run that is not timed.
+Seconds count from when torch, the CUDA context and bitsandbytes are ready. Host memory is resident memory without the
+pages of the model's own mapped files. It is read five times a second, in a run that is not timed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from vortex_core.utils.timing import Stopwatch, mark
 
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 REPEATS = 3
-LIMIT = 120  # seconds a measure may take
+LIMIT = 120  # seconds that a measure may take
 console = Console()
 
 
@@ -67,7 +67,7 @@ def quantize_memory(folder: Path, work: Path) -> dict[str, Any]:
 
 
 def engine(folder: Path, work: Path) -> dict[str, Any]:
-    """The whole engine: the first time (T5 is still to be quantized), then from the cache, beside safetensors."""
+    """The whole engine: the first time, which also quantizes T5, then from the cache, in turns with safetensors."""
     from vortex_core import Engine, load_flux_schnell
 
     log, told = logging.getLogger("vortex_core.runtime.loading"), logging.handlers.BufferingHandler(100)
@@ -102,7 +102,7 @@ def diffusers(folder: Path, work: Path) -> dict[str, Any]:
 
 
 def diffusers_memory(folder: Path, work: Path) -> dict[str, Any]:
-    """Host memory while diffusers does."""
+    """Host memory while diffusers does that."""
     with _host_memory(folder, work) as seen:
         _diffusers(folder)
     return {"diffusers_host_bytes": max(seen), "diffusers_host_bytes_before": seen[0]}
@@ -141,7 +141,7 @@ MEASURES: tuple[Callable[[Path, Path], dict[str, Any]], ...] = (
 
 
 def measure_files(folder: Path, work: Path, only: Sequence[str] = ()) -> dict[str, Any]:
-    """Run every measure, or `only` these; the figures, and under `failed` what went wrong."""
+    """Run every measure, or `only` these. Returns the figures, with errors under `failed`."""
     work.mkdir(exist_ok=True)
     figures: dict[str, Any] = {"failed": {}}
     try:
@@ -163,7 +163,7 @@ def measure_files(folder: Path, work: Path, only: Sequence[str] = ()) -> dict[st
 
 
 def report(figures: dict[str, Any]) -> None:
-    """Print the figures as a table, beside what they must hold to."""
+    """Print the figures as a table, with their goals."""
     table = Table("", "Vortex", "safetensors", "diffusers + bitsandbytes", "must hold")
 
     def row(name: str, form: str, *values: Any, goal: str = "") -> None:
@@ -240,7 +240,7 @@ def _diffusers(folder: Path) -> None:
 
 
 def _in_turns(after: Callable[[], object] = lambda: None, **works: Callable[[], object]) -> dict[str, Any]:
-    """Seconds of each, `REPEATS` times in turns, and their medians; `after` and the freeing of memory do not count."""
+    """Seconds of each, `REPEATS` times in turns, and the medians. `after` and freeing memory are not timed."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(REPEATS):
         for name, work in works.items():
@@ -291,7 +291,7 @@ def _resident(mapped: tuple[Path, ...]) -> int:
 
 
 def main() -> None:
-    """One measure, in this process; its figures as one line of JSON."""
+    """Run one measure in this process, and print its figures as one line of JSON."""
     measure, folder, work = sys.argv[1:]
     import bitsandbytes  # noqa: F401
 

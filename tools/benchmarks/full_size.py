@@ -1,10 +1,10 @@
-"""FLUX.1-schnell at its real size, with random weights: build it, load it the ordinary way, measure it.
+"""Builds FLUX.1-schnell at its real size with random weights, loads it in the ordinary way, and measures it.
 
     python tools/benchmarks/full_size.py build /dev/shm/random-schnell      # 34 GB, needs a GPU to be quick
     python tools/benchmarks/full_size.py measure /dev/shm/random-schnell --peer --json figures.json
     python tools/benchmarks/full_size.py files /dev/shm/random-schnell      # what reading and quantizing takes
 
-Memory and speed do not depend on what the weights are, so random ones measure the real thing. `--peer` draws with
+Memory and speed do not depend on the values of weights, so random ones give the real figures. `--peer` draws with
 diffusers and bitsandbytes NF4 from the same folder in the same run.
 """
 
@@ -57,7 +57,7 @@ def build(folder: Path, seed: int = 0) -> None:
 
 
 def write_random(module: nn.Module, folder: Path, stem: str, generator: torch.Generator) -> int:
-    """Random weights that keep activations finite (std 1/sqrt(fan in)), in shards with an index, as hubs have them."""
+    """Random weights that keep activations finite (std 1/sqrt(fan in)), in shards with an index, as on the Hub."""
     shard: dict[str, torch.Tensor] = {}
     weight_map: dict[str, str] = {}
     total = 0
@@ -81,7 +81,7 @@ def write_random(module: nn.Module, folder: Path, stem: str, generator: torch.Ge
 
 
 def measure_vortex(folder: Path, repeats: int) -> dict[str, Any]:
-    """Load and draw with Vortex; seconds and bytes."""
+    """Load and draw with Vortex. Returns seconds and bytes."""
     from vortex_core import load_flux_schnell
 
     started = time.perf_counter()
@@ -151,7 +151,7 @@ def measure_pictures(draw: Callable[[], object], repeats: int) -> dict[str, Any]
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Wall time of `work`, the device synchronized before and after."""
+    """Wall time of `work`, with the device synchronized before and after."""
     torch.cuda.synchronize()
     started = time.perf_counter()
     work()
@@ -167,7 +167,7 @@ def memory() -> dict[str, Any]:
 
 
 def machine() -> dict[str, str]:
-    """What the figures were measured on."""
+    """The machine that the figures were measured on."""
     from importlib.metadata import PackageNotFoundError, version
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
@@ -241,7 +241,7 @@ def main() -> None:
 
 
 def finish(figures: dict[str, Any], path: Path | None) -> None:
-    """All figures as one line, and into `path`."""
+    """Print all figures as one line, and write them to `path`."""
     if path:
         path.write_text(json.dumps(figures, indent=1))
     print(json.dumps(figures))

@@ -121,7 +121,7 @@ def ceilings() -> None:
 
 
 def decode() -> None:
-    """Weights in rotation, so that packed values come from memory."""
+    """Decode weights in rotation, so that packed values come from memory, not from a cache."""
     for n, k in LINEARS:
         weights = [weight(n, k) for _ in range(2 if SMALL else max(3, 160_000_000 // (n * k)))]
         for kind in (BF16, FP8):
@@ -135,7 +135,7 @@ def fill(linear: NF4Linear, out: Tensor) -> None:
 
 
 def products() -> None:
-    """Every linear: its product alone, and after the decode."""
+    """Every linear: its product alone, and with the decode before it."""
     for n, k in LINEARS:
         weights = [weight(n, k) for _ in range(2 if SMALL else 4)]
         for m in TOKENS:
@@ -213,7 +213,7 @@ def attention() -> None:
 
 
 def transformer() -> Transformer:
-    """Full size, random; weights of standard deviation 1/sqrt(K), so that values neither fade nor explode."""
+    """Full size, random; weights of standard deviation 1/sqrt(K), so that values keep their size."""
     with torch.device("meta"):
         model = Transformer(SPEC)
     for path, child in list(model.named_modules()):
@@ -267,7 +267,7 @@ def steps() -> None:
 
 
 def step(plan, arguments, name: str, expected: Tensor) -> Tensor:
-    """Launched, captured and replayed, timed and profiled; the velocity."""
+    """Launch, capture and replay a step; time and profile it. Returns the velocity."""
     started = time.perf_counter()
     eager = plan(*arguments).clone()
     replayed = plan(*arguments).clone()

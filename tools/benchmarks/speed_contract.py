@@ -1,13 +1,13 @@
-"""Speed and fidelity at full size, on a GPU: every promise measured in one process, on random weights.
+"""Measures every promise about speed and fidelity at full size, on a GPU, in one process, with random weights.
 
     python tools/benchmarks/speed_contract.py docs/reports/speed                        # about 9 minutes on an H100
     python tools/benchmarks/speed_contract.py docs/reports/speed/load --load  # after it: Triton's cache is warm
     python tools/benchmarks/speed_contract.py OUT --allocator cudaMallocAsync           # as ComfyUI has it
     python tools/benchmarks/speed_contract.py OUT --model FOLDER --device cpu --size 64 --samples 2  # rehearsal
 
-In order of worth: the peer with 16-bit weights (compiled), Vortex in both modes, fidelity, and the peers in NF4. Prints
-a row for each promise as it is checked; `report.json` is written after every contender, the plot after every part, so
-that a run that is cut off leaves what it had. Ends with one JSON line; exits with 1 where a promise is broken.
+The most important come first: the peer with 16-bit weights (compiled), Vortex in both modes, fidelity, NF4 peers.
+Prints a row for each promise as it is checked. `report.json` is written after every contender and the plot after every
+part, so an interrupted run leaves what it had. Ends with one JSON line; exits with 1 if a promise is broken.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Contract:
         write_folder(self.folder, self.contest.result.figures() | {"promises": self.rows}, lambda: plots)
 
     def check(self, promise: str, found: float, wanted: float, *, least: bool = False, form: str = "{:.3f}") -> None:
-        """A row: `found` must be at most `wanted`, or with `least` at least."""
+        """Write a row: `found` must be at most `wanted`, or with `least` at least `wanted`."""
         holds = found >= wanted if least else found <= wanted
         self.rows.append({"promise": promise, "found": found, "wanted": wanted, "holds": holds})
         sign = ">=" if least else "<="
@@ -91,11 +91,11 @@ class Contract:
         )
 
     def missing(self, contender: str) -> None:
-        """A contender without figures: none of its promises holds."""
+        """Note a contender without figures: none of its promises holds."""
         self.check(f"{contender}: draws", 0.0, 1.0, least=True, form="{:.0f}")
 
     def part(self, work: Callable[[], None]) -> None:
-        """Run a part, say how long it took, and write what there is; one that fails breaks a promise."""
+        """Run a part, print its time, and write the results so far. A part that fails breaks a promise."""
         started = time.perf_counter()
         try:
             with torch.inference_mode():
@@ -107,7 +107,7 @@ class Contract:
         self._write({"compare": compare_plot(self.contest.result)})
 
     def seconds(self, work: Callable[[], object]) -> float:
-        """Of one run."""
+        """Seconds of one run."""
         with Stopwatch(self.device) as watch:
             work()
         return watch.seconds
@@ -171,7 +171,7 @@ class Contract:
         self.check(f"{mode} {small}: P99 / P50 of {self.many}", p99 / statistics.median(times), 1.10)
 
     def _memory(self, engine: Engine, side: int) -> None:
-        """The peak of a picture whose prompt is new, so of text, steps and decoding. Predictions: vram_contract.py."""
+        """The peak of a picture with a new prompt: text, steps and decoding. vram_contract.py checks predictions."""
         if self.device.type != "cuda":
             return
         clean(self.device)
@@ -181,7 +181,7 @@ class Contract:
         self.check(f"{engine.mode} {side}: peak reserved, text and decode included, GB", peak, 6.5, form="{:.2f}")
 
     def replay(self) -> None:
-        """Captured steps draw what launched ones draw; prompts, seeds and sizes take turns."""
+        """Captured steps draw the same as launched ones, with prompts, seeds and sizes in turns."""
         for mode, engine in self.engines.items() if self.device.type == "cuda" else ():
             self._drawn(engine)
             replayed, again = self._drawn(engine), self._drawn(engine)
@@ -199,7 +199,7 @@ class Contract:
         return [engine.generate(p, seed=s, height=n, width=n).cpu() for p, s, n in jobs]
 
     def fidelity(self) -> None:
-        """One transformer call, against diffusers with bitsandbytes and in fp32, and that the gate has teeth."""
+        """One transformer call against diffusers with bitsandbytes and fp32. Wrong tables must fail the gate."""
         self.contest.return_in_nf4()
         engine, job = self.engines["exact"], self.contest.jobs[0]
         engine.resume()
@@ -290,7 +290,7 @@ def main() -> None:
     parser.add_argument("--many", type=int, default=100, help="pictures for P99 over P50")
     parser.add_argument("--allocator", choices=ALLOCATORS, help="torch's (default: as it is)")
     parser.add_argument(
-        "--load", action="store_true", help="the first pictures alone: a second run finds Triton's cache warm"
+        "--load", action="store_true", help="only the first pictures; a second run finds Triton's cache warm"
     )
     arguments = parser.parse_args()
     ensure_allocator(arguments.allocator, [sys.executable, *sys.argv])

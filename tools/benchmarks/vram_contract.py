@@ -1,4 +1,4 @@
-"""The VRAM budget at full size, on a GPU: every promise measured, each budget in a process of its own that is capped.
+"""Measures every promise of the VRAM budget at full size, on a GPU, each section in a process of its own.
 
     python tools/benchmarks/full_size.py build /dev/shm/random-schnell
     python tools/benchmarks/vram_contract.py /dev/shm/random-schnell                 # everything, about 6 minutes
@@ -8,12 +8,12 @@
 
 Sections: `default` (6.5 GB: 512 to 1024, batch 4, host memory, the ledger), `card8` (an 8 GB card), `card12` (12 GB,
 everything resident), `tight` (4.5 GB, blocks streamed), `grid` (predicted against measured peaks), `soak` (200
-pictures), `same` (bit for bit under every placement; strips against whole), `threads` (16 that draw), `reload` (20
+pictures), `same` (equal bits under every placement; strips against whole), `threads` (16 that draw), `reload` (20
 times), `backends` (without Triton), `errors` (refusals, running out of memory), `speed` (what streaming costs, against
-the plan). All but `speed` may share the GPU with other programs.
+the plan). All sections but `speed` may share the GPU with other programs.
 
-Prints a row for each promise as it is checked, and writes it to `--json`; ends with one JSON line, and exits with 1
-where one is broken. A section that fails, or takes longer than `--seconds`, is a broken promise; the others run.
+Prints a row for each promise as it is checked, and writes it to `--json`. Ends with one JSON line; exits with 1 if a
+promise is broken. A section that fails or takes longer than `--seconds` is a broken promise; the others still run.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from vortex_core.bench.machine import machine
 
 
 def run(name: str, arguments: argparse.Namespace, cache: str) -> Iterator[dict[str, Any]]:
-    """A section in a process of its own; its rows as they come."""
+    """Run a section in a process of its own, and yield its rows as they come."""
     command = [sys.executable, __file__, arguments.model, "--section", name, "--cache", cache]
     command += ["--device", arguments.device, "--seconds", str(arguments.seconds)]
     search = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--section", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.section:
-        # where it stands when the time is nearly up
+        # shows where it is when the time is nearly up
         faulthandler.dump_traceback_later(0.9 * arguments.seconds, file=sys.stdout)
         section = Section(arguments.model, arguments.device, arguments.cache)
         here = machine(section.device)

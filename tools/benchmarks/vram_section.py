@@ -1,4 +1,4 @@
-"""What the sections of vram_contract.py measure with, each in a process of its own."""
+"""What the sections of vram_contract.py share. Each section runs in a process of its own."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MARK = "CONTRACT "  # before a row that a section's process prints
 
 
 class Section:
-    """What a section's process has: a device, sizes, and where rows go."""
+    """The state of a section's process: its device and sizes. It writes the rows."""
 
     def __init__(self, model: str, device: str, cache: str | None) -> None:
         self.model, self.device, self.cache = model, torch.device(device), cache
@@ -41,15 +41,15 @@ class Section:
             self.context = process_memory(self.device) or CONTEXT
 
     def size(self, side: int) -> int:
-        """On the CPU an eighth of it, so that a rehearsal is short."""
+        """The side to draw: on the CPU an eighth of `side`, so that a rehearsal is short."""
         return side if self.cuda else max(64, side // 8)
 
     def gb(self, budget: float) -> float:
-        """On the CPU the miniature's share of it."""
+        """The budget to use: on the CPU a fifteenth, for the miniature."""
         return budget if self.cuda else budget / 15
 
     def cap(self, size: float) -> None:
-        """Have the process see a card of `size` bytes, as far as torch's allocator goes."""
+        """Limit torch's allocator to `size` bytes, as on a smaller card."""
         if self.cuda:
             torch.cuda.set_per_process_memory_fraction(min(1.0, size / self.total), self.device)
 
@@ -57,14 +57,14 @@ class Section:
         return Engine.load(self.model, device=self.device, vram_budget=budget, cache_dir=self.cache, **options)
 
     def reserved(self) -> int:
-        """What torch has reserved, and the driver for graphs."""
+        """Bytes that torch has reserved, and that the driver holds for graphs."""
         return torch.cuda.memory_reserved(self.device) + graph_memory(self.device) if self.cuda else 0
 
     def allocated(self) -> int:
         return torch.cuda.memory_allocated(self.device) if self.cuda else 0
 
     def peak(self, counter: str = "reserved") -> int:
-        """The most since `reset`; of what the driver has for graphs, what it has now, which stays while they do."""
+        """The most since `reset`. For graphs the driver's bytes of now count: they stay as long as the graphs."""
         if not self.cuda:
             return 0
         graphs = graph_memory(self.device) if counter == "reserved" else 0
@@ -80,7 +80,7 @@ class Section:
         return engine.generate(prompt, seed=1, height=side, width=side, batch_size=batch, **options)
 
     def ms(self, work: Callable[[], object], repeats: int = 5) -> float:
-        """Median milliseconds after one to warm up."""
+        """Median milliseconds, after one run to warm up."""
         times = []
         for _ in range(repeats + 1):
             with Stopwatch(self.device) as watch:
@@ -99,18 +99,18 @@ class Section:
 
         for _ in range(pictures):
             self.draw(engine, side, on_step=stamp)
-        ends = range(3, len(stamps), 4)  # from the last step of a picture to the next one's first is no step
+        ends = range(3, len(stamps), 4)  # the time between two pictures is no step
         steps = [later - earlier for i, (earlier, later) in enumerate(pairwise(stamps)) if i not in ends]
         return statistics.median(steps) * 1e3
 
     def row(self, promise: str, found: Any, holds: bool | None, **figures: Any) -> None:
-        """Tell whether a promise holds; None where this device cannot tell."""
+        """Print whether a promise holds; None if this device cannot tell."""
         holds = None if holds is None or not self.cuda else bool(holds)
         row = {"promise": promise, "found": str(found), "holds": holds, **figures}
         print(MARK + json.dumps(row), flush=True)
 
     def predicted(self, what: str, plan: MemoryPlan, **figures: Any) -> float:
-        """Tell whether the peak since `reset` is the plan's, or up to 3% below it; the share by which it is below."""
+        """Print whether the peak since `reset` is 0 to 3% below the plan's. Returns that share."""
         measured = max(1, self.peak())
         off = plan.peak / measured - 1
         self.row(
@@ -129,7 +129,7 @@ class Section:
 
     @contextmanager
     def part(self, name: str) -> Iterator[str]:
-        """Part of a section, by its name; an error in it is a broken promise, and the next part runs."""
+        """A named part of a section. An error in it is a broken promise, and the next part runs."""
         started = time.perf_counter()
         try:
             yield name
@@ -141,7 +141,7 @@ class Section:
 
 
 def host_memory() -> dict[str, float]:
-    """This process' resident memory in GB: now, its most, and what of it is file mappings and shared memory."""
+    """This process' resident memory in GB: now, at its peak, and its share of file mappings and shared memory."""
     status = Path("/proc/self/status").read_text()
     found = {
         key: re.search(rf"{key}:\s+(\d+) kB", status)
@@ -151,7 +151,7 @@ def host_memory() -> dict[str, float]:
 
 
 class HostPeak:
-    """The most anonymous memory (what is no file, no shared mapping) this process had while it is entered, sampled."""
+    """Samples the peaks of resident memory, and of its anonymous part (no file, no shared mapping), in a block."""
 
     def __enter__(self) -> HostPeak:
         self.anonymous = self.resident = 0.0

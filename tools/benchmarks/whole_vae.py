@@ -1,4 +1,4 @@
-"""The VAE decoder as a naive reference: whole maps, torch's own GroupNorm. What decoding in strips is compared with."""
+"""The VAE decoder as a naive reference for decoding in strips: whole maps, torch's own GroupNorm."""
 
 from __future__ import annotations
 

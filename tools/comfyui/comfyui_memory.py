@@ -1,20 +1,19 @@
-"""Whether ComfyUI can really take Vortex's VRAM back: run on a GPU, with a ComfyUI tree's own model management.
+"""Checks that ComfyUI can take Vortex's VRAM back, on a GPU, with a ComfyUI tree's own model management.
 
     python tools/comfyui/comfyui_memory.py ~/comfy/ComfyUI                                    # the bundled miniature
     python tools/comfyui/comfyui_memory.py ~/comfy/ComfyUI /dev/shm/random-schnell --size 512 --json figures.json
 
-In one process, three times: draw, let the host take the memory (another model's demand, "Unload models", an OOM as
-its executor handles it), and draw again. Torch's allocated bytes, and what captured steps keep besides, must fall by
-what was reported to the host (within 1 %: the allocator rounds each tensor up to 512 bytes), the loader must not run,
-and the picture must be the same bit for bit.
+Three times in one process: draw, let the host take the memory back (another model needs it, "Unload models", an OOM as
+its executor handles it), and draw again. Torch's allocated bytes and the bytes of captured steps must fall by what was
+reported to the host (within 1 %: the allocator rounds each tensor up to 512 bytes). The loader must not run, and the
+picture must be the same bit for bit.
 
-That is done once in each way the host may be set up, each in a process of its own: with torch's own allocator, with
-cudaMallocAsync (the host's default), and with dynamic VRAM where the tree has it and comfy-aimdo is installed. What
-the allocator does not support is listed, and is no failure. Prints what it does as it goes, and ends with one JSON
-line.
+This is done once for each setup of the host, in a process of its own: with torch's own allocator, with cudaMallocAsync
+(the host's default), and with dynamic VRAM if the tree has it and comfy-aimdo is installed. What an allocator does not
+support is listed and is no failure. Prints each action, and ends with one JSON line.
 
-Each setup loads the model, in 10 to 30 s from a cache that is filled, so fill it first (any load with the same
-`--cache` does), or give `--seconds` enough for quantizing. Other programs may use the GPU meanwhile.
+Each setup loads the model, which takes 10 to 30 s from a filled cache. So fill it first (any load with the same
+`--cache` does), or make `--seconds` long enough for quantizing. Other programs may use the GPU meanwhile.
 """
 
 from __future__ import annotations
@@ -75,7 +74,7 @@ def version(tree: Path) -> str:
 
 
 def setups(tree: Path) -> list[str]:
-    """The ways in which a host of this tree may run here."""
+    """The setups in which a host of this tree can run here."""
     import torch
 
     if not torch.cuda.is_available():
@@ -85,7 +84,7 @@ def setups(tree: Path) -> list[str]:
 
 
 def apart(setup: str, seconds: float) -> dict[str, Any]:
-    """What a process of one setup found; its error where it ended or hung."""
+    """The findings of one setup's process, or its error if it crashed or hung."""
     environment = {name: value for name, value in os.environ.items() if not name.endswith("ALLOC_CONF")}
     if setup != NATIVE:
         environment["PYTORCH_CUDA_ALLOC_CONF"] = "backend:cudaMallocAsync"  # as the host's cuda_malloc.py does
@@ -142,7 +141,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         figures |= {"gpu": torch.cuda.get_device_name(), "allocator": torch.cuda.get_allocator_backend()}
     try:
         figures |= evictions(arguments.model, arguments.size, arguments.cache)
-    except Exception:  # one part failing is no reason to lose the other
+    except Exception:  # the other part still counts
         figures |= {"passed": False, "error": traceback.format_exc()}
         print(figures["error"], flush=True)
     if cuda:
@@ -153,12 +152,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def say(what: str) -> None:
-    """What comes next, with the seconds since the start."""
+    """Print what comes next, with the seconds since the start."""
     print(f"  {time.monotonic() - STARTED:5.1f} s  {what}", flush=True)
 
 
 def switch_on_dynamic() -> None:
-    """What the host's main does where it supports dynamic VRAM."""
+    """Do what the host's main does if it supports dynamic VRAM."""
     import comfy.memory_management
     import comfy.model_management
     import comfy.model_patcher
@@ -171,7 +170,7 @@ def switch_on_dynamic() -> None:
 
 
 def counters(device: Any) -> dict[str, int]:
-    """Bytes that torch has on a device, and that the driver has left."""
+    """Bytes that torch has on a device, and bytes that are free there."""
     import torch
 
     if device.type != "cuda":
@@ -185,7 +184,7 @@ def counters(device: Any) -> dict[str, int]:
 
 
 def progress() -> Callable[..., None]:
-    """What the host tells of its progress, said every 3 seconds."""
+    """Print the host's progress every 3 seconds."""
     told = 0.0
 
     def report(done: int, total: int, *unused: Any, **ignored: Any) -> None:
@@ -235,7 +234,7 @@ def evictions(model: Path | None, size: int, cache: Path | None) -> dict[str, An
     }
     for name, evict in ways.items():
         say(f"{name}, and drawing again")
-        reported, held, graphs = patcher.loaded_size(), counters(device), engine.ledger.graphs  # which no tensor has
+        reported, held, graphs = patcher.loaded_size(), counters(device), engine.ledger.graphs
         listed = any(loaded.model is patcher for loaded in management.current_loaded_models)
         evict()
         gone = counters(device)
@@ -258,11 +257,11 @@ def evictions(model: Path | None, size: int, cache: Path | None) -> dict[str, An
 
 
 def demand(management: Any, device: Any, held: int) -> None:
-    """A native model that needs all that is free and half of the `held` bytes that Vortex has."""
+    """Load a native model that needs all free memory and half of Vortex's `held` bytes."""
     import torch
     from comfy.model_patcher import ModelPatcher
 
-    # its weights are small; what it says it needs to work in is what counts
+    # its weights are small; the working memory that it asks for counts
     other = ModelPatcher(torch.nn.PReLU(), device, torch.device("cpu"))
     # by so much that it still is where another program frees memory in between
     needed = management.get_free_memory(device) + held // 2 if device.type == "cuda" else 0
@@ -271,7 +270,7 @@ def demand(management: Any, device: Any, held: int) -> None:
 
 
 def out_of_memory(management: Any, device: Any) -> None:
-    """What the host's executor does when a node runs out of memory: it unloads every model."""
+    """Do what the host's executor does when a node runs out of memory: unload every model."""
     import torch
 
     try:
@@ -283,7 +282,7 @@ def out_of_memory(management: Any, device: Any) -> None:
 
 
 class Probes:
-    """What is asked of an allocator. Each raises where it does not do it."""
+    """Checks of an allocator, by name. Each raises if the allocator fails it."""
 
     def __init__(self, device: Any) -> None:
         self.device = device
@@ -365,7 +364,7 @@ class Probes:
 
 
 def unsupported(device: Any) -> dict[str, str]:
-    """What this allocator does not do, by name, with the reason."""
+    """The checks that this allocator fails, by name, with the reason."""
     probes = Probes(device)
     found = {}
     for name, probe in {

@@ -1,11 +1,11 @@
-"""Whether requirements.txt fits into a ComfyUI's packages without changing one of them. Needs a package index.
+"""Checks that requirements.txt installs beside a ComfyUI's packages without changing one. Needs a package index.
 
     python tools/comfyui/host_requirements.py ~/comfy/ComfyUI/requirements.txt --until 2025-10-15
     python tools/comfyui/host_requirements.py ~/comfy/ComfyUI/requirements.txt                      # as installed today
 
-In a throwaway environment: installs what the host lists, as it was on that day, then this pack's requirements as
-ComfyUI-Manager does. `pip check` must be clean and every package of the host must keep its version. torch's CPU build
-of today stands in for the host's. Ends with one JSON line.
+It installs, in a temporary environment, what the host lists as of that day, and then this pack's requirements as
+ComfyUI-Manager does. `pip check` must be clean, and every package of the host must keep its version. Today's CPU build
+of torch stands in for the host's. Ends with one JSON line.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 TORCH = ("torch==2.13.0", "torchvision==0.28.0", "torchaudio==2.11.0")
-OTHER_SOURCES = ("PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS")  # which do not say when a file was uploaded
+OTHER_SOURCES = ("PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS")  # they do not say when a file was uploaded
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def check(folder: Path, requirements: Path, until: str | None) -> dict[str, Any]:
-    """Install the host's packages, then the pack's, into `folder`; what changed, what came, what `pip check` says."""
+    """Install the host's packages, then the pack's, into `folder`. Returns the changes, and what `pip check` finds."""
     venv.create(folder, with_pip=True)
     pip(folder, "install", "--quiet", "--upgrade", "pip>=26")
     pip(folder, "install", "--quiet", "--no-deps", *TORCH)
@@ -61,7 +61,7 @@ def check(folder: Path, requirements: Path, until: str | None) -> dict[str, Any]
 
 
 def pip(folder: Path, *arguments: str | Path, fails: bool = False) -> str:
-    """Run the environment's pip; what it printed."""
+    """Run the environment's pip. Returns what it printed."""
     environment = dict(os.environ)
     if "--uploaded-prior-to" in arguments:
         environment = {name: value for name, value in environment.items() if name not in OTHER_SOURCES}

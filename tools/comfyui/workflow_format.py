@@ -1,4 +1,4 @@
-"""What a workflow is in ComfyUI's two formats: the one that its browser opens, and the one that its API takes.
+"""Writes a workflow in ComfyUI's two formats: the one that its browser opens, and the one that its API takes.
 
 Inputs, their order and their defaults are read from the node classes, so a file cannot fall behind its nodes.
 """
@@ -35,7 +35,7 @@ CORE: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One node: where it stands, and what differs from its defaults. A link is `(node id, output name)`."""
+    """One node: its place, and inputs that differ from its defaults. A link is `(node id, output name)`."""
 
     type: str
     at: tuple[int, int]
@@ -55,7 +55,7 @@ class Workflow:
 
 
 def load_pack() -> ModuleType:
-    """The pack as ComfyUI imports it: a package of any name, from its folder."""
+    """The pack as ComfyUI imports it: from its folder, as a package of another name."""
     if PACKAGE not in sys.modules:
         spec = importlib.util.spec_from_file_location(
             PACKAGE, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
@@ -138,7 +138,7 @@ def api(schemas: Schemas, workflow: Workflow) -> dict[str, Any]:
 
 
 def title(schemas: Schemas, kind: str) -> str:
-    """What ComfyUI calls a node."""
+    """The name that ComfyUI shows for a node."""
     names = load_pack().NODE_DISPLAY_NAME_MAPPINGS
     own = {"SaveImage": "Save Image", "PreviewImage": "Preview Image", "PreviewAny": "Preview Any"}
     return names.get(kind) or own.get(kind) or {"VAEDecode": "VAE Decode", "ImageScaleBy": "Upscale Image By"}[kind]
@@ -190,7 +190,7 @@ def ui(schemas: Schemas, workflow: Workflow, place: tuple[int, int, int]) -> dic
     return {
         "last_node_id": len(nodes) + 1 + len(notes),
         "last_link_id": len(links),
-        # front ends to 1.41 look a file up by what the first node that names its address calls it, below its folder
+        # front ends up to 1.41 look a file up below its folder, by the name in the first node that has its address
         "nodes": [*notes, *nodes, text],
         "links": links,
         "groups": [
@@ -213,7 +213,7 @@ def note(number: int, kind: str, title: str, text: str, box: tuple[int, ...], pr
 
 
 def properties(node: Node) -> dict[str, Any]:
-    """What ComfyUI and its Manager know a node by, and the files it needs, each called as the widget calls it."""
+    """How ComfyUI and its Manager identify a node, and the files it needs, each by the name in its widget."""
     project = (ROOT / "vortex_core" / "__init__.py").read_text()
     version = project.partition('__version__ = "')[2].partition('"')[0]
     pack = {"cnr_id": "comfy-core", "ver": "0.3.40"} if node.type in CORE else {"cnr_id": "vortex-flux", "ver": version}

@@ -1,4 +1,4 @@
-"""The pack's workflows, said once: writes each as a template for ComfyUI's browser and as its API twin.
+"""The pack's workflows, each defined once: writes them as templates for ComfyUI's browser and as files for its API.
 
 python tools/comfyui/workflows.py write     # after a change here, or of a node's inputs
 python tools/comfyui/workflows.py check     # what the tests run
@@ -163,7 +163,7 @@ WORKFLOWS: dict[str, Workflow] = {
 
 
 def files() -> dict[Path, str]:
-    """Every file this writes, and what it says."""
+    """Every file that this writes, with its text."""
     schemas = Schemas()
     found = {}
     for name, workflow in WORKFLOWS.items():
@@ -176,7 +176,7 @@ def files() -> dict[Path, str]:
 
 
 def stale() -> list[str]:
-    """Names of files that are missing, old, or that nobody writes."""
+    """Names of files that are missing or old, or that are not written here."""
     wanted = files()
     wrong = [path for path, text in wanted.items() if not path.is_file() or path.read_text() != text]
     extra = [path for path in FOLDER.rglob("*.json") if path not in wanted]

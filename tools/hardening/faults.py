@@ -1,15 +1,15 @@
-"""Faults injected at every stage: what comes out, and whether the next picture is right and nothing stays behind.
+"""Injects faults at every stage, and checks the outcome, the next picture and that nothing stays behind.
 
-    python tools/hardening/faults.py                          # each fault 3 times, at places drawn from --seed; minutes
+    python tools/hardening/faults.py                          # each fault 3 times, at places from --seed; minutes
     python tools/hardening/faults.py --times 20 --table faults.md     # the table of docs/faults.md
-    python tools/hardening/faults.py --only step --only cache         # stages whose names begin so
-    python tools/hardening/faults.py --device cuda --model FOLDER  # processes and files: the miniature, on the CPU
+    python tools/hardening/faults.py --only step --only cache         # stages whose names start so
+    python tools/hardening/faults.py --device cuda --model FOLDER  # processes and files still: the miniature, CPU
 
-A trap is set in the code of one stage, and springs at one of its tensor operations: an exception, memory that runs
-out, Ctrl-C, a kill of the process. Files are cut, replaced and rewritten while they are read, disks are full, entries
-of the cache are damaged. After each, the next picture must be right bit for bit, memory back, and no temporary file
-left. A trap that never springs counts as broken: it proves nothing. Ends with one JSON line; exits with 1 where a
-fault lost or changed a picture.
+A trap is set in the code of one stage and springs at one of its tensor operations: an exception, memory that runs out,
+Ctrl-C, or a kill of the process. Files are cut, replaced and rewritten while they are read, disks are full, entries of
+the cache are damaged. After each fault the next picture must be right bit for bit, memory must be free again, and no
+temporary file may be left. A trap that never springs counts as broken, because it proves nothing. Ends with one JSON
+line; exits with 1 if a fault lost or changed a picture.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from vortex_core.checkpoint import cache
 TINY = Path(vortex_core.__file__).parent / "assets" / "tiny-schnell"
 DRAW: dict[str, Any] = {"prompt": "a red circle on a white background", "seed": 7, "steps": 2}
 PARTS = ("transformer", "text_encoder", "text_encoder_2", "vae")
-ALLOWED: dict[str, tuple[type[BaseException], ...]] = {  # what may come of a fault besides a right picture
+ALLOWED: dict[str, tuple[type[BaseException], ...]] = {  # errors that are allowed in place of a right picture
     "exception": (Injected,),
     "Ctrl-C": (KeyboardInterrupt,),
     "CUDA error": (RuntimeError, VortexError),
@@ -68,7 +68,7 @@ class Row:
 
 
 class Bench:
-    """An engine whose weights stream, one that nothing happens to, and the folders that nothing may stay in."""
+    """An engine whose weights stream, one that gets no faults, and folders in which nothing may stay."""
 
     def __init__(self, folder: Path, model: str | Path, device: str, size: int, times: int, seed: int) -> None:
         self.model, self.device, self.times, self.random = model, device, times, random.Random(seed)
@@ -83,7 +83,7 @@ class Bench:
         self.engine.generate(**self.draw)
 
     def _tight(self) -> float:
-        """A budget with which weights stream, and pictures of this size are drawn."""
+        """A budget at which weights stream and pictures of this size can be drawn."""
         budget = 0.2
         while budget < 40:
             with contextlib.suppress(VortexError), self.load(vram_budget=budget) as engine:
@@ -94,13 +94,13 @@ class Bench:
         raise SystemExit("No budget makes the weights of this model stream.")
 
     def load(self, model: str | Path | None = None, **options: Any) -> Engine:
-        """An engine; what it reads is kept only in a `cache_dir` that is named, but there however small it is."""
+        """An engine. With a `cache_dir` it keeps what it reads there, however small; without one it keeps nothing."""
         smallest = 0 if "cache_dir" in options else 2**60
         with patched(cache, "SMALLEST", smallest):
             return Engine.load(self.model if model is None else model, device=self.device, **options)
 
     def held(self) -> int:
-        """Bytes of the tensors that are alive, of those made since `gc.freeze`; on a card what torch has there."""
+        """Bytes of live tensors that were made since `gc.freeze`; on a card the bytes that torch has there."""
         gc.collect()
         if self.device.startswith("cuda"):
             return torch.cuda.memory_allocated(self.device)
@@ -109,19 +109,19 @@ class Bench:
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def leftovers(self) -> list[str]:
-        """Files that nobody asked for: anything in the temporary folder, parts of files in cache and output."""
+        """Files left behind: anything in the temporary folder, parts of files in cache and output."""
         parts = [*self.cache.glob("**/*.part"), *self.cache.glob("**/*.tmp"), *self.out.glob(".*")]
         others = Path(tempfile.gettempdir()).iterdir()  # torch keeps a folder of its own there
         return [path.name for path in (*parts, *others) if not path.name.startswith("torchinductor_")]
 
     def run(self, stage: str, fault: str, once: Callable[[Row], None], times: int | None = None) -> None:
-        """A row: `once` injects, tells what happened in `row.happened` and what is wrong in `row.wrong`."""
+        """Run a row: `once` injects the fault, and notes the outcome in `row.happened` and errors in `row.wrong`."""
         row = Row(stage, fault)
         self.rows.append(row)
         before = 0
         for i in range(self.times if times is None else times):
             once(row)
-            if i == 0:  # what stays after the first time is kept on purpose
+            if i == 0:  # what stays after the first time stays on purpose
                 before = self.held()
         if (grown := self.held() - before) > 2**20:
             row.wrong.append(f"{grown / 2**20:.1f} MiB more are held")
@@ -134,7 +134,7 @@ class Bench:
         print(f"{'BROKEN' if row.wrong else 'holds '} " + " | ".join(row.cells()), flush=True)
 
     def attempt(self, row: Row, work: Callable[[], Tensor | None], expected: Tensor, *allowed: type) -> None:
-        """Note what `work` came to: the right picture, or one of the errors that are `allowed`."""
+        """Note the outcome of `work`: the right picture, or one of the `allowed` errors."""
         try:
             picture = work()
         except BaseException as error:
@@ -148,7 +148,7 @@ class Bench:
             row.wrong.append("a wrong picture without a word")
 
     def then(self, row: Row, work: Callable[[], Tensor], expected: Tensor | None = None) -> None:
-        """What comes after a fault must be right."""
+        """Check that the picture after a fault is right."""
         try:
             if not torch.equal(work(), self.expected if expected is None else expected):
                 row.wrong.append("the next picture is wrong")
@@ -156,7 +156,7 @@ class Bench:
             row.wrong.append(f"the next picture: {type(error).__name__}: {str(error)[:100]}")
 
     def drawn(self, **options: Any) -> Tensor:
-        """The picture of an engine that is loaded for it."""
+        """The picture of a newly loaded engine."""
         with self.load(**options) as engine:
             return engine.generate(**self.draw)
 
@@ -169,7 +169,7 @@ def drawing(bench: Bench, stage: str, fault: str) -> None:
 
     def once(row: Row) -> None:
         draw, expected = bench.draw, bench.expected
-        if stage in ("encode", "stream copy"):  # a prompt that the engine does not remember, and must stream T5 for
+        if stage in ("encode", "stream copy"):  # a new prompt, for which the engine must stream T5
             draw = draw | {"prompt": f"{stage}, {fault}, {next(numbers)}"}
             expected = bench.witness.generate(**draw)
         for at in (bench.random.randint(1, max(1, whole.calls)), 1):  # after a tighter plan there may be fewer
@@ -185,7 +185,7 @@ def drawing(bench: Bench, stage: str, fault: str) -> None:
                 row.wrong.append("the engine goes on after it")
             except VortexError:
                 bench.engine.unload()
-            bench.witness.unload()  # the device is lost to every engine
+            bench.witness.unload()  # the device is lost for every engine
             bench.witness, bench.engine = bench.load(), bench.load(vram_budget=bench.budget)
         bench.then(row, lambda: bench.engine.generate(**draw), expected)
         bench.then(row, lambda: bench.engine.generate(**bench.draw))
@@ -203,7 +203,7 @@ def loading(bench: Bench, stage: str, fault: str) -> None:
             options = {"cache_dir": bench.cache}
         trap = Trap(stage, bench.random.randint(1, 6), ACTS.get(fault, raises(no_room)))
         with trap, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a cache that cannot be written says so
+            warnings.simplefilter("ignore")  # a cache that cannot be written gives a warning
             allowed = ALLOWED.get(fault, (VortexError,))
             bench.attempt(row, lambda: bench.drawn(**options), bench.expected, *allowed)
         row.injected += trap.sprung
@@ -214,7 +214,7 @@ def loading(bench: Bench, stage: str, fault: str) -> None:
 
 
 def logging_fails(bench: Bench) -> None:
-    """A handler of somebody's, which raises at one of the records."""
+    """A foreign log handler that raises at one of the records."""
 
     class Broken(logging.Handler):
         left = 0
@@ -242,10 +242,10 @@ def logging_fails(bench: Bench) -> None:
 
 
 def plot_fails(bench: Bench, fault: str) -> None:
-    """The VRAM Monitor's plot, which cannot be drawn: the value passes on all the same."""
+    """The VRAM Monitor's plot cannot be drawn: the value is passed on all the same."""
     import matplotlib.backends.backend_agg as agg
 
-    sys.path.append(str(Path(__file__).parents[2] / "tests"))
+    sys.path += [str(Path(__file__).parents[2] / place) for place in ("tests", "tools/comfyui")]
     from fake_host import FakeHost, node
 
     error = {"exception": Injected, "out of memory": MemoryError}[fault]
@@ -253,7 +253,7 @@ def plot_fails(bench: Bench, fault: str) -> None:
 
     def draw(canvas: object) -> None:
         calls.append(canvas)
-        raise error("no plot")  # a new one: its traceback keeps what is in its frames
+        raise error("no plot")  # a new error each time: its traceback keeps its frames alive
 
     def once(row: Row) -> None:
         host = FakeHost(bench.out)
@@ -304,7 +304,7 @@ def inside(bench: Bench, wanted: Callable[[str], bool]) -> None:
 
 
 def run(model: str | Path, device: str, size: int, times: int, seed: int, only: list[str]) -> list[Row]:
-    """All rows of the stages whose names begin as one of `only`, or of all."""
+    """All rows of the stages whose names start with one of `only`; without `only`, of all."""
 
     def wanted(stage: str) -> bool:
         return not only or stage.startswith(tuple(only))
@@ -314,7 +314,7 @@ def run(model: str | Path, device: str, size: int, times: int, seed: int, only: 
         (folder / "tmp").mkdir()
         with patched(tempfile, "tempdir", str(folder / "tmp")), trapped():
             bench = Bench(folder, model, device, size, times, seed)
-            gc.freeze()  # what is there now is neither counted nor walked through
+            gc.freeze()  # objects that exist now are not counted
             try:
                 inside(bench, wanted)
                 rows = bench.rows
@@ -347,14 +347,14 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> int:
-    """The command; what it exits with."""
+    """The command. Returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(TINY), help="a folder in the diffusers layout (default: the miniature)")
     parser.add_argument("--device", default="cpu", help="'cpu' or 'cuda'")
     parser.add_argument("--size", type=int, default=64, help="pixels a side")
     parser.add_argument("--times", type=int, default=3, help="how often each fault is injected, at random places")
-    parser.add_argument("--seed", type=int, default=0, help="of those places: the same seed repeats a run")
-    parser.add_argument("--only", action="append", default=[], help="stages whose names begin so; more than once: any")
+    parser.add_argument("--seed", type=int, default=0, help="seed of those places: the same seed repeats a run")
+    parser.add_argument("--only", action="append", default=[], help="stages whose names start so; may be repeated")
     parser.add_argument("--table", type=Path, help="Markdown to write")
     given = parser.parse_args()
     started = time.perf_counter()

@@ -1,7 +1,6 @@
-"""Faults of files, disks and whole processes, for tools/hardening/faults.py: each in a process of its own, which may
-die.
+"""Faults of files, disks and whole processes, for tools/hardening/faults.py.
 
-With the miniature on the CPU, since a fork has no CUDA.
+Each runs in a process of its own, which may die, with the miniature on the CPU: a fork has no CUDA.
 """
 
 from __future__ import annotations
@@ -32,9 +31,9 @@ if TYPE_CHECKING:
 
 
 def apart(work: Callable[..., None], *arguments: Any, limit: float = 120) -> int:
-    """Run `work` in a process of its own; its exit code, or minus the signal that ended it."""
+    """Run `work` in a process of its own. Returns its exit code, or minus the signal that ended it."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads, none of which works here
+        warnings.simplefilter("ignore", DeprecationWarning)  # it warns of a fork beside threads; here they are idle
         process = multiprocessing.get_context("fork").Process(target=work, args=arguments)
         process.start()
     process.join(limit)
@@ -52,7 +51,7 @@ def digest(picture: Tensor, expected: Tensor) -> int:
 
 def in_child(work: Callable[[], int]) -> None:
     """The end of a process: 0 right, 3 wrong picture, 4 an error of ours, 5 another."""
-    torch.set_num_threads(1)  # OpenMP's do not live on in a fork, and would be waited for
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork, and torch would wait for them
     try:
         code = work()
     except VortexError:
@@ -72,7 +71,7 @@ SAID = {
 def killed(
     bench: Bench, stage: str | None, work: Callable[[], object], again: Callable[[], Tensor], name: str = ""
 ) -> None:
-    """A process that is killed in `stage` of `work`; then the same is done `again`."""
+    """Kill a process in `stage` of `work`; then do the same work `again`."""
 
     def child(at: int) -> None:
         torch.set_num_threads(1)
@@ -116,7 +115,7 @@ CHANGES: dict[str, Callable[[Path], None]] = {
 
 
 def changed(bench: Bench, folder: Path, part: str, fault: str, *, cached: bool) -> None:
-    """A file that changes while it is read, at a moment drawn at random; then it is as before."""
+    """Change a file while it is read, at a random moment; then restore it."""
     model = folder / "changing"
     options = {"cache_dir": bench.cache} if cached else {}
 
@@ -155,7 +154,7 @@ def bit(path: Path, at: int) -> None:
 
 
 def damage(path: Path, what: str, where: float) -> None:
-    """An entry of the cache, changed. `where`: the share of the way through what is changed."""
+    """Change an entry of the cache. `where`: the place of the change, as a share of the whole."""
     header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
     size, manifest = path.stat().st_size, path.with_suffix(".json")
     if what == "a bit of the header":
@@ -181,7 +180,7 @@ DAMAGES = (
 
 
 def damaged(bench: Bench, what: str) -> None:
-    """An entry of the cache that is not what was written."""
+    """An entry of the cache that differs from what was written."""
 
     def once(row: Row) -> None:
         bench.drawn(cache_dir=bench.cache)
@@ -198,7 +197,7 @@ def damaged(bench: Bench, what: str) -> None:
 
 
 def small_disk(folder: Path, size: str) -> bool:
-    """Give this process, which has one thread, a disk of `size` at `folder`; whether that can be had here."""
+    """Give this process, which has one thread, a disk of `size` at `folder`. False where that is not possible."""
     libc = ctypes.CDLL(None, use_errno=True)
     mounts, users = 0x20000, 0x10000000
     if libc.unshare(mounts) and libc.unshare(mounts | users):
@@ -208,7 +207,7 @@ def small_disk(folder: Path, size: str) -> bool:
 
 
 def refused(work: Callable[[], object]) -> int:
-    """What a child exits with whose `work` ought to fail in words."""
+    """The exit code of a child whose `work` must fail with an error of ours."""
     try:
         work()
     except (OSError, VortexError):
@@ -217,7 +216,7 @@ def refused(work: Callable[[], object]) -> int:
 
 
 def disk_full(bench: Bench, stage: str) -> None:
-    """The cache, a PNG, a quantized file or the log on a disk without room, which says so only once it is full."""
+    """The cache, a PNG, a quantized file or the log on a full disk that reports free space until it fails."""
     folder = bench.cache
 
     def cache_write() -> int:
@@ -276,7 +275,7 @@ def disk_full(bench: Bench, stage: str) -> None:
 
 
 def killed_quantize(bench: Bench) -> None:
-    """`vortex quantize`, killed while it writes; the next run writes the file, and nothing else is there."""
+    """Kill `vortex quantize` while it writes. The next run must write the file, and leave nothing else."""
     target = bench.out / "nf4.safetensors"
 
     def again() -> Tensor:
@@ -288,7 +287,7 @@ def killed_quantize(bench: Bench) -> None:
 
 
 def command(bench: Bench, path: Path, *more: str) -> int:
-    """`vortex generate`, in this process; what it exits with. Raises what it does not handle."""
+    """Run `vortex generate` in this process. Returns its exit code, and raises what it does not handle."""
     size = f"{bench.draw['width']}x{bench.draw['height']}"
     options = {"model": bench.model, "seed": bench.draw["seed"], "steps": bench.draw["steps"], "size": size}
     given = [word for name, value in options.items() for word in (f"--{name}", str(value))]
@@ -300,7 +299,7 @@ def command(bench: Bench, path: Path, *more: str) -> int:
 
 
 def written(bench: Bench, path: Path) -> Tensor:
-    """What the command writes to `path` now, as the picture that was expected where it is that one."""
+    """The outcome of the command, which writes to `path`: the expected picture if its file is equal."""
     command(bench, path, "--overwrite")
     with Image.open(path) as image:
         found = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
@@ -309,7 +308,7 @@ def written(bench: Bench, path: Path) -> Tensor:
 
 
 def copy_out_fails(bench: Bench, fault: str) -> None:
-    """A picture on its way into its file."""
+    """A fault while a picture is written to its file."""
     path = bench.out / "picture.png"
 
     def once(row: Row) -> None:
@@ -328,7 +327,7 @@ def copy_out_fails(bench: Bench, fault: str) -> None:
 
 
 def killed_png(bench: Bench) -> None:
-    """A process that is killed while it writes a picture; the next one writes it, and nothing else is there."""
+    """Kill a process while it writes a picture. The next one must write it, and leave nothing else."""
     path = bench.out / "picture.png"
 
     def write() -> None:

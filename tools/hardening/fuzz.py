@@ -1,13 +1,13 @@
-"""Hostile input of every kind, tens of thousands of it: read as it is, or refused in our own words.
+"""Feeds tens of thousands of hostile inputs of every kind. Each must be read, or refused with an error of ours.
 
     python tools/hardening/fuzz.py                                    # 50,000 inputs, on as many processes as cores
     python tools/hardening/fuzz.py --inputs 2000 --kind config --kind tokenizer
     python tools/hardening/fuzz.py --again config:317            # that input alone, in this process, with its traceback
 
-Each input is a sound file that tools/hardening/mutators.py changed, or a text, and is drawn from `--seed` and its
-number. Wrong is whatever is not a `VortexError`: another exception, a picture that is not finite, a crash, more than 5
-s of a core's time, more than a minute, more than 1 GB. What was wrong is saved below `--save`, and named. Ends with one
-JSON line; exits with 1 where anything was wrong.
+Each input is a text, or a sound file that tools/hardening/mutators.py changed. It follows from `--seed` and its number.
+Any outcome but a result or a `VortexError` is wrong: another exception, a picture that is not finite, a crash, more
+than 5 s of a core's time, more than a minute, more than 1 GB. Wrong inputs are listed, and saved below `--save`. Ends
+with one JSON line; exits with 1 if anything was wrong.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ import mutators
 import psutil
 import torch
 
-sys.path.append(str(Path(__file__).parents[2] / "tests"))
+sys.path += [str(Path(__file__).parents[2] / place) for place in ("tests", "tools/comfyui")]
 import specimens
 from typer.testing import CliRunner
 
@@ -48,10 +48,10 @@ from vortex_core.checkpoint.quantize import quantize_file
 from vortex_core.cli.inspection import inspect
 from vortex_core.cli.main import app
 
-SECONDS, GB = 5.0, 10**9  # of a core's time, so that nothing hangs on what else the machine does
-MINUTE = 60.0  # on the clock, for what waits
+SECONDS, GB = 5.0, 10**9  # of a core's time, so that the load of the machine does not matter
+MINUTE = 60.0  # on the clock, for inputs that only wait
 SHARES = {"safetensors": 8, "gguf": 4, "config": 2, "tokenizer": 2, "index": 2, "png": 2, "workflow": 1}
-RECYCLED = 500  # inputs, after which a process is a new one
+RECYCLED = 500  # inputs after which a new process starts
 DRAW: dict[str, Any] = {"seed": 1, "height": 64, "width": 64, "steps": 1}
 WIDGETS: dict[str, Any] = {
     "model": "vortex/micro", "vram_budget": 6.5, "mode": "exact", "prompt": "a red circle", "width": 64, "height": 64,
@@ -61,11 +61,11 @@ LOADER = ("model", "vram_budget", "mode")
 
 
 class Wrong(Exception):
-    """What came out is neither right nor refused."""
+    """The outcome is neither right nor a refusal."""
 
 
 class Target:
-    """Sound files below `folder`, and what is done with an input of each kind."""
+    """Sound files below `folder`, and the use that Vortex makes of an input of each kind."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -83,7 +83,7 @@ class Target:
         self.host: Any = None
 
     def data(self, kind: str, dice: random.Random) -> tuple[bytes, str]:
-        """An input, and where it belongs."""
+        """An input, and the place where it belongs."""
         if kind in ("png", "workflow"):
             made = mutators.words(dice) if kind == "png" else widgets(dice)
             return (made if isinstance(made, str) else json.dumps(made)).encode("utf-8", "surrogatepass"), ""
@@ -99,7 +99,7 @@ class Target:
         return mutators.KINDS[kind](dice, (self.folder / name).read_bytes()), name
 
     def feed(self, kind: str, data: bytes, where: str, scratch: Path) -> None:
-        """Have Vortex take an input. Raises what that raises, and `Wrong`."""
+        """Feed an input to Vortex. Raises its errors, and `Wrong`."""
         if kind in ("safetensors", "gguf"):
             path = scratch / Path(where).name
             path.write_bytes(data)
@@ -141,7 +141,7 @@ class Target:
 
 
 def widgets(dice: random.Random) -> dict[str, Any]:
-    """Sound values with one or two that are not."""
+    """Sound values with one or two hostile ones."""
     values = WIDGETS | {"model": "diffusers/micro"}
     for _ in range(dice.choice((1, 1, 2))):
         name = dice.choice(list(values))
@@ -150,7 +150,7 @@ def widgets(dice: random.Random) -> dict[str, Any]:
 
 
 def written(model: Path, path: Path, text: str) -> None:
-    """A prompt through the command: the PNG says it whole, or the command refuses it."""
+    """Draw a prompt with the command: the PNG must hold the whole prompt, or the command must refuse it."""
     from PIL import Image
 
     options = ("--model", str(model), "--device", "cpu", "--size", "64x64", "--steps", "1", "--seed", "1")
@@ -175,7 +175,7 @@ def numbered(seed: int, kind: str, number: int) -> random.Random:
 
 
 def one(target: Target, seed: int, kind: str, number: int, scratch: Path) -> BaseException | None:
-    """Feed one input; what it raised."""
+    """Feed one input. Returns what it raised."""
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     data, where = target.data(kind, numbered(seed, kind, number))
@@ -187,9 +187,9 @@ def one(target: Target, seed: int, kind: str, number: int, scratch: Path) -> Bas
 
 
 def work(target: Target, seed: int, jobs: list[tuple[str, int]], at: mmap.mmap, told: Any, scratch: Path) -> None:
-    """In a process of its own: feed `jobs`, saying in `at` which is on and since when."""
-    torch.set_num_threads(1)  # OpenMP's do not live on in a fork, and would be waited for
-    ctypes.CDLL(None).mallopt(-8, 1)  # one arena: others reserve addresses, which count
+    """In a process of its own: feed `jobs`, and tell in `at` which one runs and since when."""
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork, and torch would wait for them
+    ctypes.CDLL(None).mallopt(-8, 1)  # one arena: others reserve addresses, which count as memory here
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     logging.disable()
     warnings.simplefilter("ignore")
@@ -211,7 +211,7 @@ def work(target: Target, seed: int, jobs: list[tuple[str, int]], at: mmap.mmap, 
 
 
 class Lane:
-    """One process at a time, which works off jobs; a new one after a crash, a hang and every `RECYCLED` inputs."""
+    """A process that does jobs. A new one follows after a crash, a hang and every `RECYCLED` inputs."""
 
     def __init__(self, target: Target, seed: int, jobs: list[tuple[str, int]], scratch: Path) -> None:
         self.target, self.seed, self.jobs, self.scratch = target, seed, jobs, scratch
@@ -221,7 +221,7 @@ class Lane:
         self.process: Any = None
 
     def start(self) -> bool:
-        """Fork for the next batch; False where nothing is left."""
+        """Fork for the next batch. False if no job is left."""
         self.batch, self.jobs = self.jobs[:RECYCLED], self.jobs[RECYCLED:]
         if not self.batch:
             return False
@@ -229,14 +229,14 @@ class Lane:
         self.told, child = multiprocessing.Pipe(duplex=False)
         arguments = (self.target, self.seed, self.batch, self.at, child, self.scratch)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads
+            warnings.simplefilter("ignore", DeprecationWarning)  # it warns of a fork beside threads
             self.process = multiprocessing.get_context("fork").Process(target=work, args=arguments)
             self.process.start()
         child.close()
         return True
 
     def poll(self) -> Iterator[tuple[str, int, str | None, str]]:
-        """What was found meanwhile: kind, number, what is wrong, how it ended."""
+        """New findings: kind, number, what is wrong, how it ended."""
         over = False
         try:
             while self.told.poll():
@@ -260,7 +260,7 @@ class Lane:
             self.done = len(self.batch)
 
     def late(self, since: float, used: float) -> str:
-        """In what the input takes too long that was begun at `since`, when the process had `used` so many seconds."""
+        """Which limit the input exceeds that began at `since`, when the process had `used` so many seconds."""
         if time.monotonic() - since <= SECONDS or not self.process.is_alive():
             return ""
         with contextlib.suppress(psutil.Error):  # it may end just now
@@ -342,13 +342,13 @@ def again(name: str, seed: int) -> int:
 
 
 def main() -> int:
-    """The command; what it exits with."""
+    """The command. Returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=int, default=50_000, help="of all kinds together")
-    parser.add_argument("--kind", action="append", choices=SHARES, help="more than once: each of them (default: all)")
-    parser.add_argument("--seed", type=int, default=0, help="of the inputs: the same seed repeats a run")
+    parser.add_argument("--kind", action="append", choices=SHARES, help="may be repeated (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the inputs: the same seed repeats a run")
     parser.add_argument("--save", type=Path, default=Path("fuzz-found"), help="folder for inputs that were wrong")
-    parser.add_argument("--processes", type=int, help="that take inputs (default: one a core)")
+    parser.add_argument("--processes", type=int, help="processes that take inputs (default: one a core)")
     parser.add_argument("--again", metavar="KIND:NUMBER", help="one input alone")
     given = parser.parse_args()
     if given.again:

@@ -33,7 +33,7 @@ FILES = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_mod
 
 
 def write(folder: Path) -> Path:
-    """A folder in the diffusers layout, the same at each call; the path."""
+    """Write a folder in the diffusers layout, the same at each call. Returns its path."""
     shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
     config = {part: json.loads((TINY / part / "config.json").read_text()) | sizes for part, sizes in SIZES.items()}
     generator = torch.Generator().manual_seed(0)

@@ -1,8 +1,7 @@
-"""Hostile input, one small function a kind: sound bytes and dice go in, changed bytes come out.
+"""Makes hostile input, with one small function a kind: sound bytes and dice go in, changed bytes come out.
 
-For tools/hardening/fuzz.py and the tests, which draw from one vocabulary. What a kind means is in `KINDS`; the same
-dice give the same bytes. Changes of a safetensors file are a list of `Edit`s, so that hypothesis can draw and shrink
-them, too.
+tools/hardening/fuzz.py and the tests share this vocabulary. `KINDS` lists the kinds; the same dice give the same bytes.
+Changes of a safetensors file are a list of `Edit`s, so that hypothesis can draw and shrink them, too.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ BESIDE = (
     "_quantizer._scale",
 )  # fmt: skip
 RENAMED = ("", "__metadata__", "img_in.weight.scale", "a" * 3000, "double_blocks.99999999999.x", "lora.x")
-# keys through which libraries would do more than build what was asked for, and what would make them
+# keys that would make a library do more than it was asked for, with values for them
 DOORS: dict[str, Any] = {
     "_attn_implementation": "owner/repo",
     "attn_implementation": "owner/repo@main:f",
@@ -93,7 +92,7 @@ def junk(dice: Dice, depth: int = 2) -> Any:
 
 
 def near(dice: Dice, value: Any) -> Any:
-    """A value of the same type, nearby, or the same as another type: what a careless check lets pass."""
+    """A near value of the same type, or the same value of another type, as a careless check lets pass."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, int | float):
@@ -114,7 +113,7 @@ def near(dice: Dice, value: Any) -> Any:
 
 
 def places(tree: Any, most: int = 4000) -> list[tuple[Any, Any]]:
-    """Every container of a JSON tree with each of its keys, the outermost first, at most so many."""
+    """Each container of a JSON tree with each of its keys, the outermost first, up to a limit."""
     found: list[tuple[Any, Any]] = []
     waiting = [tree]
     while waiting and len(found) < most:
@@ -135,7 +134,7 @@ def tree(dice: Dice, value: Any, doors: Mapping[str, Any] | None = None) -> Any:
             continue
         if not found or dice.random() < 0.02:
             return junk(dice)
-        # the top of a deep tree is a small part of it, and means the most
+        # the top of a deep tree is a small part of it, but the most important one
         inside, key = dice.choice(found if dice.random() < 0.5 else found[:30])
         other, there = dice.choice(found)
         act = dice.randrange(6)
@@ -179,7 +178,7 @@ def text(dice: Dice, data: bytes) -> bytes:
 
 
 def json_file(doors: Mapping[str, Any] | None = None) -> Callable[[Dice, bytes], bytes]:
-    """A mutator of JSON files: mostly in their meaning, else as bytes."""
+    """A mutator of JSON files. It mostly changes their meaning, else their bytes."""
 
     def mutate(dice: Dice, data: bytes) -> bytes:
         if dice.random() < 0.25:
@@ -190,7 +189,7 @@ def json_file(doors: Mapping[str, Any] | None = None) -> Callable[[Dice, bytes],
 
 
 def edited(data: bytes, edits: Iterable[Edit]) -> bytes:
-    """A safetensors file after `edits`, as far as those before left a header to change.
+    """A safetensors file after `edits`. It ends where an edit left no header to change.
 
     By bytes: `byte` (at a share of the header, to a value), `cut` (at a share of the file), `length` (of the header, to
     a number). In its meaning, of the tensor with the number `where`: `drop`, `rename` it to a text, `swap` it with
@@ -286,7 +285,7 @@ def gguf(dice: Dice, data: bytes, header: int = 600) -> bytes:
             changed[at] = dice.randrange(256)
         elif act == 1:
             changed[at] ^= 1 << dice.randrange(8)
-        else:  # numbers lie at multiples of 4 first, later anywhere
+        else:  # at first numbers lie at multiples of 4, later anywhere
             at = dice.choice((4, 8, 16, at - at % 4, at))
             size = dice.choice((4, 8))
             changed[at : at + size] = (dice.choice(NUMBERS) % 256**size).to_bytes(size, "little")
@@ -294,7 +293,7 @@ def gguf(dice: Dice, data: bytes, header: int = 600) -> bytes:
 
 
 def words(dice: Dice, data: bytes = b"") -> str:
-    """A prompt, or what else is written into a PNG's text."""
+    """A prompt, or another text that goes into a PNG."""
     parts = [
         dice.choice((*TEXTS, "a red circle", "\\", "'", '"', "<b>", "\x7f", "\x1b[31m", "ÅäÖ", "猫")) for _ in range(4)
     ]

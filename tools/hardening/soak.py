@@ -1,13 +1,13 @@
-"""A long run of mixed calls: thousands of pictures, some of them cancelled, late, interrupted or out of memory.
+"""Makes thousands of mixed calls. Some of them are cancelled, late, interrupted or out of memory.
 
     python tools/hardening/soak.py --pictures 2000            # the miniature on the CPU: about half an hour on one core
     python tools/hardening/soak.py --pictures 300 --device cuda --model FOLDER --largest 1024
     python tools/hardening/soak.py --pictures 200 --threads 8 --seed 5
 
-What each call is (prompt, size, batch, steps, how it ends) follows from `--seed` and its number, whichever thread makes
-it. In rounds of `--every` calls; after each, nothing runs: the last picture is compared, bit for bit, with that of an
-engine loaded for it, and memory, threads and files are counted. Fails where a picture is wrong, a call ends
-otherwise than it should, or anything grows from the first tenth to the end. Ends with one JSON line.
+Each call (prompt, size, batch, steps, how it ends) follows from `--seed` and its number, whichever thread makes it.
+After each round of `--every` calls nothing runs: the last picture is compared, bit for bit, with that of a newly loaded
+engine, and memory, threads and files are counted. Fails if a picture is wrong, a call ends in another way than it
+should, or anything grows from the first tenth to the end. Ends with one JSON line.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from traps import ACTS, Injected, Trap, trapped
 from vortex_core import DeadlineError, Engine, MemoryPressureError
 
 WORDS = ("red", "green", "blue", "yellow", "circle", "square", "ring", "star", "on", "above", "beside", "a", "white")
-ENDS = {  # how a call ends: of 20, how many do so, and what may come of it besides a picture
+ENDS = {  # how a call ends: how many of 20 do so, and the errors allowed in place of a picture
     "done": (10, ()),
     "refused": (2, (Injected,)),
     "Ctrl-C": (1, (KeyboardInterrupt,)),
@@ -48,13 +48,13 @@ ENDS = {  # how a call ends: of 20, how many do so, and what may come of it besi
     "out of memory": (2, (MemoryPressureError,)),
     "out of memory, to the end": (1, (MemoryPressureError,)),
 }  # fmt: skip
-STAGES = (("encode", 60), ("step", 80), ("decode", 60))  # where memory runs out, and among how many operations
+STAGES = (("encode", 60), ("step", 80), ("decode", 60))  # where memory runs out, and at one of how many operations
 MB = 1e6
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of `generate`. `end` as in `ENDS`, at the step or the share of the way that `moment` says."""
+    """One call of `generate`. It ends with `end` of `ENDS`, at the step or the share of the way in `moment`."""
 
     number: int
     end: str
@@ -63,7 +63,7 @@ class Call:
 
     @classmethod
     def of(cls, seed: int, number: int, largest: int, sound: bool) -> Call:
-        """The `number`-th of a run; with `sound` one that ends in a picture."""
+        """Call `number` of a run; with `sound` one that ends in a picture."""
         dice = random.Random(f"{seed} {number}")
         sides = range(64, largest + 1, 16)
         end = dice.choices(list(ENDS), [share for share, _ in ENDS.values()])[0]
@@ -80,7 +80,7 @@ class Call:
 
 
 def make(engine: Engine, call: Call) -> Tensor:
-    """Make a call, and have it end as it says."""
+    """Make a call, and let it end as planned."""
     last = 1 + int(call.moment * call.options["steps"])
 
     def on_step(i: int, n: int, clean: Tensor) -> None:
@@ -93,7 +93,7 @@ def make(engine: Engine, call: Call) -> Tensor:
 
     if call.end in ("refused", "Ctrl-C"):
         return engine.generate(**call.options, on_step=on_step)
-    if call.end == "late":  # while it waits, or after a step
+    if call.end == "late":  # the deadline passes while the call waits, or after a step
         return engine.generate(**call.options, on_step=on_step, deadline=0.01 + 0.2 * call.moment)
     if call.end == "cancelled":
         return asyncio.run(cancelled(engine, call))
@@ -105,14 +105,14 @@ def make(engine: Engine, call: Call) -> Tensor:
 
 
 async def cancelled(engine: Engine, call: Call) -> Tensor:
-    """Cancel at a step, or while it waits for its turn."""
+    """Cancel the call at a step, or while it waits for its turn."""
     loop = asyncio.get_running_loop()
     last = int(call.moment * (call.options["steps"] + 1))
 
     def on_step(i: int, n: int, clean: Tensor) -> None:
         if i == last:
             loop.call_soon_threadsafe(task.cancel)
-            time.sleep(0.05)  # so that it is heard before the picture is done
+            time.sleep(0.05)  # so that the cancel arrives before the picture is done
 
     task = asyncio.create_task(engine.agenerate(**call.options, on_step=on_step))
     if last == 0:
@@ -122,7 +122,7 @@ async def cancelled(engine: Engine, call: Call) -> Tensor:
 
 
 class Soak:
-    """The run: the engine, what calls came to, and what was counted between the rounds."""
+    """The run: the engine, the outcomes of calls, and the counts between the rounds."""
 
     def __init__(self, load: Callable[[], Engine], largest: int, threads: int, seed: int) -> None:
         self.load, self.largest, self.threads, self.seed = load, largest, threads, seed
@@ -133,7 +133,7 @@ class Soak:
         self.counts: list[dict[str, float]] = []
 
     def one(self, call: Call) -> Tensor | None:
-        """A call, and whether it ended as it should."""
+        """Make a call, and note whether it ended as it should."""
         what = f"call {call.number} ({call.end})"
         allowed = ENDS[call.end][1]
         try:
@@ -152,7 +152,7 @@ class Soak:
         return picture
 
     def round(self, first: int, count: int) -> None:
-        """`count` calls from all threads, the last of them checked."""
+        """Make `count` calls from all threads, and check the last one."""
         calls = [Call.of(self.seed, first + i, self.largest, i == count - 1) for i in range(count)]
         with ThreadPoolExecutor(self.threads) as pool:
             *_, last = pool.map(self.one, calls)
@@ -166,7 +166,7 @@ class Soak:
         self.count()
 
     def count(self) -> None:
-        """What this process holds while nothing runs."""
+        """Counts of what this process holds while nothing runs."""
         gc.collect()
         process = psutil.Process()
         cuda = self.engine.device.type == "cuda"
@@ -181,7 +181,7 @@ class Soak:
         )
 
     def growth(self) -> dict[str, list[float]]:
-        """Each count after the first tenth of the rounds and at the end, as medians of the rounds around."""
+        """Each count after the first tenth of the rounds and at the end, as medians over nearby rounds."""
         most = max(1, len(self.counts) // 10)
         return {
             name: [
@@ -235,16 +235,16 @@ def run(
 
 
 def main() -> int:
-    """The command; what it exits with."""
+    """The command. Returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=2000, help="calls of generate")
-    parser.add_argument("--every", type=int, default=50, help="calls a round, whose last is checked")
+    parser.add_argument("--every", type=int, default=50, help="calls a round; the last one is checked")
     parser.add_argument("--model", default="tiny", help="'tiny', a folder or a file")
     parser.add_argument("--device", default="cpu", help="'cpu' or 'cuda'")
     parser.add_argument("--vram-budget", type=float, help="GB (default: the engine's own)")
     parser.add_argument("--largest", type=int, default=128, help="pixels a side, at most; from 64 on")
-    parser.add_argument("--threads", type=int, default=4, help="that call at once")
-    parser.add_argument("--seed", type=int, default=0, help="of what each call is: the same seed repeats a run")
+    parser.add_argument("--threads", type=int, default=4, help="threads that call at once")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the calls: the same seed repeats a run")
     parser.add_argument("--room", type=float, default=64.0, help="MB that the process may grow by")
     given = parser.parse_args()
 

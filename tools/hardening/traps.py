@@ -1,7 +1,7 @@
-"""Traps: torch's operations in the code of one stage, one of which raises, interrupts or kills.
+"""Traps: one of torch's operations in the code of a stage raises, interrupts or kills.
 
-For tools/hardening/faults.py and tools/hardening/soak.py. A trap knows stages by the files whose code is running, and
-goes with a call to the device's own thread, as context variables do.
+tools/hardening/faults.py and tools/hardening/soak.py use them. A trap knows a stage by the file whose code runs. It
+follows a call to the device's own thread, as context variables do.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ OPERATIONS = (
     (torch, "empty"), (torch, "mm"), (torch, "addmm"), (F, "linear"), (F, "conv2d"), (Tensor, "copy_"),
     (F, "scaled_dot_product_attention"), (Tensor, "to"), (Tensor, "cpu"),
 )  # fmt: skip
-STAGES = {  # the files of vortex_core whose code a stage is
+STAGES = {  # the files of vortex_core that are the code of a stage
     "encode": ("flux1/conditioning.py", "flux1/text_encoders.py"),
     "stream copy": ("memory/offload.py",),
     "step": ("flux1/transformer.py", "flux1/step_buffers.py", "flux1/sampling.py"),
@@ -36,11 +36,11 @@ STAGES = {  # the files of vortex_core whose code a stage is
     "cache write": ("checkpoint/write.py", "utils/partial.py"),
 }
 Act = Callable[[], None]
-_set: ContextVar[Trap | None] = ContextVar("trap", default=None)  # goes with a call to the device's thread
+_set: ContextVar[Trap | None] = ContextVar("trap", default=None)  # follows a call to the device's thread
 
 
 class Injected(RuntimeError):
-    """An exception that is nobody's."""
+    """An exception that no other code raises."""
 
 
 class Trap:
@@ -84,7 +84,7 @@ class Trap:
 
 @contextlib.contextmanager
 def trapped() -> Iterator[None]:
-    """Inside, traps can spring: torch's operations look for one first."""
+    """Inside, traps can spring: torch's operations first look for one."""
 
     def wrap(operation: Callable[..., Any]) -> Callable[..., Any]:
         def run(*arguments: Any, **options: Any) -> Any:
@@ -94,9 +94,9 @@ def trapped() -> Iterator[None]:
 
         return run
 
-    with torch.device("meta"):  # which remembers the functions that it changes, as they are now
+    with torch.device("meta"):  # it remembers the functions that it replaces, so it must see the original ones
         torch.empty(0)
-    # what torch.Tensor inherits is to be uncovered again, not copied into it
+    # inherited methods of torch.Tensor must become visible again, not be copied into it
     before = [(owner, name, vars(owner).get(name), getattr(owner, name)) for owner, name in OPERATIONS]
     for owner, name, _, operation in before:
         setattr(owner, name, wrap(operation))

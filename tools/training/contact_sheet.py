@@ -1,4 +1,4 @@
-"""Draws a labelled sheet of prompts and pictures, 6 x 4, as a model makes them: nothing is picked or drawn twice."""
+"""Draws a labelled sheet of 6 x 4 prompts and pictures. No picture is picked or drawn again."""
 
 from __future__ import annotations
 

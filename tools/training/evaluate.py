@@ -1,4 +1,4 @@
-"""Scores a model directory: does each picture show what its caption, never seen in training, says?
+"""Scores a model directory: does each picture show what its caption says? Training never saw these captions.
 
 `draw(prompts, seeds) -> pictures [B, H, W, 3]` has two makers: diffusers' pipeline (bf16, or with the weights that
 Vortex serves in NF4 rounded to it), and Vortex's own engine. Captions and seeds are fixed.
@@ -45,7 +45,7 @@ def diffusers_draw(model: Path, nf4: bool, device: str, mode: str = "exact") -> 
 
 
 def vortex_draw(model: Path, nf4: bool, device: str, mode: str = "exact") -> Draw:
-    """Draw with Vortex's engine in a mode; on the CPU `fast` computes its numbers in plain torch."""
+    """Draw with Vortex's engine in a mode. On the CPU `fast` computes the same numbers in plain torch."""
     from vortex_core import load_flux_schnell
     from vortex_core.kernels import reference
 

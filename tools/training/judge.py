@@ -1,9 +1,9 @@
-"""Says what a picture of a scene shows, by rules alone: no learning, no randomness.
+"""Names what a picture of a scene shows, by rules alone: no learning, no randomness.
 
-The background is a plane fitted through the picture's rim. What differs from it is cut into connected pieces;
-each piece is named by its median colour, by the template it overlaps best (the renderer's own shapes, at the
-piece's own box), by its extent and by its cell in a 3 x 3 grid. `matches` then asks for everything the caption
-said and nothing more: the right number of objects, each with its shape, colour, size and place, and the background.
+The background is a plane fitted through the picture's rim. What differs from it is cut into connected pieces. Each
+piece is named by its median colour, by the template that it overlaps best (the renderer's own shapes, at the piece's
+own box), by its extent and by its cell in a 3 x 3 grid. `matches` then checks everything that the caption says and
+nothing more: the number of objects, each with its shape, colour, size and place, and the background.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def name_colour(rgb: np.ndarray) -> str | None:
 
 
 def _fit_background(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """A plane in each channel through the rim: the picture of it, its (1, x, y) terms, the rim's share on it."""
+    """A plane in each channel through the rim: as a picture, its (1, x, y) terms, the share of the rim on it."""
     height, width, _ = picture.shape
     rim = max(2, height // 64)
     y, x = np.mgrid[0:height, 0:width]

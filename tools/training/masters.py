@@ -1,8 +1,8 @@
 """Fast, plain training: float32 masters of bf16 weights, Muon for matrices, one CUDA graph a step.
 
-At toy size a step is a few thousand tiny kernels, so eager Python costs more than the arithmetic; a captured step
-replays without it. Muon (an orthogonalized momentum step) takes matrices and convolutions about twice as far a
-step as AdamW here; vectors, embeddings and the first and last layers stay with AdamW.
+At toy size a step is a few thousand tiny kernels, so eager Python costs more than the arithmetic. A captured step
+replays without Python. Muon (an orthogonalized momentum step) moves matrices and convolutions about twice as far a step
+as AdamW does here. Vectors, embeddings and the first and last layers stay with AdamW.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ QUICK = 20
 
 
 class Masters:
-    """bf16 `parameters` and what trains them. Call `step` after a backward pass; captured or not.
+    """bf16 `parameters` with their float32 masters. Call `step` after a backward pass, captured or not.
 
     `rate` 0..1 scales all learning rates and is a tensor, so that a captured step sees it change. `vectors` take
     AdamW's steps, `quick` ones of them `QUICK` times as far. `rounded` (NF4 weights) go through `rounding` on their
@@ -70,13 +70,13 @@ class Masters:
         return torch.stack([tensors[i].flatten(1) for i in indices])
 
     def forget(self) -> None:
-        """Drop gradients; before each backward pass."""
+        """Drop gradients. Call it before each backward pass."""
         for parameter in self.parameters:
             parameter.grad = None
 
     @torch.no_grad()
     def step(self) -> None:
-        """One step at the current `rate`, and the new weights into the model."""
+        """Make one step at the current `rate`, and copy the new weights into the model."""
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         for indices, momentum in zip(self.groups, self.momenta, strict=True):
             gradient = self._stack(indices, gradients).float()
@@ -163,7 +163,7 @@ def ticks(name: str, seconds: float, limit: int | None) -> Iterator[tuple[int, f
     losses: list[Tensor] = []
     while True:
         if step % 10 == 0 and losses:
-            losses[-1].cpu()  # the clock must not run behind a queue of launched work
+            losses[-1].cpu()  # wait: else the clock would not see work that is still queued
         now = time.monotonic()
         progress = (now - start) / seconds if limit is None else step / limit
         if now - shown > 10 or progress >= 1:

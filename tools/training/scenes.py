@@ -1,13 +1,13 @@
-"""Generated scenes: what they hold, how they are said, how they look.
+"""Generated scenes: what they hold, how captions describe them, how they look.
 
 A `Scene` is one or two coloured shapes on a plain or graded background. `sample` draws one from a seeded
-generator, `caption` says it in one of many ways, `render` paints a batch analytically (signed distances,
-one pixel of anti-aliasing) on any torch device. `held_out` is the documented rule for what training never sees.
+generator, `caption` describes it in one of many ways, `render` paints a batch analytically (signed distances,
+one pixel of anti-aliasing) on any torch device. `held_out` is the rule for what training never sees.
 
 Lengths and places are fractions of the picture's side; x grows to the right, y grows downwards.
 
-What is left unsaid means: size medium, place near the centre, a single object's default background white
-(black behind something white), two objects side by side in reading order.
+A caption may leave things out. Then the size is medium, the place is near the centre, the background of a single
+object is white (black behind something white), and two objects stand side by side in reading order.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def contrast(colour: str, background: Sequence[str]) -> float:
 
 
 def default_background(colours: Sequence[str]) -> str:
-    """The background that an unsaid one means."""
+    """The background of a caption that names none."""
     return next(c for c in ("white", "black", "gray") if c not in colours)
 
 
@@ -219,7 +219,7 @@ def _noun(thing: Thing, rng: random.Random, article: bool) -> str:
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """Say a scene in one of many ways, in lower case (the tokenizers ignore case)."""
+    """Describe a scene in one of many ways, in lower case (the tokenizers ignore case)."""
     article = rng.random() < 0.8
     nouns = [_noun(t, rng, article) for t in scene.things]
     parts = [f"{n} {rng.choice(PLACE_WORDS[t.place])}" if t.place else n
@@ -351,7 +351,7 @@ def meaning(scenes: Sequence[Scene]) -> Tensor:
 
 
 def jitter(scenes: Sequence[Scene]) -> Tensor:
-    """What no caption says, [B, 6] in -1..1: x, y and r of both things; zero where there is no second."""
+    """What no caption says, [B, 6] in -1..1: exact x, y and r of both things; zero if there is no second one."""
     return torch.tensor([[j for t in s.things for j in t.jitter] + [0.0] * (3 * (2 - len(s.things))) for s in scenes])
 
 

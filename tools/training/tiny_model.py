@@ -1,8 +1,8 @@
 """The miniature's parts: sizes, tokenizers, modules, and the directory that holds them.
 
-FLUX.1-schnell's architecture at toy size, built from diffusers' and transformers' own classes so that what is
-trained is what is served. Everything fits 24 MB in bf16. Every linear has in-features that are a multiple of
-64 (one NF4 block), and every square one a multiple of 256 blocks, so packed weights split as FLUX's do.
+It is FLUX.1-schnell's architecture at toy size, built from diffusers' and transformers' own classes, so that the
+trained model is the served model. Everything fits 24 MB in bf16. Every linear has in-features that are a multiple of 64
+(one NF4 block), and every square one a multiple of 256 blocks, so packed weights split as FLUX's do.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ def tokenize(tokenizer: Tokenizer, prompts: list[str], length: int, pad: int) ->
 def embed(tiny: Tiny, t5_ids: Tensor, clip_ids: Tensor) -> tuple[Tensor, Tensor]:
     """T5's hidden states [B, L, 128] without a mask, as FLUX has it, and CLIP's pooled vector [B, 128]."""
     table = tiny.text_encoder_2.shared.weight
-    # A product with one-hot rows: its gradient is a plain product too, where summing millions of pads is not.
+    # A product with one-hot rows: its gradient is a plain product, too. A lookup would sum millions of pads.
     embeds = F.one_hot(t5_ids, table.shape[0]).to(table.dtype) @ table
     txt = tiny.text_encoder_2(inputs_embeds=embeds).last_hidden_state
     return txt, tiny.text_encoder(input_ids=clip_ids).pooler_output

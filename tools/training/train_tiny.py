@@ -2,30 +2,29 @@
 
 Three stages, each by the clock:
 
-1. vae   L1 on pixels and on their differences; the decoder sees noisy latents, so small errors of the transformer
-         do not show. No GAN, no learned prior: per-channel moments are pulled to FLUX's constants, then folded.
-2. read  T5 and CLIP alone: what a caption means must be read off their outputs.
-3. walk  all of it but the VAE: the model walks its own four steps from noise, and from each state that it reaches
-         learns the way to the picture's latents x_0, (x_t - x_0) / t.
+1. vae   (train_vae.py) L1 on pixels and on their differences. The decoder sees noisy latents, so small errors of the
+         transformer do not show. No GAN, no learned prior: per-channel moments are pulled to FLUX's constants, and the
+         rest is folded into the weights.
+2. read  T5 and CLIP alone: a small reader must find a caption's meaning in their outputs.
+3. walk  all parts but the VAE. The model walks its own four steps from noise. From each state that it reaches it
+         learns the way to the picture's latents x_0: (x_t - x_0) / t.
 
-Four steps are enough without a teacher, because the noise decides what a caption leaves open: where exactly a thing
-stands is a function of the noise (`coupled`), so that caption and noise have one picture, its path is straight, and
-there is nothing to average over. That is what reflow learns from a trained model; here it is known beforehand.
+Four steps are enough without a teacher, because the noise decides what a caption leaves open. Where exactly a thing
+stands is a function of the noise (`coupled`). So a caption and its noise have one picture, the path to it is straight,
+and there is nothing to average over. Reflow learns this from a trained model; here it is known beforehand.
 
-Weights that are served in NF4 are rounded to it in the forward pass (straight-through), so that the model is trained
-as it is served. All arithmetic is bf16; float32 masters take the steps (masters.py). Every random choice is seeded,
-but a stage's length is in seconds, so two machines do not make the same bits.
+Weights that are served in NF4 are rounded to NF4 in the forward pass (straight-through): the model is trained as it is
+served. All arithmetic is bf16; float32 masters take the steps (masters.py). Every random choice is seeded, but a
+stage's length is in seconds, so two machines do not make the same bits.
 """
 
 from __future__ import annotations
 
-import math
 import random
 import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
@@ -41,120 +40,11 @@ from einops import rearrange
 from masters import Captured, Masters, ticks
 from torch import Tensor, nn
 from torch.nn import Linear
+from train_vae import Plan, encode, paint, save_grid, start_vae, train_vae
 from training_data import CAPTIONS, SHORT, Data, captioned, ids_of, make_data
 
 SERVED = (1.0, 0.75, 0.5, 0.25)
 READING = 0.1  # weight of the reader's loss
-
-
-# ---------------------------------------------------------------- 1. vae
-
-
-def normalised(vae: nn.Module, pixels: Tensor) -> Tensor:
-    """Pictures [B, 3, H, W] in -1..1 to normalised latents [B, 16, H/8, W/8]."""
-    mean = vae.encoder(pixels).chunk(2, 1)[0]
-    return (mean - tm.SHIFT) * tm.SCALING
-
-
-def vae_loss(vae: nn.Module, pixels: Tensor, level: Tensor) -> Tensor:
-    """L1 on pixels and edges, of pictures drawn from latents with noise of up to `level` on them."""
-    latents = normalised(vae, pixels)
-    moments = latents.float()
-    mean, std = moments.mean((0, 2, 3)), moments.std((0, 2, 3))
-    level = level * torch.rand(len(pixels), 1, 1, 1, device=pixels.device)
-    noise = (level * torch.randn_like(moments)).to(latents.dtype)
-    drawn = vae.decoder((latents + noise) / tm.SCALING + tm.SHIFT)
-    difference = (drawn - pixels).float()
-    edges = difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean()
-    return difference.abs().mean() + edges + 0.1 * (mean.square().mean() + (std - 1).square().mean())
-
-
-@torch.no_grad()
-def paint(data: Data, plan: Plan) -> Tensor:
-    """Every stored scene, rendered once: [N, 3, side, side] in 0..255."""
-    out = []
-    for rows in torch.arange(len(data.things), device=plan.device).split(plan.batch * 2):
-        painted = scenes.render_packed(data.things[rows], data.background[rows], plan.side)
-        out.append(rearrange((painted * 255).round().to(torch.uint8), "b h w c -> b c h w"))
-    return torch.cat(out)
-
-
-def pixels_of(painted: Tensor) -> Tensor:
-    """Stored bytes to bf16 in -1..1."""
-    return (painted.float() / 127.5 - 1).to(torch.bfloat16)
-
-
-def start_vae(vae: nn.Module) -> None:
-    """Residual branches start at zero, so that the net starts as a short chain of convolutions and learns faster."""
-    for name, module in vae.named_modules():
-        if name.endswith(("conv2", "to_out.0")):
-            nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
-
-
-def crops(painted: Tensor, count: int, side: int) -> Tensor:
-    """Random squares of stored pictures, bf16 in -1..1; all on the device, so that it can be captured."""
-    device, room = painted.device, painted.shape[2] - side + 1
-    span = torch.arange(side, device=device)
-    rows = torch.randint(room, (count, 1), device=device) + span
-    columns = torch.randint(room, (count, 1), device=device) + span
-    which = torch.randint(len(painted), (count, 1, 1), device=device)
-    return pixels_of(rearrange(painted[which, :, rows[:, :, None], columns[:, None]], "b h w c -> b c h w"))
-
-
-def train_vae(tiny: tm.Tiny, painted: Tensor, plan: Plan, seconds: float) -> None:
-    """Crops of half the side for most of the time (four times as many steps), whole pictures at the end."""
-    vae = tiny.vae
-    ends = (vae.encoder.conv_in.weight, vae.decoder.conv_out.weight)
-    masters = Masters(vae.parameters(), 1e-3, 0.02, vectors=ends)
-    level = torch.tensor(0.0, device=plan.device)
-
-    def work(side: int, count: int) -> Tensor:
-        masters.forget()
-        loss = vae_loss(vae, crops(painted, count, side), level)
-        loss.backward()
-        masters.step()
-        return loss.detach()
-
-    small = Captured(lambda: work(plan.side // 2, plan.vae_batch), "vae, crops")
-    whole = Captured(lambda: work(plan.side, plan.vae_batch // 2), "vae, whole")
-    for step, progress, report in ticks("vae", seconds, plan.limit):
-        masters.schedule(progress, step)
-        level.fill_(0.25 * min(1.0, 2 * progress))  # first learn to draw, then to forgive
-        report(small() if progress < 0.7 else whole())
-    masters.show(average=True)
-    fold(vae, painted, plan)
-
-
-@torch.no_grad()
-def fold(vae: nn.Module, painted: Tensor, plan: Plan) -> None:
-    """Scale the latents' channels to mean 0 and std 1 under FLUX's constants, inside the weights. Small by then."""
-    some = painted[: plan.batch * 4].split(plan.vae_batch)
-    latents = torch.cat([normalised(vae, pixels_of(p)).float() for p in some])
-    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3)).clamp(min=0.05)
-    print(f"fold: channel means {mean.abs().max():.3f} at most, std {std.min():.3f} to {std.max():.3f}")
-    out, first = vae.encoder.conv_out, vae.decoder.conv_in
-    weight, bias = out.weight[:16].float(), out.bias[:16].float()
-    shift = ((bias - tm.SHIFT) * tm.SCALING - mean) / std / tm.SCALING + tm.SHIFT
-    out.weight[:16], out.bias[:16] = weight / std[:, None, None, None], shift
-    # A posterior of constant, small variance: nothing samples from it, but the file should say something true.
-    out.weight[16:], out.bias[16:] = 0, 2 * math.log(0.1 / tm.SCALING)
-    weight = first.weight.float()
-    offset = (mean / tm.SCALING + tm.SHIFT) - std * tm.SHIFT
-    first.bias += torch.einsum("oikl,i->o", weight, offset)
-    first.weight.copy_(weight * std[None, :, None, None])
-
-
-@torch.no_grad()
-def encode(tiny: tm.Tiny, painted: Tensor, plan: Plan, path: Path) -> Tensor:
-    """Every stored scene as packed latents [N, S, 64] in bf16; shows at `path` what the VAE loses."""
-    packed = torch.cat([tm.patchify(normalised(tiny.vae, pixels_of(p))) for p in painted.split(plan.batch)])
-    before = rearrange(painted[:12].float() / 255, "b c h w -> b h w c")
-    after = tm.decode(tiny, packed[:12])
-    psnr = -10 * (after - before).square().mean().log10().item()
-    print(f"encoded {len(packed)} scenes, PSNR {psnr:.1f} dB, std {packed[:512].float().std():.3f}", flush=True)
-    save_grid(torch.cat([before, after]), path)
-    return packed
 
 
 # ---------------------------------------------------------------- 2. read, 3. walk
@@ -168,9 +58,9 @@ def captions_at(data: Data, rows: Tensor, length: int) -> tuple[Tensor, Tensor]:
 
 
 def coupled(noise: Tensor, jitter: Tensor, things: Tensor) -> Tensor:
-    """Noise [B, S, 64] that means the jitter [B, 6] of things [B, 2, 7]: channel k's mean is the k-th, as a Gaussian.
+    """Noise [B, S, 64] that holds the jitter [B, 6] of things [B, 2, 7]: channel k's mean is jitter k as a Gaussian.
 
-    The jitter is uniform, so the means are as those of plain noise, and so is the noise as a whole.
+    The jitter is uniform, so the means are distributed like those of plain noise, and so is the whole noise.
     """
     there = (things[:, :, 0] >= 0).repeat_interleave(3, 1)
     wanted = torch.special.ndtri((jitter + 1) / 2).clamp(-3, 3) / noise.shape[1] ** 0.5
@@ -180,7 +70,7 @@ def coupled(noise: Tensor, jitter: Tensor, things: Tensor) -> Tensor:
 
 
 class Reader(nn.Module):
-    """Reads what a caption means off both encoders: trains them faster than pictures do, and is dropped."""
+    """Reads a caption's meaning from both encoders. It trains them faster than pictures do, and is dropped later."""
 
     def __init__(self, width: int, questions: int = 10) -> None:
         super().__init__()
@@ -205,10 +95,10 @@ def start_small(transformer: nn.Module) -> None:
 
 
 def start_t5(module: nn.Module) -> None:
-    """One head looks at what is before a token, the other behind it, near ones first.
+    """One head looks at the tokens before a token, the other at those behind it, near ones first.
 
-    Only this bias tells T5 the order of words. It starts near zero in transformers, moves little at a rate that suits
-    the rest, and T5 stays a bag of words.
+    Only this bias tells T5 the order of words. In transformers it starts near zero, and at a rate that suits the other
+    weights it moves little: T5 then stays a bag of words.
     """
     bias = module.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
     bucket = torch.arange(len(bias))
@@ -222,7 +112,7 @@ def vectors_of(tiny: tm.Tiny) -> list[nn.Parameter]:
     """What AdamW trains: embeddings, the first and last layers of each part, and T5's queries and keys.
 
     T5 does not scale its attention's logits. Muon's steps make them so large that the softmax is stuck at one token,
-    its gradient zero, and T5 a bag of words.
+    with a gradient of zero. T5 then stays a bag of words.
     """
     names = ("shared", "embed", "relative_attention_bias", "SelfAttention.q", "SelfAttention.k", "x_embedder",
              "context_embedder", "linear_1", "proj_out")  # fmt: skip
@@ -235,12 +125,12 @@ def vectors_of(tiny: tm.Tiny) -> list[nn.Parameter]:
 
 
 class Trainer:
-    """The model, its masters and the reader; both stages are steps of it."""
+    """The model, its masters and the reader. `read` and `walk` are one step of the stages 2 and 3."""
 
     def __init__(self, tiny: tm.Tiny, data: Data, latents: Tensor, plan: Plan, seed: int) -> None:
         self.tiny, self.data, self.latents, self.plan = tiny, data, latents, plan
         self.reader = Reader(tm.T5["d_model"]).to(plan.device, torch.bfloat16)
-        self.times = torch.tensor([*SERVED, 0.0], device=plan.device)  # of the next walk; a captured step reads it
+        self.times = torch.tensor([*SERVED, 0.0], device=plan.device)  # of the next walk; captured steps read them here
         self.rng = random.Random(seed)
         modules = (tiny.transformer, tiny.text_encoder, tiny.text_encoder_2, self.reader)
         self.masters = Masters(
@@ -285,7 +175,7 @@ class Trainer:
         return torch.stack([losses[0], losses[-1], *reading.detach()])
 
     def choose_times(self) -> None:
-        """Four even steps for the most part; else four of any length, so that other step counts work too."""
+        """Choose four even steps, three times of four; else four of any length, so that other step counts work too."""
         if self.rng.random() < 0.75:
             inner = list(SERVED[1:])
         else:
@@ -293,7 +183,7 @@ class Trainer:
         self.times.copy_(torch.tensor([1.0, *inner, 0.0]))
 
     def train(self, name: str, work: Callable[[int, int], Tensor], seconds: float, short: float) -> None:
-        """By the clock; `short` is the share of the time with short text padding, before that which is served."""
+        """Train by the clock. Text is padded to `SHORT` for the share `short` of the time, then as it is served."""
         first = Captured(lambda: work(self.plan.batch, SHORT), f"{name}, short text")
         last = Captured(lambda: work(self.plan.batch, tm.T5_LENGTH), f"{name}, served text")
         for step, progress, report in ticks(name, seconds, self.plan.limit):
@@ -321,7 +211,7 @@ def draw(tiny: tm.Tiny, captions: list[str], plan: Plan, seed: int = 0) -> Tenso
 
 
 def score(tiny: tm.Tiny, plan: Plan, workers: ProcessPoolExecutor, name: str) -> None:
-    """Judge pictures of captions never seen in training; prints both scores and why pictures fail."""
+    """Judge pictures of captions never seen in training, and print both scores and why pictures fail."""
     count, shares, why = plan.batch // 2, [], Counter()
     for things in (1, 2):
         drawn, captions = captioned(77 + things, count, things)
@@ -339,30 +229,11 @@ def sheet(tiny: tm.Tiny, plan: Plan, path: Path) -> None:
     save_grid(draw(tiny, captions, plan), path)
 
 
-def save_grid(seen: Tensor, path: Path) -> None:
-    from PIL import Image
-
-    grid = (rearrange(seen.cpu(), "(r c) h w k -> (r h) (c w) k", c=6) * 255).round().byte().numpy()
-    Image.fromarray(grid).save(path)
-
-
 # ---------------------------------------------------------------- command
 
 
-@dataclass
-class Plan:
-    """Sizes of a run: on a GPU as published, in the smoke mode as small as will do."""
-
-    device: str
-    side: int = tm.SIDE
-    scenes: int = 131_072
-    batch: int = 256
-    vae_batch: int = 64
-    limit: int | None = None
-
-
 def begun(seed: int, start: Path | None, fresh: list[str]) -> tm.Tiny:
-    """A model before training, or the one at `start` with the parts in `fresh` anew."""
+    """A model before training, or the one at `start` with new weights for the parts in `fresh`."""
     built = tm.build(seed)
     start_small(built.transformer)
     start_vae(built.vae)
@@ -374,7 +245,7 @@ def begun(seed: int, start: Path | None, fresh: list[str]) -> tm.Tiny:
 
 
 def prepared(stored: Path | None, tiny: tm.Tiny, make: Callable[[], Data]) -> Data:
-    """The scenes in the file `stored`, or made, and put there."""
+    """The scenes from the file `stored`; if there is none, they are made and saved there."""
     if stored is not None and stored.exists():
         return Data.load(stored, tiny)
     data = make()
@@ -396,7 +267,7 @@ def main(
     compiled: Annotated[bool, typer.Option("--compile/--eager", help="torch.compile the blocks.")] = True,
     workers: Annotated[int, typer.Option(help="Processes for scenes and judging.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of weights, scenes and noise.")] = 0,
-    smoke: Annotated[bool, typer.Option(help="All stages at trivial size on the CPU: does it run?")] = False,
+    smoke: Annotated[bool, typer.Option(help="All stages at trivial size on the CPU, to see that they run.")] = False,
 ) -> None:
     """Train the miniature: VAE, text encoders, transformer. Needs one large GPU for a quarter of an hour.
 

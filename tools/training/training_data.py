@@ -1,4 +1,4 @@
-"""What the miniature is trained on: scenes as numbers, and captions of them as token ids."""
+"""The training data of the miniature: scenes as numbers, and their captions as token ids."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Data:
 
     @classmethod
     def load(cls, path: Path, tiny: tm.Tiny) -> Data:
-        """Read what `save` wrote; the ids in it mean what they say only to the same tokenizers."""
+        """Read what `save` wrote. Its ids are valid only with the same tokenizers, which is checked."""
         with safe_open(path, "pt") as file:
             if (file.metadata() or {}).get("tokenizers") != tokenizers_of(tiny):
                 raise typer.BadParameter(f"{path} was made with other tokenizers; delete it, and it is made anew.")

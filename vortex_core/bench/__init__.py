@@ -1,1 +1,1 @@
-"""Benchmarks that rest on `latency` and `vram`: what `vortex bench` runs, and what the ComfyUI nodes measure with."""
+"""Benchmarks, on top of `utils.timing` and `device.vram`: `vortex bench` and the ComfyUI nodes measure with them."""

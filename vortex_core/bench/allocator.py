@@ -1,4 +1,4 @@
-"""Running a benchmark under one of torch's allocators, which is chosen where a process starts."""
+"""Runs a benchmark under one of torch's allocators. A process chooses its allocator when it starts."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ ALLOCATORS = ("native", "cudaMallocAsync")  # torch's own, and the driver's, whi
 
 
 def ensure_allocator(name: str | None, command: Sequence[str]) -> None:
-    """Go on if torch's allocator is `name` (None: whichever), else run `command` under it and exit with its code.
+    """Return if torch's allocator is `name` or `name` is None. Else run `command` under it and exit with its code.
 
-    Raises `VortexInputError` for another name, or where there is no GPU.
+    Raises `VortexInputError` for an unknown name, or where there is no GPU.
     """
     if name is None:
         return
@@ -30,11 +30,11 @@ def ensure_allocator(name: str | None, command: Sequence[str]) -> None:
 
 
 def environment(name: str | None) -> dict[str, str]:
-    """The environment of a process with this allocator."""
+    """The environment for a process with this allocator."""
     chosen = {} if name is None else {"PYTORCH_CUDA_ALLOC_CONF": f"backend:{name}"}
     return {**os.environ, **chosen}
 
 
 def again() -> list[str]:
-    """The `vortex` command that runs now, once more."""
+    """The command line of the `vortex` command that runs now, to run it again."""
     return [sys.executable, "-m", "vortex_core", *sys.argv[1:]]

@@ -1,6 +1,7 @@
-"""Runs that later ones are compared with, kept by what must be equal for that: machine, model, size, steps, prompts.
+"""Keeps runs, so that later runs can be compared with them.
 
-One JSON-lines file for each such set of facts, one run a line, the oldest first: the file is the history.
+Runs can be compared if machine, model, size, steps and prompts are equal. Each such set of facts has one JSON-lines
+file, with one run a line, the oldest first.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Run:
 
 
 class History:
-    """All runs in `folder` that can be compared with each other: those of the same facts.
+    """The runs in `folder` of one machine, model and workload: they can be compared with each other.
 
     `folder` is by default `$VORTEX_BASELINES` or the user's data folder.
     """
@@ -57,7 +58,7 @@ class History:
         except OSError as error:
             raise VortexError(f"{self.path} cannot be read: {error.strerror}.") from error
         if len(content) > MAX_BYTES:
-            raise VortexError(f"{self.path} is over {MAX_BYTES / 1e6:.0f} MB, which no history is. Remove the file.")
+            raise VortexError(f"{self.path} is over {MAX_BYTES / 1e6:.0f} MB, too large for runs. Remove the file.")
         lines = content.removesuffix(b"\n").split(b"\n") if content else []
         return [_parse(line, f"{self.path}, line {i + 1}") for i, line in enumerate(lines)]
 
@@ -99,7 +100,7 @@ def _parse(line: bytes, where: str) -> Run:
         seconds, phases = fields["seconds"], fields["phases"]
         when, vortex = fields["when"], fields["vortex"]
         if not all(isinstance(word, str) and len(word) <= 64 and word.isprintable() for word in (when, vortex)):
-            raise ValueError("its date or version is no text")
+            raise ValueError("its date or version is not text")
         if not isinstance(fields["baseline"], bool):
             raise ValueError("it does not say whether it is a baseline")
         if not isinstance(seconds, list) or not seconds or not all(_is_time(value) and value > 0 for value in seconds):

@@ -1,7 +1,7 @@
-"""Vortex beside its peers, in one process: the same weights, embeddings, noise and card.
+"""Times Vortex and its peers in one process, with the same weights, embeddings, noise and card.
 
-Each contender is alone on the device while it draws. A picture's time is what its user waits for: from the call,
-with the prompt's embeddings at hand, until the picture is finished on the device.
+Each contender is alone on the device while it draws. A picture's time is what its user waits for: from the call, with
+the prompt already encoded, until the picture is finished on the device.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ COMPILED, GRAPH = ", compiled blocks", ", CUDA graph"
 class Row:
     """One contender at one size: seconds of a picture, of its steps and its decode, and the most torch reserved.
 
-    `off`: the relative error of its final latents against those of the first contender, who has 16-bit weights.
+    `off`: the relative error of its final latents against the first contender's, which has 16-bit weights.
     """
 
     contender: str
@@ -92,7 +92,7 @@ class Result:
 
 
 class Contest:
-    """Weights that every contender gets, on `device`, and what was measured. `sizes` are (height, width)."""
+    """Holds the weights that every contender gets, and what was measured. `sizes` are (height, width)."""
 
     def __init__(
         self, model: str | Path | None, device: torch.device, sizes: list[tuple[int, int]], samples: int
@@ -107,7 +107,7 @@ class Contest:
         self.on_row: Callable[[Row], None] = lambda row: None
 
     def measure(self, name: str, make: Callable[[], Contender], samples: int | None = None) -> None:
-        """Time a contender at every size; one that fails is a result, too, not the end of the contest."""
+        """Time a contender at every size. If it fails, `declined` says why, and the contest goes on."""
         try:
             with torch.inference_mode():
                 contender = make()
@@ -148,7 +148,7 @@ class Contest:
         )
 
     def plain_peers(self, comfyui: Path | None, eager: int | None = None) -> None:
-        """diffusers and ComfyUI's core with 16-bit weights; `eager` pictures of the slowest of them."""
+        """Time diffusers and ComfyUI's core with 16-bit weights; `eager` pictures of plain diffusers, the slowest."""
         self.measure(PLAIN, lambda: Diffusers(self.pipe), eager)
         if self.device.type != "cuda":
             return
@@ -171,7 +171,7 @@ class Contest:
         return Engine.from_pipeline(self.pipe, device=self.device, mode=mode, **options)
 
     def leave(self, engine: Engine) -> None:
-        """Clear the device of the peers. The NF4 weights of `engine` stay in host memory, for `return_in_nf4`."""
+        """Take the peers off the device. The NF4 weights of `engine` stay in host memory, for `return_in_nf4`."""
         rows = {name: tensor.shape[0] for name, tensor in self.pipe.transformer.state_dict().items()}
         self._weights = diffusers_weights([engine._model.transformer, engine._conditioner.modulation], rows)
         self.pipe.transformer = self.pipe.text_encoder = self.pipe.text_encoder_2 = None
@@ -179,12 +179,12 @@ class Contest:
         clean(self.device)
 
     def return_in_nf4(self) -> None:
-        """diffusers' transformer with bitsandbytes' linears, over the weights that Vortex has."""
+        """Bring diffusers back: its transformer with bitsandbytes' linears over Vortex's NF4 weights."""
         self.pipe.vae.to(self.device)
         self.pipe.transformer = nf4_transformer(self.config, self._weights, self.device, self.pipe.vae.dtype)
 
     def nf4_peers(self) -> None:
-        """diffusers with bitsandbytes over the same NF4 weights."""
+        """Time diffusers with bitsandbytes over the same NF4 weights."""
         self.measure(NF4, lambda: Diffusers(self.pipe))
         if self.device.type == "cuda":
             velocity = diffusers_velocity(self.pipe.transformer)
@@ -207,8 +207,8 @@ def run(
 ) -> Result:
     """Time every contender that runs here, `samples` pictures of each of `sizes` (height, width).
 
-    `comfyui`: a tree of ComfyUI, to time its core too. `on_row` is told each result as it comes. Needs diffusers and
-    bitsandbytes for the peers.
+    `comfyui`: a ComfyUI tree, to time its core too. `on_row` gets each result as it comes. The peers need diffusers and
+    bitsandbytes.
     """
     contest = Contest(model, device, sizes, samples)
     contest.on_row = on_row
@@ -230,7 +230,7 @@ def run(
 
 
 def distance(a: Tensor, b: Tensor) -> float:
-    """Relative error of `a`."""
+    """Relative error of `a` against `b`."""
     return float((a.float() - b.float()).norm() / b.float().norm())
 
 
@@ -251,7 +251,7 @@ def card(spec: FluxSpec, height: int, width: int) -> dict[str, float]:
 
 
 def clean(device: torch.device) -> None:
-    """Give what nobody holds back to the driver."""
+    """Give memory that nothing holds back to the driver."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -278,5 +278,5 @@ def _job(config: dict[str, Any], height: int, width: int, device: torch.device, 
 
 
 def _peak(device: torch.device) -> int:
-    """The most that torch had reserved, and what the driver has for graphs."""
+    """Bytes that torch reserved at its peak, and that the driver holds for CUDA graphs."""
     return torch.cuda.max_memory_reserved(device) + graph_memory(device) if device.type == "cuda" else 0

@@ -1,4 +1,4 @@
-"""Reports in other programs' forms: CSV, JSON lines, Prometheus' text format."""
+"""Reports in the formats of other programs: CSV, JSON lines, Prometheus' text format."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def append_json(path: Path, event: str, fields: Mapping[str, Any]) -> None:
 
 
 def latency_metrics(figures: Mapping[str, Any]) -> Iterator[Metric]:
-    """The summary of each kind of picture and of each of its phases."""
+    """Quantiles, sum and count of each kind of picture and of each of its phases."""
     work = figures["workload"]
     about = {"model": figures["model"]["name"], "size": f"{work['width']}x{work['height']}"}
     for kind, series in figures["series"].items():
@@ -67,9 +67,8 @@ def write_prometheus(metrics: Iterable[Metric], kind: str, about: str, path: Pat
             lines = [f"# HELP {name} {about}", f"# TYPE {name} {kind}"]
         quoted = ",".join(f'{key}="{_escape(text)}"' for key, text in labels.items())
         lines.append(f"{name}{{{quoted}}} {value:.9g}")
-    write(
-        path, ("\n".join(lines) + "\n").encode(errors="backslashreplace"), replace=True
-    )  # whole: the collector may read at any moment
+    text = "\n".join(lines) + "\n"
+    write(path, text.encode(errors="backslashreplace"), replace=True)  # whole: the collector may read at any moment
 
 
 def _escape(text: str) -> str:

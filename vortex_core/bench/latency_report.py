@@ -1,4 +1,4 @@
-"""What timed pictures say: percentiles of the whole and of each phase, outliers and why, targets and verdicts."""
+"""Statistics of timed pictures: percentiles of the whole and of each phase, outliers and their cause, verdicts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CLOCKS_AGREE = 0.01, 0.001  # share of a picture, and seconds, by which host and
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """The pictures of one kind: whole, and each phase by name."""
+    """Statistics of one kind of picture: of the whole, and of each phase by name."""
 
     whole: Latency
     phases: dict[str, Latency]
@@ -58,13 +58,13 @@ class LatencyReport(Report):
 
     @property
     def series(self) -> dict[str, Series]:
-        """By kind, `cached` and `cold`, those that have samples."""
+        """Statistics by kind, `cached` and `cold`. A kind without samples is left out."""
         kinds = {"cached": [s for s in self.samples if not s.cold], "cold": [s for s in self.samples if s.cold]}
         return {kind: summarize_series(samples) for kind, samples in kinds.items() if samples}
 
     @property
     def outliers(self) -> list[Outlier]:
-        """Of both kinds, each against its own."""
+        """Outliers of both kinds. Each picture is compared with its own kind."""
         return [found for cold in (False, True) for found in find_outliers([s for s in self.samples if s.cold is cold])]
 
     @property
@@ -105,7 +105,7 @@ def run(
     on_picture: Callable[[int, int], None] | None = None,
     on_sample: Callable[[Sample], None] | None = None,
 ) -> LatencyReport:
-    """Measure a workload. Ctrl-C keeps what was measured, where there is anything; then `interrupted` says so."""
+    """Measure a workload. After Ctrl-C the report has what was measured so far, and `interrupted` is True."""
     when = now()
     samples: list[Sample] = []
     interrupted = False
@@ -153,9 +153,9 @@ def find_outliers(samples: Sequence[Sample]) -> list[Outlier]:
 
 
 def judge(latency: Latency, q: float, target: float) -> Verdict:
-    """Whether the percentile `q` keeps to `target` seconds.
+    """Judge whether the percentile `q` is at most `target` seconds.
 
-    A percentile that the samples do not support can still fail: by a lower one that they do support.
+    Where the samples are too few for `q`, a lower percentile that they do support can still break the target.
     """
     what = f"P{q:g} within {target:g} s"
     for p in latency.percentiles:

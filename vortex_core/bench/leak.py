@@ -1,4 +1,4 @@
-"""Whether memory grows from picture to picture: a robust slope with its confidence, not two readings."""
+"""Judges whether memory grows from picture to picture, by a robust slope with its confidence interval."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import VortexInputError
+from ..utils.packages import remedy
 from .machine import machine, now
 from .readings import Counters, at_rest
 from .report import Report
@@ -20,16 +21,16 @@ if TYPE_CHECKING:
 
     from ..runtime.engine import Engine
 
-CONFIDENCE = 0.999  # of a slope: several counters are judged, again and again
+CONFIDENCE = 0.999  # of a slope; this high because several counters are judged in each of many runs
 FLOOR = 100_000  # bytes a picture; allocators settle by less, a leak of a picture's tensor is more
-BOUND = 50_000_000, 10  # bytes that any so many pictures may add
+BOUND = 50_000_000, 10  # bytes that this many pictures in a row may add
 FEWEST = 20  # pictures
 MB = 1e6
 
 
 @dataclass(frozen=True, slots=True)
 class Trend:
-    """Bytes a picture of one counter, with their 99.9 % interval, and what its readings after each picture were."""
+    """The slope of one counter in bytes a picture, its 99.9 % interval, and the reading after each picture."""
 
     counter: str
     slope: float
@@ -57,13 +58,12 @@ class Trend:
             return Verdict(what, UNDECIDED, f"not enough pictures: {len(self.readings)} of {FEWEST}; {slope}")
         return Verdict(what, PASS, slope)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Everything, for JSON."""
-        return asdict(self) | {"growth": self.growth}
-
 
 def trend(counter: str, readings: Sequence[int]) -> Trend:
-    """Theil and Sen's slope: the median over all pairs, which a few jumps do not move. At least two readings."""
+    """Theil and Sen's slope: the median over all pairs, which a few jumps do not move.
+
+    Raises `VortexInputError` for fewer than two readings.
+    """
     from scipy.stats import theilslopes
 
     if len(readings) < 2:
@@ -96,7 +96,7 @@ class LeakReport(Report):
         """Everything."""
         return {
             "sizes": self.sizes,
-            "trends": [trend.as_dict() for trend in self.trends],
+            "trends": [asdict(trend) | {"growth": trend.growth} for trend in self.trends],
             "interrupted": self.interrupted,
         }
 
@@ -121,18 +121,18 @@ def run(
     check early and keeps what was measured. `options` go to `Engine.generate`.
     """
     if not any(value is not None for value in read(engine.device).values()):
-        raise VortexInputError("No counter of memory can be read here. Install psutil, which tells the host's.")
+        raise VortexInputError(f"No counter of memory can be read here. Try `{remedy('psutil')}`: it tells the host's.")
     when = now()
     settle = 2 * max(len(sizes), len(PROMPTS))
     readings: dict[str, list[int]] = {}
     interrupted = False
     gc.collect()
-    gc.freeze()  # or every collection below would look at all that was there before
+    gc.freeze()  # so that the collections below skip what was there before
     try:
         for i in range(settle + pictures):
             width, height = sizes[i % len(sizes)]
             draw(engine, PROMPTS[i % len(PROMPTS)], i, width=width, height=height, **options)
-            gc.collect()  # cycles that would be collected later are no leak
+            gc.collect()  # a cycle that would be collected later is no leak
             if i >= settle:
                 for name, value in read(engine.device).items():
                     if value is not None:

@@ -1,4 +1,4 @@
-"""The machine a figure was measured on: what it is, and how it was at a moment."""
+"""The machine that a figure was measured on: what it is, and its state at a moment."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NO_REASON = ("All", "None", "GpuIdle")  # a card that has just finished is idle
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What does not change during a run. `fingerprint` stands for all of it but Vortex's own version."""
+    """What does not change during a run. `fingerprint` stands for all of it except Vortex's own version."""
 
     device: str
     driver: str | None
@@ -41,7 +41,7 @@ class Machine:
 
     @property
     def fingerprint(self) -> str:
-        """Equal where figures can be compared."""
+        """Equal on machines whose figures can be compared."""
         facts = asdict(self)
         del facts["vortex"]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
@@ -97,7 +97,7 @@ def machine(device: torch.device) -> Machine:
 
 
 def gauge(device: torch.device) -> Callable[[], Reading]:
-    """What takes a reading of the device and the host."""
+    """A function that takes a reading of the device and the host."""
 
     def read() -> Reading:
         card = nvml.ask_card(device, _card) if device.type == "cuda" else None

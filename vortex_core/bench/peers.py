@@ -1,6 +1,6 @@
-"""What Vortex is compared with: the same weights in diffusers and in ComfyUI, drawn as their users draw.
+"""Vortex and its peers as contenders: diffusers and ComfyUI draw with the same weights, in the way of their users.
 
-A contender draws one job again and again. It is alone on the device meanwhile.
+A contender draws one job again and again, and is alone on the device meanwhile.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ class Job:
 
 
 class Contender(Protocol):
-    """Someone who draws. Phases end with `latency.mark`: `step 1` to `step 4`, `decode`."""
+    """Draws pictures. Each phase ends with `timing.mark`: `step 1` to `step 4`, `decode`."""
 
     def draw(self, job: Job) -> Tensor:
         """The picture in 0..1 on the device."""
         ...
 
     def latents(self, job: Job) -> Tensor:
-        """What it decodes: clean latents `[1, 16, H/8, W/8]`."""
+        """The clean latents `[1, 16, H/8, W/8]` that `draw` decodes."""
         ...
 
 
 class Vortex:
-    """The engine, with its prompt cached, as when a seed is drawn anew."""
+    """The engine with a cached prompt, as when a user tries another seed."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -76,7 +76,7 @@ class Vortex:
 
 
 class Diffusers:
-    """`FluxPipeline` with embeddings given, which is what it does for a prompt that it has encoded before."""
+    """`FluxPipeline` with given embeddings, so that it does not encode the prompt again."""
 
     def __init__(self, pipe: FluxPipeline, *, compiled: bool = False) -> None:
         self._pipe = pipe
@@ -208,7 +208,7 @@ def nf4_transformer(
 
 
 def diffusers_weights(modules: list[nn.Module], rows: dict[str, int]) -> dict[str, NF4Weight | Tensor]:
-    """Vortex's transformer in host memory by diffusers' names, fused matrices cut up; `rows` are diffusers' sizes."""
+    """Vortex's transformer in host memory, by diffusers' names, with fused matrices cut into diffusers' `rows`."""
     weights: dict[str, NF4Weight | Tensor] = {}
     for module in modules:
         tensors: dict[str, NF4Weight | Tensor] = dict(module.named_parameters())
@@ -235,13 +235,13 @@ def _swap(tensors: tuple[Tensor, ...], swapped: bool) -> list[Tensor]:
 
 
 def comfy_velocity(tree: Path, config: dict[str, Any], state: dict[str, Tensor], device: torch.device) -> Velocity:
-    """The velocity of the ComfyUI in `tree`, its own Flux forward in bf16 over diffusers' `state`."""
+    """The velocity of ComfyUI's own Flux forward, from `tree`, in bf16 over diffusers' `state`."""
     sys.path.insert(0, str(tree))
-    # by name, since it is the named tree's: Vortex itself never imports ComfyUI
+    # by name, from the user's tree: Vortex itself never imports ComfyUI
     flux, ops = import_module("comfy.ldm.flux.model"), import_module("comfy.ops").disable_weight_init
 
     heads = config["num_attention_heads"]
-    newer: dict[str, Any] = {"txt_ids_dims": []}  # what some versions want to be told, too
+    newer: dict[str, Any] = {"txt_ids_dims": []}  # arguments that only newer versions know
     known = {field.name for field in fields(flux.FluxParams)}
     with torch.device("meta"):
         model = flux.Flux(

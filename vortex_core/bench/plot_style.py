@@ -1,6 +1,6 @@
-"""How plots look: a histogram, lines over time, stacked bars, a trend of medians, named points.
+"""The kinds of plots: a histogram, lines over time, stacked bars, a trend of medians, named points.
 
-Figures are made without pyplot, which keeps global state and wants one thread; ComfyUI's nodes draw in another.
+They are made without pyplot: it keeps global state and wants the main thread, and ComfyUI's nodes run in another.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Level = tuple[float, str, str]  # value, name, colour
 
 @dataclass(frozen=True, slots=True)
 class Median:
-    """One point of a trend, with its interval; `special` ones have a colour of their own."""
+    """One point of a trend, with its interval. `special` points have another colour."""
 
     name: str
     value: float
@@ -59,7 +59,7 @@ def timeline(
     moments: Sequence[tuple[float, str]] = (),
     from_zero: bool = True,
 ) -> Figure:
-    """Lines of `(x, y)`, dashed levels, named moments. Says so where there is nothing to draw."""
+    """Lines of `(x, y)`, dashed levels, named moments. Without any points the figure says so."""
     figure, axes = _sheet(title, *labels)
     for (name, line), colour in zip(series.items(), COLOURS, strict=False):
         if line:
@@ -80,7 +80,7 @@ def timeline(
 
 
 def stacks(title: str, bars: Mapping[str, Mapping[str, float]], label: str) -> Figure:
-    """One bar across for each entry of `bars`, cut into its named parts."""
+    """A horizontal bar for each entry of `bars`, cut into its named parts."""
     figure, axes = _sheet(title, label, "")
     names = list(dict.fromkeys(name for parts in bars.values() for name in parts))
     ends = dict.fromkeys(bars, 0.0)
@@ -97,7 +97,7 @@ def stacks(title: str, bars: Mapping[str, Mapping[str, float]], label: str) -> F
 
 
 def trend(title: str, medians: Sequence[Median], label: str, special: str) -> Figure:
-    """Medians in order with their intervals; `special` is what the special ones are called."""
+    """Medians in order with their intervals. `special` is the legend's name for special points."""
     figure, axes = _sheet(title, "", label)
     axes.plot([m.value for m in medians], color=SOFT, linewidth=1)
     for kind, colour, name in ((False, COLOURS[0], "run"), (True, WARN, special)):
@@ -115,7 +115,7 @@ def trend(title: str, medians: Sequence[Median], label: str, special: str) -> Fi
 
 
 def scatter(title: str, groups: Mapping[str, Mapping[str, Point]], labels: tuple[str, str]) -> Figure:
-    """Named points `(x, y)`; a name has one colour in every group, and a group one mark."""
+    """Named points `(x, y)`. A name has the same colour in every group; each group has its own marker."""
     figure, axes = _sheet(title, *labels)
     names = list(dict.fromkeys(name for points in groups.values() for name in points))
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
@@ -147,7 +147,7 @@ def save(figure: Figure, stem: Path) -> None:
     import matplotlib
 
     _literal(figure)
-    # text stays text, and the same figures make the same file
+    # text stays text, and equal figures make equal files
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "vortex"}):
         for kind, metadata in (("png", None), ("svg", {"Date": None})):
             drawn = io.BytesIO()
@@ -156,7 +156,7 @@ def save(figure: Figure, stem: Path) -> None:
 
 
 def _literal(figure: Figure) -> None:
-    """Dollar signs in names and prompts begin no formula."""
+    """Make dollar signs in names and prompts plain text: they start no formula."""
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):

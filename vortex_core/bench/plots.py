@@ -12,6 +12,7 @@ from .latency_report import LatencyReport
 from .leak import MB, LeakReport
 from .plot_style import STOP, WARN, Median, histogram, scatter, stacks, timeline, trend
 from .readings import RESERVED
+from .verdict import milliseconds
 from .vram_report import MODEL, PEAK, TOTAL, VramReport
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ MS = "milliseconds"
 
 
 def latency_plots(report: LatencyReport) -> dict[str, Figure]:
-    """How the pictures are spread, what their phases take, and how they followed each other."""
+    """How the pictures' times are spread, what the phases take, and the times in order."""
+    cached = [sample.seconds for sample in report.samples if not sample.cold]
     phases = {
         kind: {name: phase.percentile(50).seconds * 1e3 for name, phase in series.phases.items()}
         for kind, series in report.series.items()
@@ -33,22 +35,17 @@ def latency_plots(report: LatencyReport) -> dict[str, Figure]:
         for kind, cold in (("cached prompt", False), ("new prompt", True))
     }
     return {
-        "latency": spread(report),
+        "latency": spread(report.title, cached, report.series["cached"].whole),
         "phases": stacks(report.title, phases, f"{MS}, medians"),
         "run": timeline(report.title, run, labels=("seconds since the start", MS)),
     }
 
 
-def spread(report: LatencyReport) -> Figure:
-    """The histogram of pictures with cached prompts."""
-    cached = [sample.seconds * 1e3 for sample in report.samples if not sample.cold]
-    return histogram(report.title, cached, percentile_marks(report.series["cached"].whole), MS)
-
-
-def percentile_marks(latency: Latency) -> list[tuple[float, str]]:
-    """P50, P95 and P99 in milliseconds, for a histogram."""
+def spread(title: str, seconds: Sequence[float], latency: Latency) -> Figure:
+    """The histogram of pictures' times, with P50, P95 and P99."""
     chosen = [latency.percentile(q) for q in (50, 95, 99)]
-    return [(p.seconds * 1e3, f"P{p.q:g} {p.seconds * 1e3:.1f} ms") for p in chosen]
+    marks = [(p.seconds * 1e3, f"P{p.q:g} {milliseconds(p.seconds)}") for p in chosen]
+    return histogram(title, [value * 1e3 for value in seconds], marks, MS)
 
 
 def vram_plot(report: VramReport) -> Figure:
@@ -87,14 +84,14 @@ def trend_plot(title: str, runs: Sequence[Run]) -> Figure:
 
 
 def pairs_plot(title: str, revision: str, before: Sequence[float], after: Sequence[float]) -> Figure:
-    """Two revisions that took turns."""
+    """The times of two revisions that took turns."""
     sides = ((revision, before), ("now", after))
     series = {name: [(float(i), s * 1e3) for i, s in enumerate(side)] for name, side in sides}
     return timeline(title, series, labels=("pair", MS))
 
 
 def compare_plot(result: Result) -> Figure:
-    """What a picture takes against the most that torch reserved, of every contender at every size."""
+    """Every contender at every size: a picture's time against the most that torch reserved."""
     points: dict[str, dict[str, tuple[float, float]]] = {}
     for row in result.rows:
         at = (row.peak / GB, row.picture.percentile(50).seconds * 1e3)

@@ -1,6 +1,6 @@
 """FLUX.1-schnell at its real size with random weights, as a diffusers pipeline.
 
-Speed and memory do not ask what is drawn.
+Speed and memory do not depend on what is drawn.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def configs() -> dict[str, dict[str, Any]]:
-    """The miniature's config files with the released model's sizes; its tokenizers serve both."""
+    """The miniature's config files with the released model's sizes."""
     return {part: json.loads((TINY / part / "config.json").read_text()) | sizes for part, sizes in SIZES.items()}
 
 
 def modules(config: dict[str, dict[str, Any]]) -> dict[str, nn.Module]:
-    """Each part as its owners' own class, on `meta`: names and shapes come from them, not from Vortex."""
+    """Each part as diffusers' or transformers' own class, on `meta`: names and shapes do not come from Vortex."""
     from diffusers import AutoencoderKL, FluxTransformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
@@ -54,9 +54,10 @@ def modules(config: dict[str, dict[str, Any]]) -> dict[str, nn.Module]:
 
 
 def random_pipeline(device: torch.device, seed: int = 0) -> FluxPipeline:
-    """bf16; transformer and VAE on `device`, text encoders in host memory. The miniature's tokenizers and scheduler.
+    """A pipeline in bf16: transformer and VAE on `device`, text encoders in host memory.
 
-    Weights are drawn so that values keep their size from layer to layer: variance 1 / fan-in, norms 1.
+    Tokenizers and scheduler are the miniature's. Weights are drawn so that values keep their size from layer to layer:
+    variance 1 / fan-in, norms 1.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
     from transformers import CLIPTokenizer, T5TokenizerFast

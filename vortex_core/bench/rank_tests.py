@@ -1,8 +1,8 @@
-"""Whether pictures have become slower: rank tests on two sets of samples, or on pairs, with the size of the change.
+"""Judges whether pictures became slower, by rank tests on two sets of samples or on pairs.
 
-Times have long tails and no normal distribution, so ranks are tested (Mann-Whitney, Wilcoxon) and the change is
-Hodges and Lehmann's: the median of all differences, of logarithms here, so that it is a ratio. A regression must be
-both: hardly chance, and large enough to matter.
+Times have long tails and no normal distribution. So ranks are tested (Mann-Whitney, Wilcoxon), and the size of the
+change is Hodges and Lehmann's: the median of all differences. Differences are of logarithms, so the change is a ratio.
+A regression must be both: unlikely by chance, and large enough to matter.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-ALPHA = 0.005  # chance of calling noise a slow-down, before the threshold makes it smaller still
+ALPHA = 0.005  # chance that noise is called a slow-down; the threshold makes it smaller still
 THRESHOLD = 0.02  # the smallest slow-down that is called one
-FEWEST = 10  # samples; with fewer pairs no p-value gets below ALPHA by a margin
+FEWEST = 10  # samples; with fewer pairs no p-value is clearly below ALPHA
 Z_TWO_SIDED, Z_POWER, Z_ALPHA = 1.96, 1.645, 2.576  # of 95 %, of 95 %, of ALPHA
 
 
@@ -43,7 +43,7 @@ class Comparison:
     slower: float
 
     def verdict(self, threshold: float = THRESHOLD) -> Verdict:
-        """Fails for a slow-down of at least `threshold` that is not chance; improvements pass."""
+        """Fails for a slow-down of at least `threshold` that is unlikely by chance. Improvements pass."""
         what = f"no slow-down of {threshold:.1%} or more"
         change = f"{self.change:+.1%}, 95 % interval {self.low:+.1%} to {self.high:+.1%}, p {self.p_value:.2g}"
         if min(self.before, self.after) < FEWEST:
@@ -53,7 +53,7 @@ class Comparison:
         return Verdict(what, PASS, f"{change}; would have found {self.detectable(threshold):.1%} or more")
 
     def detectable(self, threshold: float = THRESHOLD) -> float:
-        """The slow-down that runs as noisy as these would fail for about nine times of ten."""
+        """The slow-down for which runs as noisy as these would fail about nine times of ten."""
         error = math.log((1 + self.high) / (1 + self.low)) / (2 * Z_TWO_SIDED)
         return math.expm1(max((Z_ALPHA + Z_POWER) * error, math.log1p(threshold) + Z_POWER * error))
 
@@ -71,7 +71,7 @@ def compare(before: Sequence[float], after: Sequence[float]) -> Comparison:
 
 
 def compare_pairs(before: Sequence[float], after: Sequence[float]) -> Comparison:
-    """Seconds in pairs: `before[i]` and `after[i]` drew the same picture one after the other. Raises as `compare`."""
+    """Seconds in pairs: `before[i]` and `after[i]` are of the same picture, drawn in turn. Raises as `compare`."""
     import numpy as np
     from scipy.stats import wilcoxon
 
@@ -94,7 +94,7 @@ def _logarithms(seconds: Sequence[float]) -> NDArray[np.float64]:
 
 
 def _shift(differences: NDArray[np.float64], deviation: float) -> tuple[float, float, float]:
-    """Median and 95 % interval of a shift, as ratios less 1; `deviation` is that of the rank statistic."""
+    """Median and 95 % interval of a shift, as ratios less 1. `deviation` is the rank statistic's."""
     import numpy as np
 
     ordered = np.sort(differences, axis=None)

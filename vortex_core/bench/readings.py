@@ -1,4 +1,4 @@
-"""The counters of memory that the VRAM profile and the leak check read, by the names that reports show."""
+"""The memory counters of the VRAM profile and the leak check, by the names that reports show."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..utils.timing import synchronize
 
 ALLOCATED, RESERVED, PROCESS, HOST = "torch allocated", "torch reserved", "process (NVML)", "host (RSS)"
 
-Counters = dict[str, int | None]  # bytes by name; None where nobody tells
+Counters = dict[str, int | None]  # bytes by name; None where unknown
 
 
 def counters(device: torch.device) -> Counters:
@@ -26,19 +26,19 @@ def counters(device: torch.device) -> Counters:
 
 
 def _resident() -> int | None:
-    """Bytes of host memory that this process has, or None where nobody tells."""
+    """Bytes of host memory that this process has, or None where unknown."""
     if missing("psutil") is not None:
         return None
     import psutil
 
-    with suppress(Exception):  # of many kinds, where /proc is hidden
+    with suppress(Exception):  # where /proc is hidden it raises many kinds
         return int(psutil.Process().memory_info().rss)
     return None
 
 
 def at_rest(device: torch.device) -> Counters:
-    """`counters` once the device has done all it was given, and the host's allocator has given back what is free."""
+    """`counters` once the device has finished, and the host's allocator has given free memory back."""
     synchronize(device)
-    with suppress(OSError, AttributeError):  # glibc's; without, a leak may hide for long in what was freed before
+    with suppress(OSError, AttributeError):  # glibc only; without it a leak may hide in memory that was freed before
         ctypes.CDLL(None).malloc_trim(0)
     return counters(device)

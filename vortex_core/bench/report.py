@@ -1,4 +1,4 @@
-"""What every report has: what ran where and when, a title, verdicts, all figures as JSON."""
+"""What every report has: model, machine and time, a title, verdicts, all figures as JSON."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Report(ABC):
     @property
     @abstractmethod
     def words(self) -> str:
-        """What was drawn, to be read."""
+        """What was drawn, in words."""
 
     @property
     @abstractmethod
     def verdicts(self) -> list[Verdict]:
-        """What is judged."""
+        """The judgements of this report."""
 
     @abstractmethod
     def measured(self) -> dict[str, Any]:

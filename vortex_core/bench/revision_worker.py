@@ -1,7 +1,7 @@
-"""One side of `vortex bench baseline compare --against`: draws when told to and says how long it took.
+"""One side of `vortex bench baseline compare --against`: it draws on request and answers how long it took.
 
-Started by path, with a revision's root as PYTHONPATH, so that one worker times any revision: all it uses of
-`vortex_core` is `load_flux_schnell` and `generate`. One JSON object a line in, one a line out.
+It is started by path, with a revision's root as PYTHONPATH. So one worker times any revision: all it uses of
+`vortex_core` is `load_flux_schnell` and `generate`. Requests and answers are JSON, one object a line.
 """
 
 from __future__ import annotations

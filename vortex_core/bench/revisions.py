@@ -1,4 +1,4 @@
-"""Two revisions timed in one run: a worker each, taking turns, so that what changes on the machine meets both."""
+"""Times two revisions in one run. Each has a worker, and they take turns: a change of the machine affects both."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def alternate(
     workload: Workload,
     on_pair: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[float, float]]:
-    """Pairs of seconds, before and after, of the same prompt and seed; who goes first changes with each pair."""
+    """Pairs of seconds, before and after, of the same prompt and seed. Who draws first changes with each pair."""
     total = workload.warmup + workload.iterations
     for i in range(total):
         prompt = workload.prompts[i % len(workload.prompts)]

@@ -1,4 +1,4 @@
-"""Pictures that are drawn to be timed, and what each took."""
+"""Draws pictures to time them, and keeps what each took."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import secrets
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import GB
@@ -38,10 +38,6 @@ class Sample:
     unmarked: float
     reading: Reading
 
-    def as_dict(self) -> dict[str, Any]:
-        """Everything, for JSON."""
-        return asdict(self)
-
 
 def describe(engine: Engine) -> dict[str, str]:
     """The model and how it runs."""
@@ -65,9 +61,10 @@ def draw(engine: Engine, prompt: str, seed: int, **options: Any) -> Tensor:
 def measure(
     engine: Engine, workload: Workload, on_picture: Callable[[int, int], None] | None = None, **options: Any
 ) -> Iterator[Sample]:
-    """Draw the workload; each picture that counts, as soon as it is there. `options` go to `Engine.generate`.
+    """Draw the workload, and yield each picture that counts once it is drawn. `options` go to `Engine.generate`.
 
-    `on_picture(done, total)` is told of every picture outside the timed span, warm-up included; it may raise to cancel.
+    `on_picture(done, total)` is called after every picture, warm-up included, outside the timed span. It may raise to
+    cancel.
     """
     read = gauge(engine.device)
     options |= {"width": workload.width, "height": workload.height, "steps": workload.steps}
@@ -90,7 +87,7 @@ def measure(
 
 
 def overhead(sample: Sample, device: torch.device, repeats: int = 200) -> float:
-    """Seconds that the stopwatch itself adds to a picture with this one's phases: the median of empty ones."""
+    """Seconds that the stopwatch adds to a picture with the phases of `sample`: the median of `repeats` empty runs."""
     taken = []
     for _ in range(repeats):
         started = time.perf_counter()

@@ -11,7 +11,7 @@ MICROSECONDS = 1e6
 
 
 def chrome_trace(samples: Iterable[Sample]) -> dict[str, Any]:
-    """Pictures on one row, their phases on the next, clock and temperature as counters."""
+    """Pictures in one row, their phases in the next, clock and temperature as counters."""
     events: list[dict[str, Any]] = [
         {"ph": "M", "name": "thread_name", "pid": 1, "tid": tid, "args": {"name": name}}
         for tid, name in ((1, "pictures"), (2, "phases"))

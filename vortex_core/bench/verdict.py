@@ -1,4 +1,4 @@
-"""A judgement in words, and the exit code that a CI job reads."""
+"""Judgements and times in words, and the exit code that a CI job reads."""
 
 from __future__ import annotations
 
@@ -24,3 +24,8 @@ def exit_code(verdicts: Iterable[Verdict]) -> int:
     if FAIL in states:
         return EXIT_FAIL
     return EXIT_UNDECIDED if UNDECIDED in states else 0
+
+
+def milliseconds(seconds: float) -> str:
+    """Seconds as text in milliseconds."""
+    return f"{seconds * 1e3:.1f} ms"

@@ -1,4 +1,4 @@
-"""VRAM over an engine's life: before it, loaded, at the peak of drawing, after it is gone; each judged by a budget."""
+"""VRAM over an engine's life: before it, loaded, at the peak of drawing, after it. Each stage has a limit."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     from ..runtime.engine import Engine
 
 MODEL, GENERATION, TOTAL = 6.5 * GB, 0.5 * GB, 7.0 * GB  # bytes of torch reserved, at most
-SMALL = 512 * 512  # pixels up to which what generation adds is judged; more take more, by design
-REMAINS = 0.11 * GB  # cuBLAS keeps 34 MB for each stream that ever multiplied, of which there are up to three
+SMALL = 512 * 512  # pixels; what generation adds is judged up to here, since larger pictures take more by design
+REMAINS = 0.11 * GB  # cuBLAS keeps 34 MB for each of up to three streams that ever multiplied
 PICTURES = 4
 BASELINE, LOADED, PEAK, AFTER = "baseline", "loaded", "peak", "after clean-up"
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One of baseline, loaded, peak and after clean-up: `counters` in bytes; `began`, a time of `perf_counter`."""
+    """One of baseline, loaded, peak and after clean-up. `counters` in bytes; `began` is a time of `perf_counter`."""
 
     name: str
     began: float
@@ -66,7 +66,7 @@ class VramReport(Report):
 
     @property
     def verdicts(self) -> list[Verdict]:
-        """One a stage, of torch reserved, which is what a budget bounds; undecided where there is no GPU."""
+        """One a stage, on torch reserved, which is what a budget bounds. Undecided without a GPU."""
         reserved = [stage.counters.get(RESERVED) for stage in self.stages]
         baseline, loaded, peak, after = (value or 0 for value in reserved)
         generation = (("generation adds", peak - loaded, GENERATION),) if prod(self.size) <= SMALL else ()
@@ -118,7 +118,7 @@ def run(
                     on_picture(i + 1, PICTURES)
         peak = Stage(PEAK, began, at_rest(device))
         if cuda:
-            # torch keeps its own peaks, which no interval can miss
+            # torch's own peaks; samples at intervals can miss one
             peak.counters.update({ALLOCATED: most.allocated, RESERVED: most.reserved})
         engine.unload()
         del engine

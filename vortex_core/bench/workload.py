@@ -1,4 +1,4 @@
-"""Which pictures are drawn to be timed."""
+"""The pictures that a benchmark draws."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Workload:
 
     @property
     def words(self) -> str:
-        """Size and steps, to be read."""
+        """Size and steps, in words."""
         return f"{self.width} x {self.height}, {self.steps} step{'s' * (self.steps != 1)}"
 
     @property

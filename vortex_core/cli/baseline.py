@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from ..bench.rank_tests import THRESHOLD, Comparison, compare, compare_pairs
+from ..bench.verdict import milliseconds
 from ..utils.packages import need
 from . import interrupt
 from .bench_options import EXIT_CODES, AsJson, Results, Source, Work, check_output, grouped
-from .bench_output import grid, milliseconds, picture_count, write_folder
-from .terminal import check_number, check_text, plain_errors, progress_bars, source_option
+from .bench_output import picture_count, write_folder
+from .terminal import check_number, check_text, grid, plain_errors, progress_bars, source_option
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,7 +35,7 @@ Folder = Annotated[
 @app.command(epilog=EXIT_CODES)
 @grouped
 def save(source: Source, work: Work, folder: Folder = None, as_json: AsJson = False) -> None:
-    """Measure, and keep the run as what later ones on this machine are compared with. Ends with one JSON line."""
+    """Measure, and keep the run: later ones on this machine are compared with it. Ends with one JSON line."""
     with plain_errors():
         source.check()
         work.check()
@@ -66,7 +67,7 @@ def compare_command(
     folder: Folder = None,
     against: Annotated[
         str | None,
-        typer.Option(help="A git revision to draw with in turns, in place of the baseline. Both engines are loaded."),
+        typer.Option(help="A git revision to compare with, in turns, not with the baseline. Both engines are loaded."),
     ] = None,
     threshold: Annotated[
         float, typer.Option(min=0, help="The smallest slow-down to fail for, 0.02 for 2 %.")
@@ -74,8 +75,8 @@ def compare_command(
 ) -> None:
     """Measure, and fail for a slow-down that is neither chance (p < 0.005) nor small. Ends with one JSON line.
 
-    Compared with the last saved baseline; the run joins the history. With --against REV two revisions take turns
-    in one run and are compared picture by picture: what the machine does meanwhile meets both.
+    The run is compared with the last saved baseline and joins the history. With --against REV two revisions take turns
+    in one run and are compared picture by picture, so a change of the machine affects both.
     """
     with plain_errors():
         source.check()
@@ -103,14 +104,8 @@ def compare_command(
             history.add(report, baseline=False)
         comparison = compare(baseline.seconds, [sample.seconds for sample in report.samples])
         about = {"title": report.title, "baseline": baseline.when, "phases": _phase_changes(baseline, report)}
-        _finish(
-            comparison,
-            about,
-            threshold,
-            lambda: {"trend": plots.trend_plot(report.title, history.runs())},
-            results,
-            report.interrupted,
-        )
+        shown = partial(plots.trend_plot, report.title)
+        _finish(comparison, about, threshold, lambda: {"trend": shown(history.runs())}, results, report.interrupted)
 
 
 def _compare_revision(revision: str, source: Source, work: Work, threshold: float, results: Results) -> None:
@@ -137,7 +132,7 @@ def _compare_revision(revision: str, source: Source, work: Work, threshold: floa
 
 
 def _phase_changes(baseline: Run, report: LatencyReport) -> dict[str, float]:
-    """Of each phase's median: where a change comes from. Not judged."""
+    """The change of each phase's median, which shows where the time went. It is not judged."""
     now = report.series["cached"].phases
     return {
         name: now[name].percentile(50).seconds / seconds - 1

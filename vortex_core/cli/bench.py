@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..bench.verdict import milliseconds
 from ..bench.workload import COLD, ITERATIONS
 from ..errors import GB
 from ..flux1.spec import DEFAULT_STEPS
@@ -22,7 +23,6 @@ from .bench_options import (
     Log,
     Prometheus,
     Results,
-    Size,
     Source,
     Steps,
     Work,
@@ -30,13 +30,12 @@ from .bench_options import (
     check_size,
     grouped,
 )
-from .bench_output import grid, milliseconds, picture_count, write_folder
+from .bench_output import picture_count, write_folder
 from .compare import compare
-from .terminal import check_number, path_option, plain_errors, progress_bars
+from .terminal import Size, check_number, grid, path_option, plain_errors, progress_bars
 
 if TYPE_CHECKING:
     from ..bench.latency_report import LatencyReport
-    from ..bench.samples import Sample
     from ..bench.vram_report import VramReport
     from .console import Grid
 
@@ -44,7 +43,7 @@ app = typer.Typer(help="Measure latency and memory, and judge them.", no_args_is
 app.add_typer(baseline, name="baseline")
 app.command()(compare)
 
-Target = Annotated[float | None, typer.Option(help="Seconds that this percentile must keep to.", min=0)]
+Target = Annotated[float | None, typer.Option(help="The most seconds that this percentile may take.", min=0)]
 
 
 @app.command(epilog=EXIT_CODES)
@@ -53,7 +52,7 @@ def latency(
     source: Source,
     work: Work,
     results: Results,
-    cold: Annotated[int, typer.Option(min=0, help="Pictures of prompts never seen before, after the others.")] = COLD,
+    cold: Annotated[int, typer.Option(min=0, help="Pictures of new prompts, after the others.")] = COLD,
     target_p50: Target = None,
     target_p90: Target = None,
     target_p95: Target = None,
@@ -64,8 +63,8 @@ def latency(
 ) -> None:
     """Time pictures by phase: percentiles with intervals, outliers with their cause, targets. Ends with one JSON line.
 
-    A percentile counts as supported where the sample holds a time beyond it with 95 % confidence: P90 takes 29
-    pictures, P95 59, P99 299. A target on one that is not supported is undecided, unless a lower percentile breaks it.
+    A percentile is supported if, with 95 % confidence, some picture took longer. P90 needs 29 pictures, P95 59, P99
+    299. A target on one that is not supported is undecided, unless a lower percentile breaks it.
     """
     with plain_errors():
         source.check()
@@ -85,7 +84,7 @@ def latency(
                 work.workload(engine.native_size, cold),
                 targets={q: target for q, target in wanted.items() if target is not None},
                 on_picture=picture_count(progress, "timing"),
-                on_sample=None if log is None else partial(_log_sample, log),
+                on_sample=None if log is None else lambda s: exports.append_json(log, "picture", asdict(s)),
             )
         found = report.figures()
         if log:
@@ -96,7 +95,7 @@ def latency(
             what = "Seconds that a picture or one of its phases takes."
             exports.write_prometheus(exports.latency_metrics(found), "summary", what, prometheus)
         if results.output:
-            samples = [sample.as_dict() for sample in report.samples]
+            samples = [asdict(sample) for sample in report.samples]
             write_folder(results.output, found | {"samples": samples}, lambda: plots.latency_plots(report))
             exports.write_csv(report.samples, results.output / "samples.csv")
         results.finish(found, latency_tables(report), report.verdicts, report.interrupted)
@@ -131,12 +130,6 @@ def latency_tables(report: LatencyReport) -> list[Grid]:
     return tables
 
 
-def _log_sample(log: Path, sample: Sample) -> None:
-    from ..bench.exports import append_json
-
-    append_json(log, "picture", sample.as_dict())
-
-
 @app.command(epilog=EXIT_CODES)
 @grouped
 def vram(
@@ -148,7 +141,7 @@ def vram(
 ) -> None:
     """Profile VRAM: baseline, loaded, peak, after clean-up, each with a verdict. Ends with one JSON line.
 
-    Undecided where there is no GPU; then the host's memory is what is shown.
+    Without a GPU the verdicts are undecided, and the host's memory is shown.
     """
     with plain_errors():
         source.check()
@@ -178,7 +171,7 @@ def vram(
 
 
 def vram_tables(report: VramReport) -> list[Grid]:
-    """The counters of each stage, and who holds what when loaded."""
+    """The counters of each stage, and who holds what once the engine is loaded."""
     stages = grid("", *report.stages[0].counters, title=report.title)
     for stage in report.stages:
         values = stage.counters.values()
@@ -196,7 +189,7 @@ def leak(
     results: Results,
     size: Annotated[
         list[str] | None,
-        typer.Option(help="WIDTHxHEIGHT, several to mix; native, half of it and wide where none is given."),
+        typer.Option(help="WIDTHxHEIGHT; may be repeated. [default: the model's own, half of it, and a wide one]"),
     ] = None,
     steps: Steps = DEFAULT_STEPS,
     iterations: Iterations = ITERATIONS,

@@ -19,12 +19,17 @@ from ..errors import VortexInputError
 from ..flux1.request import Request, check_choice, check_prompt
 from ..flux1.spec import DEFAULT_STEPS, MIN_SIZE, MODES, QUANTIZATIONS
 from ..utils.disk import check_file, check_folder
+from ..utils.packages import missing, remedy
 from .bench_output import homeless
 from .terminal import (
     EXIT_CANCELLED,
     T5,
     CacheDir,
     Clip,
+    Device,
+    Model,
+    Quantization,
+    Size,
     Tokenizers,
     Vae,
     Vram,
@@ -41,15 +46,14 @@ if TYPE_CHECKING:
     from ..runtime.engine import Engine
     from .console import Bars, Grid
 
-Size = Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels; the model's own where none is given.")]
 Steps = Annotated[int, typer.Option(help="Steps of a picture; schnell is made for 4.")]
 Iterations = Annotated[int, typer.Option(min=1, help="Pictures that count.")]
 Prometheus = Annotated[Path | None, path_option(help="File to write in Prometheus' text format.")]
-Log = Annotated[Path | None, path_option(help="File to which JSON lines are added, one a picture.")]
+Log = Annotated[Path | None, path_option(help="File that gets one more JSON line for each picture.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print nothing but the JSON line.")]
 
 EXIT_CODES = (
-    f"Exit codes: 0 pass, {EXIT_FAIL} fail, 2 bad usage, {EXIT_UNDECIDED} the samples cannot tell, "
+    f"Exit codes: 0 pass, {EXIT_FAIL} fail, 2 bad usage, {EXIT_UNDECIDED} undecided, "
     f"{EXIT_CANCELLED} interrupted (what was measured is reported)."
 )
 MARKS = {PASS: ("PASS", "green"), FAIL: ("FAIL", "red"), UNDECIDED: ("UNDECIDED", "yellow")}
@@ -57,27 +61,23 @@ MARKS = {PASS: ("PASS", "green"), FAIL: ("FAIL", "red"), UNDECIDED: ("UNDECIDED"
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Options: which model, where it runs and how."""
+    """Options: the model, and where and how it runs."""
 
-    model: Annotated[
-        str, typer.Option(help="'tiny' (bundled), a FLUX.1-schnell diffusers folder, or a .safetensors or .gguf file.")
-    ] = "tiny"
+    model: Model = "tiny"
     clip: Clip = None
     t5: T5 = None
     vae: Vae = None
     tokenizers: Tokenizers = None
     cache_dir: CacheDir = None
-    device: Annotated[
-        str | None, typer.Option(help="'cuda', 'cuda:1' or 'cpu'; the GPU, if any, where none is given.")
-    ] = None
+    device: Device = None
     vram: Vram = None
     mode: Annotated[
         str | None, typer.Option(help="'fast' or 'exact', as `vortex generate` has them; fast where none is given.")
     ] = None
-    quantization: Annotated[str, typer.Option(help="'nf4', or 'none' for 16-bit weights.")] = "nf4"
+    quantization: Quantization = "nf4"
 
     def check(self) -> None:
-        """Raise `VortexInputError` for options that cannot be, before a model is loaded."""
+        """Raise `VortexInputError` for an option out of range, before a model is loaded."""
         if self.mode is not None:
             check_choice("mode", self.mode, MODES)
         check_choice("quantization", self.quantization, QUANTIZATIONS)
@@ -85,9 +85,9 @@ class Source:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Those of `Engine.load`, `model` among them."""
+        """The arguments of `Engine.load`, `model` included."""
         options = asdict(self)
-        for name in ("mode", "tokenizers"):  # earlier revisions do not know them
+        for name in ("mode", "tokenizers"):  # earlier revisions do not know these arguments
             if options[name] is None:
                 del options[name]
         if self.model != "tiny":
@@ -95,18 +95,18 @@ class Source:
         return options | {"vram_budget": options.pop("vram")}
 
     def load(self, progress: Bars) -> Engine:
-        """The engine, behind a bar."""
+        """Load the engine, with a progress bar."""
         return load_engine(progress, **self.options)
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Options: which pictures, and how many."""
+    """Options: the pictures, and how many."""
 
     size: Size = None
     steps: Steps = DEFAULT_STEPS
     iterations: Iterations = ITERATIONS
-    warmup: Annotated[int, typer.Option(min=0, help="Pictures before that, which do not.")] = WARMUP
+    warmup: Annotated[int, typer.Option(min=0, help="Pictures drawn before them, which do not count.")] = WARMUP
     prompt: Annotated[
         list[str] | None,
         typer.Option(
@@ -115,14 +115,14 @@ class Work:
     ] = None
 
     def check(self) -> None:
-        """Raise `VortexInputError` for what is out of range, before a model is loaded."""
+        """Raise `VortexInputError` for an option out of range, before a model is loaded."""
         self.workload(MIN_SIZE)
         for prompt in self.prompt or ():
             check_text("A prompt", prompt)
             check_prompt(prompt)
 
     def workload(self, native: int, cold: int = 0) -> Workload:
-        """The pictures of a model whose native side is `native`."""
+        """The pictures to draw with a model whose native side is `native`."""
         width, height = check_size(self.size, self.steps) or (native, native)
         prompts = tuple(self.prompt or PROMPTS)
         return Workload(width, height, self.steps, self.iterations, self.warmup, cold, prompts)
@@ -139,7 +139,7 @@ class Results:
     as_json: AsJson = False
 
     def check(self) -> None:
-        """Raise `VortexInputError` for a folder that cannot be, before anything is measured."""
+        """Raise `VortexInputError` for a folder that cannot be written, before anything is measured."""
         if self.output is not None:
             check_output(self.output, "--output")
             check_plots()
@@ -151,7 +151,7 @@ class Results:
         verdicts: Sequence[Verdict],
         interrupted: bool = False,
     ) -> NoReturn:
-        """Print tables and verdicts, then the JSON line; raise `typer.Exit` with the code that says how it went."""
+        """Print tables, verdicts and the JSON line. Raises `typer.Exit` with the exit code."""
         if not self.as_json:
             for table in tables:
                 out().print(table)
@@ -163,7 +163,7 @@ class Results:
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """A command for Typer, which knows no groups of options: a parameter that is a dataclass becomes its fields."""
+    """The command as Typer takes it: a parameter that is a dataclass becomes one option for each of its fields."""
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
     parameters: list[Parameter] = []
@@ -199,7 +199,7 @@ def check_size(size: str | None, steps: int) -> tuple[int, int] | None:
 
 
 def check_output(folder: Path, option: str) -> None:
-    """Raise `VortexInputError` for a folder that can neither be made nor take a file. Makes nothing."""
+    """Raise `VortexInputError` for a folder that cannot be made or written to. Makes nothing."""
     place = folder.absolute()
     while not os.path.lexists(place) and place != place.parent:
         place = place.parent
@@ -210,13 +210,11 @@ def check_output(folder: Path, option: str) -> None:
 
 def check_plots() -> None:
     """Raise `VortexInputError` where matplotlib is missing or broken, before anything is measured."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except Exception as error:  # a broken install fails in many ways
+    why = missing("matplotlib.figure")
+    if why is not None:
         raise VortexInputError(
-            f"--output draws plots with matplotlib, which does not import ({error}): pip install --upgrade matplotlib, "
-            "or leave --output out."
-        ) from error
+            f"--output draws plots with matplotlib, which {why}. Try `{remedy('matplotlib')}`, or leave --output out."
+        )
 
 
 def check_files(*paths: Path | None) -> None:

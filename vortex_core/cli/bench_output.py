@@ -1,4 +1,4 @@
-"""What benchmark commands show and write."""
+"""What the benchmark commands show and write."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..utils.disk import write
-from ..utils.packages import first_line, missing
+from ..utils.packages import first_line, missing, remedy
 from .terminal import err
-from .terminal import grid as grid
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,19 +41,14 @@ def write_folder(folder: Path, figures: Mapping[str, Any], plots: Callable[[], M
             for name, figure in plots().items():
                 save(figure, folder / name)
                 written.append(f"{name}.png, .svg")
-        except Exception as error:  # the figures are measured and written
+        except Exception as error:  # the figures themselves are written already
             why = f"does not draw ({first_line(error)})"
     err().say((str(folder), "green"), f"  {', '.join(written)}")
     if why is not None:
-        err().say(f"No plots: matplotlib {why}. Try `pip install --upgrade matplotlib`.")
+        err().say(f"No plots: matplotlib {why}. Try `{remedy('matplotlib')}`.")
 
 
 def homeless(report: str) -> str:
-    """JSON without the user's name in paths: reports are shown to others."""
+    """JSON with `~` for the user's home folder: reports are shown to others."""
     home = os.path.expanduser("~")
     return report if home in ("~", "/") else report.replace(json.dumps(home)[1:-1] + "/", "~/")
-
-
-def milliseconds(seconds: float) -> str:
-    """Seconds, as they are read."""
-    return f"{seconds * 1e3:.1f} ms"

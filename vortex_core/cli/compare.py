@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..bench.verdict import milliseconds
 from ..errors import GB, VortexInputError
 from ..flux1.spec import DEFAULT_STEPS
 from ..utils.packages import need
 from . import interrupt
 from .bench_options import Results, check_size, grouped
-from .bench_output import grid, milliseconds, write_folder
-from .terminal import err, plain_errors, source_option, user_path
+from .bench_output import write_folder
+from .terminal import err, grid, plain_errors, source_option, user_path
 
 if TYPE_CHECKING:
     import torch
@@ -31,18 +32,18 @@ def compare(
         str | None, typer.Option(help="tiny, or a folder in the diffusers layout. [default: random weights, real size]")
     ] = None,
     size: Annotated[
-        list[str] | None, typer.Option(help="Such as 512x512; may be repeated. [default: that, 1024x1024]")
+        list[str] | None, typer.Option(help="WIDTHxHEIGHT; may be repeated. [default: 512x512 and 1024x1024]")
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Pictures of each contender and size.")] = 30,
     comfyui: Annotated[Path | None, source_option(help="A ComfyUI tree, to time its Flux forward too.")] = None,
     device: Annotated[str | None, typer.Option(help="[default: the first CUDA device, else the CPU]")] = None,
     allocator: Annotated[
-        str | None, typer.Option(help="native or cudaMallocAsync, ComfyUI's. [default: as the process has it]")
+        str | None, typer.Option(help="native, or cudaMallocAsync as in ComfyUI. [default: the process' own]")
     ] = None,
 ) -> None:
     """Time Vortex and its peers on the same weights and noise, in one process. Ends with one line of JSON.
 
-    Takes 31 GB of VRAM for the peers with 16-bit weights, and needs diffusers and bitsandbytes.
+    The peers with 16-bit weights take 31 GB of VRAM. Needs diffusers and bitsandbytes.
     """
 
     def report(row: Row) -> None:
@@ -74,7 +75,7 @@ def compare(
 
 
 def source(model: str | None, device: torch.device) -> Path | None:
-    """The model's folder, None for random weights. Raises `VortexInputError` where it is none, or has no room."""
+    """The model's folder; None for random weights. Raises `VortexInputError` for another layout, or too little VRAM."""
     from ..checkpoint.bundle import path_of
     from ..device.vram import available
 
@@ -109,7 +110,7 @@ def table(result: Result) -> Grid:
 
 
 def floors(result: Result) -> Grid:
-    """What a step takes whoever computes it."""
+    """What a step costs at least, in any implementation."""
     made = grid("a step of", "TFLOP", "of them attention", "weights in NF4", "in bf16")
     for name, card in result.card.items():
         flops = [f"{card[kind] / 1e12:.1f}" for kind in ("step_flops", "attention_flops")]

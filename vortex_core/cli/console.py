@@ -1,6 +1,6 @@
-"""A terminal on which foreign text is only text: no markup, no emoji codes, no escape sequences.
+"""A terminal that shows foreign text as plain text: no markup, no emoji codes, no escape sequences.
 
-What is to have a style is a `rich.text.Text`; every plain `str` goes through `printable`.
+Styled text is a `rich.text.Text`. Every plain `str` goes through `printable`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..utils.printable import printable
 
 
 def plain(value: Any) -> Any:
-    """A `str` as text that is safe to show; what has a style of its own, as it is."""
+    """A `str` as text that is safe to show; any other value as it is."""
     return Text(printable(value)) if isinstance(value, str) else value
 
 
@@ -34,7 +34,7 @@ class Console(console.Console):
         super().print(*map(plain, objects), **options)
 
     def on_broken_pipe(self) -> None:
-        """Leave it to whoever runs the command."""
+        """Raise: the caller of the command handles it."""
         raise
 
 

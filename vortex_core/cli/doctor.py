@@ -12,7 +12,7 @@ import torch
 from ..checkpoint.bundle import open_bundle
 from ..device.select import device_words, other_accelerator
 from ..quant.backends import bitsandbytes_declined
-from ..utils.packages import first_line, missing
+from ..utils.packages import first_line, missing, remedy
 
 SMALLEST_CARD = 8e9  # bytes; the smallest card the default budget of 6.5 GB suits
 NEEDED = ("transformers", "tokenizers", "safetensors")
@@ -39,14 +39,14 @@ class Finding:
 def examine() -> Iterator[Finding]:
     """Look at Python, torch, the GPU, bitsandbytes, packages and the bundled model. Loads no weights.
 
-    What is broken is a finding, whatever it raises.
+    A part that raises anything is a finding, too.
     """
     yield Finding("Python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     yield Finding("torch", "ok", torch.__version__)
     yield from _devices()
     for package in NEEDED:
         why = missing(package)
-        fix = "" if why is None else f"pip install --upgrade {package}"
+        fix = "" if why is None else remedy(package)
         yield Finding(package, "ok" if why is None else "fault", why or _version(package), fix)
     for module, (package, purpose) in WANTED.items():
         yield _wanted(module, package, purpose)
@@ -57,13 +57,13 @@ def _wanted(module: str, package: str, purpose: str) -> Finding:
     why = missing(module)
     if why is None:
         return Finding(package, "ok", _version(package))
-    return Finding(package, "note", f"{why}; {purpose}", f"pip install --upgrade {package}")
+    return Finding(package, "note", f"{why}; {purpose}", remedy(module))
 
 
 def _version(package: str) -> str:
     try:
         return metadata.version(package) or "of unknown version"
-    except Exception:  # it imports, so it is there: on a path without metadata, or with half of it
+    except Exception:  # it imports, but its metadata are missing or damaged
         return "of unknown version"
 
 
@@ -121,7 +121,7 @@ def _bitsandbytes(device: torch.device) -> Finding:
 def _bundled_model() -> Finding:
     try:
         bundle = open_bundle("tiny")
-    except Exception as error:  # of a damaged file, or of a package above
+    except Exception as error:  # a damaged file, or a package that fails
         fix = "pip install --force-reinstall --no-deps vortex-flux"
         return Finding("bundled model", "fault", first_line(error), fix)
     side = bundle.spec.vae.sample_size

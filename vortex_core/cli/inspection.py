@@ -1,4 +1,4 @@
-"""What a file or folder is, from headers alone and without torch: the words and figures behind `vortex inspect`."""
+"""What a file or folder holds, from headers alone and without torch: the words and figures of `vortex inspect`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """A model as found on disk. `missing` says in words what must be given besides; `placement` in bytes."""
+    """A model as found on disk. `missing` names, in words, what must be given as well; `placement` is in bytes."""
 
     path: Path
     found: tuple[Found, ...]
@@ -50,9 +50,9 @@ def inspect(
     others: Mapping[str, str | Path | None] | None = None,
     tokenizers: str | Path | None = None,
 ) -> Inspection:
-    """Look at a model without reading its weights; `others` and `tokenizers` are what `Engine.load` takes besides.
+    """Look at a model without reading its weights. `others` and `tokenizers` are further arguments of `Engine.load`.
 
-    Raises `VortexCheckpointError` where there is nothing of a FLUX.1-schnell model at `path`, or an incomplete one.
+    Raises `VortexCheckpointError` where `path` holds no part of FLUX.1-schnell, or an incomplete one.
     """
     where = expanded(path)
     parts, configs = find_parts(where, others or {})
@@ -100,7 +100,7 @@ def _placement(parts: Mapping[str, Part], configs: Mapping[str, Mapping[str, Any
 
 
 def nf4_size(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Bytes of parameters once those of linears are NF4 and the rest is bf16."""
+    """Bytes of parameters with linears in NF4 and the rest in bf16."""
     return int(
         sum(
             prod(shape) * (NF4_BYTES if len(shape) == 2 and not name.startswith(UNQUANTIZED) else 2)

@@ -1,7 +1,7 @@
-"""Ctrl-C: one sentence that says what was written, at any moment of a process that runs a command.
+"""Ctrl-C while a command runs: it ends the process with one sentence that says what was written.
 
-It ends the process at once, which no library's import can turn into a traceback, until `raises` says that there is
-something to clean up: then the first one is a `KeyboardInterrupt`, and a second one ends it all the same.
+It ends the process at once, so that no import of a library turns it into a traceback. `raises` says that there is
+something to clean up: the first Ctrl-C is then a `KeyboardInterrupt`, and only the second ends the process at once.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ EXIT_CANCELLED = 130
 
 
 class Tally:
-    """How many of `total` pictures were written so far."""
+    """Counts how many of `total` pictures are written."""
 
     def __init__(self) -> None:
         self.begin(0)
 
     def begin(self, total: int) -> None:
-        """Nothing is written yet."""
+        """Start to count: nothing is written yet."""
         self.written, self.total = 0, total
 
     @property
     def sentence(self) -> str:
-        """What a command that is cancelled says."""
+        """What a cancelled command says."""
         if not self.written:
             return "cancelled; nothing was written"
         are = "picture was" if self.written == self.total == 1 else "pictures were"
@@ -40,34 +40,35 @@ _installed = _held = _asked = False
 
 
 def install() -> None:
-    """From now on Ctrl-C ends the process at once, unless whoever started it ignores Ctrl-C, as nohup does."""
+    """From now on Ctrl-C ends the process at once, unless its parent has Ctrl-C ignored, as nohup does."""
     global _installed
     _installed = signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
-    if _installed:
-        signal.signal(signal.SIGINT, _leave)
+    ends()
 
 
 def raises() -> None:
-    """From now on the first Ctrl-C is a `KeyboardInterrupt`: call it where there is something to clean up."""
-    if _installed:
-        signal.signal(signal.SIGINT, _raise)
+    """From now on the first Ctrl-C is a `KeyboardInterrupt`. Call it when there is something to clean up."""
+    _handle(_raise)
 
 
 def ends() -> None:
-    """From now on Ctrl-C ends the process at once again: whatever there was to clean up is."""
-    if _installed:
-        signal.signal(signal.SIGINT, _leave)
+    """From now on Ctrl-C ends the process at once: there is nothing to clean up any more."""
+    _handle(_leave)
 
 
 def ignore() -> None:
-    """From now on Ctrl-C does nothing: everything is done but the interpreter's own end."""
+    """From now on Ctrl-C does nothing: only the interpreter's own end is left."""
+    _handle(signal.SIG_IGN)
+
+
+def _handle(how: Any) -> None:
     if _installed:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, how)
 
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Ctrl-C waits for the end of this block, so that a file and its count go together."""
+    """Ctrl-C waits for the end of this block, so that a file and its count change together."""
     global _held, _asked
     _held = True
     try:
@@ -89,7 +90,7 @@ def _raise(*_: Any) -> None:
 
 
 def _leave(*_: Any) -> None:
-    shown = "\x1b[?25h" if sys.stderr is not None and sys.stderr.isatty() else ""  # bars hide the cursor
+    shown = "\x1b[?25h" if sys.stderr is not None and sys.stderr.isatty() else ""  # show the cursor, which bars hide
     try:
         os.write(2, f"{shown}{tally.sentence}\n".encode())
     finally:

@@ -12,18 +12,22 @@ import typer
 from .. import __version__
 from ..errors import VortexInputError
 from ..flux1.request import Request, check_choice, check_prompt
-from ..flux1.spec import DEFAULT_STEPS, MAX_SIZE, MAX_STEPS, MIN_SIZE, MODES, QUANTIZATIONS, SIZE_MULTIPLE
+from ..flux1.spec import DEFAULT_STEPS, MAX_STEPS, MIN_SIZE, MODES, QUANTIZATIONS
 from ..utils.disk import check_folder
+from ..utils.packages import need
 from ..utils.printable import printable, printable_lines
 from . import interrupt
 from .bench import app as bench
 from .pictures import Pictures, check_new, output_paths
-from .png import check_writer
 from .terminal import (
     T5,
     CacheDir,
     Clip,
+    Device,
     Mode,
+    Model,
+    Quantization,
+    Size,
     Tokenizers,
     Vae,
     Vram,
@@ -46,13 +50,6 @@ from .terminal import (
 MAX_BATCH = 10_000
 BUDGETS = {"above": 0.0, "most": 1e6}  # GB
 
-Model = Annotated[
-    str,
-    typer.Option(
-        help="'tiny' (bundled: simple coloured shapes), a FLUX.1-schnell diffusers folder, or a .safetensors or "
-        ".gguf file."
-    ),
-]
 Output = Annotated[
     Path | None,
     path_option(
@@ -60,7 +57,7 @@ Output = Annotated[
     ),
 ]
 
-# without markup: help texts, too, quote what is not meant as such
+# no markup: help texts have brackets of their own
 app = typer.Typer(
     help="FLUX.1-schnell pictures with resident NF4 weights, in 4 steps.",
     no_args_is_help=True,
@@ -75,11 +72,11 @@ app.add_typer(fetch, name="fetch")
 
 
 def run() -> int:
-    """Run the command that `sys.argv` names; its exit code."""
+    """Run the command that `sys.argv` names. Returns its exit code."""
     try:
         return app(prog_name="vortex", standalone_mode=False) or 0
     except Exception as error:
-        if not hasattr(error, "format_message"):  # click's own, for bad usage; typer brings its own click, or not
+        if not hasattr(error, "format_message"):  # bad usage is click's error; typer may bring a click of its own
             raise
         error.message = printable_lines(error.message)  # type: ignore[attr-defined]
         error.show()  # type: ignore[attr-defined]
@@ -120,27 +117,19 @@ def generate(
         int | None,
         typer.Option(help="Same seed, same picture. Picture i of a batch has seed + i. [default: drawn]"),
     ] = None,
-    size: Annotated[
-        str | None,
-        typer.Option(
-            help=f"WIDTHxHEIGHT in pixels, multiples of {SIZE_MULTIPLE} from {MIN_SIZE} to {MAX_SIZE}. "
-            "[default: the model's own]"
-        ),
-    ] = None,
+    size: Size = None,
     steps: Annotated[int, typer.Option(help=f"1 to {MAX_STEPS}; schnell is made for 4.")] = DEFAULT_STEPS,
     batch: Annotated[int, typer.Option(help=f"How many pictures, up to {MAX_BATCH}.")] = 1,
     negative_prompt: Annotated[
         str | None, typer.Option(help="Accepted, but without effect: schnell draws at guidance 0.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="'cuda', 'cuda:1' or 'cpu'. [default: the GPU if any]")] = None,
+    device: Device = None,
     vram: Vram = None,
     mode: Mode = "fast",
-    quantization: Annotated[
-        str, typer.Option(help="'nf4', or 'none' for 16-bit weights (24 GB at full size).")
-    ] = "nf4",
+    quantization: Quantization = "nf4",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
 ) -> None:
-    """Draw a prompt and write it as PNG. The file says how it was made, in the words that other programs read."""
+    """Draw a prompt and write it as PNG. The file says how it was made, in the form that other programs read."""
     with plain_errors():
         check_text("The prompt", prompt)
         check_prompt(prompt)
@@ -152,7 +141,7 @@ def generate(
         check_choice("mode", mode, MODES)
         check_choice("quantization", quantization, QUANTIZATIONS)
         check_number("--vram", vram, **BUDGETS)
-        check_writer()
+        need("PIL.PngImagePlugin", "Writing a picture")
         paths = output_paths(output or Path(f"vortex-{seed}.png"), batch, overwrite)
         pictures = Pictures(prompt, negative_prompt, seed, steps, height, width, paths, overwrite)
         with progress_bars() as progress:
@@ -169,9 +158,7 @@ def generate(
 )
 def plan(
     vram: Annotated[float, typer.Option("--vram", help="VRAM budget in GB (10^9 bytes).")] = 6.5,
-    size: Annotated[
-        str | None, typer.Option(help="WIDTHxHEIGHT in pixels. [default: the model's own]", show_default=False)
-    ] = None,
+    size: Size = None,
     batch: Annotated[int, typer.Option(help="How many pictures.")] = 1,
     model: Annotated[
         str | None, typer.Option(help="'tiny', a folder or a file. [default: FLUX.1-schnell's own sizes]")
@@ -182,7 +169,7 @@ def plan(
     tokenizers: Tokenizers = None,
     pcie: Annotated[float, typer.Option(help="GB/s from pinned host memory to the card.")] = 12.0,
     step_ms: Annotated[
-        float, typer.Option(help="What a step takes with everything on the card; copies hide behind it.")
+        float, typer.Option(help="Milliseconds of a step with all weights on the card; copies run meanwhile.")
     ] = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -294,7 +281,7 @@ def quantize(
             show_default=False,
         ),
     ],
-    device: Annotated[str | None, typer.Option(help="'cuda' or 'cpu'. [default: the GPU if any]")] = None,
+    device: Device = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")] = False,
 ) -> None:
     """Write a transformer in NF4: one file under BFL's names, or a folder that diffusers loads."""

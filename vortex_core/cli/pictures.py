@@ -1,4 +1,4 @@
-"""Pictures that are drawn to be kept: where each goes, checked first, and none lost once it is drawn."""
+"""Draws pictures to files: paths are checked before anything is drawn, and no drawn picture is lost."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from ..runtime.engine import Engine
     from .console import Bars
 
-AT_ONCE = 4  # pictures that are drawn before the next are begun: what Ctrl-C or a full disk costs at most
+AT_ONCE = 4  # pictures of one call; Ctrl-C or a full disk costs at most this many
 
 
 @dataclass(frozen=True, slots=True)
 class Pictures:
-    """One picture for each of `paths`, with seeds that follow each other. `height` and `width` None: the model's."""
+    """One picture for each of `paths`, with consecutive seeds. `height` or `width` None: the model's own."""
 
     prompt: str
     negative_prompt: str | None
@@ -37,7 +37,7 @@ class Pictures:
     replace: bool
 
     def draw(self, engine: Engine, progress: Bars) -> None:
-        """Draw them behind a bar, and write each as soon as it is there."""
+        """Draw with a progress bar, and write each picture as soon as it is drawn."""
         total = len(self.paths)
         interrupt.tally.begin(total)
         task = progress.add_task("drawing", total=self.steps * total, count=f"0/{self.steps} steps")
@@ -75,7 +75,7 @@ class Pictures:
 
 
 def keep(path: Path, data: bytes, *, replace: bool) -> Path:
-    """Write a picture, and where it went: beside `path` where that was taken meanwhile and `replace` is False."""
+    """Write a picture and return its path: a name beside `path` if `path` now exists and `replace` is False."""
     place = path
     while True:
         try:
@@ -86,7 +86,7 @@ def keep(path: Path, data: bytes, *, replace: bool) -> Path:
 
 
 def output_paths(output: Path, batch: int, overwrite: bool) -> list[Path]:
-    """One path a picture. Raises `VortexInputError` where one is taken or cannot be, before any work is done."""
+    """One path a picture. Raises `VortexInputError` if one exists or cannot be written, before any work is done."""
     if output.suffix.lower() != ".png":
         raise VortexInputError(f"--output must end in .png, not {quoted(output.name)}.")
     paths = [output]
@@ -100,7 +100,7 @@ def output_paths(output: Path, batch: int, overwrite: bool) -> list[Path]:
 
 
 def check_new(paths: list[Path], overwrite: bool) -> None:
-    """Raise `VortexInputError` where there is something already, unless it may be replaced."""
+    """Raise `VortexInputError` if one of `paths` exists, unless it may be replaced."""
     existing = [] if overwrite else [path for path in paths if os.path.lexists(path)]
     if existing:
         more = f" (and {len(existing) - 1} more)" if len(existing) > 1 else ""

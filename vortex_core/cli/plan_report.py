@@ -1,4 +1,4 @@
-"""A plan for a card that need not be here: the figures behind `vortex plan`, from a model's sizes alone."""
+"""A plan for any card, here or not, from a model's sizes alone: the figures of `vortex plan`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ WORDS = {
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A part of the model, in bytes: all of it, what stays on the card, what streams."""
+    """A part of the model in bytes: all of it, what stays on the card, what streams."""
 
     name: str
     nbytes: int
@@ -49,7 +49,7 @@ class Proposal:
 
     @property
     def rows(self) -> list[Row]:
-        """The model by part, in order of claim."""
+        """The parts of the model; the first ones are placed on the card first."""
         rows = []
         for part in (BLOCKS, *ALWAYS, *PROMPT):
             sizes = {group.name: group.nbytes for group in self.plan.groups if group.part == part}
@@ -59,7 +59,7 @@ class Proposal:
 
     @property
     def sentences(self) -> list[str]:
-        """The rest, a line each."""
+        """What the table of parts does not say, one line each."""
         plan, asked = self.plan, self.plan.requirements
         stages = ", ".join(f"{name} {size / GB:.2f}" for name, size in plan.stages.items())
         decoded = "whole" if asked.rows is None else f"in strips of {asked.rows} rows"
@@ -103,9 +103,9 @@ def propose(
     model: str | Path | None,
     others: Mapping[str, Path | None],
 ) -> Proposal:
-    """The plan for `batch` pictures within `vram` GB; `model` None: FLUX.1-schnell as it was released.
+    """The plan for `batch` pictures within `vram` GB. `model` None: FLUX.1-schnell as it was released.
 
-    Raises `VortexInputError` where there is none, with the smallest budget that has one.
+    Raises `VortexInputError` if there is no plan; the message has the smallest budget that has one.
     """
     budget = check_budget(vram, None)
     assert budget is not None

@@ -1,41 +1,23 @@
-"""PNG files that remember how they were made, in the words that other programs read."""
+"""PNG files that say how they were made, in the form that other programs read."""
 
 from __future__ import annotations
 
 import io
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import __version__
-from ..errors import VortexError
-from ..utils.disk import write
 from ..utils.printable import printable
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def check_writer() -> None:
-    """Raise `VortexError` where Pillow is missing or broken, before anything is drawn."""
-    try:
-        from PIL import Image, PngImagePlugin  # noqa: F401
-    except Exception as error:  # a broken install fails in many ways
-        raise VortexError(
-            f"Pictures are written with Pillow, which does not import ({error}): pip install --upgrade pillow."
-        ) from error
-
-
-def save_png(picture: Tensor, path: Path, texts: Mapping[str, str]) -> None:
-    """Write `encode`'s file to `path`, whole or not at all. Raises what that does, and `OSError`."""
-    write(path, encode(picture, texts), replace=True)
-
-
 def encode(picture: Tensor, texts: Mapping[str, str]) -> bytes:
-    """A float `[H, W, 3]` picture in 0..1 as a PNG file that carries `texts`, and who wrote it.
+    """A float `[H, W, 3]` picture in 0..1 as a PNG file with `texts` and Vortex's version.
 
-    ComfyUI's names (`prompt`, `workflow`) hold its own JSON; AUTOMATIC1111's `parameters` is what everybody reads.
+    ComfyUI's names (`prompt`, `workflow`) hold its own JSON. AUTOMATIC1111's `parameters` is read by most programs.
     Raises `NotFiniteError` for NaN.
     """
     from PIL import Image
@@ -46,7 +28,7 @@ def encode(picture: Tensor, texts: Mapping[str, str]) -> bytes:
     check_finite(picture, "The picture")
     info = PngInfo()
     for key, text in {**texts, "Software": f"vortex {__version__}"}.items():
-        # iTXt takes every character; readers that know only tEXt are served wherever that can be
+        # iTXt takes every character, but some readers know only tEXt
         (info.add_text if text.isascii() else info.add_itxt)(key, text)
     levels = picture.mul(255).round().byte().cpu()
     image = Image.frombytes("RGB", (levels.shape[1], levels.shape[0]), bytes(levels.contiguous().untyped_storage()))
@@ -57,7 +39,7 @@ def encode(picture: Tensor, texts: Mapping[str, str]) -> bytes:
 
 def parameters(prompt: str, *, steps: int, seed: int, width: int, height: int, model: str) -> str:
     """How a picture was made, as AUTOMATIC1111 writes it: the prompt, then one line of `Name: value, ...`."""
-    model = printable(model)  # a file's name, whose bytes may be no text
+    model = printable(model)  # a file's name may have bytes that are no text
     facts = {
         "Steps": steps,
         "Sampler": "Euler",

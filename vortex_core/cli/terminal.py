@@ -1,4 +1,4 @@
-"""What every command shares: its console, its options for a model's files, errors as sentences, progress."""
+"""What all commands share: consoles, options for a model's files, errors as sentences, progress bars."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import VortexError, VortexInputError, VortexWarning, quoted
+from ..flux1.spec import MAX_SIZE, MIN_SIZE, SIZE_MULTIPLE
 from ..utils.paths import expanded
 from ..utils.printable import printable_lines
 from . import interrupt
@@ -27,7 +28,7 @@ EXIT_USAGE, EXIT_CANCELLED = 2, interrupt.EXIT_CANCELLED
 
 
 def user_path(text: str) -> Path:
-    """A path as a shell reads it; bad usage where `expanded` refuses it."""
+    """A path as a shell reads it. Raises `typer.BadParameter` where `expanded` refuses it."""
     try:
         return expanded(text)
     except VortexInputError as error:
@@ -40,10 +41,17 @@ def path_option(*names: str, **options: Any) -> Any:
 
 
 def source_option(**options: Any) -> Any:
-    """A `typer.Option` for a path to read, or of the cache: an empty text is none, as in an environment variable."""
+    """A `typer.Option` for a path to read, or for the cache. An empty text is none, as in an environment variable."""
     return typer.Option(parser=lambda text: user_path(text) if text else None, metavar="PATH", **options)
 
 
+Model = Annotated[
+    str,
+    typer.Option(
+        help="'tiny' (bundled: simple coloured shapes), a FLUX.1-schnell diffusers folder, or a .safetensors or "
+        ".gguf file."
+    ),
+]
 Clip = Annotated[Path | None, source_option(help="CLIP's text encoder, for a model without: clip_l.safetensors.")]
 T5 = Annotated[Path | None, source_option(help="T5's encoder, for a model without: t5xxl_fp16.safetensors.")]
 Vae = Annotated[Path | None, source_option(help="VAE, for a model without: ae.safetensors.")]
@@ -61,12 +69,20 @@ Vram = Annotated[
     float | None,
     typer.Option(
         "--vram",
-        help="GB (10^9 bytes) of VRAM that torch may take at its peak, everything included; what does not fit streams "
-        "from host memory. [default: 6.5, or what a smaller card has but 1]",
+        help="GB (10^9 bytes) of VRAM that torch may take at its peak, everything included. Weights that do not fit "
+        "stream from host memory. [default: 6.5; on a smaller card its size less 1]",
         show_default=False,
     ),
 ]
-
+Device = Annotated[str | None, typer.Option(help="'cuda', 'cuda:1' or 'cpu'. [default: the GPU if any]")]
+Size = Annotated[
+    str | None,
+    typer.Option(
+        help=f"WIDTHxHEIGHT in pixels, multiples of {SIZE_MULTIPLE} from {MIN_SIZE} to {MAX_SIZE}. "
+        "[default: the model's own]"
+    ),
+]
+Quantization = Annotated[str, typer.Option(help="'nf4', or 'none' for 16-bit weights (24 GB at full size).")]
 Mode = Annotated[
     str,
     typer.Option(help="'fast': products in fp8 where the card has them, else exact; 'exact': products in 16 bits."),
@@ -83,7 +99,7 @@ def out() -> Console:
 
 @cache
 def err() -> Console:
-    """Standard error. There is one, which knows of the bars below its lines."""
+    """Standard error. There is one console for it, which keeps the bars below its lines."""
     from .console import Console
 
     return Console(stderr=True)
@@ -97,7 +113,7 @@ def grid(*columns: str, title: str = "") -> Grid:
 
 
 class plain_errors:
-    """Errors and warnings as sentences; a traceback is for bugs."""
+    """Shows errors and warnings as sentences. Only bugs give a traceback."""
 
     def __enter__(self) -> None:
         self._show = warnings.showwarning
@@ -130,12 +146,12 @@ OPTIONS = {
     "cache_dir": "--cache-dir", "clip": "--clip", "device": "--device", "t5": "--t5", "tokenizers": "--tokenizers",
     "vae": "--vae", "mode": "--mode", "vram_budget": "--vram",
 }  # fmt: skip
-# a name in backticks and a bare vram_budget, not what is part of a path or a quoted text
+# a name in backticks or a bare vram_budget, but no part of a path or of a quoted text
 _ARGUMENT = re.compile(rf"(?<![\w/\\.='\"-])(?:`({'|'.join(OPTIONS)})`|vram_budget\b(?!=))")
 
 
 def as_options(sentence: str) -> str:
-    """A sentence of the library's with the command's options for arguments, which stand in it as in `errors`."""
+    """A message of the library with the command's options in place of the library's arguments."""
     return _ARGUMENT.sub(lambda found: OPTIONS[found[1] or "vram_budget"], sentence)
 
 
@@ -147,14 +163,14 @@ class Lines(logging.Formatter):
 
 
 def log_to_stderr(verbose: bool) -> None:
-    """Show what is logged: errors, or with `verbose` what is chosen and why."""
+    """Show log lines on standard error: errors, and with `verbose` what is chosen and why."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Lines("%(message)s"))
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, handlers=[handler])
 
 
 def progress_bars() -> Bars:
-    """Bars with a description, a `count` field and the time that passed."""
+    """Progress bars on standard error."""
     from .console import Bars
 
     return Bars(err())
@@ -172,18 +188,18 @@ def byte_count(progress: Bars, what: str) -> Callable[[int, int], None]:
 
 
 def load_engine(progress: Bars, model: str | Path, **options: Any) -> Engine:
-    """`Engine.load` behind a bar."""
+    """Call `Engine.load` with a progress bar."""
     report = byte_count(progress, "loading")
-    from ..runtime.engine import Engine  # seconds of imports: after the bar shows
+    from ..runtime.engine import Engine  # takes seconds to import, so the bar shows first
 
     def begin(done: int, total: int) -> None:
-        interrupt.raises()  # not before: more imports, on a thread that nothing interrupts, come first
+        interrupt.raises()  # not earlier: before this, more imports run on a thread that Ctrl-C cannot interrupt
         report(done, total)
 
     try:
         return Engine.load(model, on_progress=begin, **options)
     except VortexError:
-        progress.remove_task(progress.task_ids[-1])  # the sentence says it all
+        progress.remove_task(progress.task_ids[-1])  # the error's sentence replaces the bar
         raise
 
 
@@ -198,7 +214,7 @@ def parse_size(size: str | None) -> tuple[int | None, int | None]:
 
 
 def check_text(name: str, text: str) -> None:
-    """Raise `VortexInputError` for a text whose bytes were not UTF-8."""
+    """Raise `VortexInputError` for a text that was not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -211,7 +227,7 @@ def check_text(name: str, text: str) -> None:
 def check_number(
     name: str, value: float | None, *, above: float | None = None, least: float = -math.inf, most: float = 1e9
 ) -> None:
-    """Raise `VortexInputError` for NaN, or what is not `above`, or not from `least` to `most`; None passes."""
+    """Raise `VortexInputError` unless `value` is `above` and from `least` to `most`. NaN is refused; None passes."""
     if value is None or (least <= value <= most and (above is None or value > above)):
         return
     wanted = f"above {above:g}" if above is not None else f"at least {least:g}" if math.isfinite(least) else "a number"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from ..errors import VortexCheckpointError, quoted
+from ..utils.packages import remedy
 from .filebytes import FileBytes, FileChanged
 from .formats import beginning
 from .headers import MAGIC, Entry, Header, read_gguf, read_safetensors
@@ -232,7 +233,7 @@ class GgufFile(Files):
         super().__init__(path, [path], steady=True)
         if find_spec("gguf") is None:
             raise VortexCheckpointError(
-                f"{path} is a GGUF file; reading it needs the package gguf: pip install gguf.", path=str(path)
+                f"{path} is a GGUF file; reading it needs the package gguf: {remedy('gguf')}.", path=str(path)
             )
         self._readable: set[str] = set()
 

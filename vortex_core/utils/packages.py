@@ -1,13 +1,17 @@
-"""Packages that Vortex can do without: whether they import here. A broken package counts as missing."""
+"""Packages that may be missing: whether they import here, and what to do if not. A broken one counts as missing."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
+from importlib import import_module, metadata
+from importlib.util import find_spec
 
 from ..errors import SHOWN, VortexError
+
+EXTRAS = {"gguf": "gguf", "matplotlib": "plots", "scipy": "stats"}  # by package, as in pyproject.toml
+PACKAGES = {"PIL": "pillow", "pynvml": "nvidia-ml-py"}  # by module, where the names differ
 
 # Why modules do not import, until the process ends. A second try would take as long, and may fail in another way.
 _broken: dict[str, str] = {}
@@ -40,14 +44,38 @@ def _nothing_fetched() -> Iterator[None]:
 
 
 def need(module: str, purpose: str) -> None:
-    """Raise `VortexError` where `module` does not import. To be called before work that would fail there."""
+    """Raise `VortexError` where `module` does not import. Call it before the work that needs it starts."""
     why = missing(module)
     if why is not None:
-        package = module.partition(".")[0]
-        raise VortexError(f"{purpose} needs the package {package}, which {why}. Try `pip install --upgrade {package}`.")
+        raise VortexError(f"{purpose} needs the package {_package(module)}, which {why}. Try `{remedy(module)}`.")
+
+
+def remedy(module: str) -> str:
+    """The command to try where `module` does not import. It names Vortex's extra only where Vortex is installed.
+
+    In ComfyUI it is not: there the folder itself is loaded.
+    """
+    top, package = module.partition(".")[0], _package(module)
+    if sys.modules.get(top) is not None or find_spec(top) is not None:
+        return f"pip install --upgrade {package}"  # it is there, but broken or too old
+    if package in EXTRAS and _is_installed():
+        return f"pip install 'vortex-flux[{EXTRAS[package]}]'"
+    return f"pip install {package}"
 
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, at most 200 characters; its class where it has no text."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:SHOWN]
+
+
+def _package(module: str) -> str:
+    top = module.partition(".")[0]
+    return PACKAGES.get(top, top)
+
+
+def _is_installed() -> bool:
+    try:
+        return bool(metadata.version("vortex-flux"))
+    except Exception:  # no metadata, or half of it
+        return False
