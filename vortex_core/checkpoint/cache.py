@@ -212,8 +212,8 @@ class _Work:
         """The entry at `path`, or None; a damaged one is removed."""
         try:
             raw = EntryFile(path, self.target.progress)
-            if raw.said.get("entry", path.stem) != path.stem:
-                raise DamagedEntry(f"{path} is the entry {raw.said['entry']}, renamed.", path=str(path))
+            if raw.metadata.get("entry", path.stem) != path.stem:
+                raise DamagedEntry(f"{path} is the entry {raw.metadata['entry']}, renamed.", path=str(path))
             stored = Stored(raw, trusted=True)
             for name, shape in ({**self.wanted.weights, **self.wanted.plain}).items():
                 if (

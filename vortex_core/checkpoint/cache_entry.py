@@ -51,7 +51,7 @@ class EntryFile:
         if not sums or checksum(summed) != sums[0]:
             raise DamagedEntry(f"{path}: its header is damaged.", path=self.where)
         self._header: dict[str, dict[str, Any]] = json.loads(text)
-        self.said: dict[str, str] = self._header.pop("__metadata__")
+        self.metadata: dict[str, str] = self._header.pop("__metadata__")
         places = list(_places(self._header, start))
         if len(places) != len(sums) - 1 or self._file.size != max((end for _, end in places), default=start):
             raise DamagedEntry(f"{path}: it is not as long as it was.", path=self.where)

@@ -114,7 +114,7 @@ def find_part(raw: Raw, kind: str) -> Part | None:
 
     Raises `VortexCheckpointError` for FLUX.1-dev, other models, quantizations that are not read, and missing blocks.
     """
-    words = format_of(raw.names(), raw.said)
+    words = format_of(raw.names(), raw.metadata)
     if words is not None:
         raise VortexCheckpointError(f"{raw.where} is {words}, which Vortex does not read. {READ}", path=raw.where)
     if kind == "transformer":

@@ -60,13 +60,8 @@ def snapshot(device: torch.device, *, process: bool = True) -> Snapshot:
         return Snapshot(allocated=0, reserved=0, process=None, free=0, total=0)
     free, total = torch.cuda.mem_get_info(device)
     now = counters(device)
-    return Snapshot(
-        allocated=now.allocated,
-        reserved=now.reserved,
-        process=process_memory(device) if process else None,
-        free=free,
-        total=total,
-    )
+    own = process_memory(device) if process else None
+    return Snapshot(now.allocated, now.reserved, process=own, free=free, total=total)
 
 
 def process_memory(device: torch.device) -> int | None:

@@ -147,8 +147,8 @@ class StepBuffers:
             torch.cuda.current_stream(self._side.device).wait_stream(self._side)
 
     @property
-    def txt_lane(self) -> int:
-        """The dequantization lane of the text: its own where it runs beside the image."""
+    def txt_scratch(self) -> int:
+        """The scratch buffer (`Backend.using`) for the text's weights: its own where it runs beside the image."""
         return int(self._side is not None)
 
     def place(self, pe: Rope) -> None:

@@ -78,12 +78,12 @@ class DoubleBlock(nn.Module):
         """From `normal` of both streams to the next block's. `mod` `[12, D]`: image, then text."""
         img, txt = step.img, step.txt
         with step.beside():
-            multiply(self.txt_attn.qkv, txt.normal, txt.qkv.flatten(2), step.txt_lane)
+            multiply(self.txt_attn.qkv, txt.normal, txt.qkv.flatten(2), step.txt_scratch)
         multiply(self.img_attn.qkv, img.normal, img.qkv.flatten(2))
         step.meet()
         out = attend(step, step.qkv, ((txt, self.txt_attn.norm), (img, self.img_attn.norm)))
         with step.beside():
-            branch(step.kernels, txt, out, self.txt_attn, self.txt_mlp, mod[HALF:], step.txt_lane)
+            branch(step.kernels, txt, out, self.txt_attn, self.txt_mlp, mod[HALF:], step.txt_scratch)
         branch(step.kernels, img, out, self.img_attn, self.img_mlp, mod[:HALF])
         step.meet()
         # both after the last use of `normal`: the next block's may be the joint one, which is laid out differently
@@ -205,15 +205,21 @@ def mlp(spec: FluxSpec) -> nn.Sequential:
 
 
 def branch(
-    kernels: Kernels, stream: TokenStream, out: Tensor, attn: SelfAttention, mlp: nn.Module, mod: Tensor, lane: int = 0
+    kernels: Kernels,
+    stream: TokenStream,
+    out: Tensor,
+    attn: SelfAttention,
+    mlp: nn.Module,
+    mod: Tensor,
+    scratch: int = 0,
 ) -> None:
     """One stream of a double block, from attention's output to the MLP's. `mod` `[6, D]`."""
     _, _, gate, shift, scale, _ = mod
     wide, _, narrow = mlp.children()
-    multiply(attn.proj, stream.pack(out, kernels), stream.y, lane)
+    multiply(attn.proj, stream.pack(out, kernels), stream.y, scratch)
     kernels.residual_modulate(stream.x, stream.y, gate, shift, scale, stream.normal)
-    multiply(wide, stream.normal, stream.wide, lane, gelu=stream.active is None)
-    multiply(narrow, stream.activate(kernels), stream.y, lane)
+    multiply(wide, stream.normal, stream.wide, scratch, gelu=stream.active is None)
+    multiply(narrow, stream.activate(kernels), stream.y, scratch)
 
 
 def attend(step: StepBuffers, qkv: Tensor, parts: Sequence[tuple[TokenStream, QKNorm]]) -> Tensor:

@@ -1,7 +1,7 @@
 """Functions on raw tensors: what a step computes besides matrix products, and what the VAE's decoder computes.
 
 Two modules have the same functions: `reference` in plain torch, which runs anywhere and is the oracle, and `fused`
-in Triton. They write into given memory: `fused` allocates nothing, `reference` no more than it says. `reference`
+in Triton. They write into given memory: `fused` allocates nothing, `reference` no more than its functions tell. It also
 describes shapes and meaning.
 """
 
@@ -36,79 +36,32 @@ log = logging.getLogger(__name__)
 
 
 class Kernels(Protocol):
-    """The functions that `reference` and `fused` share."""
+    """The functions that `reference` and `fused` share. `reference` describes them."""
 
-    def dequantize(self, packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None = None) -> None:
-        """NF4 to the type of `out`."""
-        ...
-
-    def modulate(self, x: Tensor, shift: Tensor, scale: Tensor, out: ScaledTensor) -> None:
-        """adaLN of `x` to `out`."""
-        ...
-
+    def dequantize(self, packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None = None) -> None: ...
+    def modulate(self, x: Tensor, shift: Tensor, scale: Tensor, out: ScaledTensor) -> None: ...
     def residual_modulate(
         self, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, out: ScaledTensor
-    ) -> None:
-        """`x += gate * y` in place, and adaLN of it."""
-        ...
-
-    def gelu(self, x: Tensor, out: ScaledTensor, before: Tensor | None = None) -> None:
-        """Per-token fp8 of `before` and the GELU of `x`, side by side."""
-        ...
-
-    def quantize(self, x: Tensor, out: ScaledTensor) -> None:
-        """Per-token fp8 of `x`."""
-        ...
-
-    def rotate(self, qkv: Tensor, query_norm: Tensor, key_norm: Tensor, cos: Tensor, sin: Tensor) -> None:
-        """RMS norm and rotary embedding of q and k, in place."""
-        ...
-
+    ) -> None: ...
+    def gelu(self, x: Tensor, out: ScaledTensor, before: Tensor | None = None) -> None: ...
+    def quantize(self, x: Tensor, out: ScaledTensor) -> None: ...
+    def rotate(self, qkv: Tensor, query_norm: Tensor, key_norm: Tensor, cos: Tensor, sin: Tensor) -> None: ...
     def pack_heads(
         self, qkv: Tensor, norms: Sequence[Tensor], boundary: int, cos: Tensor, sin: Tensor, heads: Heads
-    ) -> None:
-        """RMS norm and rotary embedding of q and k, and q, k and v to fp8."""
-        ...
-
-    def attend_heads(self, heads: Heads, out: Tensor) -> None:
-        """Attention of every head, in fp8."""
-        ...
-
-    def group_moments(self, x: Tensor, moments: Moments) -> None:
-        """Append the moments of a strip for its group norm."""
-        ...
-
-    def norm_terms(self, moments: Moments, weight: Tensor, bias: Tensor, epsilon: float, out: Tensor) -> None:
-        """Each channel's factor and addend in a group norm."""
-        ...
-
-    def norm_silu(self, window: Window, scale: Tensor, shift: Tensor, out: Tensor) -> None:
-        """SiLU of a scaled and shifted window, with a border of one pixel."""
-        ...
-
-    def bordered(self, window: Window, out: Tensor) -> None:
-        """A window with a border of one pixel."""
-        ...
-
+    ) -> None: ...
+    def attend_heads(self, heads: Heads, out: Tensor) -> None: ...
+    def group_moments(self, x: Tensor, moments: Moments) -> None: ...
+    def norm_terms(self, moments: Moments, weight: Tensor, bias: Tensor, epsilon: float, out: Tensor) -> None: ...
+    def norm_silu(self, window: Window, scale: Tensor, shift: Tensor, out: Tensor) -> None: ...
+    def bordered(self, window: Window, out: Tensor) -> None: ...
     def convolve(
         self, x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, moments: Moments | None = None, *, add: bool = False
-    ) -> None:
-        """A 3 x 3 convolution of a bordered strip, and its moments."""
-        ...
-
-    def corner_taps(self, weight: Tensor, out: Tensor) -> None:
-        """A convolution's weight for `convolve_doubled`."""
-        ...
-
+    ) -> None: ...
+    def corner_taps(self, weight: Tensor, out: Tensor) -> None: ...
     def convolve_doubled(
         self, x: Tensor, taps: Tensor, bias: Tensor, out: Tensor, moments: Moments | None = None
-    ) -> None:
-        """A 3 x 3 convolution of a picture doubled in both directions, and its moments."""
-        ...
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
-        """Attention of one head."""
-        ...
+    ) -> None: ...
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None: ...
 
 
 def fused_declined(device: torch.device) -> str | None:
@@ -161,13 +114,9 @@ def _samples(kernels: Kernels, x: Tensor, weight: Tensor) -> tuple[Tensor, Tenso
 
 def attends_in_fp8(device: torch.device) -> bool:
     """Whether attention in fp8 works on `device`, which must multiply in fp8, and is faster there. Logs why not."""
-    capability = torch.cuda.get_device_capability(device)
-    if capability == (9, 0):
-        declined = _heads_broken(device)
-    else:
-        declined = (
-            f"it was measured on compute capability 9.0 alone, and this card has {'.'.join(map(str, capability))}"
-        )
+    major, minor = torch.cuda.get_device_capability(device)
+    other = f"it was measured on compute capability 9.0 alone, and this card has {major}.{minor}"
+    declined = _heads_broken(device) if (major, minor) == (9, 0) else other
     if declined is not None:
         log.info("Attention: the library's; fp8 declined: %s", declined)
     return declined is None

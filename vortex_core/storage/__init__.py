@@ -1,1 +1,1 @@
-"""Bytes on disk to tensors: headers, files, uploads, checksums, and modules that are filled from them."""
+"""From bytes on disk to tensors: headers, files, uploads, checksums, and the modules that tensors fill."""

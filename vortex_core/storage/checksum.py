@@ -1,8 +1,7 @@
 """Checksums of a safetensors file, in its own metadata: one of the header, and one of each piece of each tensor.
 
-CRC-32, since zlib has it everywhere and it is the fastest there: accidents are found, every one of a few bits among
-them; it is no defence against somebody who means harm. Pieces are what an `Upload` reads at once, so that they are
-checked in its threads.
+They are CRC-32, the fastest in zlib, which is everywhere. It finds accidents, such as any few bits that changed; it is
+no defence against an attacker. A piece is what an `Upload` reads at once, so its threads can check it.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from .upload import PIECE
 
 CHECKSUMS = "checksums"  # the metadata's key
 DIGITS = 8
-_SAID = re.compile(rb'"checksums": "([0-9a-f]+)"')
+_FIELD = re.compile(rb'"checksums": "([0-9a-f]+)"')
 
 
 def checksum(data: bytes | memoryview) -> int:
@@ -24,23 +23,23 @@ def checksum(data: bytes | memoryview) -> int:
 
 
 def pieces(nbytes: int) -> list[slice]:
-    """The pieces of a tensor of `nbytes` that have a checksum each."""
+    """The pieces of a tensor of `nbytes`; each has a checksum."""
     return [slice(begin, min(begin + PIECE, nbytes)) for begin in range(0, nbytes, PIECE)]
 
 
 def blank(count: int) -> str:
-    """What stands in the header for its own checksum and `count` others while it is summed up."""
+    """The text that takes the place of the header's checksum and `count` others, for summing up the header."""
     return "0" * (1 + count) * DIGITS
 
 
 def words(sums: Iterable[int]) -> str:
-    """Checksums as the metadata has them."""
+    """Checksums as text for the metadata."""
     return "".join(f"{value:0{DIGITS}x}" for value in sums)
 
 
 def split(text: bytes) -> tuple[bytes, list[int]] | None:
-    """A header's bytes as they were summed up, and the checksums it carries; None where it carries none."""
-    found = _SAID.search(text)
+    """A header's bytes as they were summed up, and the checksums in it; None where it has none."""
+    found = _FIELD.search(text)
     if found is None:
         return None
     begin, end = found.span(1)
@@ -48,5 +47,5 @@ def split(text: bytes) -> tuple[bytes, list[int]] | None:
 
 
 def numbers(text: str) -> list[int]:
-    """`words` back. Raises `ValueError`."""
+    """Checksums from the text of `words`. Raises `ValueError`."""
     return [int(text[i : i + DIGITS], 16) for i in range(0, len(text), DIGITS)]

@@ -1,4 +1,4 @@
-"""safetensors' words for types, in torch's terms, and memory to read tensors into."""
+"""safetensors' names of types and torch's, and memory to read tensors into."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ DTYPES = {
     "I8": torch.int8,
     "I32": torch.int32,
     "I64": torch.int64,
-}  # what FLUX files hold
+}  # the types in FLUX files
 WORDS = {dtype: word for word, dtype in DTYPES.items()}
 
 
 def fresh(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A tensor in host memory, not filled. numpy asks for huge pages, which halves the time that filling takes."""
+    """An uninitialized tensor in host memory. numpy asks for huge pages, which halves the time to fill it."""
     import numpy as np
 
     memory = np.empty(math.prod(shape) * dtype.itemsize, dtype=np.uint8)

@@ -1,7 +1,7 @@
-"""Tensors as they are stored, under the names and types they have there: safetensors, GGUF, or a state dict.
+"""Tensors as they are stored, under their stored names and types: from safetensors, GGUF, or a state dict.
 
 Opening reads headers only, and nothing is mapped. Whatever is wrong with a file is a `VortexCheckpointError` that
-names it. torch is imported when the first tensor is read: looking at headers does without.
+names it. torch is imported when the first tensor is read, since headers do not need it.
 """
 
 from __future__ import annotations
@@ -25,46 +25,36 @@ if TYPE_CHECKING:
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 SAFETENSORS = (".safetensors", ".sft")
-SMALL = 2**16  # bytes of what is read to be looked at
+SMALL = 2**16  # bytes that `small` reads at most
 CPU = "cpu"
 
 
 class Raw(Protocol):
-    """A source of tensors as they are stored. `files` are what it was read from; `where` names it in errors.
+    """A source of tensors as they are stored; `Files` describes its methods.
 
-    `said` is what its files say of themselves.
+    `files` are what it was read from, `where` names it in errors, and `metadata` is that of its files.
     """
 
     where: str
     files: tuple[Path, ...]
 
     @property
-    def said(self) -> Mapping[str, str]: ...
-
+    def metadata(self) -> Mapping[str, str]: ...
     @property
-    def is_as_opened(self) -> bool:
-        """Whether its files lie where they did, and nothing happened to them since. Raises `OSError`."""
-        ...
-
+    def is_as_opened(self) -> bool: ...
     def __contains__(self, name: str) -> bool: ...
-
     def names(self) -> Iterable[str]: ...
-
     def shape(self, name: str) -> tuple[int, ...]: ...
-
     def dtype(self, name: str) -> str: ...
-
     def nbytes(self, name: str) -> int: ...
-
     def small(self, name: str) -> bytes: ...
-
     def read(self, name: str, device: torch.device | str = CPU) -> Tensor: ...
 
 
 class Files:
-    """Tensors that lie in files, by their headers. Files stay open while this lives.
+    """Tensors in files, found by their headers. The files stay open as long as this object lives.
 
-    `steady` files are nobody's to write to: one that changes while it is read is an error.
+    If `steady`, a file that changes while it is read is an error.
     """
 
     kind = ""
@@ -73,7 +63,7 @@ class Files:
         self._steady = steady
         self.where = str(where)
         self.files = tuple(paths)
-        self.said: dict[str, str] = {}
+        self.metadata: dict[str, str] = {}
         self._places: dict[str, tuple[FileBytes, Entry]] = {}
         self._opened: list[FileBytes] = []
         for path in self.files:
@@ -90,7 +80,7 @@ class Files:
                     "one of them is left from another download. Remove it.",
                     path=str(path),
                 )
-            self.said |= header.said
+            self.metadata |= header.metadata
             self._places |= {name: (file, entry) for name, entry in header.tensors.items()}
 
     def _header(self, file: FileBytes) -> Header:
@@ -98,7 +88,7 @@ class Files:
 
     @property
     def is_as_opened(self) -> bool:
-        """See `Raw`."""
+        """Whether the files are still at their paths and unchanged. Raises `OSError`."""
         return all(file.is_as_opened for file in self._opened)
 
     def __contains__(self, name: str) -> bool:
@@ -113,7 +103,7 @@ class Files:
         return self._places[name][1].shape
 
     def dtype(self, name: str) -> str:
-        """The type in the header, such as `BF16`; of GGUF its own name, such as `Q4_K`."""
+        """The type in the header: `BF16` and others, or in GGUF such as `Q4_K`."""
         return self._places[name][1].dtype
 
     def nbytes(self, name: str) -> int:
@@ -125,7 +115,7 @@ class Files:
         return self._places[name][0].path
 
     def small(self, name: str) -> bytes:
-        """A small tensor's bytes, such as a JSON text. Raises `ValueError` for a large one."""
+        """A small tensor's bytes, such as JSON. Raises `ValueError` for one of more than `SMALL` bytes."""
         file, entry = self._places[name]
         if entry.nbytes > SMALL:
             raise ValueError(f"it has {entry.nbytes} bytes")
@@ -145,7 +135,7 @@ class Files:
 
 
 class SafetensorsFiles(Files):
-    """safetensors files, as one. Raises `VortexCheckpointError` for a damaged one."""
+    """The tensors of one or more safetensors files. Raises `VortexCheckpointError` for a damaged file."""
 
     kind = "safetensors"
 
@@ -157,7 +147,7 @@ class SafetensorsFiles(Files):
         return read_safetensors(file)
 
     def read(self, name: str, device: torch.device | str = CPU) -> Tensor:
-        """The tensor on `device`, in memory of its own."""
+        """The tensor on `device`, in new memory."""
         import torch
 
         from .dtypes import DTYPES, fresh, memory_of
@@ -192,7 +182,7 @@ class StateDict:
     """Tensors that are already in memory."""
 
     files: tuple[Path, ...] = ()
-    said: Mapping[str, str] = {}
+    metadata: Mapping[str, str] = {}
     is_as_opened = True
 
     def __init__(self, tensors: Mapping[str, Tensor], where: str) -> None:
@@ -211,7 +201,7 @@ class StateDict:
         return tuple(self._tensors[name].shape)
 
     def dtype(self, name: str) -> str:
-        """The tensor's type, in safetensors' words."""
+        """The tensor's type, by safetensors' name."""
         from .dtypes import WORDS
 
         dtype = self._tensors[name].dtype
@@ -235,7 +225,7 @@ class StateDict:
 
 
 class GgufFile(Files):
-    """A GGUF file, decoded by the `gguf` package. Raises `VortexCheckpointError` where it is damaged or missing."""
+    """A GGUF file. Raises `VortexCheckpointError` where it is damaged, or the package `gguf` is missing."""
 
     kind = "GGUF"
 
@@ -245,20 +235,20 @@ class GgufFile(Files):
             raise VortexCheckpointError(
                 f"{path} is a GGUF file; reading it needs the package gguf: {remedy('gguf')}.", path=str(path)
             )
-        self._decoded: set[str] = set()
+        self._readable: set[str] = set()
 
     def _header(self, file: FileBytes) -> Header:
         return read_gguf(file)
 
     @property
     def architecture(self) -> str | None:
-        """What model it says it is; None where it does not."""
-        return self.said.get("general.architecture")
+        """The model's architecture by its header; None where that does not tell."""
+        return self.metadata.get("general.architecture")
 
     def check(self, name: str) -> None:
-        """Try to decode a block of the tensor's type. Raises `VortexCheckpointError` where `gguf` cannot."""
+        """Raise `VortexCheckpointError` where `gguf` cannot dequantize a block of the tensor's type."""
         dtype = self.dtype(name)
-        if dtype in self._decoded:
+        if dtype in self._readable:
             return
         try:
             import gguf
@@ -272,16 +262,16 @@ class GgufFile(Files):
                 "Use a Q8_0, Q4_0, Q4_K, Q5_K or F16 file.",
                 path=self.where,
             ) from error
-        except Exception as error:  # whatever a package that is broken, or of another age, raises
+        except Exception as error:  # of any kind: the package is broken, or too old
             raise VortexCheckpointError(
                 f"{self.where} needs the package gguf, which does not work here ({quoted(error)}): "
                 "pip install --force-reinstall gguf.",
                 path=self.where,
             ) from error
-        self._decoded.add(dtype)
+        self._readable.add(dtype)
 
     def read(self, name: str, device: torch.device | str = CPU) -> Tensor:
-        """The tensor, decoded to fp32."""
+        """The tensor, dequantized to fp32."""
         import gguf
         import numpy as np
         import torch
@@ -296,7 +286,7 @@ class GgufFile(Files):
 
 
 def open_file(path: Path) -> SafetensorsFiles | GgufFile:
-    """A single safetensors or GGUF file. Raises `VortexCheckpointError` for anything else, by what it is."""
+    """One safetensors or GGUF file. Raises `VortexCheckpointError` for anything else, and says what it is."""
     ending = path.suffix.lower()
     if ending in PICKLES:
         raise VortexCheckpointError(pickle_message(path), path=str(path))
@@ -304,11 +294,11 @@ def open_file(path: Path) -> SafetensorsFiles | GgufFile:
         raise VortexCheckpointError(
             f"{path} is neither .safetensors nor .gguf; Vortex reads nothing else.", path=str(path)
         )
-    return GgufFile(path) if _begins(path, ending) else SafetensorsFiles(path, [path], steady=True)
+    return GgufFile(path) if _is_gguf(path, ending) else SafetensorsFiles(path, [path], steady=True)
 
 
-def _begins(path: Path, ending: str) -> bool:
-    """Whether a file is GGUF, by its first bytes if they say anything, else by its name's ending."""
+def _is_gguf(path: Path, ending: str) -> bool:
+    """Whether a file is GGUF, by its first bytes or its name's ending."""
     try:
         head = FileBytes(path).head(len(MAGIC))
     except OSError as error:
@@ -317,7 +307,7 @@ def _begins(path: Path, ending: str) -> bool:
 
 
 def unreadable(path: Path, kind: str, error: Exception) -> VortexCheckpointError:
-    """What a file that cannot be opened or parsed gets: forbidden, out of reach, of another kind, or damaged."""
+    """The error for a file that cannot be opened or parsed: forbidden, out of reach, of another kind, or damaged."""
     if isinstance(error, PermissionError):
         message = f"{path} may not be read by this user ({error}). Change its permissions, or its owner."
     elif isinstance(error, FileChanged):
@@ -339,7 +329,7 @@ def _beginning(path: Path) -> str | None:
 
 
 def pickle_message(path: Path) -> str:
-    """The sentence a pickle gets."""
+    """The message of the error for a pickle."""
     return (
         f"{path} is a pickle, which can run code when it is opened; Vortex reads safetensors only. "
         "Download the .safetensors version of this model."

@@ -1,4 +1,4 @@
-"""Weights on their way in: one NaN in a file makes every picture black, so each tensor is watched, and named."""
+"""Checks weights that are read: one NaN in a file makes every picture black, so the error names the tensor."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from ..errors import VortexCheckpointError
 if TYPE_CHECKING:
     from torch import Tensor
 
-AT_ONCE = 256  # tensors on a GPU whose sums are looked at together: each look waits for the device
+AT_ONCE = 256  # tensors on a GPU that are checked together, since each check waits for the device
 
 
 class Finite:
-    """Watches tensors as they arrive, on the CPU at once, on a GPU at `settle`. `where` names their source."""
+    """Checks tensors that were read: on the CPU at once, on a GPU at `settle`. `where` names their source."""
 
     def __init__(self, where: str) -> None:
         self._where = where
@@ -21,18 +21,18 @@ class Finite:
         self._ends: list[Tensor] = []
 
     def watch(self, name: str, tensor: Tensor) -> Tensor:
-        """The tensor (16, 32 or 64 bits). Raises `VortexCheckpointError` naming it where it holds NaN or infinity."""
+        """Check a tensor (16, 32 or 64 bits), and return it. Raises `VortexCheckpointError` for NaN or infinity."""
         import torch
 
         if not tensor.numel():
             return tensor
         if tensor.device.type == "cpu":
-            # a sum costs half of what the ends do, but may exceed its type
+            # a sum takes half the time of both ends, but may overflow
             if not bool(tensor.sum().isfinite()) and not _finite(*torch.aminmax(tensor)):
                 raise self._error(name)
             return tensor
         self._names.append(name)
-        self._ends += torch.aminmax(tensor)  # NaN goes through
+        self._ends += torch.aminmax(tensor)  # NaN is kept
         if len(self._names) == AT_ONCE:
             self.settle()
         return tensor

@@ -1,6 +1,6 @@
-"""What files are that Vortex does not read, by their first bytes, their tensors' names or what they say of themselves.
+"""Files that Vortex does not read, recognized by their first bytes, their tensors' names or their metadata.
 
-Tables of what it is and what to do: an error names the kind of file, and "damaged" stays for damage.
+The tables say what a file is and what to do, so that an error names its kind, and calls only damaged files damaged.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ READ = "Use the model's bf16, fp8, NF4 (bitsandbytes) or GGUF file."
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A way to quantize: its name, endings of tensors that only it has, and words it uses of itself."""
+    """A way to quantize, in words; endings of tensors' names that only it has; words for it in metadata."""
 
     words: str
     endings: tuple[str, ...] = ()
-    said: tuple[str, ...] = ()
+    keywords: tuple[str, ...] = ()
 
 
 FORMATS = (
@@ -57,15 +57,12 @@ FORMATS = (
     ),
     Format("quantized by AQLM", (".codebooks", ".codes"), ("aqlm",)),
 )  # fmt: skip
-FP8 = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}  # ComfyUI's words for a layer's format that are read
-HARMLESS = ("format", "full_precision_matrix_mult")  # what it says of a layer besides
+FP8 = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}  # ComfyUI's names of the layer formats that Vortex reads
+HARMLESS = ("format", "full_precision_matrix_mult")  # other keys of such a layer, which change nothing
 LAYERS = "_quantization_metadata"
-ARCHITECTURES = ("flux", "pig", "t5", "t5encoder")  # `pig` is what one public converter writes of any model
+ARCHITECTURES = ("flux", "pig", "t5", "t5encoder")  # `pig`: one public converter writes it for every model
 BEGINNINGS = (
-    (
-        b"version https://git-lfs",
-        "a Git LFS pointer, not the file itself. Fetch that with `git lfs pull`.",
-    ),
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself. Fetch that with `git lfs pull`."),
     (b"\x00\x05\x16\x07", "macOS' companion of a file, not the file itself, whose name lacks the leading `._`."),
     (b"PK\x03\x04", "a zip file or a pickle, which can run code when it is opened. Use the .safetensors version."),
     (b"\x80\x02", "a pickle, which can run code when it is opened. Use the .safetensors version."),
@@ -79,7 +76,7 @@ ZEROS = bytes(64)
 
 
 def beginning(head: bytes) -> str | None:
-    """What a file that begins so is, and what to do, where it is no file of weights."""
+    """What a file with these first bytes is, and what to do; None where it may be a file of weights."""
     for start, words in BEGINNINGS:
         if head.startswith(start):
             return words
@@ -93,8 +90,8 @@ def beginning(head: bytes) -> str | None:
     return None
 
 
-def format_of(names: Iterable[str], said: Mapping[str, str]) -> str | None:
-    """In which quantization a file is that Vortex does not read, by its tensors' names and its metadata."""
+def format_of(names: Iterable[str], metadata: Mapping[str, str]) -> str | None:
+    """A file's quantization in words, by its tensors' names and metadata; None where Vortex may read it."""
     endings = {ending for form in FORMATS for ending in form.endings}
     found = tuple(endings)
     seen = {ending for name in names if name.endswith(found) for ending in endings if name.endswith(ending)}
@@ -102,58 +99,59 @@ def format_of(names: Iterable[str], said: Mapping[str, str]) -> str | None:
         if seen.intersection(form.endings):
             return form.words
     for key in ("quantization_config", "quantization_format", "model_class", "quant_method", "quantization"):
-        if key in said and (words := method(_parsed(said[key]))):
+        if key in metadata and (words := method(_parsed(metadata[key]))):
             return words
-    if any('"_type"' in value and "Tensor" in value for value in said.values()):
+    if any('"_type"' in value and "Tensor" in value for value in metadata.values()):
         return "quantized by torchao"
     return None
 
 
 def config_format(config: Mapping[str, Any]) -> str | None:
-    """How a config.json says that the weights are quantized, where that is not bitsandbytes' NF4."""
-    said = {key: config[key] for key in ("quantization_config", "quant_method") if config.get(key)}
-    return next((words for value in said.values() if (words := method(value))), None)
+    """How weights are quantized by their config.json, in words; None for bitsandbytes' NF4 and for none."""
+    found = {key: config[key] for key in ("quantization_config", "quant_method") if config.get(key)}
+    return next((words for value in found.values() if (words := method(value))), None)
 
 
-def method(said: object) -> str | None:
-    """The words of a quantization's description, in whatever form its writer keeps it; None for NF4 and for none."""
-    if isinstance(said, Mapping):
-        name = next((said[key] for key in ("quant_method", "method", "quant_type", "format") if said.get(key)), said)
+def method(description: object) -> str | None:
+    """A quantization in words, by its description in any writer's form; None for NF4 and for none."""
+    if isinstance(description, Mapping):
+        keys = ("quant_method", "method", "quant_type", "format")
+        name = next((description[key] for key in keys if description.get(key)), description)
         if isinstance(name, str) and name.lower().startswith("bitsandbytes"):
-            if said.get("load_in_8bit"):
+            if description.get("load_in_8bit"):
                 return method("llm.int8")
-            kind = said.get("bnb_4bit_quant_type", "nf4")
+            kind = description.get("bnb_4bit_quant_type", "nf4")
             return None if kind == "nf4" else f"in bitsandbytes' {quoted(kind)}"
         return method(name if isinstance(name, str) else repr(name))
-    text = str(said).lower()
+    text = str(description).lower()
     if text in ("", "none", "null", "nf4", "bitsandbytes_4bit", *FP8, "fluxtransformer2dmodel"):
         return None
-    return _known(text) or f"quantized, it says, by {quoted(said)}"
+    return _known(text) or f"quantized, it says, by {quoted(description)}"
 
 
 def _known(text: str) -> str | None:
-    return next((form.words for form in FORMATS if any(word in text for word in form.said)), None)
+    return next((form.words for form in FORMATS if any(word in text for word in form.keywords)), None)
 
 
-def layer_format(said: object) -> tuple[str | None, str | None]:
-    """The type that ComfyUI's description of a layer gives its weight, or in words what it is that is not read."""
-    if not isinstance(said, Mapping):
-        return None, f"described as {quoted(said)}"
-    form = said.get("format")
-    other = [key for key, value in said.items() if key not in HARMLESS and value]
+def layer_format(description: object) -> tuple[str | None, str | None]:
+    """A layer's type by ComfyUI's description of it, or else, in words, why Vortex does not read it."""
+    if not isinstance(description, Mapping):
+        return None, f"described as {quoted(description)}"
+    form = description.get("format")
+    other = [key for key, value in description.items() if key not in HARMLESS and value]
     if isinstance(form, str) and form in FP8 and not other:
         return FP8[form], None
-    return None, _known(repr(said).lower()) or f"described as {quoted(said)}"
+    return None, _known(repr(description).lower()) or f"described as {quoted(description)}"
 
 
-def layers_of(said: Mapping[str, str]) -> Mapping[str, Any]:
+def layers_of(metadata: Mapping[str, str]) -> Mapping[str, Any]:
     """ComfyUI's table of quantized layers in a file's metadata. Raises `ValueError` where it is none."""
-    if LAYERS not in said:
+    if LAYERS not in metadata:
         return {}
-    table = _parsed(said[LAYERS])
+    table = _parsed(metadata[LAYERS])
     layers = table.get("layers") if isinstance(table, Mapping) else None
     if not isinstance(layers, Mapping):
-        raise ValueError(f"its {LAYERS} is {quoted(said[LAYERS])}")
+        raise ValueError(f"its {LAYERS} is {quoted(metadata[LAYERS])}")
     return layers
 
 

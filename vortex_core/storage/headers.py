@@ -1,20 +1,19 @@
-"""The headers of safetensors and GGUF files: what lies where, in bounded time and memory, whatever the bytes say.
+"""Reads the headers of safetensors and GGUF files, in bounded time and memory, whatever they contain.
 
 Raises `ValueError` that says what is wrong, and `OSError`. Formats: safetensors' README, ggml's docs/gguf.md.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from ..errors import quoted
 from .filebytes import FileBytes
+from .strict_json import unambiguous
 
-LONGEST = 16 * 2**20  # bytes of a safetensors header; FLUX's have 0.1 to 0.5 MB
+LONGEST = 16 * 2**20  # bytes of a safetensors header, at most; FLUX's have 0.1 to 0.5 MB
 BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6,
     "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F4": 4, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32,
@@ -31,17 +30,29 @@ GGML = {
     39: ("MXFP4", 32, 17),
 }  # ggml's types by number: name, values and bytes of a block  # fmt: skip
 MAGIC = b"GGUF"
-VALUES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of GGUF's plain types of values
+VALUES = {
+    0: 1,
+    1: 1,
+    2: 2,
+    3: 2,
+    4: 4,
+    5: 4,
+    6: 4,
+    7: 1,
+    10: 8,
+    11: 8,
+    12: 8,
+}  # GGUF's plain types by number: bytes of a value
 STRING, ARRAY, U32 = 8, 9, 4
-STRINGS = 1_000_000  # in arrays of a GGUF header; the largest vocabulary with its merges has 0.5 M
+STRINGS = 1_000_000  # in a GGUF header's arrays, at most; the largest vocabulary with its merges has 0.5 M
 KEYS, TENSORS = 10_000, 50_000
 DIMENSIONS = 8
-NAME = 1024  # bytes
+NAME = 1024  # bytes, at most
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A tensor in a file: type, logical shape, and where its bytes lie."""
+    """A tensor in a file: its type, logical shape, and where its bytes are."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -51,14 +62,14 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The tensors of a file, and what it says of itself: safetensors' metadata, or GGUF's strings."""
+    """The tensors of a file, and its `metadata`: safetensors' table, or GGUF's strings."""
 
     tensors: Mapping[str, Entry]
-    said: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_safetensors(file: FileBytes) -> Header:
-    """The header of a safetensors file, whose tensors follow one another from its end to the file's."""
+    """The header of a safetensors file. Its tensors must fill the rest of the file without gaps."""
     if file.size < 8:
         raise ValueError(f"it has {file.size} bytes" if file.size else "it is empty")
     length = int.from_bytes(file.take(0, 8), "little")
@@ -68,15 +79,15 @@ def read_safetensors(file: FileBytes) -> Header:
     if length > LONGEST:
         raise ValueError(f"its header has {length / 1e6:.0f} MB; a model's has less than {LONGEST / 1e6:.0f}")
     try:
-        said = json.loads(file.take(8, length), object_pairs_hook=_once)
+        table = unambiguous(file.take(8, length))
     except RecursionError as error:
         raise ValueError("its header is nested too deeply") from error
-    if not isinstance(said, dict):
+    if not isinstance(table, dict):
         raise ValueError("its header is not a table")
-    metadata = said.pop("__metadata__", None) or {}
+    metadata = table.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its metadata is not a table of texts")
-    tensors = {name: _entry(name, entry, start) for name, entry in said.items()}
+    tensors = {name: _entry(name, entry, start) for name, entry in table.items()}
     end = start
     for name, entry in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if entry.offset != end:
@@ -88,19 +99,12 @@ def read_safetensors(file: FileBytes) -> Header:
     return Header(tensors, metadata)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        raise ValueError("its header names something twice")
-    return table
-
-
-def _entry(name: str, said: object, start: int) -> Entry:
-    match said:
+def _entry(name: str, fields: object, start: int) -> Entry:
+    match fields:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]}:
             pass
         case _:
-            raise ValueError(f"of {quoted(name)} it says {quoted(said)}")
+            raise ValueError(f"of {quoted(name)} it says {quoted(fields)}")
     if dtype not in BITS:
         raise ValueError(f"{quoted(name)} has the unknown type {quoted(dtype)}")
     if not all(type(size) is int and size >= 0 for size in shape):
@@ -112,7 +116,7 @@ def _entry(name: str, said: object, start: int) -> Entry:
 
 
 def read_gguf(file: FileBytes) -> Header:
-    """The header of a GGUF file of version 2 or 3. Arrays are passed over: none is needed."""
+    """The header of a GGUF file of version 2 or 3. Arrays are skipped, as none is needed."""
     cursor = _Cursor(file)
     if cursor.take(4) != MAGIC:
         raise ValueError("it does not begin with GGUF")
@@ -122,12 +126,12 @@ def read_gguf(file: FileBytes) -> Header:
     count, keys = cursor.number(10), cursor.number(10)
     if count > TENSORS or keys > KEYS:
         raise ValueError(f"it should have {count} tensors and {keys} keys")
-    said: dict[str, str] = {}
+    metadata: dict[str, str] = {}
     alignment = 32
     for _ in range(keys):
         key, kind = cursor.text(NAME), cursor.number(U32)
         if kind == STRING:
-            said[key] = cursor.text(NAME, cut=True)
+            metadata[key] = cursor.text(NAME, cut=True)
         elif key == "general.alignment" and kind == U32:
             alignment = cursor.number(U32)
         else:
@@ -147,7 +151,7 @@ def read_gguf(file: FileBytes) -> Header:
         end = begin + entry.nbytes
     if tensors and end > file.size:
         raise ValueError(f"it has {file.size} bytes and should have {end}: the download is incomplete")
-    return Header(tensors, said)
+    return Header(tensors, metadata)
 
 
 def _gguf_entry(cursor: _Cursor) -> tuple[str, Entry]:
@@ -166,7 +170,7 @@ def _gguf_entry(cursor: _Cursor) -> tuple[str, Entry]:
 
 
 class _Cursor:
-    """Reads a GGUF header from its beginning on. Every length is compared with the file's end before it is believed."""
+    """Reads a GGUF header from its start. Every length is checked against the file's end before it is used."""
 
     WINDOW = 2**20
 
@@ -198,23 +202,23 @@ class _Cursor:
             return self.take(length).decode("utf-8", "replace")
         if not cut:
             raise ValueError(f"a name has {length} bytes")
-        self._pass(length)
+        self._advance(length)
         return ""
 
-    def _pass(self, count: int) -> None:
+    def _advance(self, count: int) -> None:
         self._ensure(count)
         self.at += count
 
     def skip(self, kind: int, deep: int = 0) -> None:
-        """Pass over a value, whatever it is."""
+        """Skip a value of any type."""
         if kind in VALUES:
-            self._pass(VALUES[kind])
+            self._advance(VALUES[kind])
         elif kind == STRING:
-            self._pass(self.number(10))
+            self._advance(self.number(10))
         elif kind == ARRAY and deep < 4:
             inner, count = self.number(U32), self.number(10)
             if inner in VALUES:
-                self._pass(count * VALUES[inner])
+                self._advance(count * VALUES[inner])
                 return
             self._strings -= count
             if self._strings < 0:

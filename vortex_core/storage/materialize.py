@@ -1,4 +1,4 @@
-"""Modules on `meta` and what fills them: linears become NF4, everything else takes its tensor as it is."""
+"""Fills modules that were built on `meta`: linears become NF4, every other part takes its tensor as it is."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .tensors import Tensors, check_shapes
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """How weights are to arrive: quantized on `device`, else in `dtype`. `progress(nbytes)` is told what was read."""
+    """The `device` that quantizes weights, and the `dtype` of other tensors. `progress(nbytes)` gets what was read."""
 
     device: torch.device
     dtype: torch.dtype
@@ -26,7 +26,7 @@ class Target:
 
 
 def pack(module: nn.Module, prefix: str, backend: Backend) -> None:
-    """Have those linears of a module on `meta` be NF4 that become so; `prefix` of their canonical names."""
+    """Replace linears of a module on `meta` by NF4 linears, where `is_quantized`; `prefix` of canonical names."""
     for path, child in list(module.named_modules()):
         if is_quantized(child, prefix + path):
             assert isinstance(child, nn.Linear)
@@ -34,7 +34,7 @@ def pack(module: nn.Module, prefix: str, backend: Backend) -> None:
 
 
 def shapes(module: nn.Module, prefix: str = "") -> dict[str, tuple[int, ...]]:
-    """The shapes of what fills a module, by canonical name; of NF4 weights, those of the matrices they stand for."""
+    """The shapes of the tensors that fill a module, by canonical name; for NF4 those of the whole matrices."""
     start = prefix.rstrip(".")
     found = {name: tuple(parameter.shape) for name, parameter in module.named_parameters(prefix=start)}
     linears = ((name, part) for name, part in module.named_modules(prefix=start) if isinstance(part, NF4Linear))
@@ -42,7 +42,7 @@ def shapes(module: nn.Module, prefix: str = "") -> dict[str, tuple[int, ...]]:
 
 
 def check(module: nn.Module, tensors: Tensors, prefix: str = "", *, scales: bool = True) -> int:
-    """See `check_shapes`, of what fills a module."""
+    """Do `check_shapes` for the tensors that fill a module."""
     return check_shapes(shapes(module, prefix), tensors, scales=scales)
 
 
@@ -51,8 +51,9 @@ def materialize(
 ) -> nn.Module:
     """Fill `module` (built on `meta`) from `tensors`, names prefixed with `prefix`, tensor by tensor; returns it.
 
-    Quantization runs on `target.device`; the results stay on `home` (default: there too). What is NF4 already goes
-    straight home. Host memory holds about one tensor at a time. What is not finite on a GPU shows in `Tensors.settle`.
+    Quantization runs on `target.device`; results go to `home` (default: the same). Weights that are NF4 already go
+    straight to `home`. Host memory holds about one tensor at a time. For what is not finite on a GPU see
+    `Tensors.settle`.
     """
     home = home or target.device
     for path, child in module.named_modules():
@@ -68,12 +69,12 @@ def materialize(
 
 
 def is_quantized(module: nn.Module, name: str, unquantized: tuple[str, ...] = UNQUANTIZED) -> bool:
-    """Whether the module of this canonical name is a linear whose weight is or becomes NF4."""
+    """Whether the module, of this canonical name, is a linear whose weight is NF4 or becomes so."""
     return isinstance(module, nn.Linear | NF4Linear) and not name.startswith(unquantized)
 
 
 def read_nf4(tensors: Tensors, name: str, target: Target, home: torch.device) -> NF4Weight:
-    """A weight in NF4 on `home`: as it is where the source has it, else quantized on the target's device."""
+    """A weight in NF4 on `home`: as stored, or else quantized on the target's device."""
     if tensors.is_nf4(name):
         weight = tensors.read_nf4(name, home)
     else:

@@ -1,4 +1,4 @@
-"""JSON as other programs read it, too: no key twice, of which one reader takes the first and another the last."""
+"""JSON that all programs read alike: no key twice, of which some readers take the first and others the last."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def unambiguous(text: str | bytes) -> Any:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key twice")
-    return found
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise ValueError("a key stands twice in one table")
+    return table

@@ -1,7 +1,7 @@
-"""Canonical tensors of a file: what is stored in any form, read one at a time.
+"""Canonical tensors from files in any form, read one at a time.
 
-Two views over raw files: `Stored` undoes storage (NF4, fp8 and its scales), `Renamed` gives canonical names and
-joins rows. Shapes and checks cost no data.
+Two views over raw files: `Stored` undoes the storage (NF4, fp8 and its scales), `Renamed` gives canonical names and
+joins rows. Shapes and checks read no data.
 """
 
 from __future__ import annotations
@@ -29,41 +29,33 @@ FP8_SCALES = (".scale_weight", ".weight_scale")  # ComfyUI's older and newer nam
 FP8_OTHERS = (".scale_input", ".input_scale", COMFY)
 FP8_TYPES = ("F8_E4M3", "F8_E5M2")
 SCALES = ("F64", "F32", "F16", "BF16")
-PACKED = ("U8", "I8", "F16", "BF16", "F32")  # what bitsandbytes stores its bytes as
+PACKED = ("U8", "I8", "F16", "BF16", "F32")  # types that bitsandbytes stores packed bytes as
 FLOATS = (*SCALES, *FP8_TYPES)
 AGAIN = "The file is damaged or of another kind; download it again."
 QUOTES = "'\""
 
 
 class Tensors(Protocol):
-    """What a loader needs: logical tensors, whatever they are stored as."""
+    """What a loader needs: logical tensors, however they are stored. `Stored` describes the methods."""
 
     where: str
 
     def __contains__(self, name: str) -> bool: ...
-
     def names(self) -> Iterable[str]: ...
-
     def shape(self, name: str) -> tuple[int, ...]: ...
-
     def nbytes(self, name: str) -> int: ...
-
     def check(self, name: str, *, scales: bool = True) -> None: ...
-
     def is_nf4(self, name: str) -> bool: ...
-
     def read(self, name: str, device: torch.device | str = CPU) -> Tensor: ...
-
     def read_nf4(self, name: str, device: torch.device | str = CPU) -> NF4Weight: ...
-
     def settle(self) -> None: ...
 
 
 def check_shapes(shapes: Mapping[str, tuple[int, ...]], tensors: Tensors, *, scales: bool = True) -> int:
-    """Compare names, types and `shapes` with the headers; the bytes that will be read.
+    """Compare names, types and `shapes` with the headers, and return the bytes that will be read.
 
-    Takes no memory, and reads nothing but, with `scales`, those of NF4 weights, for NaN and infinity. Raises
-    `VortexCheckpointError` naming the first tensors that are missing or of another type or shape.
+    Reads no data, but with `scales` those of NF4 weights, to find NaN and infinity. Raises `VortexCheckpointError`
+    naming the first tensors that are missing or of another type or shape.
     """
     total = 0
     missing, other = [], []
@@ -96,7 +88,7 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What a packed weight says of itself: `[n, k]`, and for nested scales their block and offset."""
+    """The metadata of a packed weight: `[n, k]`, and for nested scales their block and offset."""
 
     n: int
     k: int
@@ -104,10 +96,10 @@ class State:
 
 
 class Stored:
-    """Logical tensors of a raw source under a prefix: NF4 (plain or nested), fp8 and its scales look like weights.
+    """Logical tensors of a raw source under a prefix: NF4 (plain or nested) and fp8 with scales become weights.
 
-    Whatever lies beside a weight is understood or refused. `trusted` files were written by Vortex, which saw that every
-    scale is finite. Raises `VortexCheckpointError` for what is packed in another way.
+    A tensor beside a weight must be understood, or is refused. `trusted` files were written by Vortex, which has
+    checked that every scale is finite. Raises `VortexCheckpointError` for weights that are packed in another way.
     """
 
     def __init__(self, raw: Raw, prefix: str = "", *, trusted: bool = False) -> None:
@@ -120,18 +112,18 @@ class Stored:
         companions = self._companions(own)
         self._names = {name for name in own if name not in companions and name != "scaled_fp8"}
         self.scaled = any(name.endswith(FP8_SCALES) for name in companions)
-        self._seen = set(self.nf4) if trusted else set()  # NF4 weights whose scales are finite
+        self._seen = set(self.nf4) if trusted else set()  # NF4 weights whose scales were found to be finite
         self._finite = Finite(self.where)
 
     def _state(self, key: str) -> State:
         name = key.removesuffix(NF4_STATE)
         try:
-            said: dict[str, Any] = json.loads(self.raw.small(self.prefix + key))
-            kind, block = said["quant_type"], said["blocksize"]
-            n, k = (int(size) for size in said["shape"])
+            state: dict[str, Any] = json.loads(self.raw.small(self.prefix + key))
+            kind, block = state["quant_type"], state["blocksize"]
+            n, k = (int(size) for size in state["shape"])
             nested = None
             if f"{self.prefix}{name}.nested_absmax" in self.raw:
-                nested = int(said["nested_blocksize"]), float(said["nested_offset"])
+                nested = int(state["nested_blocksize"]), float(state["nested_offset"])
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise self._error(name, f"does not say how it was quantized ({quoted(error)}). {AGAIN}") from error
         if (kind, block) != ("nf4", BLOCK):
@@ -147,14 +139,14 @@ class Stored:
         return State(n, k, nested)
 
     def _layers(self, own: Iterable[str]) -> Iterator[tuple[str, str]]:
-        """The types that ComfyUI's descriptions of layers give to weights, which may lie there as plain bytes."""
+        """Weights and their types by ComfyUI's descriptions of layers; some are stored as plain bytes."""
         try:
-            said = {layer.removeprefix(self.prefix): value for layer, value in layers_of(self.raw.said).items()}
+            layers = {layer.removeprefix(self.prefix): value for layer, value in layers_of(self.raw.metadata).items()}
             described = [name for name in own if name.endswith(COMFY)]
-            said |= {name.removesuffix(COMFY): json.loads(self.raw.small(self.prefix + name)) for name in described}
+            layers |= {name.removesuffix(COMFY): json.loads(self.raw.small(self.prefix + name)) for name in described}
         except (ValueError, RecursionError) as error:
             raise self._error("", f"does not say how its layers were quantized ({error}). {AGAIN}") from error
-        for layer, value in said.items():
+        for layer, value in layers.items():
             dtype, words = layer_format(value)
             weight = f"{layer}.weight"
             if self.prefix + weight not in self.raw:
@@ -164,7 +156,7 @@ class Stored:
             yield weight, dtype
 
     def _companions(self, own: Iterable[str]) -> set[str]:
-        """The tensors beside weights that say how to read them. Raises for any that is not understood."""
+        """The tensors beside weights that tell how to read them. Raises where one is not understood."""
         modules = {name.removesuffix(".weight") for name in own if name.endswith(".weight")}
         found = set()
         for name in own:
@@ -203,20 +195,19 @@ class Stored:
         return (state.n, state.k) if state else self.raw.shape(self.prefix + name)
 
     def dtype(self, name: str) -> str:
-        """The type it is stored in, such as `BF16`, `NF4` or `Q4_K`."""
+        """The stored type, such as `BF16`, `NF4` or `Q4_K`."""
         return "NF4" if name in self.nf4 else self._dtype(name)
 
     def nbytes(self, name: str) -> int:
-        """Bytes in the file, scales included; what progress is counted in."""
+        """Bytes in the file, with scales; progress is counted in them."""
         whole = self.prefix + name
         stored = (whole, f"{whole}.absmax") if name in self.nf4 else (whole,)
         return sum(self.raw.nbytes(part) for part in stored if part in self.raw)
 
     def check(self, name: str, *, scales: bool = True) -> None:
-        """Compare the types and sizes that make one tensor, from headers.
+        """Check the types and sizes of a tensor's parts by headers. Raises `VortexCheckpointError` naming the tensor.
 
-        With `scales` also that those of an NF4 one are finite, and that a GGUF one can be decoded. Raises
-        `VortexCheckpointError` naming the tensor.
+        With `scales`, also check that scales of NF4 are finite, and that GGUF can be dequantized.
         """
         state = self.nf4.get(name)
         if state is not None:
@@ -240,7 +231,7 @@ class Stored:
 
     def _check_nf4(self, name: str, state: State) -> None:
         blocks = state.n * state.k // BLOCK
-        nbytes = self.raw.nbytes(self.prefix + name)  # of whatever type the bytes wear
+        nbytes = self.raw.nbytes(self.prefix + name)  # of any type in `PACKED`
         dtype = self.raw.dtype(self.prefix + name)
         if nbytes != state.n * state.k // 2 or dtype not in PACKED:
             raise self._error(name, f"holds {nbytes} bytes of {dtype}; expected {state.n * state.k // 2}. {AGAIN}")
@@ -280,7 +271,7 @@ class Stored:
         return name in self.nf4
 
     def read(self, name: str, device: torch.device | str = CPU) -> Tensor:
-        """The tensor in 16 or 32 bits on `device`, decoded there. See `settle` for what is not finite."""
+        """The tensor in 16 or 32 bits on `device`. What is not finite shows in `settle`, on the CPU at once."""
         import torch
 
         from .dtypes import DTYPES
@@ -306,7 +297,7 @@ class Stored:
         return next((stem + suffix for suffix in FP8_SCALES if self.prefix + stem + suffix in self.raw), None)
 
     def read_nf4(self, name: str, device: torch.device | str = CPU) -> NF4Weight:
-        """The packed weight on `device`, un-nested there; only where `is_nf4`."""
+        """The packed weight on `device`, with plain scales; only where `is_nf4`."""
         import torch
 
         state, whole = self.nf4[name], self.prefix + name
@@ -322,12 +313,12 @@ class Stored:
         return NF4Weight(packed, absmax.float().view(state.n, state.k // BLOCK))
 
     def settle(self) -> None:
-        """Raise `VortexCheckpointError` where a tensor that was read holds NaN or infinity; on the CPU `read` did."""
+        """Raise `VortexCheckpointError` if a tensor that was read to a GPU holds NaN or infinity."""
         self._finite.settle()
 
 
 class Renamed:
-    """`source` under canonical names. `sources(name)` lists the tensors that make one, joined by rows in that order.
+    """`source` under canonical names. `sources(name)` lists the stored tensors that are joined, by rows, to one.
 
     `swapped` names the modules whose two halves change places.
     """
@@ -347,7 +338,7 @@ class Renamed:
             return False
 
     def names(self) -> Iterable[str]:
-        """The names in the source; the canonical ones are the module's to ask for."""
+        """The names in the source, which are not canonical."""
         return self._source.names()
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -356,7 +347,7 @@ class Renamed:
         return shapes[0] if len(shapes) == 1 else (sum(math.prod(shape[:1]) for shape in shapes), *shapes[0][1:])
 
     def nbytes(self, name: str) -> int:
-        """Bytes in the file, about."""
+        """Bytes in the file, approximately."""
         return sum(self._source.nbytes(part) for part in self._sources(name))
 
     def check(self, name: str, *, scales: bool = True) -> None:
@@ -371,7 +362,7 @@ class Renamed:
             )
 
     def is_nf4(self, name: str) -> bool:
-        """Whether all of the tensor is stored in NF4."""
+        """Whether all parts of the tensor are stored in NF4."""
         return all(self._source.is_nf4(part) for part in self._sources(name))
 
     def read(self, name: str, device: torch.device | str = CPU) -> Tensor:

@@ -1,7 +1,7 @@
-"""Files to a CUDA device, at the speed of the bus.
+"""Reads files to a CUDA device, at the speed of the bus.
 
-Reading into fresh memory and passing that on, in one thread, takes the time of both. Here several threads read pieces
-into pinned buffers that are never fresh memory, and each piece leaves for the device while others are read.
+Several threads read pieces into pinned buffers, which are used again and again, and each piece is copied to the device
+while others are read. One thread that reads into fresh memory and then copies takes the time of both.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ..memory.host_memory import HostMemory
-from .filebytes import FileBytes as FileBytes
+from .filebytes import FileBytes
 
-PIECE = 4 * 2**20  # bytes; a weight is several, so that all threads have a share of it
+PIECE = 4 * 2**20  # bytes; small enough that every thread gets pieces of a weight
 THREADS = 8
 
 
@@ -34,10 +34,7 @@ class Upload:
                 self._free.put((self._memory.take(PIECE), torch.cuda.Event(blocking=True)))
 
     def __call__(self, file: FileBytes, offset: int, target: Tensor) -> None:
-        """Fill a contiguous tensor with what is at `offset`, in the order of the device's current stream.
-
-        Raises `OSError`.
-        """
+        """Fill a contiguous tensor with the bytes at `offset`, in the device's current stream. Raises `OSError`."""
         stream = torch.cuda.current_stream(target.device)
         pieces = target.view(-1).view(torch.uint8).split(PIECE)
         *others, last = ((file, offset + i * PIECE, piece, stream) for i, piece in enumerate(pieces))
@@ -45,15 +42,15 @@ class Upload:
         try:
             self._send(*last)
         finally:
-            wait(jobs)  # whatever happens, nobody writes to the target later
+            wait(jobs)  # after an error, too, no thread may write to the target later
         for job in jobs:
             job.result()
 
-    @torch.inference_mode()  # which the target may have been made in
+    @torch.inference_mode()  # as the target may be a tensor of that mode
     def _send(self, file: FileBytes, offset: int, target: Tensor, stream: torch.cuda.Stream) -> None:
         buffer, sent = self._free.get()
         try:
-            sent.synchronize()  # what lay here before
+            sent.synchronize()  # until the copy out of this buffer is done
             pinned = buffer[: target.numel()]
             file.read(offset, pinned.numpy().data)
             with torch.cuda.stream(stream):
@@ -63,11 +60,12 @@ class Upload:
             self._free.put((buffer, sent))
 
 
+# each as long as files hold it, so that its pinned memory is freed after loading
 _uploads: weakref.WeakValueDictionary[torch.device, Upload] = weakref.WeakValueDictionary()
 
 
 def upload_to(device: torch.device) -> Upload:
-    """The one `Upload` to a device, while anybody holds it."""
+    """The one `Upload` to a device; a new one where none is held."""
     upload = _uploads.get(device)
     if upload is None:
         upload = _uploads[device] = Upload(device)

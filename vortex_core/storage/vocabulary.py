@@ -1,8 +1,8 @@
-"""A tokenizer from a file that nobody vouches for: looked through, built, and asked with care.
+"""A tokenizer from a file that is not trusted: its parts are checked, then it is built.
 
-`tokenizers` compiles whatever patterns a file names, panics in Rust (which is no `Exception`) where a file surprises
-it, and can be told to make a gigabyte of a prompt. So a file's parts are looked at before: patterns that cannot
-backtrack, texts that cannot grow without end, and nothing left to chance.
+`tokenizers` compiles whatever patterns a file has. A file it does not expect makes it panic in Rust, which is no
+`Exception`, and a file can have it make a gigabyte of a prompt. So files are checked first: patterns must not
+backtrack, texts must not grow without bound, and tokens must not be random.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from tokenizers import AddedToken, Encoding, Regex, Tokenizer, models, normalize
 from ..errors import VortexCheckpointError, quoted
 from .strict_json import unambiguous
 
-LARGEST = 8 * 10**6  # bytes of a file; the released ones have 2.5, written wide 4
+LARGEST = 8 * 10**6  # bytes of a file; released ones have 2.5 MB, indented ones 4 MB
 LONGEST = 128  # characters of a token; T5's longest has 16
 LETTERS = 10**6  # characters of all tokens together; a table of them takes 400 bytes for each
-RULES = 4000  # characters of what is done around the words, as JSON; CLIP's have 900
-TEMPLATE = 8  # most tokens that are put around a text
-GROWTH = 256  # how many times longer a normalizer may make a text
-CHARACTER = 64  # most bytes that a table of characters may put for one; Unicode's own longest is 33
-MODELS = (models.BPE, models.Unigram)  # CLIP's and T5's; others can take for ever over a long word
+RULES = 4000  # characters of the rules around the vocabulary, as JSON; CLIP's have 900
+TEMPLATE = 8  # tokens that are put around a text, at most
+GROWTH = 256  # times that a normalizer may lengthen a text, at most
+CHARACTER = 64  # bytes that a table may put for one character, at most; Unicode's longest has 33
+MODELS = (models.BPE, models.Unigram)  # CLIP's and T5's; others can take forever on a long word
 START, END = "<|startoftext|>", "<|endoftext|>"  # CLIP's
 CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
-# Alternatives of single characters, of which the last may repeat: no such pattern ever takes a step back.
+# Alternatives of single characters, of which only the last may repeat: such a pattern never backtracks.
 _ONE = r"(?:\\[pP]\{\^?\w+\}|\\[^\d]|\[(?:\\[pP]\{\^?\w+\}|\\[^\d]|[^\\\[\]])+\]|[^\\()\[\]{}*+?|])"
 _BRANCH = rf"{_ONE}*(?:{_ONE}(?:[*+?]|\{{\d{{1,2}}(?:,\d{{0,2}})?\}}))?"
 STEADY = re.compile(rf"{_BRANCH}(?:\|{_BRANCH})*")
@@ -40,12 +40,12 @@ STEADY = re.compile(rf"{_BRANCH}(?:\|{_BRANCH})*")
 def build(text: str, where: Path | str) -> Tokenizer:
     """The tokenizer that a tokenizer.json's `text` describes, without padding and truncation.
 
-    Raises `VortexCheckpointError` for whatever it cannot be.
+    Raises `VortexCheckpointError` where it is damaged, of another kind, or unsafe.
     """
     if len(text) > LARGEST:
         raise _wrong(where, f"it has more than {LARGEST // 10**6} MB")
     with guarded(where):
-        _look_through(unambiguous(text), where)
+        _check(unambiguous(text), where)
         return _finished(Tokenizer.from_str(text), where)
 
 
@@ -53,8 +53,8 @@ def _finished(tokenizer: Tokenizer, where: Path | str) -> Tokenizer:
     if not isinstance(tokenizer.model, MODELS):
         raise _wrong(where, f"it is a {type(tokenizer.model).__name__}, and CLIP's is a BPE, T5's a Unigram")
     if isinstance(tokenizer.model, models.BPE):
-        tokenizer.model.dropout = None  # or a prompt would be other tokens each time
-    tokenizer.no_padding()  # a file stores those of whoever used it last
+        tokenizer.model.dropout = None  # else a prompt would give other tokens each time
+    tokenizer.no_padding()  # a file keeps those of its last user
     tokenizer.no_truncation()
     around = [tokenizer.encode(words).ids for words in ("", "a", "b c")]
     if not 0 < len(around[0]) <= TEMPLATE or len({ids[-1] for ids in around}) > 1:
@@ -63,7 +63,7 @@ def _finished(tokenizer: Tokenizer, where: Path | str) -> Tokenizer:
 
 
 def build_clip(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]], where: Path | str) -> Tokenizer:
-    """CLIP's tokenizer from the words and merges of its older form, as transformers joins them."""
+    """CLIP's tokenizer from the words and merges of its older form, built as transformers does."""
     with guarded(where):
         for word in (START, END):
             if word not in vocabulary:
@@ -106,7 +106,7 @@ def read_pair(folder: Path) -> Tokenizer:
 
 
 def read_text(path: Path) -> str:
-    """A file's text. Raises `VortexCheckpointError` where it is none, or more than `LARGEST` bytes."""
+    """A file's text. Raises `VortexCheckpointError` where it is no text, or has more than `LARGEST` bytes."""
     try:
         with path.open("rb") as file:
             data = file.read(LARGEST + 1)
@@ -129,7 +129,7 @@ def parse(text: str, where: Path | str) -> Any:
 
 @contextmanager
 def guarded(where: Path | str) -> Iterator[None]:
-    """Whatever `tokenizers` raises becomes a `VortexCheckpointError` that names the tokenizer."""
+    """Turn whatever `tokenizers` raises into a `VortexCheckpointError` that names the tokenizer."""
     try:
         yield
     except VortexCheckpointError:
@@ -142,21 +142,21 @@ def guarded(where: Path | str) -> Iterator[None]:
 
 
 def encode(tokenizer: Tokenizer, text: str) -> Encoding:
-    """`text` in tokens. Raises `VortexCheckpointError` where the tokenizer cannot."""
+    """`text` in tokens. Raises `VortexCheckpointError` where the tokenizer fails."""
     with guarded("The model's tokenizer"):
         return tokenizer.encode(text)
 
 
 def token_count(tokenizer: Tokenizer) -> int:
-    """How many embeddings its tokens need: the highest of their numbers, and one."""
+    """How many embeddings the tokens need: their highest number, plus one."""
     with guarded("The model's tokenizer"):
         return 1 + max((*tokenizer.get_vocab().values(), *tokenizer.encode("").ids))
 
 
-def _look_through(said: Any, where: Path | str) -> None:
-    """Raise `VortexCheckpointError` for what could take for ever, or all memory."""
+def _check(file: Any, where: Path | str) -> None:
+    """Raise `VortexCheckpointError` for parts that could take forever, or all memory."""
     growth, table = 1, ""
-    for part in _parts([said.get("normalizer"), said.get("pre_tokenizer")]):
+    for part in _parts([file.get("normalizer"), file.get("pre_tokenizer")]):
         kind, pattern = part.get("type"), part.get("pattern")
         regex = pattern.get("Regex", "") if isinstance(pattern, dict) else ""
         if not STEADY.fullmatch(regex):
@@ -171,18 +171,18 @@ def _look_through(said: Any, where: Path | str) -> None:
             growth *= 1 if _widest(table) <= CHARACTER else 2 * GROWTH
     if growth > GROWTH:
         raise _wrong(where, "it makes texts longer and longer")
-    if any(len(json.dumps(said.get(key))) > RULES for key in ("normalizer", "pre_tokenizer", "post_processor")):
+    if any(len(json.dumps(file.get(key))) > RULES for key in ("normalizer", "pre_tokenizer", "post_processor")):
         raise _wrong(where, f"it has more rules than {RULES} characters")
-    words = said["model"].get("vocab", ())
+    words = file["model"].get("vocab", ())
     words = words if isinstance(words, dict) else [word for word, _ in words]
-    added = [token["content"] for token in said.get("added_tokens") or ()]
+    added = [token["content"] for token in file.get("added_tokens") or ()]
     lengths = [len(word) for word in (*words, *added)]
     if max(lengths, default=0) > LONGEST or sum(lengths) > LETTERS:
         raise _wrong(where, f"it has tokens of more than {LONGEST} characters, or of more than {LETTERS} together")
 
 
 def _parts(waiting: list[Any]) -> Iterator[dict[str, Any]]:
-    """Every JSON object inside."""
+    """Every JSON object inside `waiting`."""
     while waiting:
         part = waiting.pop()
         if isinstance(part, dict):
@@ -193,7 +193,7 @@ def _parts(waiting: list[Any]) -> Iterator[dict[str, Any]]:
 
 
 def _widest(table: str) -> int:
-    """Bytes of the longest text that a table of characters puts for one: a size, a trie, texts that end in 0."""
+    """Bytes of the longest text that a table puts for one character. It is a size, a trie, and texts that end in 0."""
     data = base64.b64decode(table)
     start = 4 + int.from_bytes(data[:4], "little")
     if not 4 < start < len(data):

@@ -16,10 +16,10 @@ def expanded(path: str | os.PathLike[str]) -> Path:
     try:
         if path == "":
             raise VortexInputError("A path is expected, not an empty text.")
-        made = Path(path)
-        if "\0" in str(made):
-            raise VortexInputError(f"{quoted(str(made))} holds a zero byte, which no path may.")
-        return made.expanduser()
+        given = Path(path)
+        if "\0" in str(given):
+            raise VortexInputError(f"{quoted(str(given))} holds a zero byte, which no path may.")
+        return given.expanduser()
     except TypeError as error:
         raise VortexInputError(f"A path is expected, not {quoted(path)}.") from error
     except RuntimeError as error:
