@@ -5,7 +5,8 @@
     python tools/benchmarks/speed_contract.py OUT --allocator cudaMallocAsync           # as ComfyUI has it
     python tools/benchmarks/speed_contract.py OUT --model FOLDER --device cpu --size 64 --samples 2  # rehearsal
 
-The most important come first: the peer with 16-bit weights (compiled), Vortex in both modes, fidelity, NF4 peers. Prints a row for each promise as it is checked. `report.json` is written after every contender and the plot after every
+The most important come first: the peer with 16-bit weights (compiled), Vortex in both modes, fidelity, NF4 peers.
+Prints a row for each promise as it is checked. `report.json` is written after every contender and the plot after every
 part, so an interrupted run leaves what it had. Ends with one JSON line; exits with 1 if a promise is broken.
 """
 
