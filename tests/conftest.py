@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +17,15 @@ import comfy_host
 import pytest
 
 if TYPE_CHECKING:
+    import torch
+    from cache_parts import Source
     from fake_host import FakeHost
 
     from vortex_core import Engine
+    from vortex_core.device.worker import Worker
+    from vortex_core.flux1.transformer import Transformer
+
+pytest.register_assert_rewrite("kernel_parts", "worker_parts")
 
 # Read once by huggingface_hub and transformers, when they are imported: set before any test module is.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -105,3 +112,141 @@ def model(comfy: FakeHost) -> Any:
 
     handle, _ = node("VortexFluxLoader").load("tiny-schnell", 6.5, "exact")
     return handle
+
+
+# Of several files each. What they need is imported when one is used: torch after `pytest_configure`, that is.
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> dict[torch.device, Worker]:
+    """Engines of other tests may be alive, and keep their workers."""
+    from vortex_core.device import worker as module
+
+    workers: dict[torch.device, Worker] = {}
+    monkeypatch.setattr(module, "_workers", workers)
+    return workers
+
+
+@pytest.fixture
+def worker(registry: dict[torch.device, Worker]) -> Iterator[Worker]:
+    """Its thread is the only one at the end, and ends."""
+    from worker_parts import CPU, Thing, until
+
+    from vortex_core.device.worker import worker_of
+
+    before = set(threading.enumerate())
+    worker = worker_of(CPU)
+    detach = worker.attach(Thing())
+    del detach
+    engine = Thing()
+    detach = worker.attach(engine)
+    assert worker.run(lambda: 1) == 1
+    yield worker
+    assert worker.run(lambda: 2) == 2
+    assert len(set(threading.enumerate()) - before) == 1
+    assert worker._stack == worker._queue == []
+    detach()
+    until(lambda: set(threading.enumerate()) <= before)
+
+
+@pytest.fixture
+def alone(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+    """An engine on a worker of its own, which a test may break."""
+    import vortex_core
+    from vortex_core.device import worker
+
+    monkeypatch.setattr(worker, "_workers", {})
+    with vortex_core.load_flux_schnell(tiny_dir, device="cpu") as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_dir: Path) -> Iterator[Engine]:
+    from memory_parts import AMPLE
+
+    import vortex_core
+
+    with vortex_core.load_flux_schnell(tiny_dir, device="cpu", vram_budget=AMPLE) as engine:
+        yield engine
+
+
+@pytest.fixture
+def roomy(loaded: Engine) -> Iterator[Engine]:
+    """An engine with an ample budget and nothing of earlier tests, to be narrowed by a test."""
+    from engine_parts import forget_prompts, painter_of
+    from memory_parts import AMPLE, GB
+
+    painter_of(loaded).memory.offload()
+    yield loaded
+    forget_prompts(loaded)
+    painter_of(loaded).memory.budget = AMPLE * GB
+
+
+@pytest.fixture
+def transformer(engine: Engine) -> Iterator[Transformer]:
+    from engine_parts import painter_of
+
+    from vortex_core.kernels import reference
+
+    shared = painter_of(engine).model.transformer
+    yield shared
+    shared.use(reference, fast=False)
+    for linear in shared.linears():
+        linear.row_scale = None  # what `fast` adds
+
+
+@pytest.fixture
+def seeded() -> None:
+    import torch
+
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", params=[pytest.param("compiled", marks=pytest.mark.gpu), "interpreted"])
+def fused(request: pytest.FixtureRequest) -> object:
+    """The module of Triton's kernels."""
+    if request.param == "interpreted" and _cuda_is_available():
+        pytest.skip("interpreted: here they run compiled")
+    pytest.importorskip("triton", reason="NOT RUN, the Triton kernels: Triton is not installed here")
+    from vortex_core.kernels import fused
+
+    return fused
+
+
+@pytest.fixture(params=[True, False], ids=["copied", "loaded"])
+def copies(fused, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Tiles come by the bulk copy engine, or, as on cards that have none, by loads."""
+    from kernel_parts import DEVICE
+
+    from vortex_core.kernels.capabilities import card
+
+    known = card(DEVICE)
+    if request.param and not known.copies:
+        pytest.skip("NOT RUN, the copy engine: this card has none")
+    for name in ("convolution", "decoder_attention", "fp8_attention"):
+        module = sys.modules[f"vortex_core.kernels.{name}"]
+        monkeypatch.setattr(module, "card", lambda device: known._replace(copies=request.param))
+    return bool(request.param)
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
+    import torch
+    from cache_parts import Source
+
+    from vortex_core.checkpoint import cache
+
+    monkeypatch.setattr(cache, "SMALLEST", 0)
+    torch.manual_seed(0)
+    return Source(tmp_path)
+
+
+@pytest.fixture
+def quantizations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The weights that were quantized."""
+    from vortex_core import nf4
+
+    done: list[str] = []
+    real = nf4.quantize
+    monkeypatch.setattr(nf4, "quantize", lambda weight, name: done.append(name) or real(weight, name))
+    return done

@@ -22,7 +22,7 @@ def transformer(folder: Path) -> dict[str, Tensor]:
     with torch.device("meta"):
         modules = (Transformer(bundle.spec.flux), Modulation(bundle.spec.flux))
     names = [name for module in modules for name, _ in module.named_parameters()]
-    return {name: bundle.tensors("transformer").read(name).contiguous() for name in names}
+    return {name: bundle.parts["transformer"].tensors.read(name).contiguous() for name in names}
 
 
 def encoder(folder: Path, kind: str) -> dict[str, Tensor]:
@@ -45,7 +45,8 @@ def vae(folder: Path) -> dict[str, Tensor]:
     bundle = open_bundle(folder)
     with torch.device("meta"):
         decoder = Decoder(bundle.spec.vae)
-    return {f"decoder.{name}": bundle.tensors("vae").read(name).contiguous() for name, _ in decoder.named_parameters()}
+    vae = bundle.parts["vae"].tensors
+    return {f"decoder.{name}": vae.read(name).contiguous() for name, _ in decoder.named_parameters()}
 
 
 def write_parts(folder: Path, models: Path) -> None:

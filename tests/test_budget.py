@@ -325,7 +325,7 @@ def test_what_callers_let_go_is_handed_back_where_it_does_not_fit(
         monkeypatch.setattr(
             memory_manager, "counters", lambda d, n=leftover: Counters(mine + foreign, made.peak + foreign + n)
         )
-        painter_of(roomy).memory._make(made, AMPLE * GB)
+        painter_of(roomy).memory._apply(made, AMPLE * GB)
         assert len(given_back) == times
 
 

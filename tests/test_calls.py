@@ -182,7 +182,7 @@ def interrupted(engine: Engine, moment: Moments, held: Callable[[], Any]) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("ends", [cancelled, late, refused, interrupted])
 def test_whatever_ends_a_call_the_next_picture_is_right_and_nothing_is_held(tiny_dir: Path, ends: Any) -> None:
-    """At random moments. What a job comes to, 200 times each, signals among it: test_worker.py."""
+    """At random moments. What a job comes to, 200 times each, signals among it: test_worker_cancel.py."""
 
     class Thing:
         def __bool__(self) -> bool:

@@ -194,9 +194,9 @@ def test_clip_under_either_name(copy: Path) -> None:
     tensors = load_file(path)
     prefixed = all(name.startswith("text_model.") for name in tensors)
     other = {n.removeprefix("text_model.") if prefixed else f"text_model.{n}": t for n, t in tensors.items()}
-    expected = open_bundle(copy).tensors("clip").read("final_layer_norm.weight")
+    expected = open_bundle(copy).parts["clip"].tensors.read("final_layer_norm.weight")
     save_file(other, path)
-    assert torch.equal(open_bundle(copy).tensors("clip").read("final_layer_norm.weight"), expected)
+    assert torch.equal(open_bundle(copy).parts["clip"].tensors.read("final_layer_norm.weight"), expected)
 
 
 def test_a_quantized_pipeline_is_refused(tiny_dir: Path) -> None:

@@ -36,7 +36,7 @@ def canonical(bundle: Bundle) -> dict[str, Tensor]:
     with torch.device("meta"):
         modules = (Transformer(bundle.spec.flux), Modulation(bundle.spec.flux))
     names = [name for module in modules for name, _ in module.named_parameters()]
-    return {name: bundle.tensors("transformer").read(name).contiguous() for name in names}
+    return {name: bundle.parts["transformer"].tensors.read(name).contiguous() for name in names}
 
 
 @pytest.fixture(scope="module")

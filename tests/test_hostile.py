@@ -31,6 +31,11 @@ def hang() -> None:
     time.sleep(60)
 
 
+def work() -> None:
+    while True:
+        pass
+
+
 def crash() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -46,13 +51,20 @@ def error() -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("end", "said"),
-    [(hang, "took more than"), (crash, "ended the process (-9)"), (memory, "MemoryError"), (error, "KeyError at")],
+    [
+        (hang, "took more than a minute"),
+        (work, "of a core's time"),
+        (crash, "ended the process (-9)"),
+        (memory, "MemoryError"),
+        (error, "KeyError at"),
+    ],
 )
 def test_what_is_wrong_is_named_and_kept(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, end: Callable[[], None], said: str
 ) -> None:
     """Of 12 inputs 2 end badly; the others are fed all the same."""
-    monkeypatch.setattr(fuzz, "SECONDS", 2.0)
+    monkeypatch.setattr(fuzz, "SECONDS", 1.0)
+    monkeypatch.setattr(fuzz, "MINUTE", 2.0 if end is hang else 60.0)
 
     class Target:
         def __init__(self, folder: Path) -> None: ...

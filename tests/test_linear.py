@@ -1,22 +1,21 @@
-"""Products over NF4 weights on the path that runs anywhere: where parts lie, what is added, who is declined and why."""
+"""NF4 weights on the path that runs anywhere: how they are decoded, what a linear is, who is declined and why."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from vortex_core import VortexInputError, kernels, nf4
-from vortex_core.kernels import ScaledTensor, reference
+from vortex_core.kernels import reference
 from vortex_core.kernels.scaled_tensor import FP8
-from vortex_core.quant import linear
+from vortex_core.quant import backends, linear
 from vortex_core.quant.backends import (
     Backend,
     BitsAndBytesBackend,
@@ -26,15 +25,12 @@ from vortex_core.quant.backends import (
     bitsandbytes_declined,
     choose_backend,
 )
-from vortex_core.quant.linear import NF4Linear, multiply, product
+from vortex_core.quant.linear import NF4Linear, product
+
+pytestmark = pytest.mark.usefixtures("seeded")
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda", 7)  # of which there need not be one
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
 
 
 @pytest.fixture(params=["reference", "bitsandbytes"])
@@ -49,57 +45,57 @@ def test_each_lane_is_memory_of_its_own_and_only_inside(backend: Backend, dtype:
     lanes = [torch.full((6 * 128 * dtype.itemsize,), 255, dtype=torch.uint8) for _ in range(2)]
     with backend.using(*lanes):
         for lane in (0, 1):
-            on_this = [backend.decode(first.packed, first.absmax, dtype, None, lane)]
+            on_this = [backend.dequantize(first.packed, first.absmax, dtype, None, lane)]
             assert on_this[0].data_ptr() == lanes[lane].data_ptr()
             assert torch.equal(on_this[0], wanted[0])
-            other = backend.decode(second.packed, second.absmax, dtype, lane=1 - lane)
+            other = backend.dequantize(second.packed, second.absmax, dtype, scratch=1 - lane)
             assert other.data_ptr() == lanes[1 - lane].data_ptr()
             assert other.shape == (4, 128)  # of a buffer for the largest
             assert torch.equal(other, wanted[1])
             assert torch.equal(on_this[0], wanted[0])
-        assert backend.decode(first.packed, first.absmax, dtype).data_ptr() == lanes[0].data_ptr()
-        beyond = backend.decode(first.packed, first.absmax, dtype, None, 2)
+        assert backend.dequantize(first.packed, first.absmax, dtype).data_ptr() == lanes[0].data_ptr()
+        beyond = backend.dequantize(first.packed, first.absmax, dtype, None, 2)
         assert torch.equal(beyond, wanted[0])
         assert beyond.data_ptr() not in [lane.data_ptr() for lane in lanes]
     with pytest.raises(KeyError), backend.using(*lanes):
         raise KeyError
     lanes[0].fill_(255)
-    fresh = backend.decode(first.packed, first.absmax, dtype)
+    fresh = backend.dequantize(first.packed, first.absmax, dtype)
     assert (fresh.dtype, fresh.device) == (dtype, CPU)
     assert torch.equal(fresh, wanted[0])
     assert bool((lanes[0] == 255).all())
 
 
 def test_fresh_memory_is_on_the_weights_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "decode", lambda *arguments: None)
+    monkeypatch.setattr(reference, "dequantize", lambda *arguments: None)
     weight = nf4.quantize(torch.ones(2, 64)).to(torch.device("meta"))
-    assert ReferenceBackend().decode(weight.packed, weight.absmax, torch.float32).device.type == "meta"
+    assert ReferenceBackend().dequantize(weight.packed, weight.absmax, torch.float32).device.type == "meta"
 
 
 def test_rows_are_divided_by_their_scales(backend: Backend) -> None:
     weight, scales = nf4.quantize(torch.randn(6, 128)), torch.logspace(-2, 2, 6)
     plain = nf4.dequantize(weight, torch.float32)
-    found = backend.decode(weight.packed, weight.absmax, torch.float32, scales)
+    found = backend.dequantize(weight.packed, weight.absmax, torch.float32, scales)
     torch.testing.assert_close(found, plain / scales[:, None])
-    assert torch.equal(backend.decode(weight.packed, weight.absmax, torch.float32, None), plain)
+    assert torch.equal(backend.dequantize(weight.packed, weight.absmax, torch.float32, None), plain)
 
 
 def test_each_backend_decodes_by_its_own_library(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[tuple[str, Any]] = []
-    fused = SimpleNamespace(decode=lambda *arguments: told.append(("triton", arguments)))
+    fused = SimpleNamespace(dequantize=lambda *arguments: told.append(("triton", arguments)))
     monkeypatch.setitem(sys.modules, "vortex_core.kernels.fused", fused)
     monkeypatch.setattr(kernels, "fused", fused, raising=False)
-    monkeypatch.setattr(reference, "decode", lambda *arguments: told.append(("reference", arguments)))
+    monkeypatch.setattr(reference, "dequantize", lambda *arguments: told.append(("reference", arguments)))
     weight, scales = nf4.quantize(torch.randn(6, 128)), torch.ones(6)
     for name in ("triton", "reference", "bitsandbytes"):
-        made = linear._backend(name)
+        made = backends._KINDS[name]()
         assert made.name == name
-        found = made.decode(weight.packed, weight.absmax, torch.float32, scales)
+        found = made.dequantize(weight.packed, weight.absmax, torch.float32, scales)
         ((by, (packed, absmax, out, row_scale)),) = told
         told.clear()
         assert by == ("reference" if name == "bitsandbytes" else name)  # which has none that divides
         assert (packed is weight.packed, absmax is weight.absmax, out is found, row_scale is scales) == (True,) * 4
-    found = BitsAndBytesBackend().decode(weight.packed, weight.absmax, torch.float32)
+    found = BitsAndBytesBackend().dequantize(weight.packed, weight.absmax, torch.float32)
     assert told == []
     assert torch.equal(found, nf4.dequantize(weight, torch.float32))
 
@@ -128,154 +124,9 @@ def test_a_linear_says_its_sizes_and_backend_and_has_no_weight() -> None:
     assert list(dict(made.named_parameters())) == ["bias"]
 
 
-def test_the_sum_of_a_product_is_given_or_what_is_there() -> None:
-    x, weight, bias, before = torch.randn(5, 64), torch.randn(3, 64), torch.randn(3), torch.randn(5, 3)
-    plain = x @ weight.t()
-    for gelu in (False, True):
-        for addend, expected in ((None, plain), (bias, plain + bias), ("out", plain + before)):
-            out = before.clone()
-            product(x, None, weight, None, out if addend == "out" else addend, out, gelu=gelu)
-            wanted = F.gelu(expected, approximate="tanh") if gelu else expected
-            torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
-    out = torch.full((5, 3), torch.nan)
-    product(x, None, weight, None, None, out)  # nothing of it is read, nor bent by default
-    torch.testing.assert_close(out, plain)
-
-
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_a_product_in_fp8_is_scaled_by_row_and_by_column(with_bias: bool) -> None:
-    x, weight = torch.randn(5, 64).to(FP8), torch.randn(3, 64).to(FP8)
-    scale, scales = torch.logspace(-1, 1, 5), torch.logspace(-2, 2, 3)
-    bias = 100 * torch.randn(3) if with_bias else None
-    out = torch.full((5, 3), torch.nan)
-    product(x, scale, weight, scales, bias, out)
-    expected = scale[:, None] * (x.float() @ weight.float().t()) * scales
-    torch.testing.assert_close(out, expected if bias is None else expected + bias)
-
-
-def test_a_product_in_fp8_needs_both_scales() -> None:
-    x = torch.ones(2, 64).to(FP8)
-    with pytest.raises(AssertionError):
-        product(x, torch.ones(2), x, None, None, torch.empty(2, 2))
-
-
-@pytest.fixture
-def products(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
-    """The shapes that are multiplied, `[M, K]`."""
-    told: list[tuple[int, ...]] = []
-
-    def counted(x: Tensor, *rest: Any, gelu: bool = False) -> None:
-        told.append(tuple(x.shape))
-        product(x, *rest, gelu=gelu)
-
-    monkeypatch.setattr(linear, "product", counted)
-    return told
-
-
-def made(n: int, k: int, *, fp8: bool = False) -> NF4Linear:
-    layer = NF4Linear(nf4.quantize(torch.randn(n, k) * torch.logspace(-1, 1, n)[:, None]), torch.randn(n),
-                      ReferenceBackend())  # fmt: skip
-    if fp8:
-        layer.prepare_fp8()
-    return layer
-
-
-def apart(*shape: int) -> Tensor:
-    """Pictures with something between each and the next, which nothing may touch."""
-    batch, tokens, width = shape
-    return torch.full((batch, tokens + 2, width), torch.nan)[:, 1:-1]
-
-
-@pytest.mark.parametrize("batch", [1, 2, 3])
-@pytest.mark.parametrize("tokens", [1, 5])
-@pytest.mark.parametrize("x_apart", [False, True])
-@pytest.mark.parametrize("out_apart", [False, True])
-def test_pictures_that_lie_together_are_one_product(
-    products: list[tuple[int, ...]], batch: int, tokens: int, x_apart: bool, out_apart: bool
-) -> None:
-    layer, values = made(6, 128), torch.randn(batch, tokens, 128)
-    x = (apart(batch, tokens, 128) if x_apart else torch.empty(batch, tokens, 128)).copy_(values)
-    out = apart(batch, tokens, 6) if out_apart else torch.full((batch, tokens, 6), torch.nan)
-    multiply(layer, ScaledTensor(x), out)
-    torch.testing.assert_close(out, layer(values), rtol=1e-4, atol=1e-4)
-    together = batch == 1 or not (x_apart or out_apart)
-    assert products == ([(batch * tokens, 128)] if together else [(tokens, 128)] * batch)
-
-
-@pytest.mark.parametrize(("values_apart", "scale_apart"), [(False, False), (True, False), (False, True), (True, True)])
-def test_pictures_in_fp8_take_their_scales_along(
-    products: list[tuple[int, ...]], values_apart: bool, scale_apart: bool
-) -> None:
-    layer, batch = made(6, 128, fp8=True), 2
-    x = torch.randn(batch, 5, 128) * torch.logspace(-2, 2, 10).view(batch, 5, 1)
-    values = torch.zeros(batch, 7, 128, dtype=FP8)[:, 1:-1] if values_apart else torch.zeros(batch, 5, 128, dtype=FP8)
-    scale = torch.full((batch, 7), torch.nan)[:, 1:-1] if scale_apart else torch.full((batch, 5), torch.nan)
-    reference.quantize(x, operand := ScaledTensor(values, scale))
-    out = torch.full((batch, 5, 6), torch.nan)
-    multiply(layer, operand, out)
-    length = x.norm(dim=-1)[..., None] * nf4.dequantize(nf4.NF4Weight(layer.packed, layer.absmax), torch.float32).norm(
-        dim=1
-    )
-    assert ((out - layer(x)).abs() / length).max() < 0.013
-    assert products == ([(5, 128)] * 2 if values_apart or scale_apart else [(10, 128)])
-
-
-@pytest.mark.parametrize("fp8", [False, True])
-def test_outputs_side_by_side_have_their_rows_scales_and_bias(products: list[tuple[int, ...]], fp8: bool) -> None:
-    layer, x = made(3 + 8 + 1, 128, fp8=fp8), torch.randn(2, 5, 128)
-    operand = ScaledTensor(x)
-    if fp8:
-        reference.quantize(x, operand := ScaledTensor(torch.empty(x.shape, dtype=FP8), torch.empty(2, 5)))
-    parts = [torch.full((2, 5, n), torch.nan) for n in (3, 8, 1)]
-    multiply(layer, operand, parts)
-    whole = torch.full((2, 5, 12), torch.nan)
-    multiply(layer, operand, whole)
-    torch.testing.assert_close(torch.cat(parts, dim=-1), whole)
-    assert products == [(10, 128)] * 4
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_inputs_side_by_side_add_up_and_the_gelu_is_of_all(bias: bool) -> None:
-    """The bias once, and the GELU once, of the last output alone."""
-    layer, xs = made(3 + 8, 64 + 128 + 64), [torch.randn(2, 5, k) for k in (64, 128, 64)]
-    layer.bias = layer.bias if bias else None
-    plain = nn.Linear(256, 11, bias=bias).requires_grad_(False)
-    plain.weight.data = nf4.dequantize(nf4.NF4Weight(layer.packed, layer.absmax), torch.float32)
-    plain.bias = nn.Parameter(layer.bias, requires_grad=False) if layer.bias is not None else None
-    expected = plain(torch.cat(xs, dim=-1))
-    for module in (layer, plain):
-        for gelu in (False, True):
-            first, last = (torch.full((2, 5, n), torch.nan) for n in (3, 8))
-            multiply(module, [ScaledTensor(x) for x in xs], [first, last], gelu=gelu)
-            torch.testing.assert_close(first, expected[..., :3], rtol=1e-4, atol=1e-4)
-            bent = F.gelu(expected[..., 3:], approximate="tanh")
-            torch.testing.assert_close(last, bent if gelu else expected[..., 3:], rtol=1e-4, atol=1e-4)
-
-
-def test_multiply_decodes_in_its_lane_once_and_in_the_inputs_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, told, decode = made(6, 128, fp8=True), [], ReferenceBackend.decode
-
-    def counted(backend: Backend, packed: Tensor, absmax: Tensor, dtype: torch.dtype, *rest: Any) -> Tensor:
-        told.append((dtype, *rest))
-        return decode(backend, packed, absmax, dtype, *rest)
-
-    monkeypatch.setattr(ReferenceBackend, "decode", counted)
-    x, out = torch.randn(1, 5, 128), torch.empty(1, 5, 6)
-    multiply(layer, ScaledTensor(x), [out[..., :2], out[..., 2:]])
-    multiply(layer, ScaledTensor(x), out, 1)
-    reference.quantize(x, operand := ScaledTensor(torch.empty(x.shape, dtype=FP8), torch.empty(1, 5)))
-    multiply(layer, operand, out, lane=1)
-    assert told == [(torch.float32, None, 0), (torch.float32, None, 1), (FP8, layer.row_scale, 1)]
-
-
-def test_multiply_is_for_linears() -> None:
-    with pytest.raises(AssertionError):
-        multiply(nn.Conv2d(1, 1, 1), ScaledTensor(torch.randn(1, 5, 128)), torch.empty(1, 5, 6))
-
-
 def test_the_kinds_of_refusal_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "fused_declined", lambda device: f"no compiler for {device}")
-    monkeypatch.setattr(linear, "bitsandbytes_declined", lambda device: f"no kernel for {device}")
+    monkeypatch.setattr(backends, "fused_declined", lambda device: f"no compiler for {device}")
+    monkeypatch.setattr(backends, "bitsandbytes_declined", lambda device: f"no kernel for {device}")
     assert backend_declined("triton", CARD) == "no compiler for cuda:7"
     assert backend_declined("bitsandbytes", CARD) == "no kernel for cuda:7"
     assert backend_declined("reference", CARD) is None
@@ -293,10 +144,10 @@ def test_the_kinds_of_refusal_are_told_apart(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_log_says_which_backend_and_warns_of_the_slow_one(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.DEBUG, "vortex_core.quant.linear")
+    caplog.set_level(logging.DEBUG, "vortex_core.quant.backends")
     reasons: dict[str, str | None] = {"triton": None, "bitsandbytes": None}
-    monkeypatch.setattr(linear, "fused_declined", lambda device: reasons["triton"])
-    monkeypatch.setattr(linear, "bitsandbytes_declined", lambda device: reasons["bitsandbytes"])
+    monkeypatch.setattr(backends, "fused_declined", lambda device: reasons["triton"])
+    monkeypatch.setattr(backends, "bitsandbytes_declined", lambda device: reasons["bitsandbytes"])
     choices: list[tuple[torch.device, str | None]] = [(CARD, None), (CPU, None), (CARD, "reference"), (CPU, "triton")]
     kinds = [type(choose_backend(*choice)) for choice in choices]
     reasons["triton"] = "no compiler"
@@ -319,19 +170,19 @@ def test_the_log_says_which_backend_and_warns_of_the_slow_one(
 
 def test_bitsandbytes_is_tried_on_a_sample_of_every_code(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Tensor, Tensor, torch.dtype]] = []
-    decode = BitsAndBytesBackend.decode
+    decode = BitsAndBytesBackend.dequantize
 
     def watched(backend: Backend, packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
         seen.append((packed, absmax, dtype))
         return decode(backend, packed, absmax, dtype)
 
-    monkeypatch.setattr(BitsAndBytesBackend, "decode", watched)
+    monkeypatch.setattr(BitsAndBytesBackend, "dequantize", watched)
     assert bitsandbytes_declined(CPU) is None
     ((packed, absmax, dtype),) = seen
     assert sorted(packed.flatten().tolist()) == list(range(256))  # both nibbles in every pair
     assert (packed.dtype, packed.shape, absmax.shape, dtype) == (torch.uint8, (4, 64), (4, 2), torch.float32)
     assert len(set(absmax.flatten().tolist())) == 8
-    monkeypatch.setattr(linear, "missing", lambda module: f"is not here ({module})")
+    monkeypatch.setattr(backends, "missing", lambda module: f"is not here ({module})")
     assert bitsandbytes_declined(CPU) == "it is not here (bitsandbytes)"
     assert len(seen) == 1
 
@@ -343,7 +194,7 @@ def test_the_sample_is_on_the_device_that_is_asked_about(monkeypatch: pytest.Mon
         seen.extend((packed, absmax))
         raise ValueError("no kernel\nand more")
 
-    monkeypatch.setattr(BitsAndBytesBackend, "decode", watched)
+    monkeypatch.setattr(BitsAndBytesBackend, "dequantize", watched)
     assert bitsandbytes_declined(torch.device("meta")) == "no kernel"
     assert [tensor.device.type for tensor in seen] == ["meta", "meta"]
 

@@ -36,7 +36,7 @@ def test_bitsandbytes_quantizes_where_it_does_so_exactly(monkeypatch: pytest.Mon
     monkeypatch.setattr(bnb, "quantize_4bit", fail)
     assert "cannot open shared object" in str(nf4._declined(CPU))
     monkeypatch.setattr(bnb, "quantize_4bit", lambda w, **options: real(w + 1, **options))
-    assert "comes out otherwise" in str(nf4._declined(CPU))
+    assert "differs from the reference" in str(nf4._declined(CPU))
     monkeypatch.setattr(nf4, "missing", lambda module: "does not import (No module named 'bitsandbytes')")
     assert "does not import" in str(nf4._declined(CPU))
 
@@ -108,7 +108,7 @@ def test_backends_agree_on_cuda_without_allocating() -> None:
     lane = torch.empty(3072 * 12288 * 2, dtype=torch.uint8, device=cuda)
     before = torch.cuda.memory_allocated()
     with backend.using(lane):
-        ours = backend.decode(weight.packed, weight.absmax, torch.bfloat16)
+        ours = backend.dequantize(weight.packed, weight.absmax, torch.bfloat16)
     assert torch.cuda.memory_allocated() == before
     assert ours.data_ptr() == lane.data_ptr()
     assert torch.equal(ours, nf4.dequantize(weight, torch.bfloat16))
@@ -119,16 +119,16 @@ def test_the_choice_of_backend_says_why(caplog: pytest.LogCaptureFixture, monkey
     card = torch.device("cuda", 7)  # of which there need not be one
     assert choose_backend(CPU).name == choose_backend(CPU, "reference").name == "reference"
     assert choose_backend(CPU, "bitsandbytes").name == "bitsandbytes"
-    monkeypatch.setattr("vortex_core.quant.linear.fused_declined", lambda device: "no compiler")
-    monkeypatch.setattr("vortex_core.quant.linear.bitsandbytes_declined", lambda device: None)
+    monkeypatch.setattr("vortex_core.quant.backends.fused_declined", lambda device: "no compiler")
+    monkeypatch.setattr("vortex_core.quant.backends.bitsandbytes_declined", lambda device: None)
     assert choose_backend(card).name == "bitsandbytes"
     assert "NF4 backend: bitsandbytes on cuda:7 (triton declined: no compiler)" in caplog.text
-    monkeypatch.setattr("vortex_core.quant.linear.bitsandbytes_declined", lambda device: "no kernel for it")
+    monkeypatch.setattr("vortex_core.quant.backends.bitsandbytes_declined", lambda device: "no kernel for it")
     assert choose_backend(card).name == "reference"
     assert "bitsandbytes declined: no kernel for it" in caplog.text
     with pytest.raises(VortexInputError, match="no kernel for it"):
         choose_backend(CPU, "bitsandbytes")
-    monkeypatch.setattr("vortex_core.quant.linear.fused_declined", lambda device: None)
+    monkeypatch.setattr("vortex_core.quant.backends.fused_declined", lambda device: None)
     assert choose_backend(card).name == "triton"
 
 
@@ -139,19 +139,19 @@ def test_an_unknown_backend_is_refused() -> None:
 
 def test_bitsandbytes_is_declined_where_it_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(BitsAndBytesBackend, "decode", lambda *a: torch.zeros(4, 128))
-        assert bitsandbytes_declined(CPU) == "its decode differs from the reference"
+        patch.setattr(BitsAndBytesBackend, "dequantize", lambda *a: torch.zeros(4, 128))
+        assert bitsandbytes_declined(CPU) == "a sample differs from the reference"
 
         def fail(*arguments: object) -> None:
             raise RuntimeError("no kernel image\nmore")
 
-        patch.setattr(BitsAndBytesBackend, "decode", fail)
+        patch.setattr(BitsAndBytesBackend, "dequantize", fail)
         assert bitsandbytes_declined(CPU) == "no kernel image"
 
         def full(*arguments: object) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-        patch.setattr(BitsAndBytesBackend, "decode", full)
+        patch.setattr(BitsAndBytesBackend, "dequantize", full)
         with pytest.raises(torch.OutOfMemoryError):  # no word on bitsandbytes, so no other backend for it
             bitsandbytes_declined(CPU)
         patch.setitem(__import__("sys").modules, "bitsandbytes", None)

@@ -148,7 +148,7 @@ def test_what_is_due_between_units_can_be_done_later() -> None:
     expected = [module(x) for module in modules(3)]
     acts: list[Callable[[], None]] = []
     with prefetcher.open(staging(groups), rounds=2):
-        with prefetcher.handed(acts.append):
+        with prefetcher.deferred(acts.append):
             for module in made:
                 module(x)
         assert len(lane.told) == 2  # only those that were fetched ahead

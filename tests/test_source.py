@@ -18,8 +18,8 @@ from vortex_core import Engine
 from vortex_core.cli.terminal import OPTIONS
 
 CORE = Path(vortex_core.__file__).parent
-BENCH = CORE / "bench"  # measures under each allocator, and says which it was
-SOURCES = [path for path in sorted(CORE.rglob("*.py")) if BENCH not in path.parents]
+BENCH = (CORE / "bench", CORE / "cli" / "compare.py")  # measure under each allocator, and say which it was
+SOURCES = [path for path in sorted(CORE.rglob("*.py")) if not {path, *path.parents} & set(BENCH)]
 
 # torch's private pools and its allocator's state, the allocators' names and how one is chosen, and tracing on `meta`
 FORBIDDEN = (

@@ -200,7 +200,7 @@ print(len(paths), sorted(heavy & set(sys.modules)))
 def test_ctrl_c_ends_at_once_and_says_what_was_written() -> None:
     script = """
 import os, signal
-from vortex_core import cancel
+from vortex_core.cli import interrupt
 interrupt.install()
 interrupt.tally.begin(4)
 interrupt.tally.written = 2

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import Linear
 
 from vortex_core.errors import VortexWarning
-from vortex_core.memory import offload
-from vortex_core.memory.offload import HostMemory, Prefetcher, WeightGroup
+from vortex_core.memory import host_memory, offload
+from vortex_core.memory.host_memory import HostMemory
+from vortex_core.memory.offload import Prefetcher, WeightGroup
 
 CPU = torch.device("cpu")
 
@@ -105,7 +106,7 @@ def test_one_round_is_the_default_and_acts_are_done_at_once_again() -> None:
     groups, lane = hosted(made), Script()
     prefetcher = Prefetcher(groups, CPU, lane)
     with prefetcher.open(staging(groups)):
-        with prefetcher.handed(lambda act: None):
+        with prefetcher.deferred(lambda act: None):
             made[0](torch.randn(3, 5))
         assert len(lane.told) == 2
         for module in made:
@@ -135,7 +136,9 @@ def test_pinning_that_fails_leaves_no_error_for_the_next_launch(monkeypatch: pyt
 
     monkeypatch.setattr(offload.torch.cuda, "cudart", lambda: Runtime(error=2))
     monkeypatch.setattr(offload.torch, "zeros", zeros)
-    with pytest.warns(VortexWarning, match=r"^No pinned host memory for 0.02 GB \(error 2\); weights stream slower.$"):
+    with pytest.warns(
+        VortexWarning, match=r"^No pinned host memory for 0.02 GB \(error 2\); copies to a GPU are slower.$"
+    ):
         HostMemory(20 * 10**6, pin=True)
     assert launched == [(1, "cuda", 1)]
 
@@ -152,11 +155,11 @@ def test_memory_is_given_back_after_the_last_copy_and_a_lost_device_is_no_error(
     runtime = SimpleNamespace(cudaHostUnregister=lambda pointer: told.append("unregistered"))
     monkeypatch.setattr(offload.torch.cuda, "cudart", lambda: runtime)
     monkeypatch.setattr(offload.torch.cuda, "synchronize", lambda: told.append("synchronized"))
-    offload._unregister(torch.empty(8, dtype=torch.uint8))
+    host_memory._unregister(torch.empty(8, dtype=torch.uint8))
     assert told == ["synchronized", "unregistered"]
 
     def lost() -> None:
         raise RuntimeError("CUDA error: unspecified launch failure")
 
     monkeypatch.setattr(offload.torch.cuda, "synchronize", lost)
-    offload._unregister(torch.empty(8, dtype=torch.uint8))
+    host_memory._unregister(torch.empty(8, dtype=torch.uint8))

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vortex_core import clear_cuda_cache
+from vortex_core.device import vram
 from vortex_core.device.vram import (
     Counters,
     Holder,
@@ -43,9 +44,9 @@ class Allocator:
             (f"{kind}_bytes.all.{what}" for kind in ("allocated", "reserved") for what in ("current", "peak", "freed")),
             0,
         )
-        monkeypatch.setattr(counters.torch.cuda, "memory_stats", lambda device: dict(self.values))
-        monkeypatch.setattr(counters.torch.cuda, "memory_stats_as_nested_dict", lambda device: self.nested())
-        monkeypatch.setattr(counters.torch.cuda, "mem_get_info", lambda device: (60, 100))
+        monkeypatch.setattr(vram.torch.cuda, "memory_stats", lambda device: dict(self.values))
+        monkeypatch.setattr(vram.torch.cuda, "memory_stats_as_nested_dict", lambda device: self.nested())
+        monkeypatch.setattr(vram.torch.cuda, "mem_get_info", lambda device: (60, 100))
 
     def nested(self) -> dict[str, dict[str, dict[str, int]]]:
         found: dict[str, dict[str, dict[str, int]]] = {}
@@ -72,7 +73,7 @@ def test_the_cpu_has_no_vram() -> None:
 
 def test_scoped_peaks_nest_and_reset_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     allocator = Allocator(monkeypatch)
-    monkeypatch.setattr(counters.torch.cuda, "reset_peak_memory_stats", lambda *a: pytest.fail("reset somebody's peak"))
+    monkeypatch.setattr(vram.torch.cuda, "reset_peak_memory_stats", lambda *a: pytest.fail("reset somebody's peak"))
     allocator.change(50)
     with peak(CUDA) as outer:
         allocator.change(20)
@@ -93,7 +94,7 @@ def test_scoped_peaks_nest_and_reset_nothing(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_peak_counts_what_the_driver_keeps_for_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     allocator = Allocator(monkeypatch)
-    monkeypatch.setattr(counters, "graph_memory", lambda device: 8)
+    monkeypatch.setattr(vram, "graph_memory", lambda device: 8)
     with peak(CUDA) as found:
         allocator.change(5)
         allocator.change(4, "allocated")
@@ -135,11 +136,11 @@ def test_a_scope_that_fails_still_tells(monkeypatch: pytest.MonkeyPatch) -> None
 def test_what_is_kept_for_graphs_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever keeps it: natively it is in what torch has reserved."""
     allocator = Allocator(monkeypatch)
-    monkeypatch.setattr(counters.torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0, raising=False)
+    monkeypatch.setattr(vram.torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0, raising=False)
     allocator.change(30)
     allocator.change(25, "allocated")
     before = available(CUDA)
-    monkeypatch.setattr(counters, "graph_memory", lambda device: 4)
+    monkeypatch.setattr(vram, "graph_memory", lambda device: 4)
     assert available(CUDA) == before + 4
 
 
@@ -147,10 +148,10 @@ def test_available_counts_what_could_be_had(monkeypatch: pytest.MonkeyPatch) -> 
     allocator = Allocator(monkeypatch)
     allocator.change(30)
     allocator.change(25, "allocated")
-    monkeypatch.setattr(counters.torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0, raising=False)
+    monkeypatch.setattr(vram.torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0, raising=False)
     assert available(CUDA) == 60 + 30 - 25
     assert available(CUDA, own=10) == 60 + 30 - 15
-    monkeypatch.setattr(counters.torch.cuda, "get_per_process_memory_fraction", lambda device: 0.5, raising=False)
+    monkeypatch.setattr(vram.torch.cuda, "get_per_process_memory_fraction", lambda device: 0.5, raising=False)
     assert available(CUDA, own=10) == 50 - 15
 
 
@@ -160,10 +161,10 @@ class Shared(Allocator):
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, share: float = 1.0, name: str = "NVIDIA H200") -> None:
         super().__init__(monkeypatch)
         self.holders: list[Holder] = []
-        monkeypatch.setattr(counters.torch.cuda, "mem_get_info", lambda device: (60 * GB, 100 * GB))
-        monkeypatch.setattr(counters.torch.cuda, "get_device_name", lambda device: name)
-        monkeypatch.setattr(counters.torch.cuda, "get_per_process_memory_fraction", lambda device: share, raising=False)
-        monkeypatch.setattr(counters, "holders", lambda device: self.holders)
+        monkeypatch.setattr(vram.torch.cuda, "mem_get_info", lambda device: (60 * GB, 100 * GB))
+        monkeypatch.setattr(vram.torch.cuda, "get_device_name", lambda device: name)
+        monkeypatch.setattr(vram.torch.cuda, "get_per_process_memory_fraction", lambda device: share, raising=False)
+        monkeypatch.setattr(vram, "holders", lambda device: self.holders)
         self.change(30 * GB)
         self.change(20 * GB, "allocated")
 
@@ -189,7 +190,7 @@ def test_a_cap_on_the_process_is_named_where_it_is_the_limit(monkeypatch: pytest
 
 def test_a_torch_that_knows_no_cap_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     Shared(monkeypatch, share=0.1)
-    monkeypatch.delattr(counters.torch.cuda, "get_per_process_memory_fraction")
+    monkeypatch.delattr(vram.torch.cuda, "get_per_process_memory_fraction")
     assert available(CUDA, own=20 * GB) == 90 * GB
     assert shortage(CUDA, own=20 * GB) == ""
 
@@ -242,8 +243,8 @@ def emptied(monkeypatch: pytest.MonkeyPatch) -> list[object]:
         yield
         inside.pop()
 
-    monkeypatch.setattr(counters.torch.cuda, "device", device)
-    monkeypatch.setattr(counters.torch.cuda, "empty_cache", lambda: found.extend(inside))
+    monkeypatch.setattr(vram.torch.cuda, "device", device)
+    monkeypatch.setattr(vram.torch.cuda, "empty_cache", lambda: found.extend(inside))
     return found
 
 
@@ -251,7 +252,7 @@ def test_the_driver_tells_and_gives_back_what_graphs_keep(
     monkeypatch: pytest.MonkeyPatch, emptied: list[object]
 ) -> None:
     driver, second = Driver(), torch.device("cuda", 1)
-    monkeypatch.setattr(counters, "_driver_library", lambda: driver)
+    monkeypatch.setattr(vram, "_driver_library", lambda: driver)
     assert [graph_memory(where) for where in (second, CUDA, torch.device("cuda"), CPU)] == [8_000_000, 0, 0, 0]
     hand_back(second)
     assert (emptied, driver.trimmed) == ([second], [41])
@@ -266,7 +267,7 @@ def test_without_a_driver_that_tells_torchs_cache_is_emptied_all_the_same(
     monkeypatch: pytest.MonkeyPatch, emptied: list[object], library: object
 ) -> None:
     """No driver, a device that it does not know, a driver without the function: none is an error."""
-    monkeypatch.setattr(counters, "_driver_library", lambda: library)
+    monkeypatch.setattr(vram, "_driver_library", lambda: library)
     assert graph_memory(torch.device("cuda", 1)) == 0
     hand_back(CUDA)
     assert emptied == [CUDA]
@@ -277,16 +278,16 @@ def test_without_a_driver_that_tells_torchs_cache_is_emptied_all_the_same(
 @pytest.mark.parametrize(("system", "name"), [("nt", "nvcuda.dll"), ("posix", "libcuda.so.1")])
 def test_the_drivers_library_is_looked_for_once(monkeypatch: pytest.MonkeyPatch, system: str, name: str) -> None:
     found = object()
-    load, asked = counters._driver_library.__wrapped__, list[str]()
+    load, asked = vram._driver_library.__wrapped__, list[str]()
 
     def missing(library: str) -> None:
         raise OSError(f"{library}: cannot open shared object file")
 
-    monkeypatch.setattr(counters, "os", SimpleNamespace(name=system))
-    monkeypatch.setattr(counters.ctypes, "CDLL", lambda library: asked.append(library) or found)
+    monkeypatch.setattr(vram, "os", SimpleNamespace(name=system))
+    monkeypatch.setattr(vram.ctypes, "CDLL", lambda library: asked.append(library) or found)
     assert load() is found
     assert asked == [name]
-    monkeypatch.setattr(counters.ctypes, "CDLL", missing)
+    monkeypatch.setattr(vram.ctypes, "CDLL", missing)
     assert load() is None
 
 
@@ -297,16 +298,14 @@ def test_the_counters_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     allocator.change(-5, "allocated")
     assert counters(CUDA) == Counters(allocated=20, reserved=30)
     assert snapshot(CUDA, process=False) == Snapshot(allocated=20, reserved=30, process=None, free=60, total=100)
-    monkeypatch.setattr(counters.torch.cuda, "memory_stats_as_nested_dict", lambda device: {})  # CUDA was not used yet
+    monkeypatch.setattr(vram.torch.cuda, "memory_stats_as_nested_dict", lambda device: {})  # CUDA was not used yet
     assert counters(CUDA) == Counters(allocated=0, reserved=0)
 
 
 def test_capping_sets_torchs_fraction(monkeypatch: pytest.MonkeyPatch) -> None:
     Allocator(monkeypatch)
     told: list[float] = []
-    monkeypatch.setattr(
-        counters.torch.cuda, "set_per_process_memory_fraction", lambda share, device: told.append(share)
-    )
+    monkeypatch.setattr(vram.torch.cuda, "set_per_process_memory_fraction", lambda share, device: told.append(share))
     for limit in (25, 300, None):
         cap_process(CUDA, limit)
     assert told == [0.25, 1.0, 1.0]
@@ -328,7 +327,7 @@ def test_a_ledger_adds_up(components: dict[str, int], others: int, graphs: int, 
 
 def test_the_sampler_sees_what_comes_and_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     allocator = Allocator(monkeypatch)
-    monkeypatch.setattr(counters, "process_memory", lambda device: None)
+    monkeypatch.setattr(vram, "process_memory", lambda device: None)
     seen = threading.Event()
 
     def look(device: torch.device) -> Snapshot:
@@ -337,14 +336,13 @@ def test_the_sampler_sees_what_comes_and_goes(monkeypatch: pytest.MonkeyPatch) -
             seen.set()
         return found
 
-    monkeypatch.setattr(counters, "snapshot", look)
+    monkeypatch.setattr(vram, "snapshot", look)
     with Sampler(CUDA, interval=0.001) as sampler:
         allocator.change(7)
         assert seen.wait(10)
         allocator.change(-7)
     assert sampler.most("reserved") == 7
     assert sampler.most("process") is None
-    assert sampler.least_free == 60
     assert sampler.samples[-1].reserved == 0
     assert not any(thread.name == "vortex-vram-sampler" for thread in threading.enumerate())
 
@@ -361,18 +359,18 @@ def test_nvml_tells_who_is_on_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pynvml, "nvmlShutdown", lambda: None)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda uuid: uuid)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses", lambda handle: running)
-    monkeypatch.setattr(counters.torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="x"))
-    assert counters.holders(CUDA) == [Holder(1, None), Holder(os.getpid(), 5)]
-    assert counters.process_memory(CUDA) == 5
+    monkeypatch.setattr(vram.torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="x"))
+    assert vram.holders(CUDA) == [Holder(1, None), Holder(os.getpid(), 5)]
+    assert vram.process_memory(CUDA) == 5
 
     def missing(*arguments: object) -> None:
         raise Missing
 
     monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses", missing)
-    assert counters.holders(CUDA) == []
-    assert counters.process_memory(CUDA) is None
+    assert vram.holders(CUDA) == []
+    assert vram.process_memory(CUDA) is None
     monkeypatch.setattr(pynvml, "nvmlInit", missing)
-    assert counters.holders(CUDA) == []
+    assert vram.holders(CUDA) == []
 
 
 def test_clear_cuda_cache_logs_what_it_did(caplog: pytest.LogCaptureFixture) -> None:

@@ -10,6 +10,7 @@ Public names load on first use, so that importing the package costs nothing.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from . import errors
 from .moved import install
 
 if TYPE_CHECKING:
@@ -27,26 +28,7 @@ _HOMES = {
     "Engine": "runtime.engine",
     "load_flux_schnell": "runtime.engine",
     "clear_cuda_cache": "device.vram",
-    **dict.fromkeys(
-        (
-            "VortexError",
-            "VortexInputError",
-            "VortexCheckpointError",
-            "VortexDeviceError",
-            "DeviceLostError",
-            "VortexInitializationError",
-            "MemoryPressureError",
-            "NotFiniteError",
-            "BusyError",
-            "DeadlineError",
-            "VortexWarning",
-            "PromptSyntaxWarning",
-            "PromptTruncatedWarning",
-            "NoEffectWarning",
-            "MemoryPressureWarning",
-        ),
-        "errors",
-    ),
+    **{name: "errors" for name in vars(errors) if name.endswith(("Error", "Warning"))},
 }
 
 

@@ -1,4 +1,4 @@
-"""`vortex` and `python -m vortex_core`: what surrounds the command, up before its own modules are there."""
+"""Runs `vortex` and `python -m vortex_core`. Handles interrupts and broken pipes while the command still imports."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def _run() -> int:
         sys.stdout.flush()
         return code
     except OSError as error:
-        if not isinstance(error, BrokenPipeError):  # whoever reads a pipe may have seen enough
+        if not isinstance(error, BrokenPipeError):  # the reader of a pipe may close it early
             print(f"error: {error}", file=sys.stderr)
         _forget(sys.stdout)
         return EXIT_ERROR
 
 
 def _whole(stream: TextIO | None) -> TextIO:
-    """A stream that takes every character, whatever its encoding; closed ones swallow what they get."""
+    """`stream`, able to write every character in any encoding; for a closed one, a stream that discards."""
     if stream is None:
         return open(os.devnull, "w")
     if hasattr(stream, "reconfigure"):
@@ -45,7 +45,7 @@ def _whole(stream: TextIO | None) -> TextIO:
 
 
 def _forget(stream: TextIO) -> None:
-    """Drop what could not be written, which the interpreter would try again when it ends."""
+    """Discard what could not be written: the interpreter would try to write it again when it ends."""
     with suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), stream.fileno())
 

@@ -1,7 +1,7 @@
-"""Everything Vortex raises or warns with: one root each, data on the object, and a sentence that says what to do.
+"""The errors and warnings of Vortex: one root each, data as attributes, and a message that says what to do.
 
-People read the same sentence in Python, in a terminal and in a ComfyUI node. So it speaks of things, not of calls: an
-argument stands in backticks by its name, which a node's widget shares and for which the command puts its option.
+People read the same message in Python, in a terminal and in a ComfyUI node. So it names an argument in backticks: the
+node's widget has the same name, and the command shows its option instead. All classes here are public.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 GB = 1e9  # bytes; GB is 10^9 everywhere in Vortex
-SHOWN = 200  # characters of what somebody gave us that an error repeats
+SHOWN = 200  # characters of a caller's value that an error repeats
 
 
 def quoted(value: object) -> str:
-    """`value` as an error shows it: its `repr`, at most 200 characters of it, whatever `repr` does."""
+    """`value` as errors show it: at most 200 characters of its `repr`, or its type where `repr` fails."""
     if isinstance(value, str | bytes | bytearray):
-        value = value[: SHOWN + 1]  # the repr of 2 MB takes its time
+        value = value[: SHOWN + 1]  # the repr of 2 MB is slow
     try:
         text = repr(value)
-    except Exception:  # of somebody's own class
+    except Exception:  # a class of the caller's
         text = f"<{type(value).__name__}>"
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
 
@@ -32,7 +32,7 @@ class VortexInputError(VortexError, ValueError):
 
 
 class VortexCheckpointError(VortexError):
-    """Files that are missing, unsafe, of another model or damaged. `path` names the culprit where there is one."""
+    """A file is missing, unsafe, damaged or of another model. `path` names it where it is one file."""
 
     def __init__(self, message: str, *, path: str | None = None) -> None:
         super().__init__(message)
@@ -44,14 +44,14 @@ class VortexDeviceError(VortexError):
 
 
 class DeviceLostError(VortexDeviceError):
-    """The device failed while it worked for Vortex, and what is on it is lost: engines there cannot draw any more.
+    """The device failed while it worked for Vortex. What was on it is lost, and engines there cannot draw any more.
 
-    Unload them and load the model again. Most errors of CUDA stay until the process ends; then loading raises this too.
+    Unload them and load the model again. Most CUDA errors stay until the process ends; then loading raises this, too.
     """
 
 
 class NotFiniteError(VortexError):
-    """What was computed is no number: the weights are damaged, or values grew out of range. No picture is returned."""
+    """A result is NaN or infinite: weights are damaged, or values left their type's range. No picture is returned."""
 
 
 class VortexInitializationError(VortexError):
@@ -100,7 +100,7 @@ class MemoryPressureError(VortexError):
 
 
 class BusyError(VortexError):
-    """Too many calls wait for the device, or an `on_step` does not return; nothing was done. `waiting`: how many do."""
+    """Too many calls wait for the device, or an `on_step` does not return. Nothing was done. `waiting`: how many."""
 
     def __init__(self, message: str, *, waiting: int) -> None:
         super().__init__(message)
@@ -108,7 +108,7 @@ class BusyError(VortexError):
 
 
 class DeadlineError(VortexError, TimeoutError):
-    """The time that a call was given is over. The engine stays usable. `deadline` is in seconds."""
+    """The deadline of a call has passed. The engine stays usable. `deadline` is in seconds."""
 
     def __init__(self, message: str, *, deadline: float | None) -> None:
         super().__init__(message)
@@ -124,7 +124,7 @@ class PromptTruncatedWarning(VortexWarning):
 
 
 class PromptSyntaxWarning(VortexWarning):
-    """A prompt has what other programs do not read as words, and Vortex does; the message quotes it."""
+    """A prompt uses syntax of other programs, which Vortex reads as plain words; the message quotes it."""
 
 
 class NoEffectWarning(VortexWarning):
@@ -132,4 +132,4 @@ class NoEffectWarning(VortexWarning):
 
 
 class MemoryPressureWarning(VortexWarning):
-    """VRAM is nearly used up, or more of it than was planned; the message says by what."""
+    """VRAM is nearly full, or more of it was used than planned; the message says by what."""

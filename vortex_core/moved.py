@@ -37,7 +37,7 @@ MOVED = {old or new: f"{room}.{new}" for room, new, old in NAMES}
 
 
 class Moved(MetaPathFinder, Loader):
-    """Finds old names of a package's modules, and gives the modules that have new ones."""
+    """Imports the old names of a package's modules: each is the module at its new name."""
 
     def __init__(self, package: str) -> None:
         self.package = package
@@ -51,29 +51,29 @@ class Moved(MetaPathFinder, Loader):
         return ModuleSpec(fullname, self) if not package and name in MOVED else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        """The module itself, so that both names are one."""
+        """The module at the new name, so that both names are the same object."""
         module = import_module(f"{self.package}.{MOVED[spec.name.removeprefix(f'{self.package}.')]}")
         self.specs[spec.name] = module.__spec__
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """It has run already; what the import system has written over is put back."""
+        """The module has run already. Restore its `__spec__`, which the import system has overwritten."""
         spec = module.__spec__
         assert spec is not None
         module.__spec__ = self.specs.pop(spec.name)
 
 
 def install(package: str) -> None:
-    """Find the old names of `package`, after all others."""
+    """Have the old names of `package` found, after every other finder. They stay until the process ends."""
     if not any(isinstance(finder, Moved) and finder.package == package for finder in sys.meta_path):
         sys.meta_path.append(Moved(package))
 
 
 def attributes_of(package: str, module: str, *names: str) -> Callable[[str], Any]:
-    """The `__getattr__` of a package that has the name of a former module: `names` that were there are in `module`."""
+    """A `__getattr__` for a package that replaced a module of its name: `names` of that module are now in `module`."""
 
     def attribute(name: str) -> Any:
-        if name not in names:  # submodules among them, which are imported then
+        if name not in names:  # also for a submodule, which is imported after this fails
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         return getattr(import_module(module, package), name)
 

@@ -18,15 +18,15 @@ from .utils.packages import first_line, missing
 
 log = logging.getLogger(__name__)
 
-if TYPE_CHECKING:  # whoever looks at headers needs the format alone
+if TYPE_CHECKING:  # reading headers needs the format, not torch
     import torch
     from torch import Tensor
 
 BLOCK = 64
 # Embedders and the last projection are small, and their error would reach every token: they stay unquantized.
 UNQUANTIZED = ("img_in", "txt_in", "time_in", "vector_in", "final_layer.linear")
-CHUNK = 2**21  # values that are taken at once
-DECODE_BYTES = CHUNK * (4 + 2) + 2**16  # of it: the chunk in fp32, its bytes as int32, and the table
+CHUNK = 2**21  # values converted at once
+DEQUANTIZE_BYTES = CHUNK * (4 + 2) + 2**16  # a chunk in fp32, its bytes as int32, and the table
 LEVELS = (
     -1.0,
     -0.6961928009986877,
@@ -80,25 +80,25 @@ def join(weights: Sequence[NF4Weight]) -> NF4Weight:
 
 
 def quantize(weight: Tensor, name: str = "weight") -> NF4Weight:
-    """Quantize `[N, K]` (bf16, fp16 or fp32; K divisible by 64) on the device it is on, with bitsandbytes if it works.
+    """Quantize `[N, K]` (bf16, fp16 or fp32; K divisible by 64) on its device, with bitsandbytes where that works.
 
-    Raises `VortexCheckpointError` if the source holds NaN or infinity: it would pass silently into `absmax`.
+    Raises `VortexCheckpointError` where it holds NaN or infinity, which would pass silently into `absmax`.
     """
     n, k = weight.shape
     if k % BLOCK:
         raise VortexCheckpointError(f"{name} is {n} x {k}; NF4 needs the second size divisible by {BLOCK}.")
     import torch
 
-    made = _quantizer(weight.device)(weight)
-    if not bool(torch.isfinite(made.absmax).all()):
+    quantized = _quantizer(weight.device)(weight)
+    if not bool(torch.isfinite(quantized.absmax).all()):
         raise VortexCheckpointError(f"{name} holds NaN or infinite values; the file is damaged. Download it again.")
-    return made
+    return quantized
 
 
 @cache
 def _quantizer(device: torch.device) -> Quantizer:
-    """The fastest on `device`. Logs why bitsandbytes was declined."""
-    if device.type == "cpu":  # where plain torch is as fast, byte for byte the same, and imported already
+    """The fastest quantizer on `device`. Logs why bitsandbytes was declined."""
+    if device.type == "cpu":  # plain torch is as fast here, gives the same bytes, and is imported already
         return quantize_reference
     why = _declined(device)
     if why is None:
@@ -108,7 +108,7 @@ def _quantizer(device: torch.device) -> Quantizer:
 
 
 def _declined(device: torch.device) -> str | None:
-    """Why bitsandbytes cannot quantize on `device`, or None if it finds the levels themselves again."""
+    """Why bitsandbytes cannot quantize on `device`, or None if a sample of all levels comes back unchanged."""
     import torch
 
     why = missing("bitsandbytes.functional")
@@ -117,11 +117,11 @@ def _declined(device: torch.device) -> str | None:
     sample = torch.tensor(LEVELS, device=device).repeat(2, 2 * BLOCK // len(LEVELS)) * 0.5
     try:
         found = dequantize(_quantize_bitsandbytes(sample), torch.float32)
-    except torch.OutOfMemoryError:  # which says nothing of this install, and is not to be remembered
+    except torch.OutOfMemoryError:  # says nothing about bitsandbytes, and must not be cached
         raise
-    except Exception as error:  # of many kinds, and each only means: not with it
+    except Exception as error:  # of any kind: bitsandbytes does not work here
         return first_line(error)
-    return None if torch.equal(found, sample) else "a sample comes out otherwise than the reference's"
+    return None if torch.equal(found, sample) else "a sample differs from the reference"
 
 
 def _quantize_bitsandbytes(weight: Tensor) -> NF4Weight:
@@ -154,7 +154,7 @@ def quantize_reference(weight: Tensor) -> NF4Weight:
 def dequantize(weight: NF4Weight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """`[N, K]` in `dtype`: level times scale, rounded once. Plain torch, any device.
 
-    Written into `out`, of that shape and type, if it is given; besides it, `DECODE_BYTES` are taken at most.
+    Written into `out`, of that shape and type, if given. Allocates at most `DEQUANTIZE_BYTES` besides.
     """
     import torch
 
@@ -169,5 +169,5 @@ def dequantize(weight: NF4Weight, dtype: torch.dtype, out: Tensor | None = None)
     for packed, absmax, rows in zip(*(part.split(step) for part in (weight.packed, weight.absmax, out)), strict=True):
         values = torch.nn.functional.embedding(packed.int(), pairs).view(-1, k // BLOCK, BLOCK)
         rows.copy_(values.mul_(absmax[..., None]).view(-1, k))
-        del values  # or it would be there still when the next chunk is made
+        del values  # before the next chunk is made
     return out

@@ -131,7 +131,7 @@ def decode() -> None:
 
 
 def fill(linear: NF4Linear, out: Tensor) -> None:
-    KERNELS.decode(linear.packed, linear.absmax, out, linear.row_scale if out.dtype == FP8 else None)
+    KERNELS.dequantize(linear.packed, linear.absmax, out, linear.row_scale if out.dtype == FP8 else None)
 
 
 def products() -> None:

@@ -245,7 +245,7 @@ def plot_fails(bench: Bench, fault: str) -> None:
     """The VRAM Monitor's plot cannot be drawn: the value is passed on all the same."""
     import matplotlib.backends.backend_agg as agg
 
-    sys.path.append(str(Path(__file__).parents[2] / "tests"))
+    sys.path += [str(Path(__file__).parents[2] / place) for place in ("tests", "tools/comfyui")]
     from fake_host import FakeHost, node
 
     error = {"exception": Injected, "out of memory": MemoryError}[fault]

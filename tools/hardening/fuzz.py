@@ -39,7 +39,7 @@ import mutators
 import psutil
 import torch
 
-sys.path.append(str(Path(__file__).parents[2] / "tests"))
+sys.path += [str(Path(__file__).parents[2] / place) for place in ("tests", "tools/comfyui")]
 import specimens
 from typer.testing import CliRunner
 

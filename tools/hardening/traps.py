@@ -33,7 +33,7 @@ STAGES = {  # the files of vortex_core that are the code of a stage
     "step": ("flux1/transformer.py", "flux1/step_buffers.py", "flux1/sampling.py"),
     "decode": ("flux1/vae.py", "flux1/strips.py"),
     "copy out": ("cli/png.py", "cli/pictures.py", "utils/disk.py"),
-    "cache write": ("write.py", "utils/partial.py"),
+    "cache write": ("checkpoint/write.py", "utils/partial.py"),
 }
 Act = Callable[[], None]
 _set: ContextVar[Trap | None] = ContextVar("trap", default=None)  # follows a call to the device's thread
@@ -67,7 +67,7 @@ class Trap:
         while frame is not None:
             path = frame.f_code.co_filename
             if path.startswith(PACKAGE):
-                if path.rpartition(os.sep)[2] in files:
+                if path.removeprefix(PACKAGE).replace(os.sep, "/") in files:
                     return True
                 if not files and str(getattr(frame.f_locals.get("self"), "where", "")).endswith(os.sep + part):
                     return True

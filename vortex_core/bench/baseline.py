@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeGuard
 
-from ..errors import VortexError, VortexInputError
+from ..errors import VortexError
 from ..utils.disk import add_line
-from ..utils.paths import expanded
+from ..utils.paths import user_folder
 from ..utils.printable import printable
 from .latency_report import LatencyReport
 from .machine import Machine
@@ -88,14 +87,9 @@ class History:
 
 
 def default_folder() -> Path:
-    """`$VORTEX_BASELINES`, else in the user's data folder. Raises `VortexInputError` if the user has no home folder."""
-    named, data = os.environ.get("VORTEX_BASELINES"), os.environ.get("XDG_DATA_HOME")
-    if named:
-        return expanded(named)
-    try:
-        return expanded(data or "~/.local/share") / "vortex" / "baselines"
-    except VortexInputError as error:
-        raise VortexInputError("This user has no home folder to keep runs in; name one with --folder.") from error
+    """`$VORTEX_BASELINES`, else in the user's data folder. Raises `VortexInputError` where nobody knows one."""
+    advice = " to keep runs in; name one with --folder."
+    return user_folder("VORTEX_BASELINES", ("XDG_DATA_HOME",), ".local/share", "vortex/baselines", advice)
 
 
 def _parse(line: bytes, where: str) -> Run:

@@ -1,4 +1,4 @@
-"""Everything one model is made of, wherever it came from: folders, single files, the miniature, a pipeline."""
+"""All parts of one model, from any source: a folder, single files, the bundled miniature, a pipeline."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from ..errors import VortexCheckpointError, VortexWarning, quoted
 from ..flux1.spec import FluxSpec, ModelSpec
 from ..storage.files import SAFETENSORS, Raw, open_file, unreadable
 from ..storage.formats import READ, config_format
-from ..storage.tensors import Tensors
 from ..storage.vocabulary import token_count
 from ..utils.paths import expanded
 from .config import read_config, sizes
@@ -46,10 +45,6 @@ class Bundle:
     tokenizer: Tokenizer
     tokenizer_2: Tokenizer
 
-    def tensors(self, kind: str) -> Tensors:
-        """A part's canonical tensors; `kind` is `transformer`, `clip`, `t5` or `vae`."""
-        return self.parts[kind].tensors
-
 
 def open_bundle(
     model: str | Path,
@@ -61,10 +56,10 @@ def open_bundle(
 ) -> Bundle:
     """Open a model by name (`"tiny"`, bundled), diffusers folder or single file; reads configs and headers only.
 
-    `clip`, `t5` and `vae` are files or folders for what the model lacks; they win over what it has. `tokenizers` is a
+    `clip`, `t5` and `vae`: files or folders for parts that the model lacks, or instead of its own. `tokenizers`: a
     folder with `tokenizer/` and `tokenizer_2/`, or the pair of CLIP's and T5's folders.
 
-    Raises `VortexCheckpointError` that says what is missing, unsafe, or another model's.
+    Raises `VortexCheckpointError`, which says what is missing, unsafe, or of another model.
     """
     path = path_of(model)
     parts, configs = find_parts(path, {"clip": clip, "t5": t5, "vae": vae})
@@ -85,16 +80,16 @@ def open_bundle(
 
 
 def path_of(model: str | Path) -> Path:
-    """Where a model lies, by its name (`"tiny"`) or path. It may not exist."""
+    """The path of a model that is given by name (`"tiny"`) or path. Nothing need be there."""
     return TINY if model == "tiny" else _snapshot(expanded(model))
 
 
 def open_pipeline(pipe: FluxPipeline) -> Bundle:
     """The parts of a diffusers `FluxPipeline` (16 or 32 bits, or bitsandbytes NF4), which keeps its own copy.
 
-    Raises `VortexCheckpointError` for FLUX.1-dev, weights quantized in another way, and parts it has not got.
+    Raises `VortexCheckpointError` for FLUX.1-dev, another quantization, and a missing part.
     """
-    from .pipeline import member, part_of  # with torch, which headers do not need
+    from .pipeline import member, part_of  # imports torch, which headers do not need
 
     found = {kind: part_of(pipe, name, kind) for kind, name in SUBFOLDERS.items()}
     tokenizers = (tokenizer_of(member(pipe, name), f"The pipeline's {name}") for name in ("tokenizer", "tokenizer_2"))
@@ -111,7 +106,7 @@ def find_parts(
 ) -> tuple[dict[str, Part], dict[str, dict[str, Any]]]:
     """The parts at `path` and in the `others`, and the configs beside them. Reads headers only.
 
-    Raises `VortexCheckpointError` where there is nothing, or nothing that can be read.
+    Raises `VortexCheckpointError` where nothing is there or it cannot be read.
     """
     for place in (path, *(expanded(other) for other in others.values() if other is not None)):
         _check_readable(place)
@@ -163,7 +158,7 @@ def _check_readable(path: Path) -> None:
 
 
 def _snapshot(path: Path) -> Path:
-    """The model in a folder of a Hugging Face cache, `models--OWNER--NAME`: what `main` names, or the only one."""
+    """The model in a Hugging Face cache's folder `models--OWNER--NAME`: the one that `main` names, or the only one."""
     if not path.name.startswith("models--") or not (path / "snapshots").is_dir():
         return path
     revisions = [folder for folder in (path / "snapshots").iterdir() if folder.is_dir()]
@@ -192,7 +187,7 @@ def _open(path: Path, subfolder: str) -> tuple[Raw, Path | None]:
 
 
 def _open_file(path: Path) -> tuple[Raw, Path | None]:
-    """A file, and the folder of the config that belongs to it: of a shard or an index, the whole model beside it."""
+    """A file, and the folder of its config. A shard or an index stands for the whole model beside it."""
     whole_model = whole_of(path)
     return (open_file(path), None) if whole_model is None else (whole_model, path.parent)
 
@@ -222,7 +217,7 @@ def _bundle(
 
 
 def _check_fit(described: Mapping[str, Any], parts: Mapping[str, Part], tokenizers: Mapping[str, Tokenizer]) -> None:
-    """Raise `VortexCheckpointError` where parts are of different models."""
+    """Raise `VortexCheckpointError` where parts belong to different models."""
     for kind in ("clip", "t5", "vae"):
         where, found = parts[kind].tensors.where, width(kind, described[kind])
         wanted = wanted_width(kind, described["transformer"])
@@ -244,7 +239,7 @@ def _check_fit(described: Mapping[str, Any], parts: Mapping[str, Part], tokenize
 def describe(kind: str, part: Part, config: Mapping[str, Any] | None = None) -> Any:
     """A part's sizes, from its tensors and the config beside them: `FluxSpec`, `ClipSpec`, `T5Spec` or `VaeSpec`.
 
-    Raises `VortexCheckpointError` where it is another model, or the two disagree.
+    Raises `VortexCheckpointError` for another model, and where tensors and config disagree.
     """
     where = part.tensors.where
     try:

@@ -1,8 +1,8 @@
-"""Quantized weights on disk, so that a file is quantized once in its life.
+"""Quantized weights on disk, so that each file is quantized only once.
 
-An entry is addressed by what its source is (headers, sizes, times, sampled blocks), never by where it lies, and is
-an ordinary NF4 file that carries its checksums. Several processes may use one cache at once, and one that cannot be
-written is still read. Whatever goes wrong here costs time, not the picture.
+An entry is an ordinary NF4 file that carries its checksums. Its name is a digest of its source (header, size, time,
+sampled blocks), not of the source's path. Several processes may use one cache at the same time. A cache that cannot be
+written is still read. An error here costs time, never the picture.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from ..storage.materialize import Target
 from ..storage.tensors import Stored, Tensors
 from ..utils.lock import Lock
 from ..utils.partial import partial, parts, sweep
-from ..utils.paths import expanded
+from ..utils.paths import expanded, user_folder
 from .cache_entry import DamagedEntry, EntryFile, manifest_of, metadata
-from .cached_tensors import Kept
+from .cached_tensors import CachedTensors
 from .dialects import Part
 from .identity import check_unchanged, identity
 from .write import Named, Wanted, write_nf4
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of what is written; a new one never reads the old
-SMALLEST = 256 * 10**6  # bytes of a source; quantizing less takes no time worth saving
+FORMAT = 1  # of entries; a new format never reads old ones
+SMALLEST = 256 * 10**6  # bytes of a source; less is quantized fast enough each time
 LIMIT = 60 * 10**9  # bytes of all entries
 CACHED = ("transformer", "t5")  # the parts that are quantized
-PATIENCE = 60.0  # seconds to wait for a process that has the lock and writes nothing
+PATIENCE = 60.0  # seconds to wait for a process that holds the lock and writes nothing
 OURS = re.compile(rf"({'|'.join(CACHED)})-[0-9a-f]{{24}}\.(safetensors|json|lock)")
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One cached part. `nbytes` of the file; `used` is seconds since the epoch."""
+    """One cached part. `nbytes`: of its file. `used`: when it was used last, in seconds since the epoch."""
 
     path: Path
     source: str
@@ -56,21 +56,12 @@ class Entry:
 
 def default_folder() -> Path:
     """`$VORTEX_CACHE`, else the user's cache folder. Raises `VortexInputError` where there is no home folder."""
-    named = os.environ.get("VORTEX_CACHE")
-    if named:
-        return expanded(named)
-    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
-    try:
-        return (expanded(base) if base else Path.home() / ".cache") / "vortex"
-    except RuntimeError as error:
-        raise VortexInputError(
-            "This user has no home folder, so there is no place to keep quantized weights. "
-            "Name a folder in `cache_dir` or $VORTEX_CACHE."
-        ) from error
+    advice = ", so there is no place to keep quantized weights. Name a folder in `cache_dir` or $VORTEX_CACHE."
+    return user_folder("VORTEX_CACHE", ("XDG_CACHE_HOME", "LOCALAPPDATA"), ".cache", "vortex", advice)
 
 
 class Cache:
-    """The entries of one folder (default: `default_folder`, found when first needed); made when first written to.
+    """The entries of one folder, by default `default_folder`. The folder is made when an entry is first written.
 
     Raises `VortexInputError` for a folder that cannot be a path.
     """
@@ -82,47 +73,47 @@ class Cache:
 
     @cached_property
     def folder(self) -> Path:
-        """Where the entries are. Raises `VortexInputError` where there is no default."""
+        """Where the entries are. Raises `VortexInputError` where none was given and there is no default."""
         return self._given or default_folder()
 
     def quantized(self, part: Part, kind: str, modules: Iterable[Named], target: Target) -> Tensors:
-        """The part's tensors with linears in NF4, from the cache where it has them, else put there first.
+        """The part's tensors with linears in NF4, out of the cache; a missing entry is written first.
 
-        Parts that are NF4 already, small or not in files come back as they are; so does a part whose entry cannot
-        be written, with a `VortexWarning`. Raises `VortexCheckpointError` where the part's files change meanwhile.
+        A part that is NF4 already, small or not in files comes back as it is. So does one whose entry cannot be
+        written, with a `VortexWarning`. Raises `VortexCheckpointError` where the part's files change meanwhile.
         """
         if not worth_caching(part):
             return part.tensors
         work = _Work(self, part, kind, Wanted.of(modules), target)
-        stored = work.kept()
-        return part.tensors if stored is None else Kept(stored, work.again, part, target)
+        stored = work.entry()
+        return part.tensors if stored is None else CachedTensors(stored, work.again, part, target)
 
     def lacks(self, part: Part, kind: str) -> bool:
-        """Whether `quantized` would have to quantize and write this part."""
+        """Whether `quantized` has to quantize this part and write an entry."""
         try:
             return kind in CACHED and worth_caching(part) and not self.path_of(part, kind).exists()
-        except (OSError, VortexInputError):  # there is no using this cache, which `quantized` will say
+        except (OSError, VortexInputError):  # this cache cannot be used; `quantized` will warn of it
             return False
 
     def path_of(self, part: Part, kind: str) -> Path:
-        """Where the part's entry is, or would be. Reads the files' identity, once."""
+        """The path of the part's entry, which need not exist. Reads the identity of the part's files, once."""
         key = f"{FORMAT} {kind} {part.stored.prefix} {part.words} {UNQUANTIZED} {self.identity_of(part)}"
         return self.folder / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
 
     def identity_of(self, part: Part) -> str:
-        """What the part's files were when first asked."""
+        """The identity of the part's files, at the first call."""
         if part not in self._identities:
             self._identities[part] = identity(part.stored.raw.files)
         return self._identities[part]
 
     def entries(self) -> list[Entry]:
-        """All entries, the latest used first. Raises `OSError` for a folder that cannot be read."""
+        """All entries, the most recently used first. Raises `OSError` for a folder that cannot be read."""
         return sorted(self._entries(), key=lambda entry: -entry.used)
 
     def _entries(self) -> Iterator[Entry]:
         for path, kind in self._ours():
             if path.suffix == ".safetensors":
-                with contextlib.suppress(OSError):  # another process is just removing it
+                with contextlib.suppress(OSError):  # another process may be removing it
                     status = path.stat()
                     source = "a file that may not be read"
                     with contextlib.suppress(PermissionError):
@@ -130,7 +121,7 @@ class Cache:
                     yield Entry(path, source, kind, status.st_size, status.st_mtime)
 
     def _ours(self) -> Iterator[tuple[Path, str]]:
-        """Files of the names that entries and what belongs to them have, and the kind in the name."""
+        """Files with names of entries, their manifests and locks; and the kind in each name."""
         try:
             names = os.listdir(self.folder)
         except (FileNotFoundError, NotADirectoryError):
@@ -141,9 +132,9 @@ class Cache:
                 yield path, found[1]
 
     def clear(self) -> int:
-        """Remove every entry, and what killed processes left half-written; the bytes of the entries.
+        """Remove every entry, and unfinished files of killed processes; the bytes of the entries.
 
-        Raises `OSError` where something may not be removed, after the rest was.
+        Raises `OSError` if something cannot be removed, after removing the rest.
         """
         freed, refused = 0, []
         for path, _ in self._ours():
@@ -161,7 +152,7 @@ class Cache:
         return freed
 
     def damaged(self) -> Iterator[tuple[Entry, bool]]:
-        """Read every entry whole, and say whether it differs from what was written."""
+        """Read every entry to its end; each entry, and whether it is damaged."""
         for entry in self.entries():
             try:
                 EntryFile(entry.path).verify()
@@ -172,35 +163,35 @@ class Cache:
                 yield entry, False
 
     def shrink(self, keep: Path) -> None:
-        """Remove what was used least lately until the rest is within the limit; `keep` stays."""
+        """Remove the least recently used entries until the rest is within the limit; `keep` stays."""
         total = 0
         for entry in self.entries():
             total += entry.nbytes
             if total > self.limit and entry.path != keep:
-                log.info("Cache over %.0f GB: removing %s, used least lately", self.limit / 1e9, entry.path)
-                with contextlib.suppress(OSError):  # another user's
+                log.info("Cache over %.0f GB: removing %s, least recently used", self.limit / 1e9, entry.path)
+                with contextlib.suppress(OSError):  # it belongs to another user
                     _remove(entry.path)
 
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """One part on its way into a cache and out of it."""
+    """One part that is put into a cache, and read out of it."""
 
     cache: Cache
     part: Part
     kind: str
-    wanted: Wanted  # of the modules while they were empty; a load that is half done fills them
+    wanted: Wanted  # from the modules before they were filled
     target: Target
 
-    def kept(self, damaged: EntryFile | None = None) -> Stored | None:
-        """The part's entry, made first where there is none but a `damaged` one; else None, and a warning."""
+    def entry(self, damaged: EntryFile | None = None) -> Stored | None:
+        """The part's entry; a missing or `damaged` one is written anew. None, and a warning, where that fails."""
         try:
             path = self.cache.path_of(self.part, self.kind)
             sweep(path.parent)
             if damaged is not None and damaged.is_at(path):
                 _remove(path)
             stored = self._open(path) or self._make(path)
-            with contextlib.suppress(OSError):  # another user's cache is no worse
+            with contextlib.suppress(OSError):  # another user's entry can be used, but not marked as used
                 os.utime(path)
             return stored
         except (OSError, VortexInputError, DamagedEntry) as error:
@@ -213,12 +204,12 @@ class _Work:
             return None
 
     def again(self, stored: Stored, error: Exception) -> Stored | None:
-        """The entry made anew in the place of one that could not be read to its end."""
+        """The entry, written anew in the place of one that could not be read to its end."""
         log.warning("Quantizing again: %s", error)
-        return self.kept(damaged=stored.raw if isinstance(stored.raw, EntryFile) else None)
+        return self.entry(damaged=stored.raw if isinstance(stored.raw, EntryFile) else None)
 
     def _open(self, path: Path) -> Stored | None:
-        """The entry at `path`, if there is one; a damaged one is removed."""
+        """The entry at `path`, or None; a damaged one is removed."""
         try:
             raw = EntryFile(path, self.target.progress)
             if raw.said.get("entry", path.stem) != path.stem:
@@ -254,7 +245,7 @@ class _Work:
         return stored
 
     def _wait(self, lock: Lock) -> None:
-        """Wait for the lock while somebody writes, so that work is not done twice."""
+        """Wait for the lock while another process writes, so that the work is not done twice."""
         seen: object = None
         since, said = time.monotonic(), False
         while not lock.answered(0.2):
@@ -282,7 +273,7 @@ class _Work:
 
 
 def _written(folder: Path) -> list[tuple[str, int]]:
-    """How much each process in `folder` has written so far."""
+    """The sizes of the unfinished files in `folder`, by name."""
     found = []
     for path in parts(folder):
         with contextlib.suppress(OSError):
@@ -296,5 +287,5 @@ def _remove(path: Path) -> None:
 
 
 def worth_caching(part: Part) -> bool:
-    """Whether quantizing this part takes long enough to keep the result, and can be told apart by its files."""
+    """Whether quantizing this part takes long enough to keep the result, and its files can identify it."""
     return bool(part.stored.raw.files) and not part.is_nf4 and part.nbytes >= SMALLEST

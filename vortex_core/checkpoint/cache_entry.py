@@ -1,9 +1,8 @@
-"""The file of a cache's entry: plain NF4 in safetensors, every byte of it checked while it is read.
+"""The file of a cache's entry: plain NF4 in safetensors. Every byte is checked while it is read.
 
-Read with positioned reads into memory of our own, never mapped: whoever removes or replaces the file meanwhile
-changes nothing here.
+The file is never mapped, but read into memory: removing or replacing it meanwhile changes nothing here.
 
-Older entries have one SHA-256, in a manifest beside; it is compared once, and checksums are put there.
+Older entries have one SHA-256, in a manifest beside them. It is compared once, and checksums are then written there.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ LARGEST = 100 * 10**6  # bytes of a header, as in safetensors itself
 
 
 class DamagedEntry(VortexCheckpointError):
-    """An entry that is not what was written."""
+    """An entry that differs from what was written."""
 
 
 class EntryFile:
     """An entry's tensors, a `Raw`. Raises `DamagedEntry` when opened or read, and `OSError`.
 
-    `progress(0)` is called now and then while an older entry is compared with its SHA-256.
+    `progress(0)` is called again and again while an older entry is compared with its SHA-256.
     """
 
     def __init__(self, path: Path, progress: Callable[[int], None] = lambda nbytes: None) -> None:
@@ -85,7 +84,7 @@ class EntryFile:
         return bytes(self.read(name).view(-1).view(torch.uint8).numpy().data)
 
     def read(self, name: str, device: torch.device | str = CPU) -> Tensor:
-        """The tensor on `device`, in memory of its own. Raises `DamagedEntry` and `OSError`."""
+        """The tensor on `device`, in new memory. Raises `DamagedEntry` and `OSError`."""
         device = torch.device(device)
         begin = self._start + self._header[name]["data_offsets"][0]
         on = device if device.type == "cuda" else CPU
@@ -114,7 +113,7 @@ class EntryFile:
             self._file.read(begin, memory[: end - begin])
 
     def is_at(self, path: Path) -> bool:
-        """Whether this, and not one made since, is what lies at `path`."""
+        """Whether the file at `path` is still this one."""
         return self._file.is_at(path)
 
     @property
@@ -124,10 +123,10 @@ class EntryFile:
 
 
 class _Checked(FileBytes):
-    """A file whose pieces are compared with `sums`, by where they begin."""
+    """A file whose pieces are compared with `sums`, their checksums by the offset where they begin."""
 
     def __init__(self, path: Path) -> None:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe waits for somebody who writes
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for a writer
             raise DamagedEntry(f"{path} is not a file.", path=str(path))
         super().__init__(path)
         self.where = str(path)
@@ -154,7 +153,7 @@ class _Checked(FileBytes):
 
 
 def metadata(path: Path) -> dict[str, str]:
-    """What an entry says of itself, unchecked; nothing where it is damaged. Raises `OSError`."""
+    """An entry's own metadata, unchecked; empty where it is damaged. Raises `OSError`."""
     try:
         said = json.loads(_Checked(path).header()[1])["__metadata__"]
         return {str(key): str(value) for key, value in said.items()}
@@ -163,7 +162,7 @@ def metadata(path: Path) -> dict[str, str]:
 
 
 def manifest_of(path: Path) -> Path:
-    """Where an older entry's manifest is."""
+    """The path of an older entry's manifest."""
     return path.with_suffix(".json")
 
 
@@ -173,7 +172,7 @@ def _places(header: dict[str, Any], start: int) -> Iterator[tuple[int, int]]:
 
 
 def _sums_beside(path: Path, file: _Checked, progress: Callable[[int], None]) -> list[int]:
-    """The checksums in an older entry's manifest, put there if the file still has its SHA-256."""
+    """The checksums in an older entry's manifest; first written there, if the file still has its SHA-256."""
     try:
         manifest = json.loads(manifest_of(path).read_bytes())
         if CHECKSUMS in manifest:
@@ -197,6 +196,6 @@ def _sums_beside(path: Path, file: _Checked, progress: Callable[[int], None]) ->
     try:
         with partial(manifest_of(path)) as written:
             written.write_text(json.dumps({**manifest, CHECKSUMS: words(sums)}))
-    except OSError:  # another user's: compared again the next time
+    except OSError:  # another user's entry, which is compared again the next time
         pass
     return sums

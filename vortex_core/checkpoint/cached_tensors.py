@@ -1,8 +1,8 @@
-"""A part's tensors out of the cache, whatever becomes of its entry while they are read."""
+"""A part's tensors out of the cache, even if its entry is damaged or removed while they are read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
@@ -18,44 +18,25 @@ from .dialects import Part
 T = TypeVar("T", Tensor, NF4Weight)
 
 
-class Kept:
-    """The tensors of an entry. One that turns out to be damaged is made `again`, else the part itself is read.
+class CachedTensors:
+    """The tensors of an entry, a `Tensors`. A damaged entry is written anew, once; after that the part itself is read.
 
-    `again(stored, error)` makes a new entry in the place of `stored`, or gives None where that cannot be.
+    `again(stored, error)` writes a new entry in the place of `stored`, or returns None where it cannot.
     """
 
     def __init__(
         self, stored: Stored, again: Callable[[Stored, Exception], Stored | None], part: Part, target: Target
     ) -> None:
-        self.where = stored.where
-        self._headers = stored  # which were checked; the data shows when it is read
+        # headers are checked already; the data is checked when it is read
+        self.where, self.names, self.shape, self.nbytes = stored.where, stored.names, stored.shape, stored.nbytes
+        self.check, self.is_nf4, self._has = stored.check, stored.is_nf4, stored.__contains__
         self._stored: Stored | None = stored
         self._again: Callable[[Stored, Exception], Stored | None] | None = again
         self._part = part
         self._target = replace(target, progress=lambda nbytes: None)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._headers
-
-    def names(self) -> Iterable[str]:
-        """See `Stored.names`."""
-        return self._headers.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """See `Stored.shape`."""
-        return self._headers.shape(name)
-
-    def nbytes(self, name: str) -> int:
-        """See `Stored.nbytes`."""
-        return self._headers.nbytes(name)
-
-    def check(self, name: str, *, scales: bool = True) -> None:
-        """See `Stored.check`."""
-        self._headers.check(name, scales=scales)
-
-    def is_nf4(self, name: str) -> bool:
-        """See `Stored.is_nf4`."""
-        return self._headers.is_nf4(name)
+        return self._has(name)
 
     def read(self, name: str, device: torch.device | str = CPU) -> Tensor:
         """See `Stored.read`."""
@@ -79,11 +60,11 @@ class Kept:
             if tensors is not None:
                 tensors.settle()
 
-    def _read(self, kept: Callable[[Stored], T], anew: Callable[[], T]) -> T:
+    def _read(self, from_entry: Callable[[Stored], T], from_part: Callable[[], T]) -> T:
         while self._stored is not None:
             try:
-                return kept(self._stored)
+                return from_entry(self._stored)
             except (DamagedEntry, OSError) as error:
-                again, self._again = self._again, None  # once: a disk that damages two would damage more
+                again, self._again = self._again, None  # once: a disk that damages two entries would damage more
                 self._stored = again(self._stored, error) if again is not None else None
-        return anew()
+        return from_part()

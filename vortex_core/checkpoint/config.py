@@ -1,7 +1,7 @@
-"""A part's sizes: what its tensors say, and what a config beside them adds. A config is data, and only that.
+"""A part's sizes, from its tensors and the config beside them. A config is only data.
 
-The headers have the widths and depths; a config is asked for what they cannot tell (heads of CLIP, groups and scale of
-the VAE), and must agree in the rest. Keys that are not listed here reach nobody.
+The headers have the widths and depths. The config adds what they cannot tell (heads of CLIP, groups and scale of the
+VAE) and must agree in the rest. Keys that are not listed here are ignored.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LARGEST = 10**6  # bytes of a config.json; the released ones have 2,000
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises `VortexCheckpointError` for another file, a damaged, huge or ambiguous one."""
+    """A config.json. Raises `VortexCheckpointError` unless it is a JSON object, not huge, and without double keys."""
     try:
         with path.open("rb") as file:
             data = file.read(LARGEST + 1)
@@ -40,9 +40,9 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def sizes(kind: str, tensors: Tensors, config: Mapping[str, Any] | None = None) -> Any:
-    """The `FluxSpec`, `ClipSpec`, `T5Spec` or `VaeSpec` of `tensors`, of which `config`, where given, tells more.
+    """The `FluxSpec`, `ClipSpec`, `T5Spec` or `VaeSpec` of `tensors` and their `config`, if there is one.
 
-    Raises `VortexCheckpointError` where a number cannot be, or the two disagree.
+    Raises `VortexCheckpointError` for a number out of bounds, and where the two disagree.
     """
     form = FORMS[kind]
     said = None if config is None else form.read(config)
@@ -60,9 +60,9 @@ def sizes(kind: str, tensors: Tensors, config: Mapping[str, Any] | None = None) 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How a part's config is written: `keys` by the spec's field, the fields it may lack, what `others` must be.
+    """How to read a part's config: its `keys` by the spec's fields, `optional` fields, bounds of `others`.
 
-    `alone` is what is taken for what the tensors do not tell, where there is no config.
+    `alone`: the fields to assume where there is no config, from those that the tensors tell.
     """
 
     spec: type[Any]
@@ -73,7 +73,7 @@ class Form:
     alone: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda found: {}
 
     def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The spec's fields that `config` has, within their bounds."""
+        """The spec's fields in `config`, within their bounds."""
         if config.get("guidance_embeds") is True:
             raise VortexCheckpointError(dev_checkpoint_message())
         lacking = [key for name, key in self.keys.items() if key not in config and name not in self.optional]
@@ -93,7 +93,7 @@ def _damaged(what: str) -> VortexCheckpointError:
 
 
 def infer_flux(tensors: Tensors) -> dict[str, Any]:
-    """The transformer's sizes. Raises `VortexCheckpointError` where the file is not a whole FLUX transformer."""
+    """The transformer's sizes. Raises `VortexCheckpointError` unless the file holds a whole FLUX transformer."""
     hidden, in_channels = _shape(tensors, "img_in.weight", 2)
     (head,) = _shape(tensors, "double_blocks.0.img_attn.norm.query_norm.scale", 1)
     return {
@@ -108,7 +108,7 @@ def infer_flux(tensors: Tensors) -> dict[str, Any]:
 
 
 def infer_vae(tensors: Tensors) -> dict[str, Any]:
-    """The decoder's sizes; latent statistics and groups are FLUX's constants, unless a config says others."""
+    """The decoder's sizes, but for latent statistics and groups: FLUX's constants, unless a config has others."""
     return {
         "channels": tuple(_shape(tensors, f"up.{level}.block.0.conv2.weight", 4)[0] for level in range(4)),
         "layers": _blocks(tensors, "up.0.block.{}.conv1.weight") - 1,
@@ -162,7 +162,7 @@ def _shape(tensors: Tensors, name: str, dimensions: int) -> tuple[int, ...]:
 
 
 def _blocks(tensors: Tensors, pattern: str) -> int:
-    """How many blocks there are. A gap was refused when the part was found."""
+    """How many blocks there are. A part with gaps was refused before."""
     return next(i for i in count() if pattern.format(i) not in tensors)
 
 

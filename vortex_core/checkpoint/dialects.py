@@ -1,6 +1,6 @@
-"""Which of the files people have this is: where each part of a model lies in a source, and in what layout.
+"""Recognises the files that people have: which parts a source holds, under which prefix, and in which layout.
 
-A part is recognised by tensors that only it has, under any of the prefixes its writers use.
+A part is recognised by a tensor that only it has, under any of the prefixes in use.
 """
 
 from __future__ import annotations
@@ -18,28 +18,20 @@ from ..storage.formats import ARCHITECTURES, READ, format_of
 from ..storage.tensors import Renamed, Stored, Tensors
 from .key_maps import SWAPPED, flux_sources, t5_gguf_sources, vae_sources
 
-Sources = Callable[[str], tuple[str, ...]]
+SourceNames = Callable[[str], tuple[str, ...]]  # a canonical name to the names that it has in a file
 
 
-def _same(name: str) -> tuple[str, ...]:
-    return (name,)
-
-
-def _bfl_vae(name: str) -> tuple[str, ...]:
-    return (f"decoder.{name}",)
-
-
-def _nested_clip(name: str) -> tuple[str, ...]:
-    return (f"text_model.{name}",)
+def _after(prefix: str) -> SourceNames:
+    return lambda name: (prefix + name,)
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """One way a part is written: a tensor that gives it away, and where canonical tensors come from."""
+    """One way to write a part. `witness`: a tensor that only it has. `swapped`: modules whose halves are swapped."""
 
     words: str
     witness: str
-    sources: Sources
+    sources: SourceNames
     swapped: tuple[str, ...] = ()
 
 
@@ -51,20 +43,20 @@ PREFIXES = {
 }
 LAYOUTS = {
     "transformer": (
-        Layout("BFL", "double_blocks.0.img_attn.qkv.weight", _same),
+        Layout("BFL", "double_blocks.0.img_attn.qkv.weight", _after("")),
         Layout("diffusers", "transformer_blocks.0.attn.to_q.weight", flux_sources, SWAPPED),
     ),
     # transformers 4 writes CLIP's text model under `text_model.`, transformers 5 without
     "clip": (
-        Layout("transformers", "text_model.encoder.layers.0.self_attn.q_proj.weight", _nested_clip),
-        Layout("transformers", "encoder.layers.0.self_attn.q_proj.weight", _same),
+        Layout("transformers", "text_model.encoder.layers.0.self_attn.q_proj.weight", _after("text_model.")),
+        Layout("transformers", "encoder.layers.0.self_attn.q_proj.weight", _after("")),
     ),
     "t5": (
-        Layout("transformers", "encoder.block.0.layer.0.SelfAttention.q.weight", _same),
+        Layout("transformers", "encoder.block.0.layer.0.SelfAttention.q.weight", _after("")),
         Layout("llama.cpp", "enc.blk.0.attn_q.weight", t5_gguf_sources),
     ),
     "vae": (
-        Layout("BFL", "decoder.mid.block_1.norm1.weight", _bfl_vae),
+        Layout("BFL", "decoder.mid.block_1.norm1.weight", _after("decoder.")),
         Layout("diffusers", "decoder.mid_block.resnets.0.norm1.weight", vae_sources),
     ),
 }
@@ -75,12 +67,12 @@ STRANGERS = {
     "joint_blocks.0.x_block.attn.qkv.weight": "a Stable Diffusion 3 checkpoint",
     "distilled_guidance_layer.in_proj.weight": "a Chroma checkpoint",
     "double_stream_modulation_img.lin.weight": "a FLUX.2 checkpoint",
-}  # tensors that give away what people mistake for FLUX.1, under any of the transformer's prefixes
-SHORT = 8  # double blocks of Flex.1-alpha and others that were cut down, with guidance embeddings of their own
+}  # tensors of models that people mistake for FLUX.1, under any of the transformer's prefixes
+SHORT = 8  # double blocks of Flex.1-alpha and others that were cut down and have guidance embeddings of their own
 BLOCKS = (
     *("double_blocks", "single_blocks", "transformer_blocks", "single_transformer_blocks"),
     *("block", "blk", "layers", "up", "up_blocks"),
-)  # what is numbered from 0 on, without gaps
+)  # modules that are numbered from 0 on, without gaps
 DEPTHS = {
     "transformer": (
         (("double_blocks", "transformer_blocks"), "double blocks", "double_blocks"),
@@ -88,14 +80,14 @@ DEPTHS = {
     ),
     "clip": ((("encoder.layers", "text_model.encoder.layers"), "layers", "num_hidden_layers"),),
     "t5": ((("encoder.block", "enc.blk"), "blocks", "num_layers"),),
-}  # what a part's blocks are numbered in, in words, and under which name their count is described
+}  # of each kind of block: the modules that number it, its words, and the spec's field with the count
 BLOCK = re.compile(r"(.*?)\.(\d+)\.")
 LORA = (".lora_A.weight", ".lora_B.weight", ".lora_down.weight", ".lora_up.weight")
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One part of a model in a source, under canonical names. `words` describe how it is written."""
+    """One part of a model in a source, under canonical names. `words` describe its layout and types."""
 
     tensors: Tensors
     stored: Stored
@@ -107,20 +99,20 @@ class Part:
         return bool(self.stored.nf4)
 
     def blocks(self, *families: str) -> int:
-        """How many blocks there are, numbered in the first of `families` that there is."""
+        """How many blocks there are, in the first of `families` that is there."""
         found = numbered(self.stored.names())
         return next((len(found[family]) for family in families if family in found), 0)
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file, about."""
+        """About how many bytes it has in the file."""
         return sum(self.stored.nbytes(name) for name in self.stored.names())
 
 
 def find_part(raw: Raw, kind: str) -> Part | None:
-    """The part `kind` (`transformer`, `clip`, `t5` or `vae`) of a source, or None where it has none.
+    """The part `kind` (`transformer`, `clip`, `t5` or `vae`) of a source, or None.
 
-    Raises `VortexCheckpointError` for FLUX.1-dev, other models, quantizations that are not read, and gaps in blocks.
+    Raises `VortexCheckpointError` for FLUX.1-dev, other models, quantizations that are not read, and missing blocks.
     """
     words = format_of(raw.names(), raw.said)
     if words is not None:
@@ -159,7 +151,7 @@ def _refuse_strangers(raw: Raw) -> None:
 
 
 def _guided(raw: Raw, prefix: str) -> str:
-    """What a transformer with guidance embeddings is: of dev's size, or one of those that were cut down."""
+    """The message for a transformer with guidance embeddings: FLUX.1-dev, or a model that was cut down."""
     numbers = numbered(name.removeprefix(prefix) for name in raw.names() if name.startswith(prefix))
     doubles = numbers.get("double_blocks") or numbers.get("transformer_blocks") or set()
     if len(doubles) != SHORT:
@@ -171,7 +163,7 @@ def _guided(raw: Raw, prefix: str) -> str:
 
 
 def numbered(names: Iterable[str]) -> dict[str, set[int]]:
-    """The numbers that blocks have, by what they are numbered in: `double_blocks`, `encoder.block`."""
+    """The numbers of blocks, by the module that numbers them, such as `double_blocks` or `encoder.block`."""
     found: dict[str, set[int]] = defaultdict(set)
     for name in names:
         block = BLOCK.match(name)
@@ -181,7 +173,7 @@ def numbered(names: Iterable[str]) -> dict[str, set[int]]:
 
 
 def check_depth(kind: str, part: Part, described: Any) -> None:
-    """Raise `VortexCheckpointError` where a file holds more blocks than its config, or what was found of them, says."""
+    """Raise `VortexCheckpointError` where a file holds more blocks than its spec says."""
     for names, words, key in DEPTHS.get(kind, ()):
         held = part.blocks(*names)
         said = getattr(described, key)
@@ -194,18 +186,16 @@ def check_depth(kind: str, part: Part, described: Any) -> None:
 
 
 def depth(flux: FluxSpec) -> str:
-    """How many blocks a transformer has, in words, and whether FLUX.1-schnell, if it is as wide, has others."""
+    """How many blocks a transformer has, in words; and how many FLUX.1-schnell has, if `is_cut`."""
     words = f"{flux.double_blocks} double and {flux.single_blocks} single blocks"
     return f"{words}, where FLUX.1-schnell has 19 and 38" if is_cut(flux) else words
 
 
 def is_cut(flux: FluxSpec) -> bool:
-    """Whether a transformer as wide as FLUX.1-schnell's has other blocks. A narrower one was trained at its size."""
+    """Whether a transformer as wide as FLUX.1-schnell has other numbers of blocks. A narrower one was trained so."""
     whole = FluxSpec()
-    return flux.hidden == whole.hidden and (flux.double_blocks, flux.single_blocks) != (
-        whole.double_blocks,
-        whole.single_blocks,
-    )
+    counts, wholes = ((spec.double_blocks, spec.single_blocks) for spec in (flux, whole))
+    return flux.hidden == whole.hidden and counts != wholes
 
 
 def _refuse_gaps(stored: Stored) -> None:
@@ -222,7 +212,7 @@ def _refuse_gaps(stored: Stored) -> None:
 
 
 def storage(stored: Stored, witness: str) -> str:
-    """How the weights are stored, in words, such as `bf16`, `fp8 e4m3 scaled` or `NF4 nested`."""
+    """How the weights are stored, in words, such as `bf16`, `fp8 e4m3 scaled` or `NF4 with nested scales`."""
     if stored.nf4:
         packed = next(iter(stored.nf4))
         nested = f"{stored.prefix}{packed}.nested_absmax" in stored.raw

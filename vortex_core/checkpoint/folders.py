@@ -1,6 +1,6 @@
-"""The files that make one model in a folder: whole, in shards with their index or without, beside what does not belong.
+"""The files of one model in a folder: whole, or in shards with or without an index; other files may lie beside them.
 
-Raises `VortexCheckpointError` where a file is missing or left from another download, by its name.
+All functions raise `VortexCheckpointError`, with the name, where a file is missing or left from another download.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LONGEST = 16 * 2**20  # bytes of an index
 
 
 def open_folder(folder: Path) -> SafetensorsFiles:
-    """The weights in a model's subfolder; follows the index of a sharded model. macOS' `._` files are passed over."""
+    """The weights in a model's subfolder; an index names the shards. Hidden files, such as macOS' `._`, are skipped."""
     if not folder.is_dir():
         raise VortexCheckpointError(f"Expected a folder at {folder}; there is none.", path=str(folder))
     try:
@@ -30,7 +30,7 @@ def open_folder(folder: Path) -> SafetensorsFiles:
         raise unreadable(folder, "model", error) from error
     indices = [path for path in files if INDEX.match(path.name)]
     if indices:
-        return open_index(min(indices, key=lambda path: len(path.name)))  # a variant's name is longer
+        return open_index(min(indices, key=lambda path: len(path.name)))  # variants have longer names
     weights = _plain([path for path in files if path.suffix.lower() in SAFETENSORS])
     if not weights:
         pickles = [path for path in files if path.suffix.lower() in PICKLES]
@@ -44,7 +44,7 @@ def open_folder(folder: Path) -> SafetensorsFiles:
 
 
 def open_index(index: Path) -> SafetensorsFiles:
-    """The shards that an index names, and nothing else that lies beside them."""
+    """The shards that an index names, without other files beside them."""
     places = _indexed(index)
     opened = _opened(index.parent, [index.parent / name for name in sorted(set(places.values()))], "its index names")
     for tensor, name in places.items():
@@ -58,7 +58,7 @@ def open_index(index: Path) -> SafetensorsFiles:
 
 
 def whole_of(path: Path) -> SafetensorsFiles | None:
-    """The model that a file is one shard of, or the index of; None for a file that is a model itself."""
+    """The whole model, if a file is one shard of it or its index; None for a file that is a model itself."""
     if INDEX.match(path.name):
         return open_index(path)
     if SHARD.match(path.stem) is None or path.suffix.lower() not in SAFETENSORS:
@@ -74,13 +74,13 @@ def whole_of(path: Path) -> SafetensorsFiles | None:
 
 
 def _family(path: Path) -> tuple[str, str] | None:
-    """What shards of one split share: their name, and how many there should be."""
+    """What all shards of a model share: their name, and how many there should be."""
     found = SHARD.match(path.stem)
     return (found[1], found[3]) if found and path.suffix.lower() in SAFETENSORS else None
 
 
 def _plain(weights: Sequence[Path]) -> list[Path]:
-    """Without variants, such as `model.fp16`, of what lies there too."""
+    """`weights` without variants, such as `model.fp16` beside `model`."""
 
     def stem(path: Path) -> str:
         found = SHARD.match(path.stem)
@@ -115,7 +115,7 @@ def _check_shards(folder: Path, weights: Iterable[Path]) -> None:
 
 
 def _opened(folder: Path, weights: Sequence[Path], why: str = "is a link to nothing, or no file") -> SafetensorsFiles:
-    missing = [path.name[:200] for path in weights if not os.path.isfile(path)]  # which raises for no name
+    missing = [path.name[:200] for path in weights if not os.path.isfile(path)]  # no name makes it raise
     if missing:
         raise VortexCheckpointError(
             f"{folder} lacks {', '.join(missing[:3])}, which {why}. The download is incomplete; run it again.",

@@ -1,4 +1,4 @@
-"""What the files of a model are, so that they are known again, and seen to change."""
+"""A digest of a model's files, to recognise them again and to notice changes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SAMPLES, SAMPLE = 16, 64 * 1024  # blocks read from each file, and their size
 
 
 def identity(files: Iterable[Path]) -> str:
-    """What `files` are: header, size, modification time and sampled blocks of each. Reads about 1 MB a file."""
+    """A digest of header, size, modification time and sampled blocks of each file. Reads about 1 MB of each."""
     digest = hashlib.sha256()
     for path in files:
         status = path.stat()
@@ -30,13 +30,13 @@ def identity(files: Iterable[Path]) -> str:
 
 
 def check_unchanged(raw: Raw, before: str, where: str) -> None:
-    """Raise `VortexCheckpointError` unless the files of `raw` have the identity `before`; `where` names them.
+    """Raise `VortexCheckpointError` unless the files of `raw` still have the identity `before`; `where` names them.
 
-    They must be those that were opened, too: `before` may be of others, which took their place before it was found.
+    They must also be the files that were opened: others may have taken their place even before `before` was computed.
     """
     try:
         unchanged = raw.is_as_opened and identity(raw.files) == before
-    except OSError:  # gone, which is a change, too
+    except OSError:  # a file is gone, which is a change, too
         unchanged = False
     if not unchanged:
         raise VortexCheckpointError(

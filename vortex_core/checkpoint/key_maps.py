@@ -1,13 +1,13 @@
-"""Which tensors of other layouts make a canonical one: diffusers' transformer and VAE, llama.cpp's T5.
+"""Names of tensors in other layouts (diffusers' transformer and VAE, llama.cpp's T5), for each canonical name.
 
-BFL's layout is canonical: fused, so fewer and larger products.
+BFL's layout is canonical: its weights are fused, which means fewer and larger products.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from ..flux1.spec import FluxSpec
+from ..flux1.spec import MODULATION_ROWS, FluxSpec
 
 _TOP = {
     "img_in": ("x_embedder",),
@@ -65,37 +65,38 @@ SWAPPED = ("final_layer.adaLN_modulation.1",)  # diffusers stores (scale, shift)
 
 
 def step_shapes(spec: FluxSpec) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what `Transformer(spec)` is filled with, for those who look at a file without torch."""
+    """Names and shapes of the tensors of `Transformer(spec)`, without torch."""
     d, m = spec.hidden, spec.mlp
-    shapes = dict([*_linear("img_in", d, spec.in_channels), *_linear("txt_in", d, spec.context)])
-    for i in range(spec.double_blocks):
-        for stream in ("img", "txt"):
-            block = f"double_blocks.{i}.{stream}"
-            shapes |= dict([*_linear(f"{block}_attn.qkv", 3 * d, d), *_linear(f"{block}_attn.proj", d, d)])
-            shapes |= dict([*_linear(f"{block}_mlp.0", m, d), *_linear(f"{block}_mlp.2", d, m)])
-            shapes |= {f"{block}_attn.norm.{kind}_norm.scale": (spec.head_dim,) for kind in ("query", "key")}
-    for i in range(spec.single_blocks):
-        block = f"single_blocks.{i}"
-        shapes |= dict([*_linear(f"{block}.linear1", 3 * d + m, d), *_linear(f"{block}.linear2", d, d + m)])
-        shapes |= {f"{block}.norm.{kind}_norm.scale": (spec.head_dim,) for kind in ("query", "key")}
-    return shapes | dict(_linear("final_layer.linear", spec.in_channels, d))
+    linears = {"img_in": (d, spec.in_channels), "txt_in": (d, spec.context)}
+    norms = []
+    for block in (f"double_blocks.{i}.{stream}" for i in range(spec.double_blocks) for stream in ("img", "txt")):
+        linears |= {f"{block}_attn.qkv": (3 * d, d), f"{block}_attn.proj": (d, d)}
+        linears |= {f"{block}_mlp.0": (m, d), f"{block}_mlp.2": (d, m)}
+        norms.append(f"{block}_attn")
+    for block in (f"single_blocks.{i}" for i in range(spec.single_blocks)):
+        linears |= {f"{block}.linear1": (3 * d + m, d), f"{block}.linear2": (d, d + m)}
+        norms.append(block)
+    linears["final_layer.linear"] = (spec.in_channels, d)
+    scales = {f"{norm}.norm.{kind}_norm.scale": (spec.head_dim,) for norm in norms for kind in ("query", "key")}
+    return _with_biases(linears) | scales
 
 
 def modulation_shapes(spec: FluxSpec) -> dict[str, tuple[int, ...]]:
-    """As `step_shapes`, of `Modulation(spec)`."""
+    """Names and shapes of the tensors of `Modulation(spec)`, without torch."""
     d = spec.hidden
     linears = {"time_in.in_layer": (d, TIME), "time_in.out_layer": (d, d)}
     linears |= {"vector_in.in_layer": (d, spec.vec), "vector_in.out_layer": (d, d)}
-    doubles = (f"double_blocks.{i}.{stream}_mod.lin" for i in range(spec.double_blocks) for stream in ("img", "txt"))
-    linears |= dict.fromkeys(doubles, (6 * d, d))
-    linears |= {f"single_blocks.{i}.modulation.lin": (3 * d, d) for i in range(spec.single_blocks)}
-    linears |= {"final_layer.adaLN_modulation.1": (2 * d, d)}
-    return dict(pair for name, shape in linears.items() for pair in _linear(name, *shape))
+    blocks = [f"double_blocks.{i}" for i in range(spec.double_blocks)]
+    blocks += [f"single_blocks.{i}" for i in range(spec.single_blocks)]
+    for block in (*blocks, "final_layer"):
+        rows = MODULATION_ROWS[block.partition(".")[0]]
+        linears |= {f"{block}.{name}": (count * d, d) for name, count in rows.items()}
+    return _with_biases(linears)
 
 
-def _linear(name: str, rows: int, columns: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield f"{name}.weight", (rows, columns)
-    yield f"{name}.bias", (rows,)
+def _with_biases(linears: dict[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
+    pairs = (((f"{name}.weight", shape), (f"{name}.bias", shape[:1])) for name, shape in linears.items())
+    return dict(one for pair in pairs for one in pair)
 
 
 def flux_sources(name: str) -> tuple[str, ...]:
@@ -114,7 +115,7 @@ def flux_sources(name: str) -> tuple[str, ...]:
 
 
 def source_rows(sources: Sequence[str], rows: int) -> Iterator[tuple[str, int]]:
-    """How many of a canonical tensor's `rows` each of its `sources` has, in order: `qkv` thirds, `linear1` 1:1:1:4."""
+    """Each of a canonical tensor's `sources`, and how many of its `rows` that has: `qkv` 1:1:1, `linear1` 1:1:1:4."""
     share = rows // (7 if len(sources) == 4 else len(sources))
     for source in sources[:-1]:
         yield source, share

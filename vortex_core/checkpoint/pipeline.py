@@ -1,4 +1,4 @@
-"""The parts of a diffusers pipeline, however it was prepared: compiled, or with weights that hooks have put away."""
+"""The parts of a diffusers pipeline, also of one that is compiled or whose weights hooks have moved away."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def member(pipe: FluxPipeline, name: str) -> Any:
-    """What a pipeline has by that name. Raises `VortexCheckpointError` where it has nothing."""
+    """A pipeline's attribute `name`. Raises `VortexCheckpointError` where it is missing or None."""
     found = getattr(pipe, name, None)
     if found is None:
         raise VortexCheckpointError(
@@ -29,7 +29,7 @@ def part_of(pipe: FluxPipeline, name: str, kind: str) -> tuple[Part, dict[str, A
     """The module `name` as the part `kind`, and its config. Raises `VortexCheckpointError` where it cannot be read."""
     where = f"The pipeline's {name}"
     module = member(pipe, name)
-    module = getattr(module, "_orig_mod", module)  # of a compiled one
+    module = getattr(module, "_orig_mod", module)  # inside a compiled one
     try:
         method, config = getattr(module, "quantization_method", None), module.config
         config = dict(config.to_dict() if hasattr(config, "to_dict") else config)
@@ -56,7 +56,7 @@ def part_of(pipe: FluxPipeline, name: str, kind: str) -> tuple[Part, dict[str, A
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
-    """A module's state, with what accelerate's hooks have put away from where they keep it."""
+    """A module's state; tensors that accelerate's hooks have moved away come from where they keep them."""
     state = dict(module.state_dict())
     for path, child in module.named_modules():
         hook = getattr(child, "_hf_hook", None)
@@ -70,7 +70,7 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _on_disk(module: nn.Module) -> bool:
-    """Whether diffusers has written groups of the weights to files, and left memory of no content in their place."""
+    """Whether diffusers has moved groups of weights to files, and left uninitialized memory in their place."""
     hooks = [
         hook
         for child in module.modules()

@@ -1,4 +1,4 @@
-"""A transformer in any dialect to NF4: what `vortex quantize` does."""
+"""`vortex quantize`: a transformer from any file that is read, written in NF4."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from ..storage.materialize import Target, check
 from ..utils.partial import is_abandoned, is_part, partial
 from ..utils.paths import expanded
 from .bundle import WORDS, describe, find_parts
+from .dialects import Part
 from .identity import check_unchanged, identity
 from .write import CANONICAL, DIFFUSERS, Naming, Wanted, write_nf4
 
@@ -36,23 +37,19 @@ def quantize_file(
 ) -> Path:
     """Write the transformer at `source` in NF4, tensor by tensor; the target.
 
-    A `target` that ends in .safetensors is one file under BFL's names. Any other is a folder that diffusers' own
-    `FluxTransformer2DModel.from_pretrained` reads, with the last projection in NF4 too, as diffusers has it.
-    NF4 sources are copied bit for bit. Raises `VortexCheckpointError` where there is no whole transformer and
-    `VortexInputError` for a target that cannot be, before anything is written; `OSError` where the disk is full, and
-    then nothing is left behind.
+    A `target` that ends in .safetensors is one file with BFL's names. Any other is a folder that diffusers'
+    `FluxTransformer2DModel.from_pretrained` reads; in it the last projection is NF4, too, as diffusers has it.
+    NF4 sources are copied bit for bit. Raises `VortexCheckpointError` where there is no whole transformer, and
+    `VortexInputError` for an impossible target, before anything is written; `OSError` where the disk is full, and then
+    nothing is left behind.
     """
     where = resolve_device(device)
     path = expanded(target)
     check_target(path)
-    parts, configs = find_parts(expanded(source), {})
-    if "transformer" not in parts:
-        raise VortexCheckpointError(f"{source} does not hold {WORDS['transformer']}.", path=str(source))
-    tensors = parts["transformer"].tensors
-    spec = describe("transformer", parts["transformer"], configs.get("transformer"))
+    part, spec = _transformer(source)
     with torch.device("meta"):
         modules = [(Transformer(spec), ""), (Modulation(spec), "")]
-    total = sum(check(module, tensors, prefix) for module, prefix in modules)
+    total = sum(check(module, part.tensors, prefix) for module, prefix in modules)
     done = 0
 
     def progress(count: int) -> None:
@@ -62,13 +59,12 @@ def quantize_file(
             on_progress(min(done, total), total)
 
     read = Target(where, torch.float32, progress)
-    made_by = {"vortex": __version__, "source": Path(source).name}
-    raw = parts["transformer"].stored.raw
-    before = identity(raw.files)
+    metadata = {"vortex": __version__, "source": Path(source).name}
+    before = identity(part.stored.raw.files)
 
     def write(written: Path, naming: Naming) -> None:
-        write_nf4(written, tensors, Wanted.of(modules, naming), read, made_by, naming)
-        check_unchanged(raw, before, str(source))
+        write_nf4(written, part.tensors, Wanted.of(modules, naming), read, metadata, naming)
+        check_unchanged(part.stored.raw, before, str(source))
 
     with torch.inference_mode():
         if path.suffix == ".safetensors":
@@ -82,9 +78,16 @@ def quantize_file(
     return path
 
 
+def _transformer(source: str | Path) -> tuple[Part, FluxSpec]:
+    parts, configs = find_parts(expanded(source), {})
+    if "transformer" not in parts:
+        raise VortexCheckpointError(f"{source} does not hold {WORDS['transformer']}.", path=str(source))
+    return parts["transformer"], describe("transformer", parts["transformer"], configs.get("transformer"))
+
+
 @contextlib.contextmanager
 def _folder(path: Path) -> Iterator[None]:
-    """A folder to write into, of which nothing of ours is left where that fails and it was new."""
+    """Inside, a folder to write into. A new one is removed again where that fails."""
     new = not path.exists() or is_unfinished(path)
     path.mkdir(exist_ok=True)
     try:
@@ -98,7 +101,7 @@ def _folder(path: Path) -> Iterator[None]:
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Whether there is nothing in a folder but what a `quantize_file` that was killed left. Raises `OSError`."""
+    """Whether a folder holds nothing but the remains of a `quantize_file` that was killed. Raises `OSError`."""
     if not folder.is_dir():
         return False
     inside = list(folder.iterdir())
@@ -108,7 +111,7 @@ def is_unfinished(folder: Path) -> bool:
 
 
 def check_target(path: Path) -> None:
-    """Raise `VortexInputError` unless `path` can be a .safetensors file, or a folder that holds nothing else."""
+    """Raise `VortexInputError` unless `path` can be a .safetensors file, or a folder without other files."""
     if not path.parent.is_dir():
         raise VortexInputError(f"There is no folder {path.parent}; make it first.")
     if path.suffix == ".safetensors":
@@ -121,7 +124,7 @@ def check_target(path: Path) -> None:
 
 
 def diffusers_config(spec: FluxSpec) -> dict[str, Any]:
-    """The config.json of a transformer that `write_nf4` wrote in `DIFFUSERS` naming."""
+    """The config.json of a transformer that `write_nf4` wrote with the `DIFFUSERS` names."""
     return {
         "_class_name": "FluxTransformer2DModel",
         "attention_head_dim": spec.head_dim,

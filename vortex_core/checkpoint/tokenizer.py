@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from ..errors import VortexCheckpointError
 from ..storage.vocabulary import END, build, build_clip, guarded, read_pair, read_text
 
-# Where `vortex fetch tokenizers` downloads from, and where a cache is looked through: repository, file.
+# repository and file; all are looked up in the cache, and `vortex fetch tokenizers` downloads the last of each
 CLIP_HOMES = (("openai/clip-vit-large-patch14", "tokenizer.json"),)
 T5_HOMES = (
     ("black-forest-labs/FLUX.1-schnell", "tokenizer_2/tokenizer.json"),
@@ -22,7 +22,7 @@ T5_HOMES = (
 def find_tokenizers(folder: Path | None) -> tuple[Tokenizer, Tokenizer]:
     """CLIP's and T5's: from `folder/tokenizer` and `folder/tokenizer_2`, else from the user's Hugging Face cache.
 
-    Raises `VortexCheckpointError` that says how to get what is missing; nothing is downloaded.
+    Nothing is downloaded. Raises `VortexCheckpointError`, which says how to get what is missing.
     """
     found = locate_tokenizers(folder)
     missing = [name for name, path in found.items() if path is None]
@@ -38,24 +38,24 @@ def find_tokenizers(folder: Path | None) -> tuple[Tokenizer, Tokenizer]:
 
 
 def locate_tokenizers(folder: Path | None) -> dict[str, Path | None]:
-    """Where CLIP's and T5's tokenizers are, or None where they are missing. Reads nothing."""
+    """The paths of CLIP's and T5's tokenizers; None where one is missing. Reads nothing."""
     if folder is not None and has_tokenizers(folder):
         return {"CLIP": folder / "tokenizer", "T5": folder / "tokenizer_2"}
     return {"CLIP": _cached(CLIP_HOMES), "T5": _cached(T5_HOMES)}
 
 
 def has_tokenizers(folder: Path) -> bool:
-    """Whether a model's folder brings its own."""
+    """Whether a model's folder has tokenizers of its own."""
     return (folder / "tokenizer").is_dir() and (folder / "tokenizer_2").is_dir()
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """From a tokenizer.json, or a folder with one, or with CLIP's older pair of vocab.json and merges.txt."""
+    """Read a tokenizer.json, or a folder with one or with CLIP's older pair of vocab.json and merges.txt."""
     file = path if path.is_file() else path / "tokenizer.json"
     if file.is_file():
         return build(read_text(file), file)
     if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
-        return read_pair(path)  # the released folder has CLIP's tokenizer only in this older form
+        return read_pair(path)  # FLUX's released folder has CLIP's tokenizer only in this form
     raise VortexCheckpointError(
         f"{path} holds no tokenizer.json (nor vocab.json and merges.txt). Download it with the model.",
         path=str(path),
@@ -63,9 +63,9 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 
 def tokenizer_of(theirs: Any, where: str) -> Tokenizer:
-    """The tokenizer inside one of transformers', fast or slow, of version 4 or 5. It stays as it is.
+    """The tokenizer inside one of transformers (fast or slow, version 4 or 5), which stays as it is.
 
-    Raises `VortexCheckpointError` where it cannot be had.
+    Raises `VortexCheckpointError` where it cannot be read.
     """
     with guarded(where):
         backend = getattr(theirs, "backend_tokenizer", None)
@@ -84,7 +84,7 @@ def tokenizer_of(theirs: Any, where: str) -> Tokenizer:
 
 
 def fetch_tokenizers() -> list[Path]:
-    """Download both tokenizers into the user's Hugging Face cache; the files. The only place that uses a network.
+    """Download both tokenizers into the user's Hugging Face cache; the files. Nothing else uses a network.
 
     Raises `VortexCheckpointError` where that fails.
     """

@@ -1,7 +1,7 @@
-"""Writing quantized weights: one safetensors file in the plain NF4 dialect, tensor by tensor.
+"""Writes quantized weights into one safetensors file, in plain NF4, tensor by tensor.
 
-safetensors' own writer wants every tensor in memory at once. Sizes are known from shapes, so the header can go
-first and each weight can be quantized, written and forgotten. Writing and summing up run beside the quantizing.
+The writer of safetensors needs all tensors in memory. Here sizes are known from shapes, so the header is written first,
+and each weight is quantized, written and released. Other threads write and compute checksums meanwhile.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from ..storage.tensors import NF4_STATE, Tensors
 from .key_maps import SWAPPED, flux_sources, source_rows
 
 Named = tuple[nn.Module, str]  # a module on `meta`, and the prefix of its tensors' names
-QUEUED = 8  # chunks that wait to be written, each at most half of the largest weight
+QUEUED = 8  # most chunks that wait to be written; each has at most half of the largest weight's bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Naming:
-    """How canonical tensors are written: the names each is cut into by rows, whose halves swap, what stays plain."""
+    """The names in a file: those that a canonical tensor is cut into by rows, swapped ones, unquantized ones."""
 
     sources: Callable[[str], Sequence[str]]
     swapped: tuple[str, ...]
@@ -42,20 +42,20 @@ class Naming:
 
 
 CANONICAL = Naming(lambda name: (name,), (), UNQUANTIZED)
-# diffusers tells modules to leave alone by the last part of their name, and single blocks have a `proj_out` too
+# diffusers skips modules by the last part of their name; that would be `proj_out`, which single blocks have, too
 DIFFUSERS = Naming(flux_sources, SWAPPED, tuple(name for name in UNQUANTIZED if name != "final_layer.linear"))
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Names and shapes of what is written: linears' `weights`, and what stays `plain`."""
+    """Names and shapes of the tensors to write: `weights` of linears, in NF4, and `plain` ones."""
 
     weights: Mapping[str, tuple[int, ...]]
     plain: Mapping[str, tuple[int, ...]]
 
     @classmethod
     def of(cls, modules: Iterable[Named], naming: Naming = CANONICAL) -> Wanted:
-        """What `modules` on `meta` need."""
+        """The tensors of `modules` on `meta`."""
         weights: dict[str, tuple[int, ...]] = {}
         plain: dict[str, tuple[int, ...]] = {}
         for module, prefix in modules:
@@ -77,10 +77,10 @@ def write_nf4(
     metadata: Mapping[str, str],
     naming: Naming = CANONICAL,
 ) -> None:
-    """Write the `wanted` tensors into `path`, a new file, linears in NF4, checksums in the header.
+    """Write the `wanted` tensors into a new file, linears in NF4, with checksums in the header.
 
-    Host memory holds what stays unquantized and a few weights. Raises `OSError` where the disk is full or not
-    writable; what is written till then is the caller's to remove.
+    Host memory holds all plain tensors and a few weights. Raises `OSError` where the disk is full or not writable; the
+    caller then removes the file.
     """
     plain = {name: tensors.read(name).view(shape) for name, shape in wanted.plain.items()}
     header: dict[str, Any] = {}
@@ -142,22 +142,22 @@ def _chunks(
 
 
 def _state(n: int, k: int) -> bytes:
-    # bitsandbytes' own keys; dtype is what its users decode to
+    # bitsandbytes' own keys; dtype is what its users dequantize to
     return json.dumps({"quant_type": "nf4", "blocksize": BLOCK, "dtype": "bfloat16", "shape": [n, k]}).encode()
 
 
 def _bytes(tensor: Tensor) -> memoryview:
     tensor = tensor.detach().contiguous()
     if tensor.device.type == "cuda":
-        # fresh pageable memory is slower to fill than the disk's cache; torch keeps and reuses pinned blocks
+        # new pageable memory is filled more slowly than the disk's cache; torch reuses pinned blocks
         tensor = host_buffer(tensor.shape, tensor.dtype, tensor.device).copy_(tensor)
     return memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
 
 
 class _Writer:
-    """Writes a header, then chunks in order, each a tensor, and sums them up in another thread while the next is made.
+    """Writes a header, then chunks in order, each a tensor. One thread writes, another computes checksums.
 
-    The checksums take their place in the header at the end.
+    The checksums are put into the header at the end.
     """
 
     def __init__(self, path: Path, header: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
@@ -168,12 +168,12 @@ class _Writer:
         self._text = text + b" " * (-len(text) % 8)
         self._sums = [checksum(self._text)]
         self._file = path.open("xb")
-        self._threads = [ThreadPoolExecutor(1), ThreadPoolExecutor(1)]  # one each keeps the order
+        self._threads = [ThreadPoolExecutor(1), ThreadPoolExecutor(1)]  # one thread each, which keeps the order
         first = len(self._text).to_bytes(8, "little") + self._text
         self._queue: deque[Future[Any]] = deque([self._threads[0].submit(self._file.write, first)])
 
     def put(self, chunk: bytes | memoryview) -> None:
-        """Take a chunk, which must not change any more. Raises what went wrong with one before it."""
+        """Take a chunk, which must not change any more. Raises the error of an earlier chunk."""
         for thread, work in zip(self._threads, (self._file.write, self._sum), strict=True):
             self._queue.append(thread.submit(work, chunk))
         while len(self._queue) > 2 * QUEUED:

@@ -1,4 +1,4 @@
-"""The device: which one, its streams, its counters, and the one thread that does all work on it."""
+"""The device: which one it is, its streams and memory counters, and the one thread that does all work on it."""
 
 from ..moved import attributes_of
 

@@ -1,4 +1,4 @@
-"""Pictures on their way out: whether what a device computed is finite. One pass, no memory, and nobody waits for it."""
+"""Checks that computed pictures are finite: in one pass, without memory, and without waiting for the device."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ WHY = (
 
 
 def total(values: Tensor) -> Tensor:
-    """The sum of `values`, a scalar where they are: not finite where one of them is not."""
-    return values.sum(dtype=torch.float32 if values.dtype is torch.float16 else None)  # which ends at 65,504
+    """The sum of `values`, a scalar on their device: not finite where one of them is not."""
+    return values.sum(dtype=torch.float32 if values.dtype is torch.float16 else None)  # float16 ends at 65,504
 
 
 def check_finite(values: Tensor, what: str) -> None:
-    """Raise `NotFiniteError` where one of `values` is not; it waits for the device that has them."""
+    """Raise `NotFiniteError` where one of `values` is not finite. Waits for their device."""
     if not math.isfinite(total(values).item()):
         raise NotFiniteError(f"{what} is not finite (NaN). {WHY}")
 
 
 class Verdicts:
-    """Of the pictures of one device. On the CPU they are checked at once.
+    """Checks the pictures of one device: on the CPU at once, on a GPU when the next call looks.
 
-    A GPU draws on while its caller goes on. So the sum is fetched behind the picture, without waiting, and looked at by
-    the next call; whoever takes a picture off the device, and so waits for it anyway, checks that for himself.
+    A GPU still draws when its caller goes on, so nobody waits here: the sum is copied to the host after the picture. A
+    caller that copies a picture to the host waits anyway, and uses `check_finite`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -43,7 +43,7 @@ class Verdicts:
         self._pending: deque[tuple[str, Tensor, torch.cuda.Event]] = deque()
 
     def check(self, pictures: Tensor, what: str) -> None:
-        """Raise `NotFiniteError` on the CPU; elsewhere have `tell` do it in the log."""
+        """Raise `NotFiniteError` on the CPU. On a GPU, leave it to `tell`."""
         if self._device.type != "cuda":
             check_finite(pictures, what)
             return
@@ -52,7 +52,7 @@ class Verdicts:
         self._pending.append((what, fetched, torch.cuda.current_stream(self._device).record_event()))
 
     def tell(self) -> None:
-        """Log those pictures, drawn by now, that are not finite."""
+        """Log which of the pictures that are finished by now are not finite."""
         while self._pending and self._pending[0][2].query():
             what, fetched, _ = self._pending.popleft()
             if not math.isfinite(fetched.item()):

@@ -1,4 +1,4 @@
-"""A call on its way to a worker (device/worker.py), and what code inside it may do: check, ask its caller, warn."""
+"""A call that a worker runs (device/worker.py), and what code inside it may do: check, ask its caller, warn."""
 
 from __future__ import annotations
 
@@ -21,44 +21,46 @@ from ..utils.numeric import finite
 if TYPE_CHECKING:
     from .worker import Worker
 
-PACKAGE = os.path.join(os.path.dirname(__file__), "")
+PACKAGE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
 
 T = TypeVar("T")
 Args = TypeVarTuple("Args")
 Where = tuple[str, int, str, dict[Any, Any]]  # file, line, module, the module's registry of warnings
 
-asked: ContextVar[tuple[Question, ...]] = ContextVar("vortex_asked", default=())  # those that we are inside of
+asked: ContextVar[tuple[Question, ...]] = ContextVar(
+    "vortex_asked", default=()
+)  # whose functions this code is inside of
 
 
 class Cancelled(BaseException):
-    """Inside a job: its caller is gone. No caller sees it, and no `except Exception` catches it."""
+    """Raised inside a job whose caller is gone. No caller sees it, and no `except Exception` catches it."""
 
 
 class Bell:
-    """Rung by anyone at any moment, a finalizer too, and heard once. An Event's lock is no RLock."""
+    """Wakes one waiting thread. Even a finalizer may ring it, at any moment, where an Event's plain lock might hang."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._lock.acquire()
 
     def ring(self) -> None:
-        """Have the one who waits, or the next who will, go on."""
+        """Wake the thread that waits, or else the next one that will."""
         with suppress(RuntimeError):  # rung already
             self._lock.release()
 
     def wait(self, timeout: float = -1) -> None:
-        """Until it rings, or `timeout` seconds are over."""
+        """Wait until it rings, or for `timeout` seconds."""
         self._lock.acquire(timeout=timeout)
 
 
 class Outcome:
-    """What a call came to. Whoever takes it takes it away, so that nothing is held."""
+    """The result or the error of a call. `take` removes it, so that it keeps no memory."""
 
     result: Any = None
     error: BaseException | None = None
 
     def take(self) -> Any:
-        """The result, or the exception raised: the same object, with the frames of both threads."""
+        """Return the result, or raise the error: the same object, with the frames of both threads."""
         result, error = self.result, self.error
         self.result = self.error = None
         if error is None:
@@ -67,15 +69,15 @@ class Outcome:
         try:
             raise error
         finally:
-            if context is not None:  # `raise` puts what the caller handles at the moment in its place
+            if context is not None:  # `raise` has replaced it by what the caller handles now
                 error.__context__ = context
-            del error, context  # the exception knows this frame
+            del error, context  # the exception refers to this frame
 
 
 class Job(Outcome):
-    """A call on its way. `where`, for a warning, is known of a caller who cannot be asked, a coroutine.
+    """A submitted call. `where`, the line to warn at, is set for a coroutine, which cannot be asked.
 
-    `question` waits to be answered by the caller; `asking` is open until the job goes on.
+    `question` waits until the caller answers it. `asking` is the same question, until the job goes on.
     """
 
     notify: Callable[[], None]
@@ -93,15 +95,15 @@ class Job(Outcome):
         self.call: Any = call
         self.context: Any = copy_context()
         self.stream = worker.order.foreign()
-        # the asked function in which this was submitted: who asked there waits for it
+        # the question whose function submitted this job: its job waits for this one
         self.origin = next((q for q in reversed(asked.get()) if q.open and q.worker is worker), None)
         self.question: Question | None = None
         self.asking: Question | None = None
         self.running = self.done = self.gone = False
-        self.held_up = False  # a call was given up because what this one asked did not return
+        self.held_up = False  # another call gave up, because this job's question was not answered
 
     def check(self) -> None:
-        """Raise what ends the job early: its caller is gone, its time is up, its device is lost."""
+        """Raise what ends the job early: its caller is gone, its deadline has passed, its device is lost."""
         if self.gone:
             raise Cancelled
         self.worker.check()
@@ -112,11 +114,11 @@ class Job(Outcome):
             )
 
     def pause(self) -> float | None:
-        """Seconds until its time in the queue is up; None: it runs, or has all the time."""
+        """Seconds that it may still wait in the queue; None where it runs, or has no deadline."""
         return None if self.running or self.limit is None else max(0.0, self.limit - monotonic())
 
     def finish(self) -> None:
-        """It is over: what it held is let go, and what it came to where nobody wants that."""
+        """End the job. It lets go of what it held, and of its result where the caller is gone."""
         self.call = self.context = self.owner = self.origin = self.where = self.stream = None
         if self.gone:
             self.result = self.error = None
@@ -124,7 +126,7 @@ class Job(Outcome):
 
 
 class Question(Outcome):
-    """A function that a job wants to have run on the thread of its caller. Open until the job goes on."""
+    """A function that a job has run on the thread of its caller. It is `open` until the job goes on."""
 
     def __init__(self, job: Job, call: Callable[[], Any]) -> None:
         self.worker, self.owner = job.worker, job.owner
@@ -133,7 +135,7 @@ class Question(Outcome):
         self.open, self.answered = True, False
 
     def answer(self) -> None:
-        """Run it, here, and tell the worker."""
+        """Run the function on this thread, and wake the worker."""
         token = asked.set((*asked.get(), self))
         try:
             with torch.inference_mode():
@@ -146,42 +148,42 @@ class Question(Outcome):
         self.worker.bell.ring()
 
     def close(self) -> None:
-        """The job goes on, or has ended."""
+        """End the question: its job goes on, or has ended."""
         self.open = False
         self.call = self.owner = self.result = self.error = None
 
 
 class _Here(threading.local):
     worker: Worker | None = None  # whose thread this is
-    job: Job | None = None  # that runs on it
+    job: Job | None = None  # the job that runs on it
 
 
 here = _Here()
 
 
 def check() -> None:
-    """For code that draws, at every step: end here if the job's deadline is over or its caller gone."""
+    """Raise where the running job must end: its deadline has passed, or its caller is gone. Called at every step."""
     if (job := here.job) is not None:
         job.check()
 
 
 def ask(function: Callable[[Unpack[Args]], T], *args: *Args) -> T:
-    """`function(*args)` on the thread and in the context of the job's caller; right here where no job runs.
+    """Run `function(*args)` on the thread and in the context of the job's caller; here where no job runs.
 
     A coroutine's thread does not wait, so for `arun` it runs here, in a copy of the context. What it raises is raised
-    here. While it runs, jobs that it submits are served, and after `PATIENCE` seconds those of other owners.
+    here. Meanwhile the worker runs jobs that it submits, and after `PATIENCE` seconds those of other owners.
     """
     job = here.job
     return function(*args) if job is None else job.worker.ask(job, partial(function, *args))
 
 
 def inside(owner: object) -> bool:
-    """Whether we are inside a function that a job of `owner` asked for."""
+    """Whether this code runs inside a function that a job of `owner` asked for."""
     return any(question.open and question.owner is owner for question in asked.get())
 
 
 def warn(message: str, category: type[Warning]) -> None:
-    """Give a warning at the line, outside this package, that made the call. It raises where a filter says so."""
+    """Warn at the line outside this package that made the call. Raises where a filter makes warnings errors."""
     job = here.job
     if job is None:
         warnings.warn_explicit(message, category, *outside())
@@ -192,7 +194,7 @@ def warn(message: str, category: type[Warning]) -> None:
 
 
 def outside() -> Where:
-    """The innermost line outside this package. By folder: as a part of another package it has another name."""
+    """The innermost line outside this package, by its folder: inside another package it has another name."""
     frame = sys._getframe(1)
     while frame.f_code.co_filename.startswith(PACKAGE) and frame.f_back is not None:
         frame = frame.f_back

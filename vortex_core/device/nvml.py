@@ -1,7 +1,7 @@
-"""NVML: who is on a card, its clocks, its driver. It only observes, so whatever goes wrong, the answer is None.
+"""NVML: the processes on a card, its clocks, its driver. It only observes: whatever fails, the answer is None.
 
-What is installed as `pynvml` may be NVIDIA's module of any age, an older package of another author, or something else
-of that name; drivers lack calls, and raise errors that no version of the module names.
+The installed `pynvml` may be NVIDIA's module of any age, an older package of another author, or something else of that
+name. Drivers lack calls, and raise errors that no version of the module names.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ T = TypeVar("T")
 
 
 def ask(question: Callable[[Any], T]) -> T | None:
-    """What `question` answers of the module pynvml, initialized; None where that fails in any way."""
+    """The result of `question(pynvml)`, with the module initialized; None where anything fails."""
     why = missing("pynvml")
     if why is not None:
-        log.debug("NVML does not tell: pynvml %s", why)
+        log.debug("NVML does not answer: pynvml %s", why)
         return None
     try:
         import pynvml
@@ -36,15 +36,15 @@ def ask(question: Callable[[Any], T]) -> T | None:
             with suppress(Exception):
                 pynvml.nvmlShutdown()
     except Exception as error:
-        log.debug("NVML does not tell: %s", first_line(error))
+        log.debug("NVML does not answer: %s", first_line(error))
         return None
 
 
 def ask_card(device: torch.device, question: Callable[[Any, Any], T]) -> T | None:
-    """`ask`, of a CUDA device: the question is given the module and the card's handle."""
+    """The result of `question(pynvml, handle)` for a CUDA device; None where anything fails."""
 
     def of_card(pynvml: Any) -> T:
-        # by UUID: NVML counts all cards, torch only those CUDA_VISIBLE_DEVICES leaves
+        # by UUID: NVML counts all cards, torch only those in CUDA_VISIBLE_DEVICES
         uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
         return question(pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid))
 

@@ -1,7 +1,7 @@
-"""The CUDA streams of a device, and the workspaces that cuBLAS keeps for them: one set a process, for all engines.
+"""The CUDA streams of a device, and cuBLAS' workspaces for them: one set a process, for all engines.
 
-torch takes streams out of a pool in turn, and cuBLAS keeps a workspace for each that it ever multiplied on, in each
-thread. So streams are made once, and products run on one thread (device/worker.py).
+torch hands out streams of a pool in turn, and cuBLAS keeps a workspace for each thread and stream that it multiplied
+on. So streams are made once, until the process ends, and products run on one thread (device/worker.py).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .vram import Counters, counters
 
 
 class Streams(NamedTuple):
-    """Those that Vortex uses on a device, beside the default one."""
+    """The streams that Vortex uses on a device besides the default one."""
 
     side: torch.cuda.Stream
     capture: torch.cuda.Stream
@@ -29,11 +29,11 @@ class Streams(NamedTuple):
 LARGEST = 64 * 2**20  # bytes that a workspace may take; 33 MiB on Hopper, 9 on earlier cards
 
 _lock = threading.Lock()
-_streams: dict[int, Streams] = {}
+_streams: dict[int, Streams] = {}  # by card
 
 
 def streams_of(device: torch.device) -> Streams | None:
-    """The streams of a device, made once a process; None on the CPU."""
+    """The streams of a device; None on the CPU."""
     if device.type != "cuda":
         return None
     with _lock:
@@ -44,21 +44,21 @@ def streams_of(device: torch.device) -> Streams | None:
 
 @cache
 def blas_of(device: torch.device) -> Blas:
-    """What is known of cuBLAS' workspaces on a device."""
+    """The one `Blas` of a device."""
     return Blas(device)
 
 
 class Blas:
-    """cuBLAS' workspaces for the default stream and others of a device, on the thread that multiplies.
+    """cuBLAS' workspaces for the default stream and others of a device, on the worker's thread.
 
-    `generation` counts how often they were found to be elsewhere: `torch._C._cuda_clearCublasWorkspaces`, which
-    torch.compile's graphs call, frees all of them for the whole process, and a captured step would go on writing to
-    memory that is somebody else's. torch tells no address, but it tells that it allocates.
+    `generation` counts how often they moved. `torch._C._cuda_clearCublasWorkspaces`, which torch.compile's graphs call,
+    frees all of the process' workspaces; a captured step would go on writing to memory that others use by then. torch
+    does not tell a workspace's address, but its counters show that it allocates one.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.generation = device, 0
-        self._sizes: dict[torch.cuda.Stream, int] = {}  # bytes, as they were when they came
+        self._sizes: dict[torch.cuda.Stream, int] = {}  # bytes that each took when it was allocated
         self._factors: tuple[Tensor, ...] = ()
 
     def nbytes(self, streams: Iterable[torch.cuda.Stream]) -> int:
@@ -66,9 +66,9 @@ class Blas:
         return sum(self._sizes.get(stream, 0) for stream in {*self._default(), *streams})
 
     def ensure(self, streams: Iterable[torch.cuda.Stream]) -> Counters:
-        """See to it that there are workspaces for the default stream and these, and that they are where they were.
+        """Make sure that the default stream and these have workspaces, and count a generation where they moved.
 
-        What torch has allocated and reserved then.
+        Returns torch's counters afterwards.
         """
         wanted, now = [*self._default(), *streams], counters(self.device)
         if not wanted:
@@ -79,7 +79,7 @@ class Blas:
             now = counters(self.device)
         before = now.allocated
         if self._sizes.keys() >= set(wanted):
-            self.multiply(wanted[-1])  # they are freed all together, so one tells of all
+            self.multiply(wanted[-1])  # all are freed together, so one product tells
             last, now = before, counters(self.device)
             before = now.allocated
             if before == last:
@@ -89,14 +89,14 @@ class Blas:
             self.multiply(stream)
             now = counters(self.device)
             taken, before = now.allocated - before, now.allocated
-            if taken > LARGEST:  # somebody else allocated meanwhile
+            if taken > LARGEST:  # another thread allocated meanwhile
                 taken = next(filter(None, self._sizes.values()), LARGEST // 2)
-            # what was there before is of a thread that has ended, and not ours
+            # none taken: a workspace of an ended thread is used again, which is not ours
             self._sizes[stream] = taken if taken > 0 else self._sizes.get(stream, 0)
         return now
 
     def multiply(self, stream: torch.cuda.Stream) -> None:
-        """A product of cuBLASLt's and one of cuBLAS' own on a stream: each asks for its workspace there."""
+        """Run one product of cuBLASLt and one of cuBLAS on a stream: each takes its workspace there."""
         bias, x, w, out = self._factors
         with torch.cuda.stream(stream):
             torch.addmm(bias, x, w, out=out)
@@ -107,38 +107,38 @@ class Blas:
 
 
 class Order:
-    """How a caller's stream and the worker's, the default one, wait for each other; on the CPU none is foreign."""
+    """Has a caller's stream and the worker's, the default one, wait for each other. On the CPU it does nothing."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def enter(self) -> None:
-        """Make the device this thread's."""
+        """Make the device this thread's current one."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
 
     def default(self) -> torch.cuda.Stream:
-        """The worker's."""
+        """The worker's stream."""
         return torch.cuda.default_stream(self.device)
 
     def on_default(self) -> AbstractContextManager[Any]:
-        """Inside, the default stream is this thread's, as it is outside of functions that are asked for."""
+        """Inside, the default stream is this thread's current one, whatever a function that a job asked for has set."""
         return torch.cuda.stream(self.default()) if self.device.type == "cuda" else nullcontext()
 
     def foreign(self) -> torch.cuda.Stream | None:
-        """The caller's stream where it is not the one that the worker uses."""
+        """The caller's current stream, or None where it is the worker's."""
         if self.device.type != "cuda":
             return None
         stream = torch.cuda.current_stream(self.device)
         return None if stream == self.default() else stream
 
     def follow(self, caller: torch.cuda.Stream | None, value: object = None) -> None:
-        """Let the worker's work wait for what the caller has launched, and use `value`."""
+        """Have the worker's stream wait for what the caller has launched, and use the tensors in `value`."""
         if caller is not None:
             self._wait(self.default(), caller, value)
 
     def lead(self, caller: torch.cuda.Stream | None, value: object = None) -> None:
-        """Let the caller's work wait for what the worker has launched, and use `value`."""
+        """Have the caller's stream wait for what the worker has launched, and use the tensors in `value`."""
         if caller is not None:
             self._wait(caller, self.default(), value)
 

@@ -1,9 +1,9 @@
 """How many threads torch computes with on the CPU.
 
-OpenMP's threads wait for each other by spinning, hundreds of times a picture. Where products are as small as the
-bundled model's, and other programs want the cores, each wait may last as long as a thread is not scheduled: pictures
-then take several times as long as with one thread. The number of threads is one of each thread that computes, so the
-device's own can have few, and the rest of the process keeps what it has.
+OpenMP's threads wait for each other by spinning, hundreds of times a picture. The bundled model's products are small.
+When other programs use the cores, each wait may last until a thread is scheduled again, and a picture takes several
+times as long as with one thread. torch keeps this number for each thread, so the worker's can be small, and the rest
+of the process keeps its own.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from typing import TypeVar
 
 import torch
 
-SMALL = 1024  # a model less wide than this gains nothing by a second thread
+SMALL = 1024  # a narrower model gains nothing by a second thread
 
 T = TypeVar("T")
 
 
 def use(width: int) -> None:
-    """Have this thread compute with as many threads as suit a model of `width`: one, or those of the process."""
+    """Have this thread compute with one thread for a model of small `width`, else with as many as the process has."""
     if width < SMALL and torch.get_num_threads() == 1:
         return
-    # a thread that is new has the process' number, whatever was chosen here before
+    # a new thread has the process' number, whatever was chosen for this one
     process = _elsewhere(torch.get_num_threads)
     count = 1 if width < SMALL else process
     if torch.get_num_threads() != count:
-        torch.set_num_threads(count)  # of this thread, and of those that are new
-        _elsewhere(lambda: torch.set_num_threads(process))  # which shall have what they had
+        torch.set_num_threads(count)  # this sets it for new threads, too
+        _elsewhere(lambda: torch.set_num_threads(process))  # and this sets theirs back
 
 
 def _elsewhere(call: Callable[[], T]) -> T:
-    """What `call` returns in a thread of its own."""
+    """The result of `call` in a new thread."""
     found: list[T] = []
     thread = threading.Thread(target=lambda: found.append(call()), name="vortex-threads")
     thread.start()

@@ -1,8 +1,8 @@
-"""What the device's memory holds: torch's two counters, the process as NVML sees it, the whole device.
+"""How a device's memory is used: torch's two counters, the process as NVML sees it, the whole device.
 
 `allocated` is what tensors take, `reserved` what torch's allocator keeps for them, `process` that plus the CUDA
 context and libraries. What captured steps allocate is in `reserved` with torch's own allocator; with cudaMallocAsync
-the driver has it, and tells (`graph_memory`). All in bytes; GB is 10^9.
+the driver keeps it (`graph_memory`). All in bytes; GB is 10^9.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Bytes at one moment. `process` is None where NVML does not tell (no driver, another PID namespace)."""
+    """Bytes at one moment. `process` is None where NVML does not know it (no driver, another PID namespace)."""
 
     allocated: int
     reserved: int
@@ -46,16 +46,16 @@ class Counters:
 
 
 def counters(device: torch.device) -> Counters:
-    """Those of a CUDA device at the moment; zeros on the CPU, and before CUDA was used."""
+    """The counters of a CUDA device now; zeros on the CPU, and before CUDA was used."""
     stats = torch.cuda.memory_stats_as_nested_dict(device) if device.type == "cuda" else None
     if not stats:
         return Counters(allocated=0, reserved=0)
-    # as it comes: `memory_stats` flattens and sorts all of it, for 0.4 ms
+    # nested: `memory_stats` flattens and sorts it all, which takes 0.4 ms
     return Counters(stats["allocated_bytes"]["all"]["current"], stats["reserved_bytes"]["all"]["current"])
 
 
 def snapshot(device: torch.device, *, process: bool = True) -> Snapshot:
-    """The counters of a CUDA device; zeros on the CPU, which has no VRAM. NVML takes a millisecond: if `process`."""
+    """A device's memory now; zeros on the CPU. NVML, which takes a millisecond, is asked only if `process`."""
     if device.type != "cuda":
         return Snapshot(allocated=0, reserved=0, process=None, free=0, total=0)
     free, total = torch.cuda.mem_get_info(device)
@@ -70,20 +70,20 @@ def snapshot(device: torch.device, *, process: bool = True) -> Snapshot:
 
 
 def process_memory(device: torch.device) -> int | None:
-    """Bytes NVML accounts to this process on a CUDA device, or None where it cannot tell."""
+    """Bytes that NVML counts for this process on a CUDA device, or None where it does not know."""
     return next((holder.nbytes for holder in holders(device) if holder.pid == os.getpid()), None)
 
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """A process with memory on a device. `nbytes` is None where the driver does not tell."""
+    """A process with memory on a device. `nbytes` is None where the driver does not tell it."""
 
     pid: int
     nbytes: int | None
 
 
 def holders(device: torch.device) -> list[Holder]:
-    """The processes that NVML sees on a CUDA device; none where it cannot tell."""
+    """The processes that NVML sees on a CUDA device; none where it does not answer."""
     return ask_card(device, _holders) or []
 
 
@@ -95,14 +95,14 @@ def _holders(pynvml: Any, card: Any) -> list[Holder]:
 
 
 def _told(used: Any) -> int | None:
-    """Bytes, or None where NVML does not tell, for which some modules have the largest number of 64 bits."""
+    """Bytes, or None where NVML does not know them; some modules then give the largest 64-bit number."""
     return None if used is None or int(used) >= 2**63 else int(used)
 
 
 def available(device: torch.device, own: int = 0) -> int | None:
-    """Bytes that torch could reserve for whoever holds `own` of what is allocated; None on the CPU.
+    """Bytes that torch could reserve for an engine that holds `own` of the allocated bytes; None on the CPU.
 
-    What the driver has free, what torch and graphs keep for nobody, and `own`; less where the process is capped.
+    That is what the driver has free, what torch and graphs keep unused, and `own`; less where the process is capped.
     """
     if device.type != "cuda":
         return None
@@ -111,7 +111,7 @@ def available(device: torch.device, own: int = 0) -> int | None:
 
 
 def shortage(device: torch.device, own: int = 0) -> str:
-    """Why `available` is not more, in words: a cap on the process, a slice of a card, other programs and models."""
+    """What limits `available`, in words: a cap on the process, a slice of a card, other programs and models."""
     if device.type != "cuda":
         return ""
     now, words = snapshot(device, process=False), []
@@ -140,7 +140,7 @@ def _cap(device: torch.device, total: int) -> int:
 
 
 def hand_back(device: torch.device) -> None:
-    """Give the driver what torch has cached, and what graphs that are gone have left, on a CUDA device."""
+    """Return to the driver what torch has cached, and what deleted graphs have left, on a CUDA device."""
     if device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.empty_cache()
@@ -158,7 +158,7 @@ def graph_memory(device: torch.device) -> int:
 
 
 def _driver(name: str, device: torch.device, *arguments: Any) -> None:
-    """Call the driver, which torch does not do for us; it only observes and tidies, so a failure is no error."""
+    """Call the driver where torch has no function for it. That only observes and tidies, so a failure is no error."""
     library = _driver_library()
     if library is None:
         return
@@ -166,7 +166,7 @@ def _driver(name: str, device: torch.device, *arguments: Any) -> None:
     try:
         if library.cuDeviceGet(ctypes.byref(handle), device.index or 0) == 0:
             getattr(library, name)(handle, *arguments)
-    except Exception as error:  # an old driver, or another's library of that name
+    except Exception as error:  # an old driver, or another library of that name
         log.debug("%s: %s", name, error)
 
 
@@ -180,22 +180,19 @@ def _driver_library() -> Any:
 
 
 def cap_process(device: torch.device, nbytes: int | None) -> None:
-    """Have torch refuse to reserve more than `nbytes` in this whole process, whoever asks; None: no cap.
-
-    The cap is the process', not Vortex': set it only in a process that is yours.
-    """
+    """Have torch refuse to reserve more than `nbytes` in the whole process, not for Vortex alone; None: no cap."""
     total = torch.cuda.mem_get_info(device)[1]
     torch.cuda.set_per_process_memory_fraction(1.0 if nbytes is None else min(1.0, nbytes / total), device)
 
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """Who holds what is reserved on a device, in bytes; `rows` add up to `held`.
+    """What the reserved bytes of a device are used for; `rows` add up to `held`.
 
-    `components` are Vortex'. `graphs` keep memory that no tensor has: in what torch has reserved, or, with
-    cudaMallocAsync, in what the driver has (`outside`). `others` is what is allocated besides: pictures and tensors of
-    callers, other models. `cached` is what torch has reserved and nobody holds, the rounding of segments among it.
-    `pinned` is host memory that is pinned, by use; it is no part of the sum.
+    `components` are Vortex'. `graphs` is memory of captured graphs, which no tensor has: part of `reserved`, or, with
+    cudaMallocAsync, of the driver's memory (`outside`). `others` is allocated besides: pictures and tensors of callers,
+    other models. `cached` is reserved and unused, with the rounding of segments. `pinned` is pinned host memory by use,
+    and no part of the sum.
     """
 
     components: Mapping[str, int]
@@ -207,17 +204,17 @@ class Ledger:
 
     @property
     def held(self) -> int:
-        """What torch has reserved, and the driver for graphs."""
+        """What torch has reserved, and the driver keeps for graphs."""
         return self.reserved + self.outside
 
     @property
     def others(self) -> int:
-        """Allocated by anybody else."""
+        """Allocated by other code than Vortex."""
         return self.allocated - sum(self.components.values())
 
     @property
     def cached(self) -> int:
-        """Reserved and free."""
+        """Reserved and unused."""
         return self.held - self.allocated - self.graphs
 
     @property
@@ -228,7 +225,7 @@ class Ledger:
 
 @dataclass(slots=True)
 class Peak:
-    """The most that torch had within a scope, in bytes. Where `exact` is False it may have been more in between."""
+    """The most that torch had within a scope, in bytes. Where `exact` is False, it may have been more."""
 
     allocated: int = 0
     reserved: int = 0
@@ -237,11 +234,11 @@ class Peak:
 
 @contextmanager
 def peak(device: torch.device) -> Iterator[Peak]:
-    """The peak of what is inside; filled in at the end. Scopes nest, and nobody's statistics are reset.
+    """The peak of what runs inside, filled in at the end. Scopes nest, and torch's statistics are not reset.
 
-    torch keeps one peak for the whole process, which others read and reset. It tells this scope's whenever it rises in
-    here. Where it does not, an earlier peak was higher; then the counters of what went to and came from the driver
-    tell the peak of reserved, if nothing was handed back in here, and only that of allocated may be missed.
+    torch keeps one peak a process, which others read and reset. Where it rises inside, it is this scope's. Else an
+    earlier peak was higher; then, if nothing was freed inside, memory only grew, and its last value is the peak. The
+    peak of `reserved` is nearly always known so; that of `allocated` may be missed.
     """
     found = Peak()
     if device.type != "cuda":
@@ -262,41 +259,33 @@ def _peak(before: Mapping[str, int], after: Mapping[str, int], counter: str) -> 
     first, last, most = (f"{counter}.all.{what}" for what in ("current", "freed", "peak"))
     if after[most] > before[most]:
         return after[most], True
-    counts = after.get(f"{counter}.all.allocated", 1) > 0  # cudaMallocAsync's backend does not count what goes
-    if counts and after[last] == before[last]:  # nothing was given back, so it only grew
+    counts = after.get(f"{counter}.all.allocated", 1) > 0  # cudaMallocAsync's backend does not count what is freed
+    if counts and after[last] == before[last]:  # nothing was freed, so it only grew
         return after[first], True
     return max(before[first], after[first]), False
 
 
 class Sampler(Timeline[Snapshot]):
-    """Snapshots of a device in the background; see `Timeline`.
-
-    Shorter spikes than the interval are missed; torch's own peaks (`peak`) are not, but NVML keeps none.
-    """
+    """A `Timeline` of snapshots. Spikes shorter than its interval are missed; `peak` sees those of torch."""
 
     def __init__(self, device: torch.device, interval: float = INTERVAL) -> None:
         super().__init__(partial(snapshot, device), interval=interval)
 
     @property
     def samples(self) -> list[Snapshot]:
-        """The oldest first."""
+        """The snapshots, oldest first."""
         return [moment.reading for moment in self.moments]
 
     def most(self, counter: str) -> int | None:
         """The largest value of a `Snapshot` field; None where it was never known."""
         return max((value for s in self.samples if (value := getattr(s, counter)) is not None), default=None)
 
-    @property
-    def least_free(self) -> int:
-        """The least the whole device had free."""
-        return min(s.free for s in self.samples)
-
 
 def clear_cuda_cache() -> int:
-    """Hand torch's unused cached memory back to the driver; the bytes freed. The last resort, not a habit.
+    """Return torch's unused cached memory to the driver; the bytes freed. The last resort, not a habit.
 
-    Vortex never calls it between pictures: the next allocation of each size asks the driver again (milliseconds
-    each, and a device synchronization), so the next picture is slower.
+    It makes the next picture slower, so Vortex never calls it between pictures: the next allocation of each size asks
+    the driver again, which takes milliseconds and a device synchronization.
     """
     if not torch.cuda.is_available():
         log.info("clear_cuda_cache: there is no CUDA device, nothing to free")

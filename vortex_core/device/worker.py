@@ -1,17 +1,17 @@
-"""One thread a device does all of a process' work there, whoever calls.
+"""One thread for each device does all of a process' work there, whichever thread calls.
 
-Why: cuBLAS keeps a workspace for each thread and stream, so threads that draw would each add memory; calls are served
-in the order in which they come; deadlines and cancelling have a place to live.
+Why: cuBLAS keeps a workspace for each thread and stream, so every thread that draws would add memory; calls are served
+in the order in which they come; deadlines and cancelling have their place here.
 
-`Worker.run` queues a job and waits; `Worker.arun` is the same for a coroutine. What a job `ask`s runs on the thread of
-its caller, which waits anyway. A job that is submitted in there runs at once, inside the one that asked.
+`Worker.run` queues a job and waits; `Worker.arun` does so for a coroutine. A function that a job `ask`s for runs on the
+thread of its caller, which waits anyway. A job that this function submits runs at once, inside the job that asked.
 
-In the main thread a KeyboardInterrupt may come between any two instructions, and a finalizer anywhere in any thread.
-So there is one RLock, held for a few instructions, nobody waits while holding it, and waiting is done with `Bell`.
+In the main thread a KeyboardInterrupt may come between any two instructions; a finalizer may run anywhere in any
+thread. So there is one RLock, held for a few instructions and never while waiting; threads wait with a `Bell`.
 Left out: priorities, and stopping a kernel that runs. A job ends early only where it asks or checks.
 
-A worker can be lost: its device failed, or it is another process', which was forked. Then every call says so; for a
-device that failed a new worker is made, which works where the device still does.
+A worker can be lost: its device has failed, or it belongs to the process that this one was forked from. Then every call
+raises. After a device has failed, the next engine gets a new worker, which works if the device does.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from .jobs import PACKAGE, Bell, Cancelled, Job, Question, here, outside
 from .streams import Order
 
 QUEUE = 64  # jobs that may wait for a worker
-PATIENCE = 0.5  # seconds that an asked function may take before others' jobs are served
-HELD_UP = 10.0  # seconds that it may take while somebody waits whom only its return would serve
-WAIT = 0.1  # seconds a caller waits at a time: Windows may not interrupt a lock
+PATIENCE = 0.5  # seconds that a function a job asked for may take before jobs of other owners run
+HELD_UP = 10.0  # seconds that it may take while a call waits that can only run after it
+WAIT = 0.1  # seconds that a caller waits at a time: on Windows a lock may not be interrupted
 LOST = re.compile(r"CUDA (driver )?error|Triton Error \[CUDA\]|CU(BLAS|DNN)_STATUS_(EXECUTION|INTERNAL)")
 # a library that refuses a call, or has no memory for it, leaves the device as it was
 NOT_LOST = re.compile(r"out of memory|_STATUS_(?!EXECUTION|INTERNAL|MAPPING)", re.IGNORECASE)
@@ -48,31 +48,31 @@ _lock = threading.RLock()
 
 
 def _let_go(error: BaseException) -> None:
-    """Have the frames of this package that raised forget their locals: whoever keeps the error would keep memory."""
+    """Clear the locals of this package's frames in the traceback: who keeps the error would keep their memory."""
     trace = error.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code.co_filename.startswith(PACKAGE):
-            with suppress(RuntimeError):  # it still runs
+            with suppress(RuntimeError):  # the frame still runs
                 trace.tb_frame.clear()
         trace = trace.tb_next
 
 
 class Worker:
-    """The thread of one device. Get it from `worker_of`. It starts with a job and ends with the last engine."""
+    """The thread of one device; see `worker_of`. It starts with the first job and ends with the last engine."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.order = Order(device)
         self.bell = Bell()
         self._queue: list[Job] = []
-        self._stack: list[Job] = []  # that run, each inside the one before
+        self._stack: list[Job] = []  # jobs that run, each inside the one before
         self._engines: set[object] = set()
         self._ended = False
-        # the process in which the thread lives: a fork leaves it behind. Not Thread.is_alive: an interrupt in there
-        # makes Python 3.11 take a living thread for a dead one
+        # the process in which the thread runs: a fork has no copy of it. Not Thread.is_alive, which in Python 3.11 is
+        # False for a living thread after an interrupt inside it
         self._serving: int | None = None
         self._process = os.getpid()
-        self._lost: str | None = None  # why
+        self._lost: str | None = None  # why the device is lost
 
     def check(self) -> None:
         """Raise `DeviceLostError` where the device has failed, and `VortexInputError` in a forked process."""
@@ -81,16 +81,16 @@ class Worker:
         if self._process != os.getpid():
             raise VortexInputError(
                 f"This engine is of process {self._process}, and a fork has left its thread behind. Load the model in "
-                "this process: on the CPU, as CUDA works in no fork; or start processes by spawn."
+                "this process, on the CPU, as CUDA does not work in a fork; or start processes by spawn."
             )
 
     @property
     def lost(self) -> bool:
-        """Whether nobody can work here any more."""
+        """Whether no job can run here any more."""
         return self._lost is not None or self._process != os.getpid()
 
     def attach(self, engine: object) -> Callable[[], None]:
-        """Keep the worker alive until the callable returned is called, or the engine collected."""
+        """Keep the worker alive until the returned function is called, or `engine` is collected."""
         token = object()
         detach = weakref.finalize(engine, self._detach, token)
         with _lock:
@@ -110,11 +110,11 @@ class Worker:
         self.bell.ring()
 
     def run(self, call: Callable[[], T], *, owner: object = None, deadline: float | None = None) -> T:
-        """Run `call` on the thread, and wait; right here if this is the thread.
+        """Run `call` on the worker's thread, and wait for it. On that thread, run it right here.
 
-        It runs in a copy of the caller's context, in inference mode, after those that were submitted before.
+        It runs in a copy of the caller's context, in inference mode, after the calls that were submitted before.
         `deadline` is in seconds from now. Raises what `call` raises, `VortexInputError`, `BusyError`, `DeadlineError`
-        and `DeviceLostError`. A KeyboardInterrupt goes on when the worker has let go of the job; a second one at once.
+        and `DeviceLostError`. A KeyboardInterrupt is raised once the worker has left the job; a second one at once.
         """
         self.check()
         job = Job(self, call, owner, deadline)
@@ -140,11 +140,11 @@ class Worker:
             job.result = job.error = None
             raise
         finally:
-            if not job.done:  # a second interrupt, maybe before the first was heeded: nobody will answer
+            if not job.done:  # a second interrupt, maybe before the first took effect: no caller is left
                 self._cancel(job)
 
     async def arun(self, call: Callable[[], T], *, owner: object = None, deadline: float | None = None) -> T:
-        """`run` for a coroutine. When its task is cancelled, it ends as soon as the worker has let go of the job."""
+        """`run` for a coroutine. If its task is cancelled, it ends once the worker has left the job."""
         self.check()
         job = Job(self, call, owner, deadline)
         loop = asyncio.get_running_loop()
@@ -173,7 +173,7 @@ class Worker:
 
     def _submit(self, job: Job) -> None:
         with _lock:
-            self.check()  # while nobody can lose it
+            self.check()  # under the lock, so that it cannot be lost meanwhile
             waiting = len(self._queue)
             if waiting >= QUEUE and job.origin is None:
                 raise BusyError(
@@ -183,12 +183,12 @@ class Worker:
                 )
             self._queue.append(job)
             asleep = self._serving != os.getpid()
-        if asleep:  # not under the lock: `start` waits. Of two that are started one serves
+        if asleep:  # not under the lock: `start` waits. If two threads start, one ends at once
             threading.Thread(target=self._serve, name=f"vortex-{self.device}", daemon=True).start()
         self.bell.ring()
 
     def _cancel(self, job: Job) -> bool:
-        """Take a job out of the queue, or have it end at its next step. Whether it never ran."""
+        """Take a job out of the queue, or have it end at its next step. Returns whether it never ran."""
         with _lock:
             job.gone = True
             if waits := not (job.running or job.done) or self._process != os.getpid():
@@ -199,8 +199,8 @@ class Worker:
         return waits
 
     def _watch(self, job: Job) -> None:
-        """Raise what ends the wait for a turn: no time left, or one who draws and will not return before us."""
-        if self._process != os.getpid():  # in the child of a fork: nobody answers here
+        """Raise what ends the wait for a turn: the deadline, or an `on_step` that waits for this very job."""
+        if self._process != os.getpid():  # in the child of a fork, where no worker runs
             self.check()
         if job.pause() == 0:
             with _lock:
@@ -240,7 +240,7 @@ class Worker:
             del job
 
     def _next(self, question: Question | None = None, patient: bool = False) -> Job | None:
-        """The next job of the queue; while a question is open, the next that may run in the middle of the asker."""
+        """The next job of the queue; with an open `question`, the next that may run inside the job that asked it."""
         with _lock:
             for job in self._queue:
                 if question is not None and job.origin is not question:
@@ -268,7 +268,7 @@ class Worker:
         job.notify()
 
     def _lose(self, cause: BaseException) -> DeviceLostError:
-        """The device has failed: nobody works here any more, and whoever waits is told."""
+        """Mark the device as lost, end all jobs that wait with an error, and return the error for this one."""
         reason = str(cause).partition("\n")[0][:SHOWN]
         with _lock:
             self._lost = (
@@ -295,14 +295,14 @@ class Worker:
             try:
                 result = job.call()
             except BaseException:
-                with suppress(RuntimeError):  # where CUDA is broken, the first error says it
+                with suppress(RuntimeError):  # CUDA is broken: the first error tells why
                     self.order.lead(job.stream)
                 raise
             self.order.lead(job.stream, result)
             return result
 
     def _inline(self, job: Job) -> Any:
-        """Run a call as a part of the job that runs already, which has the caller; the nearer deadline counts."""
+        """Run a call as a part of the job that already runs on this thread. The earlier deadline counts."""
         outer = here.job or job
         before = outer.limit, outer.deadline
         if job.limit is not None and (outer.limit is None or job.limit < outer.limit):
@@ -345,18 +345,18 @@ class Worker:
 
 
 def _holds_up(other: Job, job: Job) -> bool:
-    """Whether a function that `other`, which runs, has asked for is all that `job` waits for, and for too long."""
+    """Whether `job` can only run after the question of `other`, a running job, and has waited too long for it."""
     question = other.asking
     if question is None or question.answered:
         return False
     if other.where is None and (job.owner is None or other.owner is not job.owner):
-        return False  # it is served meanwhile
+        return False  # the job runs while the question is open
     since = monotonic() - max(question.since, job.since)
     return since > (PATIENCE if other.held_up else HELD_UP)
 
 
 def _tells_loss(error: BaseException) -> bool:
-    """Whether an exception of a job says that the device, and not the job, has failed."""
+    """Whether an exception of a job tells that the device has failed, and not the job."""
     if not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
         return False
     text = str(error)
@@ -367,11 +367,11 @@ def _nearer(*seconds: float | None) -> float | None:
     return min((some for some in seconds if some is not None), default=None)
 
 
-_workers: dict[torch.device, Worker] = {}
+_workers: dict[torch.device, Worker] = {}  # each until its last engine is gone, its device fails, or a fork
 
 
 def _forked() -> None:
-    """In the child of a fork only the thread that forked is left, and others may have held the lock."""
+    """Start anew in the child of a fork: its workers' threads do not exist, and one may have held the lock."""
     global _lock
     _lock = threading.RLock()
     _workers.clear()
@@ -382,12 +382,12 @@ if hasattr(os, "register_at_fork"):
 
 
 def worker_of(device: torch.device) -> Worker:
-    """The worker of a device, made where none is alive."""
+    """The worker of a device; a new one where there is none."""
     device = torch.device("cpu") if device.type == "cpu" else torch.device(device.type, device.index or 0)
     with _lock:
         return _workers.setdefault(device, _workers.get(device) or Worker(device))
 
 
 def _notify(loop: asyncio.AbstractEventLoop, finished: asyncio.Future[None]) -> None:
-    with suppress(RuntimeError):  # the loop is closed: nobody waits
+    with suppress(RuntimeError):  # the loop is closed, and no coroutine waits
         loop.call_soon_threadsafe(finished.cancel)

@@ -1,8 +1,8 @@
-"""Prompt time: from a prompt to a `Conditioning`, everything a picture needs to know of it.
+"""Prompt time: from a prompt to a `Conditioning`, which holds all that a picture needs of it.
 
-Besides the T5 embeddings that is the modulation of every block at every step. Modulation depends on the timestep
-and the pooled text only, and its linears are 3.2 of FLUX's 11.9 B parameters: run here, once a prompt, for all
-steps in one product, they need not stay on the device while it draws.
+That is T5's embeddings and the modulation of every block at every step. Modulation depends only on the timestep and
+the pooled text, and its linears are 3.2 of FLUX's 11.9 B parameters. They run here, once a prompt, for all steps in one
+product, so they need not stay on the device while it draws.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from ..device.select import host_buffer
 from ..errors import VortexInputError
 from .request import check_floats
 from .sampling import timesteps
-from .spec import FluxSpec
+from .spec import MODULATION_ROWS, FluxSpec
 from .text_encoders import T5, Clip, Tokens, note_syntax, tokenize_prompt
 
 Staged = Callable[[], AbstractContextManager[None]]
-CACHED = 16  # prompts; about 10 MB of host memory each at full size, 18 pinned, as torch rounds it
+CACHED = 16  # prompts; at full size about 10 MB of host memory each, 18 if pinned, since torch rounds up
 
 
 @dataclass(frozen=True, slots=True)
 class Conditioning:
-    """What step time needs of a prompt, in host memory, so that a cache of many costs no VRAM.
+    """What step time needs of a prompt. It is in host memory, so that a cache of many costs no VRAM.
 
-    `txt` is T5's embeddings `[1, N, context]`; `modulation` `[steps, rows, D]` holds the shifts, scales and gates
-    in the order the blocks take them.
+    `txt` `[1, N, context]`: T5's embeddings. `modulation` `[steps, rows, D]`: shifts, scales and gates, in the order of
+    `MODULATION_ROWS` (flux1/spec.py) for each block.
     """
 
     txt: Tensor
     modulation: Tensor
 
     def __post_init__(self) -> None:
-        """Raise `VortexInputError` for other tensors, `NotFiniteError` for NaN: once, and not for each picture."""
+        """Raise `VortexInputError` for other tensors, `NotFiniteError` for NaN: once here, not for each picture."""
         shapes: dict[str, tuple[str | int, ...]] = {"txt": (1, "N", "context"), "modulation": ("steps", "rows", "D")}
         for name, shape in shapes.items():
             values = check_floats(name, getattr(self, name), shape, "of a Conditioning")
@@ -57,7 +57,7 @@ class Conditioning:
         return self.modulation.shape[0]
 
     def check(self, steps: int, spec: FluxSpec, dtype: torch.dtype) -> None:
-        """Raise `VortexInputError` unless this was computed for `steps`, by an engine like this one."""
+        """Raise `VortexInputError` unless this was computed for `steps`, with a model of this `spec` and `dtype`."""
         if self.steps != steps:
             raise VortexInputError(f"This Conditioning is for {self.steps} steps, not {steps}.")
         found = (self.txt.shape[2], tuple(self.modulation.shape[1:]), self.txt.dtype, self.modulation.dtype)
@@ -70,7 +70,7 @@ class Conditioning:
 
 
 class Embedder(nn.Module):
-    """Two linears with SiLU between, from a feature to the width of the transformer."""
+    """Two linears with SiLU between them, from a feature to the width of the transformer."""
 
     def __init__(self, inside: int, hidden: int) -> None:
         super().__init__()
@@ -82,49 +82,18 @@ class Embedder(nn.Module):
         return self.out_layer(F.silu(self.in_layer(x)))
 
 
-class Rows(nn.Module):
-    """One modulation linear, giving `count` vectors of the transformer's width."""
+class BlockModulation(nn.Module):
+    """The modulation linears of one block of `kind`, a key of `MODULATION_ROWS`. They may stream together."""
 
-    def __init__(self, hidden: int, count: int) -> None:
+    def __init__(self, hidden: int, kind: str) -> None:
         super().__init__()
-        self.lin = Linear(hidden, count * hidden)
+        for path, rows in MODULATION_ROWS[kind].items():
+            parent, _, name = path.partition(".")
+            self.add_module(parent, nn.ModuleDict({name: Linear(hidden, rows * hidden)}))
 
-
-class DoubleModulation(nn.Module):
-    """Shift, scale, gate before attention and before the MLP, for each stream."""
-
-    def __init__(self, hidden: int) -> None:
-        super().__init__()
-        self.img_mod = Rows(hidden, 6)
-        self.txt_mod = Rows(hidden, 6)
-
-    def forward(self, vec: Tensor) -> Tensor:
-        """`[steps, D]` to `[steps, 12 D]`."""
-        return torch.cat((self.img_mod.lin(vec), self.txt_mod.lin(vec)), dim=-1)
-
-
-class SingleModulation(nn.Module):
-    """Shift, scale and gate of a single block."""
-
-    def __init__(self, hidden: int) -> None:
-        super().__init__()
-        self.modulation = Rows(hidden, 3)
-
-    def forward(self, vec: Tensor) -> Tensor:
-        """`[steps, D]` to `[steps, 3 D]`."""
-        return self.modulation.lin(vec)
-
-
-class FinalModulation(nn.Module):
-    """Shift and scale of the final layer."""
-
-    def __init__(self, hidden: int) -> None:
-        super().__init__()
-        self.adaLN_modulation = nn.Sequential(nn.Identity(), Linear(hidden, 2 * hidden))
-
-    def forward(self, vec: Tensor) -> Tensor:
-        """`[steps, D]` to `[steps, 2 D]`."""
-        return self.adaLN_modulation(vec)
+    def forward(self, vec: Tensor) -> list[Tensor]:
+        """`[steps, D]` to the rows of each linear, `[steps, rows * D]`."""
+        return [linear(vec) for parent in self.children() for linear in parent.children()]
 
 
 class Modulation(nn.Module):
@@ -132,22 +101,19 @@ class Modulation(nn.Module):
 
     def __init__(self, spec: FluxSpec) -> None:
         super().__init__()
+        doubles, singles = range(spec.double_blocks), range(spec.single_blocks)
         self.time_in = Embedder(256, spec.hidden)
         self.vector_in = Embedder(spec.vec, spec.hidden)
-        self.double_blocks = nn.ModuleList(DoubleModulation(spec.hidden) for _ in range(spec.double_blocks))
-        self.single_blocks = nn.ModuleList(SingleModulation(spec.hidden) for _ in range(spec.single_blocks))
-        self.final_layer = FinalModulation(spec.hidden)
-
-    @property
-    def units(self) -> list[nn.Module]:
-        """The modulation linears by block, in the order of the table; the pieces that may stream."""
-        return [*self.double_blocks, *self.single_blocks, self.final_layer]
+        self.double_blocks = nn.ModuleList(BlockModulation(spec.hidden, "double_blocks") for _ in doubles)
+        self.single_blocks = nn.ModuleList(BlockModulation(spec.hidden, "single_blocks") for _ in singles)
+        self.final_layer = BlockModulation(spec.hidden, "final_layer")
 
     def forward(self, t: Tensor, pooled: Tensor) -> Tensor:
         """Timesteps `t` `[steps]` in 0..1 and `pooled` `[1, vec]` to the table `[steps, rows, D]`."""
         emb = timestep_embedding(t.to(pooled.dtype) * 1000).to(pooled.dtype)
         vec = F.silu(self.time_in(emb) + self.vector_in(pooled))
-        table = torch.cat([unit(vec) for unit in self.units], dim=-1)
+        blocks = [*self.double_blocks, *self.single_blocks, self.final_layer]
+        table = torch.cat([rows for block in blocks for rows in block(vec)], dim=-1)
         return table.unflatten(-1, (-1, vec.shape[-1]))
 
 
@@ -159,30 +125,24 @@ def timestep_embedding(t: Tensor, dim: int = 256, max_period: float = 10_000) ->
 
 
 class Conditioner:
-    """Encoders, modulation and the cache of what they made. Inside `staged`, their units run on `device`."""
+    """Encoders, modulation and a cache of the latest prompts. Inside `staged`, they can run on `device`."""
 
     def __init__(
-        self,
-        tokenizers: tuple[Tokenizer, Tokenizer],
-        clip: Clip,
-        t5: T5,
-        modulation: Modulation,
-        device: torch.device,
+        self, tokenizers: tuple[Tokenizer, Tokenizer], clip: Clip, t5: T5, modulation: Modulation, device: torch.device
     ) -> None:
-        self.tokenizers = tokenizers
+        self.tokenizers, self.device = tokenizers, device
         self.clip, self.t5, self.modulation = clip, t5, modulation
-        self.device = device
         self._tokens: dict[str, tuple[Tokens, Tokens]] = {}  # of the latest prompt
         self._cache: OrderedDict[tuple[object, ...], Conditioning] = OrderedDict()
 
     def __call__(self, prompt: str, steps: int, staged: Staged) -> Conditioning:
         """The conditioning of a prompt; from the cache if its tokens were seen before.
 
-        Warns of text that is cut, and of what is taken literally.
+        Warns about text that is cut off, and about syntax of other programs.
         """
         note_syntax(prompt)
         clip, t5 = self._tokens.get(prompt) or tokenize_prompt(*self.tokenizers, prompt)
-        if not (clip.lost or t5.lost):  # what is lost is said each time
+        if not (clip.lost or t5.lost):  # a cut prompt is tokenized again, so that it warns each time
             self._tokens = {prompt: (clip, t5)}
         key = (clip.ids, t5.ids, steps)
         if key in self._cache:
@@ -202,14 +162,11 @@ class Conditioner:
 
     @property
     def pinned_bytes(self) -> int:
-        """Pinned host memory that cached prompts take, as far as tensors go."""
+        """Pinned host memory of cached prompts, as far as tensors tell."""
         tensors = (tensor for known in tuple(self._cache.values()) for tensor in (known.txt, known.modulation))
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.is_pinned())
 
     def _table(self, txt: Tensor, pooled: Tensor, steps: int) -> Conditioning:
         t = torch.tensor(timesteps(steps)[:-1], device=self.device)
-        return Conditioning(self._hosted(txt), self._hosted(self.modulation(t, pooled)))
-
-    def _hosted(self, tensor: Tensor) -> Tensor:
-        """In host memory, from where it is read for each picture."""
-        return host_buffer(tensor.shape, tensor.dtype, self.device).copy_(tensor)
+        parts = (txt, self.modulation(t, pooled))
+        return Conditioning(*(host_buffer(part.shape, part.dtype, self.device).copy_(part) for part in parts))

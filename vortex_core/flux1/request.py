@@ -1,4 +1,4 @@
-"""What a caller asks for, checked before any work is done."""
+"""A caller's arguments, checked before any work is done."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_SEED = 2**64 - 1
-HALF = re.compile("[\ud800-\udfff]")  # of a pair that makes one character
-MAX_BATCH = 1024  # no memory is known to hold more, and what is computed of it stays small
+HALF = re.compile("[\ud800-\udfff]")  # half of a pair that stands for one character
+MAX_BATCH = 1024  # no memory is known to hold more
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One call of `Engine.generate`, with ints of Python. Raises `VortexInputError` for whatever is out of range."""
+    """One call of `Engine.generate`, as Python's ints. Raises `VortexInputError` for a value out of range."""
 
     seed: int
     height: int
@@ -55,12 +55,12 @@ class Request:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Shape of the pictures, `[B, H, W, 3]`."""
+        """The pictures' shape, `[B, H, W, 3]`."""
         return self.batch_size, self.height, self.width, 3
 
     def check_out(self, out: object, device: torch.device) -> None:
-        """Raise `VortexInputError` unless `out` can take these pictures in place."""
-        import torch  # here, so that a command can check what it was given before seconds of imports
+        """Raise `VortexInputError` unless these pictures can be written into `out`."""
+        import torch  # here, so that a command can check its arguments before seconds of imports
 
         wanted = f"{self.shape} torch.float32 on {device}"
         if not isinstance(out, torch.Tensor):
@@ -76,7 +76,7 @@ class Request:
 
 
 def check_prompt(prompt: object) -> None:
-    """Raise `VortexInputError` unless `prompt` is a text. It may be empty: schnell then draws what it likes."""
+    """Raise `VortexInputError` unless `prompt` is a text. It may be empty; schnell then draws anything."""
     if not isinstance(prompt, str):
         raise VortexInputError(f"The prompt must be a text, not {quoted(prompt)}.")
     half = HALF.search(prompt)
@@ -108,7 +108,7 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 
 def check_embeddings(txt: object, pooled: object, context: int, vec: int) -> None:
-    """Raise `VortexInputError` for others than finite floats `[1, N, context]` and `[1, vec]`."""
+    """Raise `VortexInputError` unless these are finite floats, `[1, N, context]` and `[1, vec]`."""
     for name, values, shape, origin in (
         ("txt", txt, (1, "tokens", context), "T5 embeddings"),
         ("pooled", pooled, (1, vec), "from CLIP"),
@@ -118,14 +118,14 @@ def check_embeddings(txt: object, pooled: object, context: int, vec: int) -> Non
 
 
 def check_latents(latents: object, channels: int) -> None:
-    """Raise `VortexInputError` for others than floats `[B, channels, H/8, W/8]`, finite if they are in host memory."""
+    """Raise `VortexInputError` unless these are floats `[B, channels, H/8, W/8]`; in host memory, finite ones."""
     values = check_floats("latents", latents, ("B", channels, "H/8", "W/8"), "in the model's scale")
     if values.device.type == "cpu" and not values.isfinite().all():
         raise VortexInputError("latents hold NaN or infinity, and so would the picture.")
 
 
 def check_floats(name: str, values: object, shape: tuple[int | str, ...], origin: str) -> Tensor:
-    """`values`, a tensor of floats of this `shape`, where a name is any length but 0; else `VortexInputError`."""
+    """`values`, if it is a tensor of floats of this `shape`; else `VortexInputError`. A name: any length but 0."""
     import torch
 
     wanted = f"{name} must be [{', '.join(map(str, shape))}] ({origin})"

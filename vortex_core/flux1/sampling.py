@@ -17,31 +17,31 @@ from ..device.jobs import check
 from ..device.select import host_buffer
 from ..utils.timing import mark
 from .spec import FluxSpec
-from .transformer import Rope
+from .step_buffers import Rope
 
 CPU = torch.device("cpu")
 
 
 def noise(seed: int, batch: int, height: int, width: int, channels: int = 16, device: torch.device = CPU) -> Tensor:
-    """fp32 noise `[B, C, H/8, W/8]` in host memory that `device` reads: picture i from a generator of `seed + i`.
+    """fp32 noise `[B, C, H/8, W/8]` in host memory that `device` reads; picture i has a generator of seed `seed + i`.
 
     Drawn on the CPU, so that a seed means the same picture on every device, and the same noise as in ComfyUI's
-    KSampler; one generator a picture, so that a batch equals its singles. Drawn in place: torch would share a
-    copy of this size among all cores, and to wake those takes longer than drawing.
+    KSampler. Each picture has its own generator, so that a batch equals single pictures. Drawn in place: torch would
+    spread a copy over all cores, and waking those takes longer than drawing.
     """
-    made = host_buffer((batch, channels, height // 8, width // 8), torch.float32, device)
-    for i, picture in enumerate(made):
+    pictures = host_buffer((batch, channels, height // 8, width // 8), torch.float32, device)
+    for i, picture in enumerate(pictures):
         picture.normal_(generator=torch.Generator().manual_seed(seed + i))
-    return made
+    return pictures
 
 
 def image_tokens(height: int, width: int) -> int:
-    """How many tokens a picture of so many pixels is: one for each 16 x 16."""
+    """How many tokens a picture has: one for each 16 x 16 pixels."""
     return height // 16 * (width // 16)
 
 
 def patches(latents: Tensor) -> Tensor:
-    """`[B, 16, H/8, W/8]` as `[B, H/16, W/16, 16, 2, 2]`, a view: what each token is made of."""
+    """`[B, 16, H/8, W/8]` as `[B, H/16, W/16, 16, 2, 2]`, a view: the values of each token."""
     return rearrange(latents, "b c (h ph) (w pw) -> b h w c ph pw", ph=2, pw=2)
 
 
@@ -56,7 +56,7 @@ def pack(latents: Tensor) -> Tensor:
 
 
 def unpack(img: Tensor, height: int, width: int) -> Tensor:
-    """Tokens `[B, S, 64]` to `[B, 16, H/8, W/8]`, in memory of their own."""
+    """Tokens `[B, S, 64]` to `[B, 16, H/8, W/8]`, a copy."""
     return rearrange(img, "b (h w) (c ph pw) -> b c (h ph) (w pw)", h=height // 16, w=width // 16, ph=2, pw=2)
 
 
@@ -86,7 +86,7 @@ def rope(ids: Tensor, spec: FluxSpec, device: torch.device) -> Rope:
 
 @lru_cache(maxsize=8)
 def rope_of(height: int, width: int, tokens: int, spec: FluxSpec, device: torch.device = CPU) -> Rope:
-    """The rotary tables of a size, in host memory that `device` reads, kept for 8 sizes: up to 4 MB each (8 pinned)."""
+    """The rotary tables of a size, in host memory that `device` reads; 8 sizes are kept, up to 4 MB each (8 pinned)."""
     cos, sin = (
         host_buffer(table.shape, table.dtype, device).copy_(table)
         for table in rope(positions(height, width, tokens), spec, CPU)
@@ -106,9 +106,9 @@ def denoise(
 ) -> Tensor:
     """The Euler steps from noise to clean latents, in place on `img` (fp32 `[B, S, 64]`), which is returned.
 
-    `txt [1, N, D]` is `txt_in` of the embeddings; `modulation [steps, rows, D]`. `on_step(i, n, clean)` is called
-    after step i of n (from 1) with the packed clean latents that step predicts, in `clean` if that is given, and may
-    raise to cancel. The transformer sees `at_once` pictures at a time; None: all.
+    `txt [1, N, D]`: the embeddings after `txt_in`. `modulation`: `[steps, rows, D]`. `on_step(i, n, clean)` is called
+    after step i of n (from 1) with the packed clean latents that the step predicts; it may raise to cancel. `clean`:
+    memory for these. The transformer gets `at_once` pictures at a time; None: all.
     """
     steps = modulation.shape[0]
     clean = torch.empty_like(img) if clean is None else clean

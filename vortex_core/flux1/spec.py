@@ -1,8 +1,8 @@
-"""The numbers that fix a FLUX.1-schnell model: widths, depths and the constants the checkpoint does not carry.
+"""The numbers that fix a FLUX.1-schnell model: widths, depths and the constants that no checkpoint carries.
 
-Defaults are the released FLUX.1-schnell. A diffusers folder's config files override the sizes (the bundled
-miniature is the same architecture, smaller); what schnell fixes by design is a constant here, not a knob.
-Every field has bounds: nothing is built of a number before it was looked at.
+Defaults are those of the released FLUX.1-schnell. Config files of a diffusers folder override the sizes: the bundled
+miniature has the same architecture and is smaller. What schnell fixes by design is a constant here, not an option.
+Every field has bounds, which are checked before anything is built.
 """
 
 from __future__ import annotations
@@ -19,8 +19,14 @@ MAX_STEPS = 8
 SIZE_MULTIPLE = 16  # 8x VAE downsampling times 2x2 packing
 MIN_SIZE, MAX_SIZE = 64, 2048  # pixels a side
 QUANTIZATIONS = ("nf4", "none")
-MOST_BUDGET = 10**6  # GB; more than any card has, and few enough to count in bytes
+MOST_BUDGET = 10**6  # GB; more than any card has, and small enough for the bytes to be an int of 64 bits
 MODES = ("fast", "exact")
+MODULATION_ROWS = {
+    "double_blocks": {"img_mod.lin": 6, "txt_mod.lin": 6},  # shift, scale, gate of attention, then of the MLP
+    "single_blocks": {"modulation.lin": 3},  # shift, scale, gate
+    "final_layer": {"adaLN_modulation.1": 2},  # shift, scale
+}  # vectors of `hidden` that each modulation linear gives, in the order of the table
+DOUBLE_ROWS, SINGLE_ROWS, FINAL_ROWS = (sum(linears.values()) for linears in MODULATION_ROWS.values())
 WIDTHS = Whole(1, 2**16)
 LAYERS = Whole(1, 256)
 VOCABULARY = Whole(2, 2**20)
@@ -71,8 +77,8 @@ class FluxSpec:
 
     @property
     def modulation_rows(self) -> int:
-        """Vectors of `hidden` that one step's modulation takes: 12 a double block, 3 a single block, 2 at the end."""
-        return 12 * self.double_blocks + 3 * self.single_blocks + 2
+        """Vectors of `hidden` in one step's modulation table."""
+        return DOUBLE_ROWS * self.double_blocks + SINGLE_ROWS * self.single_blocks + FINAL_ROWS
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +91,7 @@ class VaeSpec:
     groups: int = within(32, Whole(1, 512))
     scale: float = within(0.3611, Real(1e-3, 1e3))
     shift: float = within(0.1159, Real(-1e3, 1e3))
-    # the side, in pixels, of the pictures the model was trained on
+    # side in pixels of the pictures that the model was trained on
     sample_size: int = within(1024, Whole(MIN_SIZE, MAX_SIZE, by=SIZE_MULTIPLE))
 
     def __post_init__(self) -> None:
@@ -98,13 +104,13 @@ class VaeSpec:
 
     @property
     def powers_of_two(self) -> bool:
-        """Whether all widths are powers of two from 16 on, as FLUX's are and the fused kernels want them."""
+        """Whether all widths are powers of two from 16 on. FLUX's are; the fused kernels need it."""
         return all(width >= 16 and width.bit_count() == 1 for width in self.channels)
 
 
 @dataclass(frozen=True, slots=True)
 class ClipSpec:
-    """Sizes of CLIP's text encoder, under transformers' names; the defaults are CLIP-L's."""
+    """Sizes of CLIP's text encoder, under the names of transformers; the defaults are CLIP-L's."""
 
     vocab_size: int = within(49408, VOCABULARY)
     hidden_size: int = within(768, WIDTHS)
@@ -125,7 +131,7 @@ class ClipSpec:
 
 @dataclass(frozen=True, slots=True)
 class T5Spec:
-    """Sizes of T5's encoder, under transformers' names; the defaults are T5-XXL's."""
+    """Sizes of T5's encoder, under the names of transformers; the defaults are T5-XXL's."""
 
     vocab_size: int = within(32128, VOCABULARY)
     d_model: int = within(4096, WIDTHS)
@@ -147,7 +153,7 @@ class T5Spec:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """Sizes of all parts of a model; by default those of FLUX.1-schnell as it was released."""
+    """Sizes of all parts of a model; the defaults are those of the released FLUX.1-schnell."""
 
     flux: FluxSpec = FluxSpec()
     vae: VaeSpec = VaeSpec()
@@ -156,7 +162,7 @@ class ModelSpec:
 
 
 def dev_checkpoint_message() -> str:
-    """The sentence a FLUX.1-dev checkpoint gets, wherever it is recognised."""
+    """The error message for a FLUX.1-dev checkpoint, for every place that recognises one."""
     return (
         "This is a FLUX.1-dev checkpoint, or one made from it, such as Kontext (it has guidance embeddings); Vortex "
         "draws with FLUX.1-schnell, 4 steps and no guidance. Point it at a FLUX.1-schnell model instead."

@@ -1,14 +1,14 @@
 """The buffers that one step works in: every intermediate of the transformer, laid out once for a size.
 
-Legend as in flux1/transformer.py. Text and image of a picture are rows of the same buffers, and what is dead gives its
-place to what comes next. In 16 bits the product that widens applies the GELU, and what the next product takes stays
-where it was written: q, k, v and the MLP lie apart. In fp8 operands have buffers of their own, half as large; attention
-takes its heads from where the MLP's will be.
+Legend as in flux1/transformer.py. Text and image of a picture are rows of the same buffers, and buffers are reused as
+soon as their values are no longer needed. In 16 bits the product that widens also applies the GELU, and the next
+product reads where this one wrote: q, k, v and the MLP lie apart. In fp8 the operands of products have buffers of
+their own, half as large, and the heads for attention lie where the MLP's operand will be.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -18,30 +18,30 @@ from torch import Tensor
 
 from ..kernels import Heads, Kernels, ScaledTensor
 from ..kernels.scaled_tensor import FP8, TILE
-from ..memory.arena import round_up
+from ..memory.arena import Shape, round_up
 from .spec import FluxSpec
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, fp32, each [L, C/2]
-Take = Callable[[str, tuple[int, ...], torch.dtype], Tensor]  # gives an uninitialized tensor by name, shape and type
+Take = Callable[[str, tuple[int, ...], torch.dtype], Tensor]  # name, shape and type to an uninitialized tensor
 
 
 @dataclass(slots=True)
 class TokenStream:
-    """One sequence's views into the buffers: text, image, or both (tokens `start` to `stop` of the joint one)."""
+    """The buffers' views for one sequence: text, image, or both (tokens `start` to `stop` of the joint sequence)."""
 
     start: int
     stop: int
     x: Tensor  # [B, T, D], the residual stream
-    normal: ScaledTensor  # [B, T, D], its adaLN: what the next product takes
+    normal: ScaledTensor  # [B, T, D], adaLN of `x`: the next product's operand
     qkv: Tensor  # [B, T, 3, H, C]
     wide: Tensor  # [B, T, M], inside the MLP
-    active: ScaledTensor | None  # in fp8, [B, T, M] after the GELU; of both streams [B, T, D + M], attention in front
-    attn: ScaledTensor | None  # [B, T, D] in fp8; in 16 bits attention's output is taken as it is
-    y: Tensor  # [B, T, D], what is added to the residual stream
+    active: ScaledTensor | None  # in fp8: [B, T, M] after the GELU; for both [B, T, D + M], attention in front
+    attn: ScaledTensor | None  # in fp8: [B, T, D]; in 16 bits attention's output is an operand as it is
+    y: Tensor  # [B, T, D], what is added to `x`
     pe: Rope = field(init=False)  # of its tokens, set by `StepBuffers.place`
 
     def pack(self, attn: Tensor, kernels: Kernels) -> ScaledTensor:
-        """This stream's part of attention's output `[B, L, D]`, as a product takes it."""
+        """This stream's part of attention's output `[B, L, D]`, as an operand."""
         part = attn[:, self.start : self.stop]
         if self.attn is None:
             return ScaledTensor(part)
@@ -49,14 +49,33 @@ class TokenStream:
         return self.attn
 
     def activate(self, kernels: Kernels, attn: Tensor | None = None) -> list[ScaledTensor]:
-        """Attention's output, if given, and the GELU of `wide`, as a product takes them side by side.
+        """The operands of the next product: attention's output, if given, and `wide` after the GELU.
 
-        Without fp8 the product that wrote `wide` applied it.
+        In 16 bits the product that wrote `wide` has applied the GELU.
         """
         if self.active is None:
             return [ScaledTensor(part) for part in (attn, self.wide) if part is not None]
         kernels.gelu(self.wide, self.active, before=attn)
         return [self.active]
+
+
+class _Views:
+    """Views into the flat buffers of `batch` pictures."""
+
+    def __init__(self, flat: Mapping[str, Tensor], batch: int, *, fast: bool) -> None:
+        self._flat, self._batch, self._fast = flat, batch, fast
+
+    def plain(self, name: str, *shape: int, skip: int = 0) -> Tensor:
+        """`[B, *shape]`, which starts behind B times `skip` values."""
+        start, whole = self._batch * skip, (self._batch, *shape)
+        return self._flat[name][start : start + prod(whole)].view(whole)
+
+    def operand(self, name: str, rows: int, width: int, start: int = 0, skip: int = 0) -> ScaledTensor:
+        """`[B, rows, width]` behind B times `start` rows and `skip` values; in fp8 with scales."""
+        scale = None
+        if self._fast:  # rounded, since the library wants vectors of scales aligned
+            scale = self.plain(f"{name}_scale", _rounded(rows), skip=_rounded(start))[:, :rows]
+        return ScaledTensor(self.plain(name, rows, width, skip=skip + start * width), scale)
 
 
 class StepBuffers:
@@ -74,58 +93,47 @@ class StepBuffers:
         fp8_attention: bool = False,
         side: torch.cuda.Stream | None = None,
     ) -> None:
-        """`size`: B, N, S. `fp8_attention`: only where `fast`. `side`: a CUDA stream for the text, beside."""
+        """`size`: B, N, S. `fp8_attention`: only with `fast`. `side`: a second CUDA stream, for the text."""
         batch, txt_tokens, img_tokens = size
         tokens, hidden, mlp = txt_tokens + img_tokens, spec.hidden, spec.mlp
         head = (3, spec.heads, spec.head_dim)
-        flat = {name: take(name, (n,), kind) for name, (n, kind) in buffers(spec, size, dtype, fast=fast).items()}
-
-        def view(name: str, *shape: int, skip: int = 0) -> Tensor:
-            return flat[name][skip : skip + prod(shape)].view(shape)
-
-        def operand(name: str, rows: int, width: int, start: int = 0, skip: int = 0) -> ScaledTensor:
-            scale = None
-            if fast:
-                each = _rounded(rows)  # so that every picture's scales are where the library takes a vector of them
-                scale = view(f"{name}_scale", batch, each, skip=batch * _rounded(start))[:, :rows]
-            return ScaledTensor(view(name, batch, rows, width, skip=skip + batch * start * width), scale)
-
-        x, qkv = view("x", batch, tokens, hidden), view("linear1", batch, tokens, *head)
+        flat = {name: take(name, *shape) for name, shape in buffers(spec, size, dtype, fast=fast).items()}
+        views = _Views(flat, batch, fast=fast)
+        x, qkv = views.plain("x", tokens, hidden), views.plain("linear1", tokens, *head)
 
         def stream(start: int, stop: int) -> TokenStream:
-            # places of their own for text and image, which compute beside each other
-            rows = stop - start
+            rows = stop - start  # text and image have their own: they run at the same time
             return TokenStream(
                 start,
                 stop,
                 x=x[:, start:stop],
-                normal=operand("normal", rows, hidden, start),
+                normal=views.operand("normal", rows, hidden, start),
                 qkv=qkv[:, start:stop],
-                wide=view("linear1", batch, rows, mlp, skip=batch * (tokens * 3 * hidden + start * mlp)),
-                active=operand("active", rows, mlp, start) if fast else None,
-                attn=operand("active", rows, hidden, start, skip=batch * tokens * mlp) if fast else None,
-                y=view("y", batch, rows, hidden, skip=batch * start * hidden),
+                wide=views.plain("linear1", rows, mlp, skip=tokens * 3 * hidden + start * mlp),
+                active=views.operand("active", rows, mlp, start) if fast else None,
+                attn=views.operand("active", rows, hidden, start, skip=tokens * mlp) if fast else None,
+                y=views.plain("y", rows, hidden, skip=start * hidden),
             )
 
         self.kernels, self._side, self.qkv = kernels, side, qkv
         self.txt, self.img, self.joint = stream(0, txt_tokens), stream(txt_tokens, tokens), stream(0, tokens)
         self.linear1 = [self.joint.qkv.flatten(2), self.joint.wide]
-        if fast:  # linear1 is one product, and linear2 takes one operand
-            whole = view("linear1", batch, tokens, 3 * hidden + mlp)
+        if fast:  # linear1 is one product, and linear2 has one operand
+            whole = views.plain("linear1", tokens, 3 * hidden + mlp)
             self.linear1 = [whole]
             self.joint = replace(
                 self.joint,
                 qkv=whole[..., : 3 * hidden].unflatten(-1, head),
                 wide=whole[..., 3 * hidden :],
-                active=operand("active", tokens, hidden + mlp),
+                active=views.operand("active", tokens, hidden + mlp),
             )
         self.heads = _heads(flat["active"], flat["v_scale"], (batch, tokens, *head[1:])) if fp8_attention else None
-        self.final = ScaledTensor(view("linear1", batch, img_tokens, hidden))
-        self.velocity = view("velocity", batch, img_tokens, spec.in_channels)
+        self.final = ScaledTensor(views.plain("linear1", img_tokens, hidden))
+        self.velocity = views.plain("velocity", img_tokens, spec.in_channels)
 
     @contextmanager
     def beside(self) -> Iterator[None]:
-        """What is launched inside runs beside what is launched next, until `meet`."""
+        """Inside, kernels are launched on the side stream: they run beside those launched next, until `meet`."""
         if self._side is None:
             yield
             return
@@ -134,13 +142,13 @@ class StepBuffers:
             yield
 
     def meet(self) -> None:
-        """What is launched from now on runs after all that was beside it."""
+        """Let what is launched from now on wait for the side stream."""
         if self._side is not None:
             torch.cuda.current_stream(self._side.device).wait_stream(self._side)
 
     @property
     def txt_lane(self) -> int:
-        """The decode lane of the text: its own where it runs beside the image."""
+        """The dequantization lane of the text: its own where it runs beside the image."""
         return int(self._side is not None)
 
     def place(self, pe: Rope) -> None:
@@ -149,31 +157,29 @@ class StepBuffers:
             stream.pe = (pe[0][stream.start : stream.stop], pe[1][stream.start : stream.stop])
 
 
-def buffers(
-    spec: FluxSpec, size: tuple[int, int, int], dtype: torch.dtype, *, fast: bool
-) -> dict[str, tuple[int, torch.dtype]]:
-    """Length and type of every buffer of a step for `size` = (pictures, text tokens, image tokens)."""
+def buffers(spec: FluxSpec, size: tuple[int, int, int], dtype: torch.dtype, *, fast: bool) -> dict[str, Shape]:
+    """Shape and type of every buffer of a step, for `size` = (pictures, text tokens, image tokens). All are flat."""
     batch, txt_tokens, img_tokens = size
     rows = batch * (txt_tokens + img_tokens)
-    lengths = {
-        "x": (rows * spec.hidden, dtype),
-        "y": (rows * spec.hidden, dtype),
-        "normal": (rows * spec.hidden, FP8 if fast else dtype),
-        "linear1": (rows * (3 * spec.hidden + spec.mlp), dtype),
-        "velocity": (batch * img_tokens * spec.in_channels, dtype),
+    flat: dict[str, Shape] = {
+        "x": ((rows * spec.hidden,), dtype),
+        "y": ((rows * spec.hidden,), dtype),
+        "normal": ((rows * spec.hidden,), FP8 if fast else dtype),
+        "linear1": ((rows * (3 * spec.hidden + spec.mlp),), dtype),
+        "velocity": ((batch * img_tokens * spec.in_channels,), dtype),
     }
     if fast:
-        # the MLP's, or heads with the values' tokens in whole tiles
+        # the MLP's operand, or the heads, with the values' tokens in whole tiles
         values = batch * round_up(txt_tokens + img_tokens, TILE)
-        lengths["active"] = (max(rows * (spec.hidden + spec.mlp), (2 * rows + values) * spec.hidden), FP8)
-        lengths["v_scale"] = (values // TILE * spec.heads + 2, torch.float32)
+        flat["active"] = ((max(rows * (spec.hidden + spec.mlp), (2 * rows + values) * spec.hidden),), FP8)
+        flat["v_scale"] = ((values // TILE * spec.heads + 2,), torch.float32)
         scales = batch * (_rounded(txt_tokens) + _rounded(img_tokens))
-        lengths["normal_scale"] = lengths["active_scale"] = (scales, torch.float32)
-    return lengths
+        flat["normal_scale"] = flat["active_scale"] = ((scales,), torch.float32)
+    return flat
 
 
 def _heads(active: Tensor, v_scale: Tensor, shape: tuple[int, int, int, int]) -> Heads:
-    """Heads `shape` `[B, L, H, C]` in the MLP's place, which is free while they attend."""
+    """Heads of `shape` `[B, L, H, C]` in the memory of `active`, which is free during attention."""
     batch, tokens, heads, channels = shape
     tiles = round_up(tokens, TILE) // TILE
     q, k, v = active.split([prod(shape), prod(shape), len(active) - 2 * prod(shape)])
@@ -188,5 +194,5 @@ def _heads(active: Tensor, v_scale: Tensor, shape: tuple[int, int, int, int]) ->
 
 
 def _rounded(rows: int) -> int:
-    """To where the library takes a vector of scales."""
+    """`rows`, up to where the library takes a vector of scales."""
     return round_up(rows, 16)

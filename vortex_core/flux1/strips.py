@@ -1,12 +1,11 @@
-"""Feature maps as strips of rows, in one block of memory: a picture is decoded in a quarter of it, and stays the same.
+"""Feature maps as strips of rows in one block of memory: the same picture is decoded in a quarter of the memory.
 
-Independent tiles change the statistics of every GroupNorm and cut the attention of the mid block, and show. Here a
-norm takes its statistics over the whole map before it is applied, and a convolution sees the rows above and below its
-strip: strips of any height, and the whole map as one, compute the same but for the order of sums.
+Independent tiles would be visible: they change the statistics of every GroupNorm and cut the mid block's attention.
+Here a norm takes its statistics over the whole map before it is applied, and a convolution sees the rows above and
+below its strip. So the height of the strips changes nothing but the order of sums.
 
-Nothing is allocated for a map. `DecoderLayout` says where each strip lies, as arithmetic: a strip is laid over what
-was read before it is written. So about one map is in memory at a time, and what a decode takes is a sum. Maps have
-their channels last.
+No map is allocated. `DecoderLayout` computes where each strip lies: it may overwrite what has been read by then. So
+about one map is in memory at a time, and the bytes that a decode takes are a sum. Maps have their channels last.
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ from ..kernels import Kernels, Moments, Window, most_parts, reference
 from ..memory.arena import Region, Shape, aligned, laid_out
 from .spec import VaeSpec
 
-Span = tuple[int, int]  # the first byte of something in the memory, and the one after its last
+Span = tuple[int, int]  # a strip's first byte in the memory, and the byte after its last
 
 
 @dataclass(frozen=True)
 class Level:
     """One resolution: where the strips of its maps lie, counted from the top.
 
-    Blocks go between two maps of `channels`, `residual` and `other`. What comes from the level below, `arrival`, has
-    `arriving` channels; where that is as many, it is the residual map.
+    Blocks compute between two maps of `channels`: `residual` and `other`. The map from the level below, `arrival`, has
+    `arriving` channels; where `arriving` equals `channels`, it lies where the residual map does.
     """
 
     arriving: int
@@ -39,7 +38,7 @@ class Level:
     width: int
     itemsize: int
     heights: tuple[int, ...]  # of the strips
-    sources: tuple[int, ...] = ()  # of which of the level below each strip is made
+    sources: tuple[int, ...] = ()  # for each strip, the strip of the level below that it is made of
     start: int = 0  # of the first map
 
     @property
@@ -49,10 +48,10 @@ class Level:
 
     @cached_property
     def shift(self) -> int:
-        """Bytes from `start` to what arrives, which the first block reads while it writes over it.
+        """Bytes from `start` to the arrival, which the first block reads and overwrites.
 
-        A strip is read for the last time when the shortcut is written to the residual map. The other map may then lie
-        over it, but not over the strip below.
+        A strip of it is read for the last time when the shortcut is written to the residual map. From then on the
+        other map may overwrite it, but not the strip below.
         """
         plain = replace(self, start=0)
         begins = [plain._strip(self.arriving, i)[0] for i in range(len(self.heights))]
@@ -61,13 +60,13 @@ class Level:
         return aligned(max(0, *needs))
 
     def arrival(self, i: int) -> Span:
-        """Where strip `i` of what arrives lies."""
+        """Where strip `i` of the arrival lies."""
         if not self.widens:
             return self.residual(i)
         return _moved(self._strip(self.arriving, i), self.start + self.shift)
 
     def residual(self, i: int) -> Span:
-        """Where strip `i` of the residual map lies: behind the other map, or before each strip of it."""
+        """Where strip `i` of the residual map lies: behind the whole other map, or before strip `i` of it."""
         begin, end = self._strip(self.channels, i)
         if self.widens:
             return _moved((begin, end), self.start + begin)
@@ -80,12 +79,12 @@ class Level:
 
     @property
     def map_bytes(self) -> int:
-        """Bytes of a map of its own."""
+        """Bytes of one map."""
         return self._strip(self.channels, len(self.heights) - 1)[1]
 
     @property
     def end(self) -> int:
-        """Behind all of its maps."""
+        """The byte behind all of its maps."""
         last = len(self.heights) - 1
         return max(self.residual(last)[1], self.other(last)[1], self.arrival(last)[1])
 
@@ -94,17 +93,17 @@ class Level:
         return tuple(accumulate(self.heights, initial=0))
 
     def _strip(self, channels: int, i: int) -> Span:
-        """Where strip `i` begins and ends in a map of its own."""
+        """Where strip `i` begins and ends in its map."""
         row = self.width * channels * self.itemsize
         return self._tops[i] * row, self._tops[i + 1] * row
 
 
 @dataclass(frozen=True)
 class DecoderLayout:
-    """Where everything that decoding one picture takes lies in a block of memory, and so how much that is.
+    """Where everything lies in the memory for decoding one picture, and so how many bytes that takes.
 
-    `height` and `width` are those of the latents; maps are cut into strips of at most `rows`, or are whole. A level's
-    maps are laid so low that what it makes for the next one never reaches what is still to be read.
+    `height`, `width`: those of the latents. Maps are cut into strips of at most `rows`; None: one strip. A level's maps
+    lie just so low that its output, the next level's arrival, overwrites nothing that is still to be read.
     """
 
     spec: VaeSpec
@@ -115,7 +114,7 @@ class DecoderLayout:
 
     @cached_property
     def levels(self) -> tuple[Level, ...]:
-        """From the lowest resolution, which runs first."""
+        """All levels; the lowest resolution is the first and runs first."""
         channels = self.spec.channels[::-1]
         most = self.rows or self.height
         heights = tuple(min(most, self.height - top) for top in range(0, self.height, most))
@@ -129,41 +128,41 @@ class DecoderLayout:
         return tuple(levels)
 
     def _doubled(self, heights: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Heights of the strips one level up, and the strip that each is made of."""
-        made, sources = [], []
+        """Heights of the strips one level up, and for each the strip that it is made of."""
+        doubled, sources = [], []
         for i, height in enumerate(heights):
             cut = self.rows is not None and 2 * height > self.rows and height > 1
             parts = ((height + 1) // 2, height // 2) if cut else (height,)
-            made += [2 * part for part in parts]
+            doubled += [2 * part for part in parts]
             sources += [i] * len(parts)
-        return tuple(made), tuple(sources)
+        return tuple(doubled), tuple(sources)
 
     @property
     def attention(self) -> int:
-        """Where the attention's four matrices begin, each `[h w, C]`: behind the lowest level's maps."""
+        """Where attention's four matrices `[h w, C]` begin: behind the lowest level's maps."""
         return aligned(self.levels[0].end)
 
     @cached_property
     def maps_bytes(self) -> int:
-        """Bytes of all maps, and of the attention's matrices."""
+        """Bytes of all maps, and of attention's matrices."""
         matrices = 4 * aligned(self.levels[0].map_bytes)
         return max(self.attention + matrices, *(level.end for level in self.levels))
 
     @cached_property
     def bordered(self) -> int:
-        """Values of the largest strip that a convolution takes, with its border."""
+        """Values of the largest strip that a convolution reads, with its border."""
         strips = [(self.height, self.levels[0])]  # the lowest map is also taken whole
         strips += [(max(level.heights), level) for level in self.levels]
         return max((rows + 2) * (level.width + 2) * max(level.arriving, level.channels) for rows, level in strips)
 
     @cached_property
     def row(self) -> int:
-        """Values of the longest row that is kept when its strip is written over."""
+        """Values of the longest row that is copied before its strip is overwritten."""
         return max(level.width * max(level.arriving, level.channels) for level in self.levels)
 
     @cached_property
     def parts(self) -> int:
-        """Parts of the moments of a map, at most."""
+        """The most parts that the moments of a map have."""
         lowest, *above = self.levels
         counts = [most_parts(lowest.channels, self.height, self.width)]
         for level in self.levels:
@@ -175,7 +174,7 @@ class DecoderLayout:
 
     @cached_property
     def buffers(self) -> tuple[Shape, ...]:
-        """What lies behind the maps, in order: shapes and types. See `DecoderMemory`."""
+        """Shapes and types of what lies behind the maps, in order; see `DecoderMemory`."""
         widest = max(self.spec.channels)
         return (
             ((self.bordered,), self.dtype),
@@ -189,7 +188,7 @@ class DecoderLayout:
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes of all of it."""
+        """Bytes of everything."""
         return aligned(self.maps_bytes) + laid_out(self.buffers)
 
 
@@ -198,19 +197,19 @@ def _moved(span: Span, by: int) -> Span:
 
 
 def _start(level: Level, above: Level) -> int:
-    """The least for `level` with which no strip that it makes for the level above reaches what is read afterwards."""
+    """The least `start` of `level` with which its output for the level above overwrites nothing before it is read."""
     needs = [0]
     for j, source in enumerate(above.sources):
-        if source + 1 < len(level.heights):  # a strip is copied, with its border, before anything is made of it
+        if source + 1 < len(level.heights):  # a strip is copied with its border before its output is written
             needs.append(above.arrival(j)[1] - level.residual(source + 1)[0])
     return aligned(max(needs))
 
 
 @dataclass(slots=True)
 class Map:
-    """Strips of a feature map, each `[1, C, rows, W]`, and its moments, where those were found on the way.
+    """Strips `[1, C, rows, W]` of a feature map, and its moments if they were computed while it was written.
 
-    They are there until the next map's are found.
+    The moments of the next map overwrite these.
     """
 
     strips: Sequence[Tensor]
@@ -218,7 +217,7 @@ class Map:
 
 
 class DecoderMemory:
-    """The layout's tensors, cut from a block of memory, for a picture after the other."""
+    """The layout's tensors in a block of memory, for one picture after the other."""
 
     def __init__(self, layout: DecoderLayout, memory: Tensor) -> None:
         """`memory`: uint8, one dimension, of at least `layout.nbytes`. Raises `ValueError` where it is smaller."""
@@ -231,7 +230,7 @@ class DecoderMemory:
         )
 
     def arrival(self, k: int) -> Map:
-        """What arrives at level `k`."""
+        """The map that level `k` gets from the level below."""
         level = self.layout.levels[k]
         return self._map(level.arriving, level, [level.arrival(i) for i in range(len(level.heights))])
 
@@ -241,7 +240,7 @@ class DecoderMemory:
         return self._map(level.channels, level, [level.residual(i) for i in range(len(level.heights))])
 
     def other(self, k: int, channels: int | None = None) -> Map:
-        """The map of level `k` between a block's convolutions; in its place, one of fewer `channels`."""
+        """The map of level `k` between a block's convolutions; or one of fewer `channels` in its place."""
         level = self.layout.levels[k]
         return self._map(channels or level.channels, level, [level.other(i) for i in range(len(level.heights))])
 
@@ -252,31 +251,31 @@ class DecoderMemory:
         return self._map(level.channels, whole, [whole.residual(0)]), self._map(level.channels, whole, [whole.other(0)])
 
     def matrices(self) -> list[Tensor]:
-        """The attention's four, each `[h w, C]`."""
+        """Attention's four matrices, each `[h w, C]`."""
         level, region = self.layout.levels[0], Region(self._memory, self.layout.attention)
         return [region.take((self.layout.height * level.width, level.channels), self.layout.dtype) for _ in range(4)]
 
     def bordered(self, channels: int, height: int, width: int) -> Tensor:
-        """For a strip of that size, `[1, C, h + 2, w + 2]`, uninitialized."""
+        """A strip of that size with a border, `[1, C, h + 2, w + 2]`, uninitialized."""
         return _channels_last(self._bordered, channels, height + 2, width + 2)
 
     def taps(self, weight: Tensor) -> Tensor:
-        """`[4 N, 4 C]`, uninitialized."""
+        """For `kernels.corner_taps` of a weight: `[4 N, 4 C]`, uninitialized."""
         wide, channels = weight.shape[:2]
         return self._taps[: 16 * wide * channels].view(4 * wide, 4 * channels)
 
     def moments(self) -> Moments:
-        """Of the next map, without any part; in the place of those of the map before."""
+        """Empty moments for the next map; they overwrite those of the map before."""
         return Moments(self._moments)
 
     def terms(self, channels: int) -> Tensor:
-        """`[2, C]`, uninitialized."""
+        """For `kernels.norm_terms`: `[2, C]`, uninitialized."""
         return self._terms[: 2 * channels].view(2, channels)
 
     def windows(self, strips: Sequence[Tensor], *, overwritten: bool = False) -> Iterator[Window]:
-        """Strips with their neighbours' rows, top to bottom.
+        """Strips with their neighbours' rows, from top to bottom.
 
-        `overwritten`: once a strip is done, so may be what it lies in, up to the next strip.
+        `overwritten`: a strip's memory, up to the next strip, may be overwritten as soon as that strip is done.
         """
         above = None
         for i, strip in enumerate(strips):
@@ -295,21 +294,21 @@ class DecoderMemory:
 
 
 def _channels_last(flat: Tensor, channels: int, height: int, width: int) -> Tensor:
-    """`[1, C, h, w]` in the first of `flat`."""
+    """`[1, C, h, w]` at the start of `flat`."""
     return flat[: channels * height * width].view(1, height, width, channels).permute(0, 3, 1, 2)
 
 
 class SiluGroupNorm(nn.GroupNorm):
-    """A GroupNorm that SiLU follows, computed with `kernels`; see `Norm`."""
+    """The weights of a GroupNorm that SiLU follows; `Norm` computes it, with `kernels`."""
 
     kernels: Kernels = reference
 
 
 class Norm:
-    """A GroupNorm and SiLU, with statistics of a whole map, to be applied to any of its windows."""
+    """A GroupNorm and SiLU with the statistics of a whole map, for its windows one by one."""
 
     def __init__(self, norm: SiluGroupNorm, x: Map, memory: DecoderMemory) -> None:
-        """Until the next one: its terms and what it makes have their place in `memory` once."""
+        """Valid until the next `Norm`, which uses the same `memory`."""
         self._kernels, self._memory = norm.kernels, memory
         moments = x.moments
         if moments is None:
@@ -320,14 +319,14 @@ class Norm:
         norm.kernels.norm_terms(moments, norm.weight, norm.bias, norm.eps, terms)
 
     def __call__(self, window: Window) -> Tensor:
-        """Bordered for the next convolution: `[1, C, rows + 2, W + 2]`."""
+        """The window with a border, for the next convolution: `[1, C, rows + 2, W + 2]`."""
         out = self._memory.bordered(*window.strip.shape[1:])
         self._kernels.norm_silu(window, self._scale, self._shift, out)
         return out
 
 
 class Convolution(nn.Conv2d):
-    """A 3 x 3 convolution of what is bordered, computed with `kernels`."""
+    """A 3 x 3 convolution of strips with a border, computed with `kernels`."""
 
     kernels: Kernels = reference
 
@@ -335,11 +334,11 @@ class Convolution(nn.Conv2d):
         super().__init__(inside, outside, 3, padding=1)
 
     def strip(self, x: Tensor, out: Tensor, moments: Moments | None = None, *, add: bool = False) -> None:
-        """Of `x`, bordered, to `out`, or added to it."""
+        """Convolve `x`, which has a border, into `out`, or add to it."""
         assert self.bias is not None
         self.kernels.convolve(x, self.weight, self.bias, out, moments, add=add)
 
     def doubled(self, taps: Tensor, x: Tensor, out: Tensor, moments: Moments) -> None:
-        """Of `x`, bordered, with every pixel doubled in both directions; `taps` from `kernels.corner_taps`."""
+        """Double `x`, which has a border, in both directions and convolve it; `taps` from `kernels.corner_taps`."""
         assert self.bias is not None
         self.kernels.convolve_doubled(x, taps, self.bias, out, moments)

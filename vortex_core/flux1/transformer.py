@@ -1,14 +1,14 @@
 """Step time: FLUX's double and single blocks, from packed latents and modulation to a velocity.
 
 Legend: B pictures, S image tokens, N text tokens, L = N + S, D hidden, H heads, C = D / H, M width of the MLP.
-Names and fused layout are BFL's (`qkv`, `linear1`, `linear2`), so a released checkpoint maps one to one. What
-depends on the prompt alone is not here: time, pooled text and every modulation linear run at prompt time
-(flux1/conditioning.py), and a block takes its shifts, scales and gates as rows of the modulation table.
-Modules are plain `nn.Linear`; loading swaps in NF4 (storage/materialize.py).
+Names and fused layout are BFL's (`qkv`, `linear1`, `linear2`), so a released checkpoint maps one to one. Time, pooled
+text and modulation linears depend on the prompt alone and run at prompt time (flux1/conditioning.py); a block gets its
+shifts, scales and gates as rows of the modulation table. Linears are `nn.Linear` here; loading puts NF4 in their place
+(storage/materialize.py).
 
 A step is a fixed sequence of products and kernels between buffers (flux1/step_buffers.py), so that it can be replayed.
-Text and image share one residual stream and one qkv buffer, each in its own rows: nothing is joined or cut. A block
-ends with the gated sum *and* the adaLN of what follows it, one pass over memory instead of two.
+Text and image share one residual stream and one qkv buffer, each in its own rows: nothing is concatenated or split. A
+block ends with the gated sum *and* the adaLN of the next block: one pass over memory instead of two.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from torch.nn import Linear
 
 from ..kernels import Kernels, ScaledTensor, reference
 from ..quant.linear import NF4Linear, multiply
-from .spec import FluxSpec
+from .spec import DOUBLE_ROWS, FINAL_ROWS, SINGLE_ROWS, FluxSpec
 from .step_buffers import Rope, StepBuffers, Take, TokenStream
 
-__all__ = ["Rope", "Transformer"]
+HALF = DOUBLE_ROWS // 2  # modulation rows of one stream of a double block
 
 
 class Next(NamedTuple):
-    """The adaLN after a block, which the block ends with: shift and scale `[D]`, and where it goes."""
+    """The adaLN that a block ends with, for what follows: shift and scale `[D]`, and where the result goes."""
 
     shift: Tensor
     scale: Tensor
@@ -65,7 +65,7 @@ class SelfAttention(nn.Module):
 
 
 class DoubleBlock(nn.Module):
-    """Image and text keep their own weights and meet in attention."""
+    """Image and text have weights of their own and meet in attention."""
 
     def __init__(self, spec: FluxSpec) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class DoubleBlock(nn.Module):
         self.txt_mlp = mlp(spec)
 
     def forward(self, step: StepBuffers, mod: Tensor, img_next: Next, txt_next: Next) -> None:
-        """From `normal` of both streams to what follows them. `mod` `[12, D]`: image, then text."""
+        """From `normal` of both streams to the next block's. `mod` `[12, D]`: image, then text."""
         img, txt = step.img, step.txt
         with step.beside():
             multiply(self.txt_attn.qkv, txt.normal, txt.qkv.flatten(2), step.txt_lane)
@@ -83,12 +83,12 @@ class DoubleBlock(nn.Module):
         step.meet()
         out = attend(step, step.qkv, ((txt, self.txt_attn.norm), (img, self.img_attn.norm)))
         with step.beside():
-            branch(step.kernels, txt, out, self.txt_attn, self.txt_mlp, mod[6:], step.txt_lane)
-        branch(step.kernels, img, out, self.img_attn, self.img_mlp, mod[:6])
+            branch(step.kernels, txt, out, self.txt_attn, self.txt_mlp, mod[HALF:], step.txt_lane)
+        branch(step.kernels, img, out, self.img_attn, self.img_mlp, mod[:HALF])
         step.meet()
-        # both after the last use of `normal`: what follows may be the joint one, laid out otherwise
-        step.kernels.residual_modulate(img.x, img.y, mod[5], *img_next)
-        step.kernels.residual_modulate(txt.x, txt.y, mod[11], *txt_next)
+        # both after the last use of `normal`: the next block's may be the joint one, which is laid out differently
+        step.kernels.residual_modulate(img.x, img.y, mod[HALF - 1], *img_next)
+        step.kernels.residual_modulate(txt.x, txt.y, mod[-1], *txt_next)
 
 
 class SingleBlock(nn.Module):
@@ -101,7 +101,7 @@ class SingleBlock(nn.Module):
         self.norm = QKNorm(spec.head_dim)
 
     def forward(self, step: StepBuffers, gate: Tensor, following: Next) -> None:
-        """From `normal` of the joint sequence to what follows, of its last tokens if that wants fewer. `gate` `[D]`."""
+        """From `normal` of all tokens to what follows, which may take fewer: the last ones. `gate` `[D]`."""
         joint, last = step.joint, following.out.values.shape[1]
         multiply(self.linear1, joint.normal, step.linear1, gelu=joint.active is None)
         out = attend(step, joint.qkv, ((joint, self.norm),))
@@ -118,7 +118,7 @@ class FinalLayer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The token half of FLUX: everything whose work grows with tokens and repeats each step."""
+    """The part of FLUX that runs for every token in every step."""
 
     def __init__(self, spec: FluxSpec) -> None:
         super().__init__()
@@ -133,22 +133,16 @@ class Transformer(nn.Module):
         self.final_layer = FinalLayer(spec)
 
     def use(
-        self,
-        kernels: Kernels,
-        *,
-        fast: bool,
-        fp8_attention: bool = False,
-        side: torch.cuda.Stream | None = None,
+        self, kernels: Kernels, *, fast: bool, fp8_attention: bool = False, side: torch.cuda.Stream | None = None
     ) -> None:
-        """Compute with `kernels`; `fast` multiplies in fp8, and takes NF4 weights only.
+        """Compute with `kernels`. `fast` multiplies in fp8 and needs NF4 weights.
 
-        `fp8_attention`: only where `fast`. `side`: a CUDA stream for the text of double blocks, which fills what the
+        `fp8_attention`: only with `fast`. `side`: a CUDA stream for the text of double blocks, which uses what the
         image's last tiles leave idle.
         """
         self.kernels, self.fast, self.fp8_attention, self.side = kernels, fast, fp8_attention, side
-        for linear in self.linears():
-            if fast:
-                linear.prepare_fp8()
+        for linear in self.linears() if fast else ():
+            linear.prepare_fp8()
 
     @property
     def fused(self) -> bool:
@@ -166,25 +160,17 @@ class Transformer(nn.Module):
         def fresh(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=weight.device)
 
-        return StepBuffers(
-            self.spec,
-            self.kernels,
-            size,
-            weight.dtype,
-            take or fresh,
-            fast=self.fast,
-            fp8_attention=self.fp8_attention,
-            side=self.side,
-        )
+        how = (self.spec, self.kernels, size, weight.dtype, take or fresh)
+        return StepBuffers(*how, fast=self.fast, fp8_attention=self.fp8_attention, side=self.side)
 
     def forward(
         self, img: Tensor, txt: Tensor, modulation: Tensor, pe: Rope, step: StepBuffers | None = None
     ) -> Tensor:
         """The velocity `[B, S, 64]` of packed latents `img [B, S, 64]` at one step.
 
-        `txt` `[B, N, D]` is `txt_in` of the T5 embeddings: the same in every step, so the caller does it once.
-        `modulation` is one step of the table, `[rows, D]`: 12 rows a double block, 3 a single block, 2 at the end.
-        `step`: the buffers to work in, one of which is returned; default fresh ones.
+        `txt` `[B, N, D]`: T5's embeddings after `txt_in`, which is the same in every step, so the caller runs it once.
+        `modulation` `[rows, D]`: the table of one step. `step`: the buffers to work in, default fresh ones; one of them
+        is returned.
         """
         step = step or self.step((img.shape[0], txt.shape[1], img.shape[1]))
         step.place(pe)
@@ -195,19 +181,19 @@ class Transformer(nn.Module):
             return Next(modulation[row], modulation[row + 1], out)
 
         streams = (step.img, step.txt)
-        for row, stream in zip((0, 6), streams, strict=True):
+        for row, stream in zip((0, HALF), streams, strict=True):
             step.kernels.modulate(stream.x, *following(row, stream.normal))
-        row, singles = 0, 12 * len(self.double_blocks)
+        row, singles = 0, DOUBLE_ROWS * len(self.double_blocks)
         for double in self.double_blocks:
-            mod, row = modulation[row : row + 12], row + 12
+            mod, row = modulation[row : row + DOUBLE_ROWS], row + DOUBLE_ROWS
             if row < singles:
-                double(step, mod, following(row, step.img.normal), following(row + 6, step.txt.normal))
+                double(step, mod, following(row, step.img.normal), following(row + HALF, step.txt.normal))
             else:
                 parts = (step.joint.normal.tokens(stream.start, stream.stop) for stream in streams)
                 double(step, mod, *(following(row, part) for part in parts))
         for single in self.single_blocks:
-            gate, row = modulation[row + 2], row + 3
-            out = step.joint.normal if row + 2 < len(modulation) else step.final
+            gate, row = modulation[row + SINGLE_ROWS - 1], row + SINGLE_ROWS
+            out = step.joint.normal if row + FINAL_ROWS < len(modulation) else step.final
             single(step, gate, following(row, out))
         multiply(self.final_layer.linear, step.final, step.velocity)
         return step.velocity
@@ -221,7 +207,7 @@ def mlp(spec: FluxSpec) -> nn.Sequential:
 def branch(
     kernels: Kernels, stream: TokenStream, out: Tensor, attn: SelfAttention, mlp: nn.Module, mod: Tensor, lane: int = 0
 ) -> None:
-    """A double block's stream from attention's output to its MLP's. `mod` `[6, D]`."""
+    """One stream of a double block, from attention's output to the MLP's. `mod` `[6, D]`."""
     _, _, gate, shift, scale, _ = mod
     wide, _, narrow = mlp.children()
     multiply(attn.proj, stream.pack(out, kernels), stream.y, lane)
@@ -231,9 +217,9 @@ def branch(
 
 
 def attend(step: StepBuffers, qkv: Tensor, parts: Sequence[tuple[TokenStream, QKNorm]]) -> Tensor:
-    """Attention over `qkv` `[B, L, 3, H, C]`, made of one or two streams with norms of their own; `[B, L, D]`.
+    """Attention over `qkv` `[B, L, 3, H, C]`, of one or two streams with their own norms, to `[B, L, D]`.
 
-    In fp8 the result is where the queries were. Else attention is the library's, in memory of its own.
+    In fp8 the result overwrites the queries. In 16 bits the library attends, into memory that it allocates.
     """
     if step.heads is not None:
         ends = (parts[0][1], parts[-1][1])

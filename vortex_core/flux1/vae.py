@@ -1,8 +1,8 @@
 """The VAE decoder: latents in the model's scale to pictures. Layout and names are BFL's.
 
 Legend: B pictures, H and W in pixels; latents are [B, 16, H/8, W/8]; a `Map` is a feature map in strips
-(flux1/strips.py). Written out rather than taken from diffusers because decoding inside a VRAM budget needs to cut it
-open. All maps lie in one block of memory, at places that `DecoderLayout` computes.
+(flux1/strips.py). It is not taken from diffusers, because decoding within a VRAM budget works strip by strip between
+places in one block of memory, which `DecoderLayout` computes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .strips import Convolution, DecoderLayout, DecoderMemory, Map, Norm, SiluGr
 
 
 class ResnetBlock(nn.Module):
-    """Two norm-swish-convolutions around a skip."""
+    """Twice norm, SiLU and convolution, and a skip connection around them."""
 
     def __init__(self, inside: int, outside: int, groups: int) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = Conv2d(inside, outside, 1)
 
     def forward(self, x: Map, between: Map, out: Map, memory: DecoderMemory) -> Map:
-        """`inside` channels to `outside`, in `out`, which is `x`, or written over it where the width changes."""
+        """`inside` channels to `outside`, in `out`. That is `x` itself; where the width changes, it overwrites `x`."""
         changes = hasattr(self, "nin_shortcut")
         norm = Norm(self.norm1, x, memory)
         h = Map(between.strips, memory.moments())
@@ -42,7 +42,7 @@ class ResnetBlock(nn.Module):
         ):
             normed = norm(window)
             if changes:
-                self._shortcut(window.strip, skip)  # before `strip` is written, which may lie where `x` does
+                self._shortcut(window.strip, skip)  # first: `strip` may overwrite this strip of `x`
             self.conv1.strip(normed, strip, h.moments)
         norm = Norm(self.norm2, h, memory)
         out = Map(out.strips, memory.moments())
@@ -51,7 +51,7 @@ class ResnetBlock(nn.Module):
         return out
 
     def _shortcut(self, x: Tensor, out: Tensor) -> None:
-        """The 1 x 1 convolution, which is a product."""
+        """The 1 x 1 convolution, as a matrix product."""
         conv = self.nin_shortcut
         assert conv.bias is not None
         x, out = (rearrange(strip, "1 c h w -> (h w) c") for strip in (x, out))
@@ -72,7 +72,7 @@ class AttnBlock(nn.Module):
         self.proj_out = Linear(channels, channels)
 
     def forward(self, x: Tensor, memory: DecoderMemory) -> None:
-        """`x` `[1, C, h, w]` in place."""
+        """In place on `x` `[1, C, h, w]`."""
         q, k, v, out = memory.matrices()
         tokens = rearrange(self.norm(x), "1 c h w -> (h w) c")
         for linear, product in ((self.q, q), (self.k, k), (self.v, v)):
@@ -91,7 +91,7 @@ class Upsample(nn.Module):
         self.conv = Convolution(channels, channels)
 
     def forward(self, x: Map, out: Map, memory: DecoderMemory) -> Map:
-        """Twice the height and width, in `out`, which is written over `x`; a strip becomes one, or two."""
+        """Twice the height and width, in `out`, which overwrites `x`. A strip becomes one strip, or two."""
         conv, kernels, moments = self.conv, self.conv.kernels, memory.moments()
         taps = memory.taps(conv.weight)
         kernels.corner_taps(conv.weight, taps)
@@ -100,7 +100,7 @@ class Upsample(nn.Module):
             _, channels, rows, width = window.strip.shape
             bordered = memory.bordered(channels, rows, width)
             kernels.bordered(window, bordered)
-            while rows:  # of the window, that are still to be doubled
+            while rows:  # rows of the window that are not doubled yet
                 strip = next(strips)
                 part = bordered[:, :, -rows - 2 :][:, :, : strip.shape[2] // 2 + 2]
                 conv.doubled(taps, part, strip, moments)
@@ -109,7 +109,7 @@ class Upsample(nn.Module):
 
 
 class Mid(nn.Module):
-    """The lowest level, with attention over the whole picture. It is small, and stays in one strip."""
+    """The lowest level, with attention over the whole picture. It is small, so it is one strip."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
@@ -118,14 +118,14 @@ class Mid(nn.Module):
         self.block_2 = ResnetBlock(channels, channels, groups)
 
     def forward(self, x: Map, between: Map, memory: DecoderMemory) -> None:
-        """`x` in place."""
+        """In place on `x`."""
         (strip,) = self.block_1(x, between, x, memory).strips
         self.attn_1(strip, memory)
         self.block_2(x, between, x, memory)
 
 
 class UpLevel(nn.Module):
-    """One resolution: its residual blocks, then the way up to the next, but for the last."""
+    """One resolution: its residual blocks, then upsampling, except at the last level."""
 
     def __init__(self, inside: int, outside: int, spec: VaeSpec, *, last: bool) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class UpLevel(nn.Module):
             self.upsample = Upsample(outside)
 
     def forward(self, x: Map, k: int, memory: DecoderMemory) -> Map:
-        """`inside` channels to `outside`, and to what arrives at the next level, but at the last. It is level `k`."""
+        """Run level `k`: `inside` channels to `outside`, and upsample for the next level, if there is one."""
         out, between = memory.residual(k), memory.other(k)
         for block in self.block:
             x = block(x, between, out, memory)
@@ -143,7 +143,7 @@ class UpLevel(nn.Module):
 
 
 class Decoder(nn.Module):
-    """FLUX's VAE decoder. Levels are kept as in the checkpoint: `up.3` is the lowest resolution and runs first."""
+    """FLUX's VAE decoder. Levels are numbered as in the checkpoint: `up.3` is the lowest resolution and runs first."""
 
     def __init__(self, spec: VaeSpec) -> None:
         super().__init__()
@@ -160,21 +160,21 @@ class Decoder(nn.Module):
         self.conv_out = Convolution(spec.channels[0], 3)
 
     def use(self, kernels: Kernels) -> None:
-        """Compute norms, convolutions and attention with `kernels`; the fused ones want `channels_last`."""
+        """Compute norms, convolutions and attention with `kernels`; the fused ones need `channels_last`."""
         for module in self.modules():
             if isinstance(module, SiluGroupNorm | Convolution | AttnBlock):
                 module.kernels = kernels
 
     def channels_last(self) -> None:
-        """Keep the convolutions' weights with their channels last, as all maps are. To be called once they are read."""
+        """Lay the convolutions' weights out with channels last, as all maps are. Call it after they are read."""
         for parameter in self.parameters():
             if parameter.ndim == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
     def forward(self, memory: DecoderMemory) -> Iterator[Tensor]:
-        """What is in `memory.latent`, a picture in the model's scale, to strips `[1, 3, rows, W]`, about -1..1.
+        """Decode `memory.latent`, in the model's scale, to strips `[1, 3, rows, W]` in about -1..1, top to bottom.
 
-        Top to bottom. The latent is overwritten, and a strip once the next picture is decoded.
+        The latent is overwritten. The strips are valid until the next picture is decoded.
         """
         latent = memory.latent.div_(self.spec.scale).add_(self.spec.shift)
         lowest, between = memory.lowest()
@@ -193,11 +193,12 @@ class Decoder(nn.Module):
 def decode(
     decoder: Decoder, latents: Tensor, out: Tensor, rows: int | None = None, memory: Tensor | None = None
 ) -> Tensor:
-    """Write pictures into `out`, float32 `[B, H, W, 3]` in 0..1, and return it; in strips of at most `rows`, or whole.
+    """Write pictures into `out`, float32 `[B, H, W, 3]` in 0..1, and return it.
 
-    `memory`: uint8, one dimension, of at least `DecoderLayout.nbytes`, on the decoder's device; None: it is taken for
-    the call. `latents`, fp32 `[B, 16, H/8, W/8]`, lie neither in it nor in `out`. Raises `ValueError` where `memory`
-    is too small. One picture at a time: activations of a batch would cost B times the memory and gain little.
+    `latents`: fp32 `[B, 16, H/8, W/8]`, neither in `memory` nor in `out`. `rows`: of a strip, at most; None: one strip.
+    `memory`: uint8, one dimension, at least `DecoderLayout.nbytes`, on the decoder's device; None: allocated for the
+    call. Raises `ValueError` where it is too small. Pictures are decoded one by one: a batch would take B times the
+    memory and gain little.
     """
     weight = decoder.conv_in.weight
     layout = DecoderLayout(decoder.spec, latents.shape[2], latents.shape[3], rows, weight.dtype)
@@ -216,11 +217,11 @@ def decode(
 
 
 def library_bytes(spec: VaeSpec, height: int, width: int, dtype: torch.dtype, *, fused: bool) -> int:
-    """Bytes that torch's operations allocate at most while a picture is decoded, besides its `memory`.
+    """The most bytes that torch's operations allocate while a picture is decoded, besides its `memory`.
 
-    `height` and `width` are those of the latents. The first convolution takes its result and a copy of what it reads;
-    the mid block's norm a copy of the map and the result, as CUDA's takes no map with its channels last. The rest is
-    what `reference` says of its functions, where not `fused`.
+    `height`, `width`: those of the latents. The first convolution takes its result and a copy of its input. The mid
+    block's norm takes its result and a copy of the map, since CUDA's norm needs channels first. Without `fused` kernels
+    the functions of `reference` take what that module says.
     """
     itemsize, lowest = dtype.itemsize, spec.channels[-1]
     lowest_map = height * width * lowest * itemsize
@@ -229,8 +230,8 @@ def library_bytes(spec: VaeSpec, height: int, width: int, dtype: torch.dtype, *,
         sizes.append(reference.attention_bytes(height * width, lowest, itemsize))
         levels = DecoderLayout(spec, height, width, None, dtype).levels
         for level in levels:
-            sizes.append(reference.strip_bytes(level.arriving, level.channels, level.width, itemsize))
-            sizes.append(reference.strip_bytes(level.channels, level.channels, level.width, itemsize))
+            for arriving in (level.arriving, level.channels):
+                sizes.append(reference.strip_bytes(arriving, level.channels, level.width, itemsize))
         for level in levels[:-1]:
             sizes.append(reference.strip_bytes(level.channels, level.channels, level.width, itemsize, doubled=True))
     return max(sizes) + 2**20  # statistics and other small things

@@ -1,8 +1,8 @@
-"""What a step computes besides matrix products, and what the VAE's decoder does, as functions on raw tensors.
+"""Functions on raw tensors: what a step computes besides matrix products, and what the VAE's decoder computes.
 
 Two modules have the same functions: `reference` in plain torch, which runs anywhere and is the oracle, and `fused`
-in Triton. They write into what they are given: `fused` allocates nothing, `reference` no more than it says. Shapes and
-meaning are told in `reference`.
+in Triton. They write into given memory: `fused` allocates nothing, `reference` no more than it says. `reference`
+describes shapes and meaning.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..utils.packages import missing
+from ..utils.packages import first_line, missing
 from . import reference
 from .scaled_tensor import TILE, Heads, Moments, ScaledTensor, Window, empty_heads, most_parts
 
@@ -38,12 +38,12 @@ log = logging.getLogger(__name__)
 class Kernels(Protocol):
     """The functions that `reference` and `fused` share."""
 
-    def decode(self, packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None = None) -> None:
-        """NF4 to `out`."""
+    def dequantize(self, packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None = None) -> None:
+        """NF4 to the type of `out`."""
         ...
 
     def modulate(self, x: Tensor, shift: Tensor, scale: Tensor, out: ScaledTensor) -> None:
-        """adaLN of `x`."""
+        """adaLN of `x` to `out`."""
         ...
 
     def residual_modulate(
@@ -75,15 +75,15 @@ class Kernels(Protocol):
         ...
 
     def group_moments(self, x: Tensor, moments: Moments) -> None:
-        """Append what group norm needs to know of a strip."""
+        """Append the moments of a strip for its group norm."""
         ...
 
     def norm_terms(self, moments: Moments, weight: Tensor, bias: Tensor, epsilon: float, out: Tensor) -> None:
-        """What group norm makes of each channel: a factor, and what is added."""
+        """Each channel's factor and addend in a group norm."""
         ...
 
     def norm_silu(self, window: Window, scale: Tensor, shift: Tensor, out: Tensor) -> None:
-        """SiLU of a scaled and shifted window, bordered."""
+        """SiLU of a scaled and shifted window, with a border of one pixel."""
         ...
 
     def bordered(self, window: Window, out: Tensor) -> None:
@@ -93,7 +93,7 @@ class Kernels(Protocol):
     def convolve(
         self, x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, moments: Moments | None = None, *, add: bool = False
     ) -> None:
-        """A 3 x 3 convolution of what is bordered, and its moments."""
+        """A 3 x 3 convolution of a bordered strip, and its moments."""
         ...
 
     def corner_taps(self, weight: Tensor, out: Tensor) -> None:
@@ -123,28 +123,30 @@ def fused_declined(device: torch.device) -> str | None:
 
 @cache
 def _broken(device: torch.device) -> str | None:
-    """Why samples do not come out like the reference's: Triton also needs a C compiler and a driver it knows."""
+    """Why the kernels fail on samples, or None: Triton also needs a C compiler and a driver that it knows."""
     packed = torch.arange(256, dtype=torch.uint8, device=device).view(4, 64)
     absmax = torch.linspace(0.5, 2, 8, device=device).view(4, 2)
-    decoded, expected = torch.empty(2, 4, 128, device=device)
+    dequantized, expected = torch.empty(2, 4, 128, device=device)
     try:
         from . import fused
 
-        fused.decode(packed, absmax, decoded)  # before the larger samples: its table stays, and would lie among them
+        fused.dequantize(
+            packed, absmax, dequantized
+        )  # first: its table stays, and would split the larger samples' memory
         draw = torch.Generator(device).manual_seed(0)
         x, weight = (
             torch.randn(shape, generator=draw, device=device).bfloat16().to(memory_format=torch.channels_last)
             for shape in ((1, 128, 18, 18), (128, 128, 3, 3))
         )
         found = _samples(fused, x, weight)
-    except torch.OutOfMemoryError:  # which says nothing of the kernels, and is not to be remembered
+    except torch.OutOfMemoryError:  # says nothing about the kernels, and must not be cached
         raise
-    except Exception as error:  # of many kinds, and each only means: not these kernels
-        return f"Triton does not run ({str(error).partition(chr(10))[0]})"
-    reference.decode(packed, absmax, expected)
+    except Exception as error:  # of any kind: these kernels do not work here
+        return f"Triton does not run ({first_line(error)})"
+    reference.dequantize(packed, absmax, expected)
     wanted = _samples(reference, x, weight)
     near = all((a.float() - b.float()).norm() < 0.02 * b.float().norm() for a, b in zip(found, wanted, strict=True))
-    return None if torch.equal(decoded, expected) and near else "a sample comes out otherwise than the reference's"
+    return None if torch.equal(dequantized, expected) and near else "a sample differs from the reference"
 
 
 def _samples(kernels: Kernels, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,7 +160,7 @@ def _samples(kernels: Kernels, x: Tensor, weight: Tensor) -> tuple[Tensor, Tenso
 
 
 def attends_in_fp8(device: torch.device) -> bool:
-    """Whether attention in fp8 runs on `device`, which multiplies in fp8, and is known to be faster. Logs why not."""
+    """Whether attention in fp8 works on `device`, which must multiply in fp8, and is faster there. Logs why not."""
     capability = torch.cuda.get_device_capability(device)
     if capability == (9, 0):
         declined = _heads_broken(device)
@@ -173,10 +175,10 @@ def attends_in_fp8(device: torch.device) -> bool:
 
 @cache
 def _heads_broken(device: torch.device) -> str | None:
-    """Why attention in fp8 does not find a sample's values again on `device`, or None.
+    """Why attention in fp8 fails on a sample on `device`, or None.
 
-    Each query is its own key, so each place must get its own value, but for a thousandth and what fp8 rounds. Nothing
-    is computed in torch: libraries that are loaded for a moment stay in host memory.
+    Each query is its own key, so each token must get its own value, up to a thousandth and fp8's rounding. There is no
+    reference in torch, since libraries that are loaded for it would stay in host memory.
     """
     tokens, count, channels = TILE + 3, 2, 128
     draw = torch.Generator(device).manual_seed(0)
@@ -192,10 +194,10 @@ def _heads_broken(device: torch.device) -> str | None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        return f"Triton does not run attention in fp8 ({str(error).partition(chr(10))[0]})"
+        return f"Triton does not run attention in fp8 ({first_line(error)})"
     found, value = x[:, :, 0].float(), x[:, :, 2].float()
     off = float((found - value).norm() / value.norm())
-    return None if off < 0.1 else "attention in fp8 comes out wrong"
+    return None if off < 0.1 else "attention in fp8 is wrong on a sample"
 
 
 def choose_kernels(device: torch.device) -> Kernels:
@@ -204,9 +206,7 @@ def choose_kernels(device: torch.device) -> Kernels:
     if declined is None:
         from . import fused
 
-        log.info(
-            "Kernels: Triton. They are compiled for the first picture on a machine, which takes up to half a minute."
-        )
+        log.info("Kernels: Triton. The first picture on a machine compiles them, which takes up to half a minute.")
         return fused
     log.log(
         logging.WARNING if device.type == "cuda" else logging.INFO,

@@ -1,4 +1,4 @@
-"""What kernels ask about the card they run on."""
+"""The properties of a card that kernels depend on."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 
 
 class Card(NamedTuple):
-    """Multiprocessors, bytes of shared memory that one program may take; whether there is a bulk copy engine, and
-    whether kernels are launched early, which was measured on compute capability 9.0 alone.
+    """The number of multiprocessors; bytes of shared memory that one program may take; whether there is a bulk copy
+    engine; whether kernels are launched early, which was measured on compute capability 9.0 alone.
     """
 
     processors: int
@@ -21,7 +21,7 @@ class Card(NamedTuple):
 
 @cache
 def card(device: torch.device) -> Card:
-    """Of a CUDA device; a modest one for any other, where Triton interprets."""
+    """The card of a CUDA device; for the CPU, where Triton interprets, a small one."""
     if device.type != "cuda":
         return Card(1, 1 << 18, copies=True, early=False)
     found = torch.cuda.get_device_properties(device)

@@ -1,10 +1,10 @@
 """The decoder's 3 x 3 convolutions of channels-last pictures, and those of pictures doubled by repeating pixels.
 
-A convolution is nine products, of the picture moved by one of nine offsets and that tap's weights. With a border of one
-pixel around the picture, a move is a number of pixels in memory: a tile is a run of pixels, border and all, which the
-bulk copy engine fetches (2 in W + 2 are computed for nothing). The moments that the next norm asks for are found while
-a tile is in registers. A doubled picture is never made: each of the four pixels that one becomes sees two by two of
-the pixels before, so four products of summed taps do instead of nine, a pixel.
+A convolution is nine products, each of the picture moved by one of nine offsets and that tap's weights. With a border
+of one pixel around the picture, a move is an offset in memory: a tile is a run of pixels with their border, which the
+bulk copy engine fetches (2 of W + 2 results are unused). The moments for the next norm are computed while a tile is in
+registers. A doubled picture is never made: a pixel becomes four, and each of them sees two by two pixels of the small
+picture. So four products of summed taps replace nine for each pixel.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from .capabilities import card
 from .groupnorm import write_moments
 from .scaled_tensor import PIXELS, Moments
 
-ROW = 128  # bytes of a tile's row, which the copy engine takes at once
-STAGES = 3  # tiles on their way, as far as shared memory goes
+ROW = 128  # bytes of a tile's row, the most that the copy engine takes at once
+STAGES = 3  # tiles that are fetched ahead, at most
 
 
 @triton.jit(do_not_specialize=["height", "width", "stride", "first_part"])
@@ -29,7 +29,7 @@ def _convolve(
     PIXELS: tl.constexpr, BLOCK_N: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     BLOCKS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    UP: tl.constexpr = 4 - TAPS  # 2 where a pixel becomes four, and there are two by two taps
+    UP: tl.constexpr = 4 - TAPS  # 2 for a doubled picture, which has two by two taps
     channel = tl.program_id(0) % BLOCKS * BLOCK_N
     corner = tl.program_id(0) // BLOCKS
     down, right = corner // 2, corner % 2
@@ -70,7 +70,7 @@ def _sum_taps(weight, taps, C: tl.constexpr):
     corner, tap = tl.arange(0, 16) // 4, tl.arange(0, 16) % 4
     summed = tl.zeros([16, C], tl.float32)
     for old in range(9):
-        # the first of a doubled pixel's rows sees the pixel above by tap 0, and its own by 1 and 2; so with columns
+        # the first row of a doubled pixel sees the pixel above by tap 0, and its own by taps 1 and 2; so do columns
         here = ((old // 3 > corner // 2) == (tap // 2 == 1)) & ((old % 3 > corner % 2) == (tap % 2 == 1))
         value = tl.load(weight + (tl.program_id(0) * 9 + old) * C + channel)
         summed += tl.where(here[:, None], value.to(tl.float32)[None, :], 0.0)
@@ -104,7 +104,7 @@ def _launch(
     inner = min(channels, ROW // itemsize)
     known = card(x.device)
     pixels, block = 128, min(256, max(16, triton.next_power_of_2(wide)))
-    if itemsize == 4:  # computed without the matrix units, out of registers
+    if itemsize == 4:  # computed from registers, without the matrix units
         pixels, block = PIXELS, min(block, 64)
     columns = triton.cdiv(wide, block) * corners
     run = (height - 2) * width  # pixels with a border to their right

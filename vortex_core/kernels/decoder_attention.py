@@ -1,6 +1,6 @@
-"""Attention of one wide head, for the decoder's lowest level: 512 channels, where the library's fast ones end at 256.
+"""Attention of one wide head, for the decoder's lowest level: 512 channels; the library's fast kernels end at 256.
 
-A program keeps a few queries and their sums, and goes once over all keys and values (Dao et al., 2022).
+A program keeps a few queries and their sums, and reads all keys and values once (Dao et al., 2022).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _attend(q, k, v, out, tokens, factor, C: tl.constexpr, ROWS: tl.constexpr, C
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
-    """See `reference.attend`. C is a power of two; in 32 bits, and where a card has no room for it, the library's."""
+    """See `reference.attend`, which is used in 32 bits and where shared memory is too small. C is a power of two."""
     tokens, channels = q.shape
     known = card(q.device)
     room = (known.shared - BESIDE) // (channels * q.element_size())

@@ -1,7 +1,7 @@
 """NF4 to bf16, or to fp8 scaled by row, near the speed of memory.
 
-A thread takes 32-bit words of eight codes. The 16 levels lie in shared memory, in 16 different banks, so that looking
-them up never conflicts; level times scale is fp32 and rounded once, which makes bf16 equal to bitsandbytes bit for bit.
+A thread takes 32-bit words of eight codes. The 16 levels lie in 16 banks of shared memory, so that lookups never
+conflict. Level times scale is fp32 and rounded once, so bf16 is equal to bitsandbytes', bit for bit.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor
 from ..nf4 import LEVELS
 from .launch import early, follow
 
-WORDS = 512  # a program; each is eight values
+WORDS = 512  # of a program; each is eight values
 WARPS = 4
 
 
 @triton.jit
-def _decode(
+def _dequantize(
     packed, absmax, row_scale, levels, out, words,
     WORDS_A_ROW: tl.constexpr, SCALED: tl.constexpr, WORDS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -38,14 +38,14 @@ def _decode(
     value = tl.gather(levels, tl.reshape(code, [WORDS * 8]), 0)
     value = tl.reshape(value, [WORDS, 8]) * scale[:, None]
     target = out + word.to(tl.int64)[:, None] * 8 + tl.arange(0, 8)[None, :]
-    follow(EARLY)  # what is read, weights, was there before
+    follow(EARLY)  # only now: what is read before, weights, was there already
     tl.store(target, value.to(out.dtype.element_ty), mask=mask[:, None])
 
 
-def decode(packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None = None) -> None:
-    """See `reference.decode`. All contiguous; K is a multiple of 64."""
+def dequantize(packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None = None) -> None:
+    """See `reference.dequantize`. All contiguous; K is a multiple of 64."""
     words = packed.numel() // 4
-    _decode[(triton.cdiv(words, WORDS),)](
+    _dequantize[(triton.cdiv(words, WORDS),)](
         packed.view(torch.int32), absmax, row_scale, _levels(packed.device), out, words,
         WORDS_A_ROW=1 if row_scale is None else packed.shape[1] // 4, SCALED=row_scale is not None, WORDS=WORDS,
         num_warps=WARPS, **early(out),

@@ -1,8 +1,8 @@
 """Attention of a step in fp8: queries, keys and values packed in one pass, then both products in 8 bits.
 
-A program keeps a few queries and their sums, and goes once over all keys and values (Dao et al., 2022). Values are
-packed with the keys of each 16 in another order: the one in which weights, as the first product leaves them in
-registers, are what the second takes. So threads exchange nothing.
+A program keeps a few queries and their sums, and reads all keys and values once (Dao et al., 2022). Values are packed
+with each 16 keys in another order: the order in which the first product leaves weights in registers. So the second
+product can take them, and threads exchange nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .scaled_tensor import FP8_MAX, SMALLEST, TILE, Heads
 
 _FP8_MAX = tl.constexpr(FP8_MAX)
 _SMALLEST = tl.constexpr(SMALLEST)
-_LIFT = tl.constexpr(8)  # weights are 2**8 times as large, to use fp8's range
+_LIFT = tl.constexpr(8)  # weights are multiplied by 2**8, to use fp8's range
 ROWS = 64  # queries of a program
 BESIDE = 4096  # bytes of shared memory besides the tiles
 LOG2_E = 1.4426950408889634
@@ -47,7 +47,7 @@ def _pack_rotated(
         first, second, out = first_k, second_k, k
     channel = tl.arange(0, C)
     before, after = tl.load(first + channel).to(tl.float32), tl.load(second + channel).to(tl.float32)
-    # no value exceeds it: a head's sum of squares is C after the norm, and turning pairs keeps it
+    # no value exceeds it: after the norm a head's sum of squares is C, and rotation keeps that
     bound = tl.maximum(tl.max(tl.maximum(tl.abs(before), tl.abs(after)), 0) * C**0.5, _SMALLEST) / _FP8_MAX
     if token == 0:
         tl.store(unit + kind, bound)
@@ -84,7 +84,7 @@ def _part(
     H: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     COPIES: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """What was summed so far, and the keys and values of one tile; `LAST` is not full."""
+    """Add the keys and values of one tile to what was summed so far; the `LAST` tile is not full."""
     parts = tl.cdiv(T, TILE)
     key = tiles.load(k, first + part * TILE, plane % H * C, limit, H * C, TILE, C, COPIES)
     score = tl.dot(query, key.T)
@@ -97,8 +97,8 @@ def _part(
     unit = tl.load(v_scale + plane * parts + part)
     value = tiles.load(v, plane * C, part * TILE, (plane + 1) * C, parts * TILE, C, TILE, COPIES)
     product = tl.dot(_reordered(weight.to(value.dtype), ROWS, TILE), value.T)
-    # Added here, in fp32: tensor cores cut what they add up in fp8 to some 14 bits, which over many tiles is a loss.
-    # Sums are in units of the values' scale: where that changes, so do they.
+    # Added here, in fp32: tensor cores cut sums of fp8 to some 14 bits, which loses over many tiles.
+    # Sums are in units of the values' scale, and are rescaled where that changes.
     summed = product + summed * (fade * (before / unit))[:, None]
     return summed, total, now, unit
 
@@ -152,7 +152,7 @@ def attend_heads(heads: Heads, out: Tensor) -> None:
     pair = 2 * TILE * channels * heads.k.element_size()
     grid = (triton.cdiv(tokens, ROWS), count, batch)
     fits = ROWS * channels * heads.q.element_size() + 3 * pair + BESIDE <= known.shared
-    # with 2 stages three programs share a multiprocessor, and a round of them takes 4/3 of the time of one of two
+    # with 2 stages three programs share a multiprocessor; a round of three takes 4/3 of the time of a round of two
     rounds_of_three, rounds_of_two = (triton.cdiv(prod(grid), known.processors * share) for share in (3, 2))
     stages = 3 if fits and 3 * rounds_of_two <= 4 * rounds_of_three else 2
     q, k = (x.flatten(0, 1).flatten(1) for x in (heads.q, heads.k))

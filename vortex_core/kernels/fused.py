@@ -1,6 +1,6 @@
-"""The kernels in Triton. `reference` says what each one computes; here it is one pass over memory each.
+"""The kernels in Triton, each one pass over memory. `reference` says what each one computes.
 
-Nothing is allocated, and every launch is on the device of its tensors, whichever is the current one.
+Nothing is allocated, and every launch is on the device of its tensors, whichever device is current.
 """
 
 from . import convolution, decoder_attention, fp8_attention, groupnorm, rotary, rows
@@ -13,7 +13,7 @@ bordered = on_device(groupnorm.bordered)
 convolve = on_device(convolution.convolve)
 convolve_doubled = on_device(convolution.convolve_doubled)
 corner_taps = on_device(convolution.corner_taps)
-decode = on_device(nf4.decode)
+dequantize = on_device(nf4.dequantize)
 gelu = on_device(rows.gelu)
 group_moments = on_device(groupnorm.group_moments)
 modulate = on_device(rows.modulate)

@@ -1,9 +1,9 @@
-"""Group norm and SiLU of a channels-last picture: its moments, what they make of a channel, and a pass to apply it.
+"""Group norm and SiLU of a channels-last picture: its moments, each channel's terms from them, and a pass that applies.
 
-The library's norm reads a channels-last picture badly, and a separate SiLU is one more pass over maps of up to 500 MB.
-A program finds the moments of one tile, about the tile's own mean (most come with a convolution), and they are joined
-in a fixed order. So nothing is a difference of large sums, strips and whole pictures agree, and results repeat bit
-for bit. The result has the border of zeros that the next convolution reads.
+The library's norm is slow on a channels-last picture, and a separate SiLU is one more pass over maps of up to 500 MB.
+A program computes the moments of one tile, about the tile's own mean (convolutions compute most of them), and they are
+joined in a fixed order. So no result is a difference of large sums, strips and whole pictures agree, and results repeat
+bit for bit. The result has the border of zeros that the next convolution reads.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ PARTS = 1024  # moments that are joined at once
 
 @triton.jit
 def write_moments(place, plane, value, mask, count, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
-    """The moments of `count` pixels, of GROUPS groups of WIDTH channels: three numbers a `plane` apart, at `place`."""
-    # a channel's moments first: its values lie in few threads, and a group's are joined from them
+    """Write the moments of `count` pixels, for GROUPS groups of WIDTH channels: three planes, `plane` numbers apart."""
+    # first a channel's moments, as its values lie in few threads; a group's are joined from them
     mean = tl.sum(value, 0) / tl.maximum(count, 1.0)
     value = tl.where(mask, value - mean[None, :], 0.0)
     mean = tl.reshape(mean, [GROUPS, WIDTH])
@@ -33,7 +33,7 @@ def write_moments(place, plane, value, mask, count, GROUPS: tl.constexpr, WIDTH:
     tl.store(place + 2 * plane, square)
 
 
-# Where a map's parts go on is a number, not a moved pointer: its alignment would have the kernel compiled anew.
+# `first` is a number, not part of the pointer: another alignment of a pointer compiles the kernel again.
 @triton.jit(do_not_specialize=["pixels", "stride", "first"])
 def _moments(x, moments, pixels, stride, first, C: tl.constexpr, G: tl.constexpr, PIXELS: tl.constexpr):
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)

@@ -1,8 +1,8 @@
-"""How kernels are launched: on the device of what they take, and while the one before still ends.
+"""How kernels are launched: on the device of their tensors, and on Hopper before the kernel before has ended.
 
-The latter is programmatic dependent launch, on Hopper. A step has some 800 kernels, and between two of them a card
-idles for a microsecond or two. A kernel that is launched early is set up meanwhile, and waits inside. That pays in fp8
-alone: in 16 bits there is less idling for the work, and a step at 1024 x 1024 took 0.8 % longer by it.
+That is programmatic dependent launch. A step has some 800 kernels, and between two of them a card idles for a
+microsecond or two. A kernel that is launched early is set up meanwhile, and waits inside. It pays in fp8 only: in 16
+bits idling is a smaller share, and a step at 1024 x 1024 took 0.8 % longer.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ P = ParamSpec("P")
 
 @triton.jit
 def follow(EARLY: tl.constexpr):
-    """Wait for all that was launched before, and let the next kernel be set up.
+    """Wait for all kernels that were launched before, and let the next one be set up.
 
-    Before it, a kernel writes nothing, and reads only what the launches before it did not write.
+    Before this call, a kernel writes nothing, and reads nothing that earlier launches write.
     """
     if EARLY:  # as in triton.language.extra.cuda, which does not compile in Triton 3.4
         tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], tl.int32, is_pure=False, pack=1)
@@ -34,15 +34,15 @@ def follow(EARLY: tl.constexpr):
 
 
 def early(operand: Tensor) -> dict[str, bool]:
-    """Arguments of a launch for a kernel that calls `follow` and takes or makes `operand`: early if that is fp8."""
+    """Arguments of a kernel that calls `follow`: early where that pays, if `operand` (read or written) is fp8."""
     pays = operand.dtype == FP8 and card(operand.device).early
     return {"EARLY": True, "launch_pdl": True} if pays else {"EARLY": False}
 
 
 def on_device(function: Callable[P, None]) -> Callable[P, None]:
-    """`function`, launched with the device of the first tensor that it takes, in a tuple or by itself, as the current.
+    """`function`, called with the device of its first tensor argument (maybe inside a tuple) as the current one.
 
-    Triton launches on the current device, whatever it is given. Elsewhere than on CUDA nothing is switched.
+    Triton launches on the current device, wherever the tensors are. Only CUDA devices are switched.
     """
 
     @wraps(function)

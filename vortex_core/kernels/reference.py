@@ -1,11 +1,11 @@
-"""The kernels in plain torch: what each one means, the oracle of the fused ones, and the path where those cannot run.
+"""The kernels in plain torch: they define each one, are the oracle of the fused ones, and run where those cannot.
 
-Legend: B pictures, T tokens of one stream, D hidden, H heads, C channels of a head. Arithmetic is fp32, rounded once.
-The decoder's maps `[1, C, h, w]` have their channels last.
+Legend: B pictures, T tokens of text or image, D hidden, H heads, C channels of a head. Arithmetic is fp32, rounded
+once. The decoder's maps `[1, C, h, w]` have their channels last.
 
-What runs on a card goes through tokens, or rows, in chunks, so that what it allocates has a bound: `step_bytes`,
-`strip_bytes`, `attention_bytes` and `nf4.DECODE_BYTES`. The sums of fp8, which no card without fused kernels takes,
-have none.
+On a card, functions go through tokens or rows in chunks, so that their allocations have a bound: `step_bytes`,
+`strip_bytes`, `attention_bytes` and `nf4.DEQUANTIZE_BYTES`. Those for fp8 have none: no card without fused kernels
+uses them.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from .. import nf4
 from .scaled_tensor import FP8_MAX, SMALLEST, TILE, Heads, Moments, ScaledTensor, Window, chunk_rows
 
 EPSILON = 1e-6  # of every norm in FLUX
-TOKENS = 1024  # of all pictures, that a step's functions take at once
+TOKENS = 1024  # of all pictures together, that a step's functions take at once
 
 
-def decode(packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None = None) -> None:
+def dequantize(packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None = None) -> None:
     """NF4 (uint8 `[N, K/2]`, fp32 `[N, K/64]`) to `out` `[N, K]`, divided by `row_scale` (fp32 `[N]`) if given."""
     if row_scale is not None:
         absmax = absmax / row_scale[:, None]
@@ -38,7 +38,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, out: ScaledTensor) -> None
 
 
 def residual_modulate(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, out: ScaledTensor) -> None:
-    """`x += gate * y` in place, then `modulate`: the end of one branch and the start of the next."""
+    """`x += gate * y` in place, then `modulate`: the end of one branch, and the start of the next."""
     gate = gate.float()
     for start, stop in _chunks(x):
         part = x[:, start:stop]
@@ -70,15 +70,15 @@ def rotate(qkv: Tensor, query_norm: Tensor, key_norm: Tensor, cos: Tensor, sin: 
 
 def step_bytes(hidden: int) -> int:
     """Bytes that `modulate`, `residual_modulate` and `rotate` allocate at most; `hidden` is D, and H times C."""
-    # two chunks in fp32, or in the place of one its halves; the moments of tokens and heads; what is as long as a token
+    # two chunks in fp32 (or one, and its two halves); moments of tokens and heads; rows as long as a token
     return TOKENS * (2 * 4 * hidden + hidden // 2) + 4 * 4 * hidden
 
 
 def pack_heads(qkv: Tensor, norms: Sequence[Tensor], boundary: int, cos: Tensor, sin: Tensor, heads: Heads) -> None:
     """`rotate` of `qkv` `[B, L, 3, H, C]`, and all of it to fp8.
 
-    `norms` are those of queries and keys of the tokens before `boundary`, and those of the others. Queries and keys are
-    scaled by what none of them can exceed, so that nobody need look for the largest; values by the largest of a tile.
+    `norms`: of queries and of keys before token `boundary`, then of those from it on. Queries and keys are scaled by a
+    bound that none can exceed, so that no pass looks for the largest; values by the largest of a tile.
     """
     whole = qkv.to(torch.float32, copy=True)
     rotate(whole[:, :boundary], norms[0], norms[1], cos[:boundary], sin[:boundary])
@@ -106,7 +106,7 @@ def attend_heads(heads: Heads, out: Tensor) -> None:
 
 
 def group_moments(x: Tensor, moments: Moments) -> None:
-    """Append those of `x` `[1, C, h, w]`, rows of a map, to `moments`: in however many parts, as `Moments` tells."""
+    """Append the moments of `x` `[1, C, h, w]`, rows of a map, to `moments`, in one part or more (see `most_parts`)."""
     groups = moments.values.shape[1]
     rows = x[0].permute(1, 2, 0).unflatten(-1, (groups, -1))  # [h, w, G, C/G]
     for part in rows.split(chunk_rows(rows[0].numel())):
@@ -133,7 +133,7 @@ def norm_terms(moments: Moments, weight: Tensor, bias: Tensor, epsilon: float, o
 def norm_silu(window: Window, scale: Tensor, shift: Tensor, out: Tensor) -> None:
     """`silu(x * scale + shift)` of the window's rows, bordered as by `bordered`; `scale`, `shift` fp32 `[C]`."""
     for rows, place in _inside(window, out):
-        torch.addcmul(shift[:, None, None], rows, scale[:, None, None], out=place)  # no map in fp32
+        torch.addcmul(shift[:, None, None], rows, scale[:, None, None], out=place)  # makes no map in fp32
         F.silu(place, inplace=True)
 
 
@@ -146,9 +146,9 @@ def bordered(window: Window, out: Tensor) -> None:
 def convolve(
     x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, moments: Moments | None = None, *, add: bool = False
 ) -> None:
-    """The 3 x 3 convolution of a bordered `x` `[1, C, h + 2, w + 2]`, to `out` `[1, N, h, w]`, or added to it.
+    """The 3 x 3 convolution of a bordered `x` `[1, C, h + 2, w + 2]`, to `out` `[1, N, h, w]` or added to it.
 
-    `group_moments` of `out` are appended to `moments`, if those are given.
+    The `group_moments` of `out` are appended to `moments`, if given.
     """
     height = out.shape[2]
     step = chunk_rows(out.shape[1] * out.shape[3])
@@ -156,13 +156,13 @@ def convolve(
         found = F.conv2d(x[:, :, top : top + step + 2], weight, bias)
         place = out[:, :, top : top + step]
         place.add_(found) if add else place.copy_(found)
-        del found  # or it would be there still when the next chunk is made
+        del found  # before the next chunk is made
     if moments is not None:
         group_moments(out, moments)
 
 
 def corner_taps(weight: Tensor, out: Tensor) -> None:
-    """`weight` `[N, C, 3, 3]` as `convolve_doubled` takes it, to `out` `[4 N, 4 C]`, here in the first of it."""
+    """`weight` `[N, C, 3, 3]` as `convolve_doubled` takes it, to `out` `[4 N, 4 C]`: here unchanged, at its start."""
     _weight_in(out).copy_(weight)
 
 
@@ -173,7 +173,7 @@ def convolve_doubled(x: Tensor, taps: Tensor, bias: Tensor, out: Tensor, moments
     step = chunk_rows(2 * out.shape[1] * out.shape[3])
     for top in range(0, height, step):
         doubled = F.interpolate(x[:, :, top : top + step + 2], scale_factor=2.0, mode="nearest")
-        # one column too many on either side: cut off before, they would leave rows that have to be copied
+        # one column too many on either side: they are cut off after, as a cut input would have to be copied
         found = F.conv2d(doubled[:, :, 1:-1], weight, bias)
         out[:, :, 2 * top : 2 * (top + step)] = found[..., 1:-1]
         del doubled, found
@@ -197,16 +197,16 @@ def strip_bytes(inside: int, outside: int, width: int, itemsize: int, *, doubled
     if doubled:
         found = 2 * rows * (2 * width + 2) * outside + (2 * rows + 4) * (2 * width + 4) * inside
     values = max(chunk_rows(row) * row for row in (width * inside, scale * width * outside))
-    return max(itemsize * found, 4 * values) + 2**18  # moments are small
+    return max(itemsize * found, 4 * values) + 2**18  # and small moments
 
 
 def attention_bytes(tokens: int, channels: int, itemsize: int) -> int:
-    """Bytes that `attend` allocates at most: a result, which the library sums up in fp32, and a statistic a token."""
+    """Bytes that `attend` allocates at most: the result, its sums in fp32, and statistics of each token."""
     return tokens * (channels * (itemsize + 4) + 2 * 4)
 
 
 def _chunks(x: Tensor) -> Iterator[tuple[int, int]]:
-    """Spans of tokens of `x` `[B, T, ...]` that hold `TOKENS` of all pictures."""
+    """Spans of tokens of `x` `[B, T, ...]`, each with `TOKENS` of all pictures together."""
     batch, tokens = x.shape[:2]
     step = max(1, TOKENS // batch)
     for start in range(0, tokens, step):
@@ -227,7 +227,7 @@ def _turn(x: Tensor, norm: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def _inside(window: Window, out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The window's parts, and where each lies in `out`; what has none is filled with zeros, and the sides are."""
+    """The window's parts and their places in `out`. Zeros are written at the sides, and for a part that is None."""
     out[..., 0].zero_()
     out[..., -1].zero_()
     inner = out[..., 1:-1]
@@ -239,13 +239,13 @@ def _inside(window: Window, out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _weight_in(taps: Tensor) -> Tensor:
-    """`[N, C, 3, 3]`, channels last, in the first of the `[4 N, 4 C]` that the fused kernels want."""
+    """`[N, C, 3, 3]`, channels last, at the start of the `[4 N, 4 C]` that fused kernels need."""
     wide, channels = taps.shape[0] // 4, taps.shape[1] // 4
     return taps.flatten()[: 9 * wide * channels].view(wide, 3, 3, channels).permute(0, 3, 1, 2)
 
 
 def row_scales(absmax: Tensor) -> Tensor:
-    """fp32 `[N]`: what `decode` divides by so that each row fills fp8's range. The largest level of NF4 is 1."""
+    """fp32 `[N]`: `dequantize` divides by it, so that each row fills fp8's range. NF4's largest level is 1."""
     return absmax.amax(dim=1).clamp_min(SMALLEST) / FP8_MAX
 
 

@@ -1,6 +1,6 @@
 """RMS norm and rotary embedding of queries and keys, in place where the products wrote them.
 
-One program takes q or k of one token, all heads: contiguous in memory, and one read of cos and sin serves them.
+One program takes q or k of one token, all heads: they are contiguous in memory, and share one read of cos and sin.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _EPSILON = tl.constexpr(EPSILON)
 
 @triton.jit
 def rotated(x, weight, cos, sin, position, C: tl.constexpr, BLOCK_H: tl.constexpr):
-    """fp32 `[BLOCK_H, C]`, the heads of one token, with norm and rotation."""
+    """The heads of one token, fp32 `[BLOCK_H, C]`, after norm and rotation."""
     x *= tl.rsqrt(tl.sum(x * x, 1) / C + _EPSILON)[:, None] * weight[None, :]
     even, odd = tl.split(tl.reshape(x, [BLOCK_H, C // 2, 2]))
     pair = position * (C // 2) + tl.arange(0, C // 2)

@@ -1,6 +1,6 @@
-"""Row kernels: one program a token. Each reads and writes device memory once.
+"""Row kernels: one program for each token, which reads and writes device memory once.
 
-A row is kept in registers, so that the largest value of a token, which its fp8 scale needs, costs no second pass.
+A row stays in registers: the fp8 scale needs the token's largest value, which so costs no second pass.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tiles of a matrix: by the bulk copy engine, which wants descriptors, where a card has one, else by loads."""
+"""Loads tiles of a matrix: by the bulk copy engine, through descriptors, where a card has one, else by plain loads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 @triton.jit
 def load(x, row, column, limit, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, COPIES: tl.constexpr):
-    """`[ROWS, COLUMNS]` from `row` and `column` on; zeros from row `limit` on."""
+    """The tile `[ROWS, COLUMNS]` at `row` and `column`; zeros from row `limit` on."""
     if COPIES:
         tile = x.load([row, column])
     else:
@@ -21,5 +21,5 @@ def load(x, row, column, limit, stride, ROWS: tl.constexpr, COLUMNS: tl.constexp
 
 
 def source(x: Tensor, rows: int, columns: int, *, copies: bool) -> Tensor | TensorDescriptor:
-    """A contiguous matrix as `load` takes it, for tiles of `rows` and `columns`."""
+    """A contiguous matrix as `load` takes it, for tiles of `rows` x `columns`."""
     return TensorDescriptor.from_tensor(x, [rows, columns]) if copies else x

@@ -1,4 +1,4 @@
-"""Who gets the VRAM: the plan, the arena that calls work in, weights that stream from host memory."""
+"""What the VRAM is used for: the plan, the arena that calls work in, weights that stream from host memory."""
 
 from ..moved import attributes_of
 

@@ -1,8 +1,8 @@
-"""The working memory of an engine: one block, in which everything that a call needs has its place by offset.
+"""The working memory of an engine: one block, in which every tensor of a call has a fixed offset.
 
-Nothing in it is allocated or freed while a call runs, so what a call takes is a sum that is known before it starts, the
-same under every allocator, and addresses stay what they are until the block is released. What one phase of a call no
-longer needs, the next one uses: phases lay out their tensors from the block's start, each on its own.
+Nothing is allocated or freed while a call runs. So a call's memory is a sum, known before it starts and the same under
+every allocator, and addresses stay the same until the block is released. The phases of a call take turns: each lays out
+its tensors from the block's start, over those of the phase before.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from math import prod
 import torch
 from torch import Tensor
 
-ALIGN = 256  # bytes; what the CUDA allocator itself guarantees, so no kernel sees a stranger alignment
+ALIGN = 256  # bytes; what the CUDA allocator guarantees, so kernels see no other alignment
 MIB = 2**20
-Shape = tuple[tuple[int, ...], torch.dtype]  # and type
+Shape = tuple[tuple[int, ...], torch.dtype]  # of a tensor, with its type
 Views = dict[tuple[int, tuple[int, ...], torch.dtype], Tensor]  # by offset, shape and type
 
 
 def round_up(size: int, step: int) -> int:
-    """The next multiple of `step`."""
+    """`size` rounded up to a multiple of `step`."""
     return -(-size // step) * step
 
 
 def aligned(size: int) -> int:
-    """`size` with the room to the next tensor."""
+    """Bytes from a tensor of `size` bytes to the next one."""
     return round_up(size, ALIGN)
 
 
 class Region:
-    """A stretch of memory that tensors are cut from, one after another; `used` is where the next one starts.
+    """Memory that tensors are cut from, one after another; `used` is the offset of the next one.
 
-    `views` remembers them, since making a view takes longer than finding one: as long as the memory is the same.
+    `views` keeps them for later regions of the same memory, since a view takes longer to make than to look up.
     """
 
     def __init__(self, memory: Tensor, start: int = 0, views: Views | None = None) -> None:
@@ -40,7 +40,7 @@ class Region:
         self.memory, self.used, self._views = memory, start, {} if views is None else views
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """The next tensor, uninitialized. Raises `ValueError` where the memory ends before."""
+        """The next tensor, uninitialized. Raises `ValueError` where the memory is too small for it."""
         start, size = self.used, prod(shape) * dtype.itemsize
         if start + size > self.memory.numel():
             raise ValueError(f"A plan is too small: {start + size} of {self.memory.numel()} bytes.")
@@ -51,7 +51,7 @@ class Region:
         return self._views[key]
 
     def again(self, start: int) -> Region:
-        """The same stretch from `start` on."""
+        """A region of the same memory from offset `start` on."""
         return Region(self.memory, start, self._views)
 
 

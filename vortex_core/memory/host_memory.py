@@ -1,4 +1,4 @@
-"""Host memory that a GPU reads and writes by itself, or ordinary memory where none can be pinned."""
+"""Pinned host memory, which a GPU copies to and from by itself, or pageable memory where pinning fails."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from torch import Tensor
 
 from ..device.jobs import warn
 from ..errors import VortexWarning
+from ..utils.packages import first_line
 from .arena import Region
 
 
 class HostMemory:
-    """A stretch of host memory that tensors are cut from; pinned where `pin`, pageable with a warning if not.
+    """Host memory that tensors are cut from, pinned if `pin`. Where that fails it is pageable, with a warning.
 
-    Ordinary memory, registered with the driver: torch's own pinned allocator rounds each block to a power of two,
-    which would cost a GB and a half for the weights that stream.
+    It is ordinary memory, registered with the driver. torch's pinned allocator (as in `device.select.host_buffer`)
+    rounds each block to a power of two, which would cost 1.5 GB for the weights that stream.
     """
 
     def __init__(self, size: int, *, pin: bool) -> None:
@@ -27,7 +28,7 @@ class HostMemory:
         if not (pin and size):
             return
         memory = self._region.memory
-        memory[::PAGESIZE].zero_()  # fresh pages come from all cores here, while registering has only one
+        memory[::PAGESIZE].zero_()  # all cores make the pages here; registering would, on one core
         reason = _register(memory)
         if reason is None:
             self.pinned = size
@@ -44,21 +45,21 @@ class HostMemory:
 
 
 def _register(memory: Tensor) -> str | None:
-    """Pin; why not, where it fails."""
+    """Pin `memory`. Returns why that failed, or None."""
     try:
         runtime: Any = torch.cuda.cudart()
-        error = runtime.cudaHostRegister(memory.data_ptr(), memory.numel(), 1)  # portable: for every card's context
-        if int(error) == 0:
+        status = runtime.cudaHostRegister(memory.data_ptr(), memory.numel(), 1)  # portable: for every card's context
+        if int(status) == 0:
             return None
-    except (AssertionError, RuntimeError) as missing:  # a torch without CUDA asserts
-        return str(missing).partition("\n")[0]
+    except (AssertionError, RuntimeError) as error:  # a torch without CUDA asserts
+        return first_line(error)
     with suppress(RuntimeError, AssertionError):  # the next launch would report this error as its own
         torch.zeros(1, device="cuda").add_(1)
-    return str(runtime.cudaGetErrorString(error))
+    return str(runtime.cudaGetErrorString(status))
 
 
 def _unregister(memory: Tensor) -> None:
-    with suppress(RuntimeError):  # the device is lost, and its driver keeps nothing for us
-        torch.cuda.synchronize()  # a copy may still be on its way
+    with suppress(RuntimeError):  # the device is lost, and the driver has freed everything
+        torch.cuda.synchronize()  # a copy may still run
         runtime: Any = torch.cuda.cudart()
         runtime.cudaHostUnregister(memory.data_ptr())

@@ -1,14 +1,13 @@
 """Where weights live: on the device, or in pinned host memory and streamed through a pair of staging buffers.
 
 A weight group is a module (or a few) whose tensors are views of one flat buffer, so that moving it is one copy. A
-resident group's buffer is on the device. A streamed one's is in host memory; a `Prefetcher` brings it to one of two
-device buffers just before it runs, on a stream of its own, while the group before it computes. Both compute the same,
-bit for bit: only the place of the bytes differs.
+resident group's buffer is on the device, a streamed group's is in host memory. A `Prefetcher` copies a streamed group
+to one of two device buffers just before it runs, on a stream of its own, while the group before it computes. Results
+are the same, bit for bit.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -21,21 +20,19 @@ from ..device.streams import streams_of
 from .arena import Region, aligned
 from .host_memory import HostMemory
 
-log = logging.getLogger(__name__)
-
 Act = Callable[[], None]
 
 
 def nbytes(*modules: nn.Module) -> int:
-    """Bytes that the parameters and buffers of `modules` take."""
+    """Bytes of the parameters and buffers of `modules`, without rounding."""
     return sum(t.numel() * t.element_size() for module in modules for t in _tensors(module))
 
 
 class WeightGroup:
-    """Modules that move together, and the flat buffer their tensors are views of.
+    """Modules that move together, and the flat buffer that their tensors are views of.
 
-    `device` is its buffer there while it is resident. `host` is its copy in host memory, which it keeps once it
-    `streams`: weights do not change, so that leaving the device again costs nothing.
+    `device` is the buffer on the device, while the group is resident; `host` that in host memory. A group that has been
+    streamed (`streams`) keeps `host`: weights do not change, so it can leave the device again without a copy.
     """
 
     def __init__(self, name: str, part: str, *modules: nn.Module) -> None:
@@ -44,10 +41,10 @@ class WeightGroup:
         self.host: Tensor | None = None
         self.streams = False
         self.nbytes = 0
-        self._slots: list[tuple[Tensor, int, tuple[int, ...]]] = []  # each tensor, its offset in the buffer, strides
+        self._slots: list[tuple[Tensor, int, tuple[int, ...]]] = []  # tensor, offset, strides
 
     def measure(self) -> int:
-        """Lay the tensors out; the bytes of the buffer they need."""
+        """Lay the tensors out, and return the bytes of buffer that they need."""
         self._slots, self.nbytes = [], 0
         for module in self.modules:
             for tensor in _tensors(module):
@@ -57,8 +54,8 @@ class WeightGroup:
         return self.nbytes
 
     def settle(self, *, device: Tensor | None = None, host: Tensor | None = None) -> None:
-        """Move the modules' tensors into one of these buffers."""
-        self.measure()  # anew: on `meta` they were others
+        """Move the modules' tensors into the buffer that is given, on the device or in host memory."""
+        self.measure()  # again: the tensors on `meta` were others
         self.device, self.host, self.streams = device, host, host is not None
         buffer = host if device is None else device
         assert buffer is not None
@@ -67,7 +64,7 @@ class WeightGroup:
             tensor.data = view
 
     def bind(self, buffer: Tensor) -> None:
-        """Turn the tensors into views of `buffer` (uint8, at least `nbytes`)."""
+        """Make the tensors views of `buffer` (uint8, at least `nbytes`)."""
         for tensor, view in self._views(buffer):
             tensor.data = view
 
@@ -77,7 +74,7 @@ class WeightGroup:
             yield tensor, span.view(tensor.dtype).as_strided(tensor.shape, strides)
 
     def to_device(self, device: torch.device) -> None:
-        """Make it resident. Raises torch's `OutOfMemoryError`, unchanged."""
+        """Make the group resident. Raises torch's `OutOfMemoryError`, and nothing has changed."""
         assert self.host is not None
         buffer = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
         buffer.copy_(self.host)
@@ -87,26 +84,26 @@ class WeightGroup:
             self.host = None
 
     def to_host(self, memory: HostMemory | None = None) -> None:
-        """Leave the device. In `memory` from now on, if it is to stream from there; without, until it returns."""
-        here = self.host if self.device is None else self.device
+        """Leave the device: for `memory`, to stream from there, or without one until `to_device` brings it back."""
+        buffer = self.host if self.device is None else self.device
         if self.host is None or (memory is not None and not self.streams):
             self.streams = memory is not None
             self.host = torch.empty(self.nbytes, dtype=torch.uint8) if memory is None else memory.take(self.nbytes)
-            assert here is not None
-            self.host.copy_(here)
+            assert buffer is not None
+            self.host.copy_(buffer)
         self.bind(self.host)
         self.device = None
 
 
 class CopyStream:
-    """Copies to the device beside the products. On the CPU nothing runs beside anything: copies are done at once."""
+    """Copies to the device on a stream of its own, while products run. On the CPU copies are done at once."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, streams = device, streams_of(device)
         self._stream = None if streams is None else streams.copy
 
     def copy(self, target: Tensor, source: Tensor) -> torch.cuda.Event | None:
-        """Copy, once all that was launched so far is done; a token for `wait`."""
+        """Copy after all that was launched before. Returns a token for `wait`."""
         if self._stream is None:
             target.copy_(source)
             return None
@@ -116,16 +113,16 @@ class CopyStream:
             return self._stream.record_event()
 
     def wait(self, token: torch.cuda.Event | None) -> None:
-        """What is launched from now on runs after the copy."""
+        """Have what is launched from now on run after the copy of `token`."""
         if token is not None:
             torch.cuda.current_stream(self._device).wait_event(token)
 
 
 class Prefetcher:
-    """Brings streamed groups to the device, each just before it runs, one ahead.
+    """Copies streamed groups to the device, each while the group before it runs.
 
-    Every other group shares one of two buffers as large as the largest. Units run in the order given, any number of
-    rounds; another order works too, only without overlap.
+    They take turns in two buffers, each as large as the largest group. Groups run in the given order, for any number of
+    rounds. Another order works, too, only without overlap.
     """
 
     def __init__(self, groups: Sequence[WeightGroup], device: torch.device, copies: CopyStream | None = None) -> None:
@@ -135,23 +132,20 @@ class Prefetcher:
         self._inside: list[int | None] = [None, None]  # the group in each buffer
         self._copied: list[Any] = [None, None]
         self._left = 0  # rounds to come
-        self._take: Callable[[Act], None] = lambda act: act()
+        self._act: Callable[[Act], None] = lambda act: act()
         self._hooks = [
             hook
             for k, group in enumerate(self.groups)
             for hook in (
-                group.modules[0].register_forward_pre_hook(lambda *_, k=k: self._take(partial(self._arrive, k))),
-                group.modules[0].register_forward_hook(lambda *_, k=k: self._take(partial(self._leave, k))),
+                group.modules[0].register_forward_pre_hook(lambda *_, k=k: self._act(partial(self._arrive, k))),
+                group.modules[0].register_forward_hook(lambda *_, k=k: self._act(partial(self._leave, k))),
             )
         ]
 
     @contextmanager
     def open(self, region: Region, rounds: int = 1) -> Iterator[None]:
-        """Take the buffers from `region`, and have groups run in `rounds` rounds."""
-        if not self.groups:
-            yield
-            return
-        size = max(group.nbytes for group in self.groups)
+        """Inside, groups can run, `rounds` times in all, through buffers that are taken from `region`."""
+        size = max((group.nbytes for group in self.groups), default=0)
         count = min(2, len(self.groups))
         self._buffers = [region.take((size,), torch.uint8) for _ in range(count)]
         for k, group in enumerate(self.groups):
@@ -164,23 +158,23 @@ class Prefetcher:
         finally:
             for inside, token in zip(self._inside, self._copied, strict=True):
                 if inside is not None:
-                    self._copies.wait(token)  # before the buffer is anybody's
+                    self._copies.wait(token)  # before others use the buffer
             for group in self.groups:
                 assert group.host is not None
                 group.bind(group.host)
             self._buffers, self._inside, self._copied = [], [None, None], [None, None]
 
     @contextmanager
-    def handed(self, take: Callable[[Act], None]) -> Iterator[None]:
-        """Inside, what is due before and after each group is not done: `take` gets it, in order, to do it later."""
-        at_once, self._take = self._take, take
+    def deferred(self, defer: Callable[[Act], None]) -> Iterator[None]:
+        """Inside, copies and waits around groups are not done, but passed to `defer`, in order, to be done later."""
+        at_once, self._act = self._act, defer
         try:
             yield
         finally:
-            self._take = at_once
+            self._act = at_once
 
     def close(self) -> None:
-        """Let go of the groups."""
+        """Remove the hooks from the groups' modules."""
         for hook in self._hooks:
             hook.remove()
 

@@ -1,4 +1,4 @@
-"""Where an engine's weights are at the moment, and how they move."""
+"""Where an engine's weights are now, and how they move."""
 
 from __future__ import annotations
 
@@ -10,47 +10,44 @@ import torch
 from ..device.vram import hand_back
 from .host_memory import HostMemory
 from .offload import Prefetcher, WeightGroup
-from .planner import ALWAYS, BLOCKS, PROMPT
+from .planner import BLOCKS, PROMPT, by_part
 
 log = logging.getLogger(__name__)
 
 
 class Placement:
-    """Units on a device.
+    """The weight groups of an engine, on its device or in host memory.
 
-    `prompt` and `steps` bring the groups that stream, at prompt time and at step time. `streamed` names them; None
-    while all is offloaded.
+    `streamed` names the groups that stream; it is None while all are offloaded. `prompt` and `steps` prefetch them, at
+    prompt time and at step time.
     """
 
     def __init__(self, groups: Sequence[WeightGroup], device: torch.device) -> None:
         self.groups = list(groups)
         self.device = device
         self.streamed: frozenset[str] | None = None
-        self.addresses: tuple[int, ...] = ()  # where groups lie on the device; 0 for those that stream
+        self.addresses: tuple[int, ...] = ()  # of groups on the device; 0 for those that stream
         self.prompt = self.steps = Prefetcher([], device)
         self._host: list[HostMemory] = []
 
     @property
     def resident_bytes(self) -> dict[str, int]:
         """Bytes on the device by part."""
-        parts = dict.fromkeys((BLOCKS, *ALWAYS, *PROMPT), 0)
-        for group in self.groups:
-            parts[group.part] += group.nbytes if group.device is not None else 0
-        return parts
+        return by_part((group.part, group.nbytes) for group in self.groups if group.device is not None)
 
     @property
     def pinned_bytes(self) -> int:
-        """Host memory that is pinned."""
+        """Bytes of host memory that are pinned."""
         return sum(memory.pinned for memory in self._host)
 
     def host_memory(self, size: int) -> HostMemory:
-        """Memory for groups that stream, pinned if they stream to a GPU."""
+        """Memory for groups that stream, pinned for a GPU."""
         memory = HostMemory(size, pin=self.device.type == "cuda")
         self._host.append(memory)
         return memory
 
     def place(self, streamed: frozenset[str]) -> None:
-        """Have exactly `streamed` stream. Raises torch's `OutOfMemoryError`, with some groups still to arrive."""
+        """Have exactly `streamed` stream. On torch's `OutOfMemoryError` some groups are not on the device yet."""
         if streamed == self.streamed:
             return
         leaving = [group for group in self.groups if group.name in streamed and group.device is not None]
@@ -71,7 +68,7 @@ class Placement:
         self.start(streamed)
 
     def start(self, streamed: frozenset[str]) -> None:
-        """Units are where `streamed` says: have those of them stream."""
+        """Prefetch `streamed` from now on. Groups must already lie where that wants them."""
         groups = [group for group in self.groups if group.name in streamed]
         self.prompt = Prefetcher([group for group in groups if group.part in PROMPT], self.device)
         self.steps = Prefetcher([group for group in groups if group.part == BLOCKS], self.device)
@@ -79,7 +76,7 @@ class Placement:
         self.addresses = tuple(0 if group.device is None else group.device.data_ptr() for group in self.groups)
 
     def offload(self) -> None:
-        """Move everything to host memory, for `place` to bring back; the device's stays in torch's cache."""
+        """Move all groups to host memory, until `place` brings them back. The freed memory stays in torch's cache."""
         self._stop()
         for group in self.groups:
             if group.device is not None:

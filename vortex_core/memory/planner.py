@@ -1,14 +1,14 @@
-"""Who gets the VRAM: a pure function from sizes and a budget to a placement. No device, no tensor, no model.
+"""What stays in VRAM and what streams: a pure function of sizes and a budget. No device, no tensor, no model.
 
 Weights are cut into groups, each resident or streamed from host memory. Placements are tried from the richest to the
-poorest, in order of claim: T5 gives way first, then CLIP, modulation, and step-time blocks one by one; the first
-whose peak fits the budget is the plan. The peak is a sum: weights, the arena (memory/arena.py), what libraries allocate
-by themselves, cuBLAS' workspaces, captured steps, the finished pictures. All sizes in bytes.
+poorest: first T5 streams, then CLIP, modulation, and step-time blocks one by one. The first whose peak fits the budget
+is the plan. The peak is a sum: weights, the arena (memory/arena.py), what libraries allocate by themselves, cuBLAS'
+workspaces, captured steps, the finished pictures. All sizes in bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -16,14 +16,14 @@ from .arena import MIB, round_up
 
 ALWAYS = ("embedders", "vae")  # parts that never stream: small, and used in every picture
 BLOCKS = "blocks"
-PROMPT = ("modulation", "clip", "t5")  # parts of prompt time, the last to give way first
-GRAIN = 2 * MIB  # what every allocator of torch rounds large tensors up to, at most
-SLACK = 48 * MIB  # what allocators round besides and keep of earlier calls: no tensor of ours
+PROMPT = ("modulation", "clip", "t5")  # parts of prompt time; the last streams first
+GRAIN = 2 * MIB  # torch's allocators round large tensors up to this at most
+SLACK = 48 * MIB  # what allocators round further, and keep of earlier calls
 
 
 @dataclass(frozen=True, slots=True)
 class WeightGroupSize:
-    """Weights that live in one place. `name` such as `single_blocks.7`; `part` one of the names above."""
+    """The size of a weight group: `name` such as `single_blocks.7`, `part` one of the names above."""
 
     name: str
     part: str
@@ -32,8 +32,8 @@ class WeightGroupSize:
 
 @dataclass(frozen=True, slots=True)
 class StepRequirements:
-    """What steps of so many `pictures` at once take: their `buffers` in the arena, what the `library`'s attention
-    allocates in one, and what a captured one keeps for that (`graph`).
+    """What a step of `pictures` at once takes: `buffers` in the arena, what the `library`'s attention allocates, and
+    what a captured step keeps for that (`graph`).
     """
 
     pictures: int
@@ -46,10 +46,9 @@ class StepRequirements:
 class MemoryRequirements:
     """What one request takes besides weights.
 
-    In the arena: `scratch` for decoded weights, `steps` (for each number of pictures that may be drawn at once, the
-    largest first), `decode` for the VAE, in strips of `rows`, and `latents` of the whole batch. Outside: `library`,
-    what text encoders and decoder have libraries allocate, `blas`, cuBLAS' workspaces, and `slack` that is no tensor of
-    ours.
+    In the arena: `scratch` for dequantized weights; `steps`, for each number of pictures that may be drawn at once,
+    the largest first; `decode` for the VAE, in strips of `rows`; `latents` of the whole batch. Outside: `library`, what
+    libraries allocate for text encoders and decoder; `blas`, cuBLAS' workspaces; `slack` for what is no tensor of ours.
     """
 
     height: int
@@ -66,7 +65,7 @@ class MemoryRequirements:
 
     @property
     def pictures(self) -> int:
-        """Bytes of what is handed out: the finished pictures, fp32, and to `on_step` latents, a twelfth of that."""
+        """Bytes that callers get: the finished pictures, fp32, and for `on_step` the latents, a twelfth of that."""
         return self.batch * self.height * self.width * (3 * 4 + 1)
 
 
@@ -86,12 +85,12 @@ class MemoryPlan:
 
     @property
     def step(self) -> StepRequirements:
-        """What steps of one slice take."""
+        """What a step of one slice takes."""
         return next(step for step in self.requirements.steps if step.pictures == self.slice)
 
     @property
     def stages(self) -> dict[str, int]:
-        """What each phase lays out in the arena, from its start."""
+        """What each phase takes of the arena, from its start."""
         scratch = self.requirements.scratch
         return {
             "prompt": scratch + self.staging(*PROMPT),
@@ -100,23 +99,23 @@ class MemoryPlan:
         }
 
     def staging(self, *parts: str) -> int:
-        """The pair of buffers through which the streamed groups of these parts pass."""
+        """The one or two buffers that streamed groups of these parts are copied to."""
         sizes = [group.nbytes for group in self.groups if group.name in self.streamed and group.part in parts]
         return min(2, len(sizes)) * max(sizes, default=0)
 
     @cached_property
     def arena(self) -> int:
-        """The one block that all phases work in; latents lie at its end."""
+        """The block that all phases work in; latents lie at its end."""
         return round_up(max(self.stages.values()) + self.requirements.latents, GRAIN)
 
     @cached_property
     def library(self) -> int:
-        """What libraries allocate by themselves, at most: phases take turns."""
+        """The most that libraries allocate by themselves in one phase."""
         return round_up(max(self.requirements.library, self.step.library), GRAIN)
 
     @cached_property
     def peak(self) -> int:
-        """The most that torch, and the driver for captured steps, will have reserved."""
+        """The most that torch, and for captured steps the driver, will have reserved."""
         weights = sum(round_up(group.nbytes, GRAIN) for group in self.resident)
         held = self.requirements.blas + self.arena + self.library + self.step.graph
         return weights + held + round_up(self.requirements.pictures, GRAIN) + self.requirements.slack
@@ -124,9 +123,7 @@ class MemoryPlan:
     @property
     def breakdown(self) -> dict[str, int]:
         """The peak by component; adds up to it."""
-        parts = dict.fromkeys((BLOCKS, *ALWAYS, *PROMPT), 0)
-        for group in self.resident:
-            parts[group.part] += group.nbytes
+        parts = by_part((group.part, group.nbytes) for group in self.resident)
         parts |= {"arena": self.arena, "libraries": self.library, "cuBLAS": self.requirements.blas}
         parts |= {"graphs": self.step.graph, "pictures": self.requirements.pictures}
         return parts | {"rounding and slack": self.peak - sum(parts.values())}
@@ -137,6 +134,14 @@ class MemoryPlan:
         return sum(group.nbytes for group in self.groups if group.name in self.streamed)
 
 
+def by_part(groups: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """Bytes by part, of groups given as part and bytes."""
+    parts = dict.fromkeys((BLOCKS, *ALWAYS, *PROMPT), 0)
+    for part, nbytes in groups:
+        parts[part] += nbytes
+    return parts
+
+
 @lru_cache(maxsize=64)  # every picture asks
 def make_plan(
     groups: tuple[WeightGroupSize, ...],
@@ -144,10 +149,10 @@ def make_plan(
     budget: float,
     keep: frozenset[str] | None = None,
 ) -> MemoryPlan | None:
-    """The richest placement whose peak fits `budget`, or None where not even the poorest does.
+    """The richest placement whose peak fits `budget`, with as many pictures at once as fit; None where none fits.
 
-    `keep` is what streams now: that placement stays if it fits and all its blocks are resident, or the request has no
-    steps, since moving weights costs more than it brings. Then as many pictures at once as still fit.
+    `keep` is what streams now. That placement stays if it fits, and all its blocks are resident or the request has no
+    steps, since moving weights costs more than it gains.
     """
     candidates = placements(groups)
     steps = any(step.buffers for step in requirements.steps)
@@ -161,13 +166,13 @@ def make_plan(
 
 
 def smallest_budget(groups: Sequence[WeightGroupSize], requirements: MemoryRequirements) -> int:
-    """The smallest budget that `make_plan` has a plan for."""
+    """The smallest budget for which `make_plan` finds a plan."""
     last = requirements.steps[-1].pictures
     return min(MemoryPlan(tuple(groups), requirements, streamed, last).peak for streamed in placements(groups))
 
 
 def placements(groups: Sequence[WeightGroupSize]) -> list[frozenset[str]]:
-    """Every set of streamed groups that is tried, from the richest placement to the poorest."""
+    """The sets of streamed groups to try, from the richest placement to the poorest."""
     streamed: frozenset[str] = frozenset()
     tried = [streamed]
     for part in reversed(PROMPT):
@@ -177,10 +182,10 @@ def placements(groups: Sequence[WeightGroupSize]) -> list[frozenset[str]]:
     for group in groups:
         if group.part == BLOCKS:
             kinds.setdefault(group.name.partition(".")[0], []).append(group)
-    # the smaller kind first: its staging buffers are smaller, too
+    # the smaller kind first, as its staging buffers are smaller
     for kind in sorted(kinds.values(), key=lambda kind: max(group.nbytes for group in kind)):
         for n in range(1, len(kind) + 1):
-            # evenly apart, so that each one's copy has the others' time to hide behind
+            # evenly apart, so that each copy hides behind the blocks between
             tried.append(streamed | {kind[(2 * i + 1) * len(kind) // (2 * n)].name for i in range(n)})
         streamed = tried[-1]
     return tried
@@ -189,9 +194,9 @@ def placements(groups: Sequence[WeightGroupSize]) -> list[frozenset[str]]:
 def cost(plan: MemoryPlan, rate: float, steps: int, step_ms: float = 0.0) -> tuple[float, float]:
     """Milliseconds that streaming adds to each new prompt, and to each picture, at `rate` bytes a second to the device.
 
-    `step_ms` is what a step of one slice takes with everything resident. A streamed block's copy hides behind what
-    computes since the one before it; without `step_ms` none does, and the result is an upper bound. Encoders are taken
-    as copies alone: their products take less than their copies.
+    `step_ms` is what a step of one slice takes with all weights resident. A block's copy hides behind the blocks that
+    run after the streamed block before it. Without `step_ms` nothing hides, and the result is an upper bound. Of
+    encoders only copies count: their products take less.
     """
     prompt = sum(group.nbytes for group in plan.groups if group.name in plan.streamed and group.part in PROMPT)
     blocks = [group for group in plan.groups if group.part == BLOCKS]
@@ -201,6 +206,6 @@ def cost(plan: MemoryPlan, rate: float, steps: int, step_ms: float = 0.0) -> tup
     for before, i in zip([k - len(blocks) for k in streamed[-1:]] + streamed, streamed, strict=False):
         between = sum(blocks[k].nbytes for k in range(before, i)) * step_ms / total  # rounds follow each other
         added += max(0.0, blocks[i].nbytes / rate * 1e3 - between)
-    rounds = steps if len(streamed) > 2 else 1  # two stay in their buffers
+    rounds = steps if len(streamed) > 2 else 1  # up to two stay in their buffers
     slices = -(-plan.requirements.batch // plan.slice)
     return prompt / rate * 1e3, slices * rounds * added / max(1, plan.requirements.batch)

@@ -1,1 +1,1 @@
-"""Weights in 4 bits: the NF4 format, and linears that decode it where it is used."""
+"""Linears with weights in NF4, and the ways to dequantize those where they are used."""

@@ -1,4 +1,4 @@
-"""Ways to decode NF4 weights: Triton's, bitsandbytes', plain torch's. One is chosen at load, and the log says why."""
+"""Ways to dequantize NF4: by Triton, bitsandbytes or plain torch. One is chosen at load, and the log says why."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ log = logging.getLogger(__name__)
 
 
 class Backend(ABC):
-    """A way to decode NF4 weights. The result is valid until the next `decode` on the same lane.
+    """A way to dequantize NF4 weights, into fresh memory, or inside `using` into given buffers.
 
-    Inside `using` it lies in memory that is given, and else in fresh memory.
+    A result in a buffer is valid until the next one in the same buffer.
     """
 
     name: str
 
     def __init__(self) -> None:
-        self._lanes: tuple[Tensor, ...] = ()
+        self._scratch: tuple[Tensor, ...] = ()
 
     @contextmanager
-    def using(self, *lanes: Tensor) -> Iterator[None]:
-        """Decode into these uint8 buffers, as large as the largest weight that comes."""
-        self._lanes = lanes
+    def using(self, *scratch: Tensor) -> Iterator[None]:
+        """Inside, dequantize into these uint8 buffers, each as large as the largest weight for it."""
+        self._scratch = scratch
         try:
             yield
         finally:
-            self._lanes = ()
+            self._scratch = ()
 
-    def decode(
-        self, packed: Tensor, absmax: Tensor, dtype: torch.dtype, row_scale: Tensor | None = None, lane: int = 0
+    def dequantize(
+        self, packed: Tensor, absmax: Tensor, dtype: torch.dtype, row_scale: Tensor | None = None, scratch: int = 0
     ) -> Tensor:
         """uint8 `[N, K/2]` and fp32 `[N, K/64]` to `[N, K]` in `dtype`, divided by `row_scale` `[N]` if given.
 
-        A result on one `lane` (0 or 1) does not end the other's.
+        Inside `using`, it is written into the buffer of index `scratch`, if there is one.
         """
         shape = (packed.shape[0], packed.shape[1] * 2)
-        if lane < len(self._lanes):
-            out = self._lanes[lane][: prod(shape) * dtype.itemsize].view(dtype).view(shape)
+        if scratch < len(self._scratch):
+            out = self._scratch[scratch][: prod(shape) * dtype.itemsize].view(dtype).view(shape)
         else:
             out = torch.empty(shape, dtype=dtype, device=packed.device)
         self.write(packed, absmax, out, row_scale)
@@ -57,7 +57,7 @@ class Backend(ABC):
 
     @abstractmethod
     def write(self, packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None) -> None:
-        """Decode into `out`."""
+        """Dequantize into `out`."""
 
 
 class ReferenceBackend(Backend):
@@ -67,11 +67,11 @@ class ReferenceBackend(Backend):
 
     def write(self, packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None) -> None:
         """See `Backend.write`."""
-        reference.decode(packed, absmax, out, row_scale)
+        reference.dequantize(packed, absmax, out, row_scale)
 
 
 class TritonBackend(Backend):
-    """Vortex's own decode kernels, near the speed of memory; the ones that decode to fp8 too."""
+    """Vortex' own kernel, near the speed of memory; the one that also dequantizes to fp8."""
 
     name = "triton"
 
@@ -79,33 +79,34 @@ class TritonBackend(Backend):
         """See `Backend.write`."""
         from ..kernels import fused
 
-        fused.decode(packed, absmax, out, row_scale)
+        fused.dequantize(packed, absmax, out, row_scale)
 
 
 class BitsAndBytesBackend(Backend):
-    """bitsandbytes' decode kernels, in 16 and 32 bits only."""
+    """bitsandbytes' kernels, to 16 and 32 bits only."""
 
     name = "bitsandbytes"
 
     def write(self, packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None) -> None:
         """See `Backend.write`."""
-        if row_scale is not None:  # not one of its kernels; `fast` on a GPU has the Triton backend
-            reference.decode(packed, absmax, out, row_scale)
+        if row_scale is not None:  # it has no kernel for that; on a GPU `fast` has the Triton backend
+            reference.dequantize(packed, absmax, out, row_scale)
             return
         arguments = (packed.view(-1, 1), absmax.view(-1), BLOCK, "nf4", list(out.shape), out.dtype)
         if packed.device.type == "cuda":
             torch.ops.bitsandbytes.dequantize_4bit.out(*arguments, out=out)
-        else:  # where it has no variant that writes into given memory
+        else:  # it has no variant here that writes into given memory
             out.copy_(torch.ops.bitsandbytes.dequantize_4bit.default(*arguments))
 
 
-BACKENDS = ("triton", "bitsandbytes", "reference")  # the fastest first
+_KINDS = {kind.name: kind for kind in (TritonBackend, BitsAndBytesBackend, ReferenceBackend)}
+BACKENDS = tuple(_KINDS)  # the fastest first
 
 
 def choose_backend(device: torch.device, name: str | None = None) -> Backend:
     """The NF4 backend for `device`: `name` if given, else the fastest that works here. Logs the choice and why.
 
-    On the CPU that is plain torch: bitsandbytes decodes no faster there, and takes seconds to import.
+    On the CPU that is plain torch: bitsandbytes is no faster there, and takes seconds to import.
     Raises `VortexInputError` for an unknown name, or for a named backend that does not work on this machine.
     """
     if name not in (None, *BACKENDS):
@@ -118,24 +119,20 @@ def choose_backend(device: torch.device, name: str | None = None) -> Backend:
             why = "asked for" if name else "; ".join(reasons) or "the fastest"
             slow = bool(reasons) and candidate == "reference"
             log.log(logging.WARNING if slow else logging.INFO, "NF4 backend: %s on %s (%s)", candidate, device, why)
-            return _backend(candidate)
+            return _KINDS[candidate]()
         reasons.append(f"{candidate} declined: {declined}")
     raise VortexInputError(f"The {name} backend does not work on {device}: {declined}")
 
 
 def backend_declined(name: str, device: torch.device) -> str | None:
-    """Why a backend cannot decode on `device`, or None."""
+    """Why a backend cannot dequantize on `device`, or None."""
     if name == "triton":
         return fused_declined(device)
     return bitsandbytes_declined(device) if name == "bitsandbytes" else None
 
 
-def _backend(name: str) -> Backend:
-    return next(kind for kind in (TritonBackend, BitsAndBytesBackend, ReferenceBackend) if kind.name == name)()
-
-
 def bitsandbytes_declined(device: torch.device) -> str | None:
-    """Why bitsandbytes cannot decode on `device`, or None if it decodes a sample exactly like the reference.
+    """Why bitsandbytes cannot dequantize on `device`, or None if a sample is equal to the reference.
 
     Raises torch's `OutOfMemoryError`.
     """
@@ -145,11 +142,9 @@ def bitsandbytes_declined(device: torch.device) -> str | None:
     packed = torch.arange(256, dtype=torch.uint8, device=device).view(4, 64)
     sample = NF4Weight(packed, torch.linspace(0.5, 2, 8, device=device).view(4, 2))
     try:
-        decoded = BitsAndBytesBackend().decode(sample.packed, sample.absmax, torch.float32)
-    except torch.OutOfMemoryError:  # which says nothing of this install
+        found = BitsAndBytesBackend().dequantize(sample.packed, sample.absmax, torch.float32)
+    except torch.OutOfMemoryError:  # says nothing about bitsandbytes
         raise
-    except Exception as error:  # of many kinds, and each only means: not this backend
+    except Exception as error:  # of any kind: this backend does not work here
         return first_line(error)
-    if not torch.equal(decoded, nf4.dequantize(sample, torch.float32)):
-        return "its decode differs from the reference"
-    return None
+    return None if torch.equal(found, nf4.dequantize(sample, torch.float32)) else "a sample differs from the reference"

@@ -1,8 +1,7 @@
-"""One NF4 linear: decode the weight into memory that all share, then the library's product.
+"""A linear in NF4: dequantize the weight into memory that all layers share, then the library's product.
 
-FLUX's matrices meet hundreds of tokens at once, where bitsandbytes' own 4-bit product also decodes the whole
-weight first, into fresh memory each time. Decoding into memory that every layer reuses gives the same
-numbers and allocates nothing.
+FLUX multiplies hundreds of tokens at once. There bitsandbytes' 4-bit product also dequantizes the whole weight first,
+into fresh memory each time. Memory that every layer reuses gives the same numbers, and allocates nothing.
 """
 
 from __future__ import annotations
@@ -18,17 +17,18 @@ from ..kernels import ScaledTensor, fused_declined
 from ..kernels.reference import row_scales
 from ..kernels.scaled_tensor import FP8
 from ..nf4 import BLOCK, NF4Weight
+from ..utils.packages import first_line
 from .backends import Backend
 
-# rows of a product in fp8, below which cuBLASLt has none with a bias for every width: up to 42, 12,288 and more (H200)
+# rows of an fp8 product, below which cuBLASLt lacks a bias at some widths: up to 42 rows, at 12,288 and more (H200)
 FEW = 64
 
 
 class NF4Linear(nn.Module):
     """`x @ W.T + b` with W in NF4. `x` `[..., K]` in any float type, which is also the type of the product.
 
-    The buffers are `packed` and `absmax`, never `weight`: transformers' T5 casts its input to `wo.weight.dtype`,
-    and a packed weight would turn it into integers.
+    The buffers are `packed` and `absmax`, and `weight` is None: transformers' T5 casts its input to `wo.weight.dtype`,
+    and a packed weight would make that integers.
     """
 
     weight = None
@@ -46,7 +46,7 @@ class NF4Linear(nn.Module):
 
     @classmethod
     def like(cls, linear: nn.Linear, backend: Backend) -> NF4Linear:
-        """One for `linear`, which is on `meta`, as it will be; `fill` brings the weight."""
+        """The NF4 linear for `linear`, on `meta` like it; `fill` brings the weight."""
         n, k = linear.weight.shape
         packed = torch.empty(n, k // 2, dtype=torch.uint8, device="meta")
         return cls(NF4Weight(packed, torch.empty(n, k // BLOCK, device="meta")), linear.bias, backend)
@@ -57,18 +57,18 @@ class NF4Linear(nn.Module):
         return NF4Weight(self.packed, self.absmax).shape
 
     def fill(self, weight: NF4Weight) -> None:
-        """Take the weight, and be ready for fp8 where it was before."""
+        """Take the weight, and prepare it for fp8 if that was done before."""
         self.packed, self.absmax = weight.packed, weight.absmax
         if self.row_scale is not None:
             self.prepare_fp8()
 
     def prepare_fp8(self) -> None:
-        """Find what each row of the weight is divided by in fp8: 4 bytes a row."""
+        """Compute what each row of the weight is divided by in fp8: 4 bytes a row."""
         self.row_scale = row_scales(self.absmax)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., K]` to `[..., N]`."""
-        return F.linear(x, self.backend.decode(self.packed, self.absmax, x.dtype), self.bias)
+        return F.linear(x, self.backend.dequantize(self.packed, self.absmax, x.dtype), self.bias)
 
     def extra_repr(self) -> str:
         """Sizes and backend, for `print(model)`."""
@@ -80,20 +80,20 @@ def multiply(
     linear: nn.Module,
     x: ScaledTensor | list[ScaledTensor],
     out: Tensor | list[Tensor],
-    lane: int = 0,
+    scratch: int = 0,
     *,
     gelu: bool = False,
 ) -> None:
     """`x @ W.T + b` of an `NF4Linear` or `nn.Linear` into `out` `[B, T, N]`, with fp32 accumulation.
 
-    `x` is an operand `[B, T, K]`, in fp8 if it has a scale; `lane` as in `Backend.decode`. A list holds parts that are
-    meant side by side, in K or in N. Each takes a product, as do pictures that do not lie one after another in memory.
-    Not in fp8: several parts of `x`, which add up in `out`; and `gelu` (tanh form) of `out`, of its last part alone.
+    `x` is `[B, T, K]`, in fp8 if it has a scale; `scratch` as in `Backend.dequantize`. A list holds parts that count as
+    one, side by side in K or in N. Each part takes a product, as do pictures that do not follow each other in memory.
+    Not in fp8: several parts of `x`, which add up in `out`; and `gelu` (tanh form) of `out`, of its last part only.
     """
     xs, outs = [x] if isinstance(x, ScaledTensor) else x, [out] if isinstance(out, Tensor) else out
     if isinstance(linear, NF4Linear):
         row_scale = None if xs[0].scale is None else linear.row_scale
-        weight = linear.backend.decode(linear.packed, linear.absmax, xs[0].values.dtype, row_scale, lane)
+        weight = linear.backend.dequantize(linear.packed, linear.absmax, xs[0].values.dtype, row_scale, scratch)
     else:
         assert isinstance(linear, nn.Linear)
         row_scale, weight = None, linear.weight
@@ -122,7 +122,7 @@ def product(
     """
     if scale is None:
         if gelu and x.is_cuda and bias is not None:
-            # in the library's product, before rounding; on other devices than CUDA it would be the erf form
+            # inside the library's product, before rounding; on other devices it would be the erf form
             torch.ops.aten._addmm_activation.out(bias, x, weight.t(), use_gelu=True, out=out)
             return
         if bias is None:
@@ -134,20 +134,20 @@ def product(
         return
     assert row_scale is not None
     if x.device.type == "cuda":
-        apart = len(x) < FEW
+        few = len(x) < FEW
         torch._scaled_mm(
-            x, weight.t(), scale[:, None], row_scale[None, :], None if apart else bias,
+            x, weight.t(), scale[:, None], row_scale[None, :], None if few else bias,
             out_dtype=out.dtype, use_fast_accum=True, out=out,
         )  # fmt: skip
-        if apart and bias is not None:
+        if few and bias is not None:
             out.add_(bias)
-    else:  # the same numbers, so that fidelity can be judged anywhere
+    else:  # the same numbers, so that results can be compared on any device
         y = (x.float() * scale[:, None]) @ (weight.float() * row_scale[:, None]).t()
         out.copy_(y if bias is None else y + bias)
 
 
 def _side_by_side(parts: list[Tensor]) -> Iterator[slice]:
-    """Where each part is in the last dimension of the whole."""
+    """The slice of each part in the last dimension of the whole."""
     stop = 0
     for part in parts:
         start, stop = stop, stop + part.shape[-1]
@@ -155,15 +155,15 @@ def _side_by_side(parts: list[Tensor]) -> Iterator[slice]:
 
 
 def _pictures(x: ScaledTensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
-    """Values, scale and `out` of all pictures as one if they lie one after another in memory, else of each."""
-    if _lie_together(x.values) and _lie_together(out) and (x.scale is None or x.scale.is_contiguous()):
+    """Values, scale and `out` of all pictures at once if they follow each other in memory, else of each."""
+    if _follow_each_other(x.values) and _follow_each_other(out) and (x.scale is None or x.scale.is_contiguous()):
         yield x.values.flatten(0, 1), None if x.scale is None else x.scale.flatten(), out.flatten(0, 1)
     else:
         for i, picture in enumerate(out):
             yield x.values[i], None if x.scale is None else x.scale[i], picture
 
 
-def _lie_together(x: Tensor) -> bool:
+def _follow_each_other(x: Tensor) -> bool:
     return x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
 
 
@@ -184,8 +184,8 @@ def _fp8_broken(device: torch.device) -> str | None:
     out = torch.empty(16, 32, dtype=torch.bfloat16, device=device)
     try:
         product(x, scales[0], weight, scales[1], torch.zeros_like(out[0]), out)
-    except torch.OutOfMemoryError:  # which says nothing of this torch, and is not to be remembered
+    except torch.OutOfMemoryError:  # says nothing about this torch, and must not be cached
         raise
     except (AttributeError, RuntimeError, TypeError) as error:
-        return f"torch {torch.__version__} does not: {str(error).partition(chr(10))[0]}"
+        return f"torch {torch.__version__} does not: {first_line(error)}"
     return None if bool((out == 64).all()) else "a sample product is wrong"

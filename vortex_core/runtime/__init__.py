@@ -1,1 +1,1 @@
-"""A loaded model at work: the engine, its calls, its memory, its captured graphs."""
+"""The engine that users call: loading, drawing, memory, captured CUDA graphs."""

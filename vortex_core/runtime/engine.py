@@ -1,8 +1,7 @@
 """The engine: load a model once, draw many pictures.
 
-Here arguments are checked. What a call does is told in runtime/painter.py, how a model is loaded in runtime/loading.py,
-what it works in in runtime/memory_manager.py, whose turn it is in runtime/turns.py, and on which thread in
-device/worker.py.
+This file checks arguments. runtime/painter.py draws, runtime/loading.py loads, runtime/memory_manager.py manages the
+memory, runtime/turns.py orders the calls, and device/worker.py has the thread that they run on.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import logging
 import secrets
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,12 +44,12 @@ log = logging.getLogger(__name__)
 class Engine(Turns):
     """FLUX.1-schnell, resident: `Engine.load(...)` once, `generate(...)` many times.
 
-    On a CUDA device torch never reserves more for it than `budget`: what does not fit stays in pinned host memory and
-    streams, large pictures are decoded in strips, batches drawn in slices. All engines of a device work on one thread
-    of its own: calls from any number of threads are served in the order in which they come.
+    On a CUDA device torch never reserves more for it than `budget`: weights that do not fit stay in pinned host memory
+    and stream, large pictures are decoded in strips, batches are drawn in slices. All engines of a device share one
+    thread. Calls may come from any number of threads and are served in the order of arrival.
 
-    Attributes: `name`, `device`, `dtype`, `quantization`, `mode` as it runs, `native_size` (side in pixels the model
-    was trained at), `last_seed`.
+    Attributes: `name`, `device`, `dtype`, `quantization`, `mode` (the one in use), `native_size` (the side in pixels
+    that the model was trained at), `last_seed`.
     """
 
     def __init__(self, bundle: Bundle, setup: ResolvedConfig, painter: Painter, worker: Worker) -> None:
@@ -87,26 +87,21 @@ class Engine(Turns):
         `vae`: files or folders for what the model lacks. `tokenizers`: a folder with `tokenizer/` and `tokenizer_2/`,
         or the pair of CLIP's and T5's folders; default the model's own, else the Hugging Face cache's. `device`:
         default the first CUDA device, else the CPU. `vram_budget`: GB (10^9 bytes) that torch may reserve for this
-        engine at its peak, everything included; default 6.5, or what a smaller card has but 1. `cap_process`: have
-        torch refuse more to the whole process, so that the budget holds whatever happens; only for a process that is
-        yours. `mode`: `"fast"` multiplies in fp8 where the card can (compute capability 8.9); elsewhere, and the log
-        says why, it is `"exact"`, with 16-bit products. It attends in fp8, too, where that is known to be faster (9.0).
-        `quantization`: `"nf4"`, or `"none"` to keep 16-bit weights. `dtype`: of the products; default bf16 on CUDA,
-        fp32 on the CPU. `backend`: `"triton"`, `"bitsandbytes"` or `"reference"`; default the fastest that works.
-        `cache_dir`: where quantized weights are kept; default `$VORTEX_CACHE` or the user's cache folder.
-        `on_progress(done, total)` is told bytes.
+        engine at its peak, everything included; default 6.5, or on a smaller card its size less 1. `cap_process`:
+        torch then refuses more to the whole process, so that the budget always holds; use it only if the process is
+        yours. `mode`: `"fast"` multiplies in fp8 and needs compute capability 8.9; on 9.0, where it is known to be
+        faster, attention is in fp8, too. Where `"fast"` cannot run, the mode is `"exact"` (16-bit products), and the
+        log says why. `quantization`: `"nf4"`, or `"none"` to keep 16-bit weights. `dtype`: that of the products;
+        default bf16 on CUDA, fp32 on the CPU. `backend`: `"triton"`, `"bitsandbytes"` or `"reference"`; default the
+        fastest that works. `cache_dir`: where quantized weights are kept; default `$VORTEX_CACHE` or the user's cache
+        folder. `on_progress(done, total)` gets bytes.
 
-        Raises `VortexInputError`, `VortexDeviceError` and `VortexCheckpointError` before any device memory is
-        taken, and `VortexInitializationError` (with figures) when memory runs out; then nothing stays behind.
+        Raises `VortexInputError`, `VortexDeviceError` and `VortexCheckpointError` before it takes device memory, and
+        `VortexInitializationError` (with figures) when memory runs out; then nothing stays in memory.
         """
-        cache = Cache(cache_dir)
-        return cls._load(
-            lambda: open_bundle(model, clip=clip, t5=t5, vae=vae, tokenizers=tokenizers),
-            (device, quantization, dtype, backend, vram_budget, mode),
-            cap_process,
-            on_progress,
-            cache,
-        )
+        cache, options = Cache(cache_dir), (device, quantization, dtype, backend, vram_budget, mode)
+        bundle = partial(open_bundle, model, clip=clip, t5=t5, vae=vae, tokenizers=tokenizers)
+        return cls._load(bundle, options, cap_process, on_progress, cache)
 
     @classmethod
     def from_pipeline(
@@ -122,14 +117,14 @@ class Engine(Turns):
         backend: str | None = None,
         on_progress: OnLoad | None = None,
     ) -> Engine:
-        """The door from diffusers: take the weights of a `FluxPipeline`, which stays as it is. Else as `load`."""
+        """Take the weights of a diffusers `FluxPipeline`, which stays as it is. Options and errors as in `load`."""
         options = (device, quantization, dtype, backend, vram_budget, mode)
-        return cls._load(lambda: open_pipeline(pipe), options, cap_process, on_progress, None)
+        return cls._load(partial(open_pipeline, pipe), options, cap_process, on_progress, None)
 
     @classmethod
     def _load(
         cls,
-        opened: Callable[[], Bundle],
+        open_model: Callable[[], Bundle],
         options: tuple[Any, ...],
         capped: bool,
         on_progress: OnLoad | None,
@@ -140,12 +135,12 @@ class Engine(Turns):
 
         def load() -> Engine:
             loading.check_options(worker.device, *options[1:])
-            bundle = opened()  # before any memory is taken
-            blas_of(worker.device).ensure(())  # before samples are multiplied, to see what it takes
+            bundle = open_model()  # before any memory is taken
+            blas_of(worker.device).ensure(())  # before the kernels are tried, to measure what a workspace takes
             setup = ResolvedConfig.check(*options)
             return cls(bundle, setup, Painter.load(bundle, setup, capped, on_progress, cache), worker)
 
-        release = worker.attach(load)  # so that the thread ends if the load fails
+        release = worker.attach(load)  # the thread ends if the load fails
         try:
             return worker.run(load)
         finally:
@@ -157,9 +152,9 @@ class Engine(Turns):
         return nbytes(self._model.transformer)
 
     def encode(self, prompt: str, steps: int = DEFAULT_STEPS) -> Conditioning:
-        """The `Conditioning` of a prompt, cached by its tokens; pass it to `generate` in place of the prompt.
+        """The `Conditioning` of a prompt, cached by its tokens; `generate` takes it in place of the prompt.
 
-        Raises `VortexInputError` for a prompt that is no text, or steps out of 1 to 8.
+        Raises `VortexInputError` for a prompt that is no text, or steps outside 1 to 8.
         """
         self._check_usable()
         check_prompt(prompt)
@@ -169,7 +164,7 @@ class Engine(Turns):
     def condition(self, txt: Tensor, pooled: Tensor, steps: int = DEFAULT_STEPS) -> Conditioning:
         """A `Conditioning` from embeddings made elsewhere: T5's `[1, N, context]` and CLIP's pooled `[1, vec]`.
 
-        Raises `VortexInputError` for other shapes, values that are not finite, or steps out of 1 to 8.
+        Raises `VortexInputError` for other shapes, values that are not finite, or steps outside 1 to 8.
         """
         self._check_usable()
         number = check_steps(steps)
@@ -192,22 +187,23 @@ class Engine(Turns):
     ) -> Tensor:
         """Draw `batch_size` pictures; float32 `[B, H, W, 3]` in 0..1 on the engine's device.
 
-        `seed`: None draws one, logs it and leaves it in `last_seed`; picture i starts from the noise of `seed + i`.
+        `seed`: picture i starts from the noise of `seed + i`; None draws a seed, logs it and keeps it in `last_seed`.
         `height`, `width`: pixels, multiples of 16 from 64 to 2048; default the model's native size. `steps`: 1 to 8.
-        `negative_prompt` has no effect at guidance 0 and says so. `out`: a contiguous buffer the caller owns; it is
-        checked, written in place and returned. `on_step(i, n, latents)` is called after step i of n, on the caller's
-        own thread, with the clean latents predicted so far, `[B, 16, H/8, W/8]`; it may raise to cancel, and the next
-        call works. It may not call this engine, nor wait for a thread or a call that does: such a call is given up
-        with a `BusyError` when `on_step` has not returned for 10 seconds. `deadline`: seconds from now; a picture that
-        is not done by then is given up at the next step, and one that still waits leaves the queue.
+        `negative_prompt` has no effect at guidance 0; a warning says so. `out`: the caller's contiguous buffer, which
+        is checked, written in place and returned. `on_step(i, n, latents)` is called after step i of n, on the
+        caller's own thread, with the clean latents `[B, 16, H/8, W/8]` predicted so far. It may raise to cancel; the
+        next call works. It must not call this engine, nor wait for a thread or a call that does: such a call ends with
+        a `BusyError` once `on_step` has run for 10 seconds. `deadline`: seconds from now. A picture that is not done
+        by then stops at the next step; a call that still waits leaves the queue.
 
-        Raises `VortexInputError` before any work, in a forked process too; `BusyError` where too many calls wait
-        already; `DeadlineError`; `NotFiniteError` on the CPU, while on a GPU, which draws on when this returns, the log
-        tells at the next call; and `MemoryPressureError` where the pictures do not fit the budget, or the card's memory
-        ran out twice. The engine stays usable, but after a `DeviceLostError`.
+        Raises `VortexInputError` before any work, also in a forked process; `BusyError` where too many calls wait
+        already; `DeadlineError`; `MemoryPressureError` where the pictures do not fit the budget, or memory ran out
+        twice; `NotFiniteError` on the CPU. A GPU still draws when this returns: there the log reports values that are
+        not finite at the next call. The engine stays usable, except after a `DeviceLostError`.
         """
-        job = self._drawing(prompt, negative_prompt, seed, height, width, steps, batch_size, out, on_step)
-        return self._run(job, deadline)
+        return self._run(
+            self._job(prompt, negative_prompt, seed, height, width, steps, batch_size, out, on_step), deadline
+        )
 
     async def agenerate(
         self,
@@ -217,15 +213,14 @@ class Engine(Turns):
         deadline: float | None = None,
         **options: Any,
     ) -> Tensor:
-        """`generate`, awaited: the event loop goes on meanwhile, and a task that is cancelled stops its picture.
+        """`generate`, awaited: the event loop runs meanwhile. A task that is cancelled stops its picture.
 
-        Options and errors as there. `on_step` is called on the engine's thread, in a copy of the caller's context; it
-        may not wait for the loop to do something with an engine of this device.
+        Options and errors as in `generate`. `on_step` is called on the engine's thread, in a copy of the caller's
+        context. It must not wait until the event loop has used an engine of this device.
         """
-        job = self._drawing(prompt, negative_prompt, **options)
-        return await self._arun(job, deadline)
+        return await self._arun(self._job(prompt, negative_prompt, **options), deadline)
 
-    def _drawing(
+    def _job(
         self,
         prompt: str | Conditioning,
         negative_prompt: str | None,
@@ -237,7 +232,7 @@ class Engine(Turns):
         out: Tensor | None = None,
         on_step: OnStep | None = None,
     ) -> Callable[[Painter], Tensor]:
-        """Check what `generate` was given; the work that is to be done for it."""
+        """Check the arguments of `generate`; the work to do for it."""
         self._check_usable()
         if seed is None:
             seed = secrets.randbits(32)
@@ -267,12 +262,11 @@ class Engine(Turns):
         return job
 
     def warmup(self, height: int | None = None, width: int | None = None, batch_size: int = 1) -> None:
-        """Draw once, for nothing: kernels are then compiled, and the step of this size is captured.
+        """Draw one picture and drop it, which compiles the kernels and captures the step of this size.
 
-        So the first picture takes what later ones take. Sizes and errors as in `generate`.
+        The first picture then takes as long as later ones. Sizes and errors as in `generate`.
         """
-
-        job = self._drawing("warm-up", None, seed=0, height=height, width=width, batch_size=batch_size, steps=1)
+        job = self._job("warm-up", None, seed=0, height=height, width=width, batch_size=batch_size, steps=1)
 
         def draw(painter: Painter) -> None:
             seed = self.last_seed
@@ -286,7 +280,7 @@ class Engine(Turns):
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures, float32 `[B, H, W, 3]` in 0..1, of clean latents `[B, 16, H/8, W/8]` in the model's scale.
 
-        Raises `VortexInputError` for another shape, or values in host memory that are not finite, and else as
+        Raises `VortexInputError` for another shape and for latents in host memory that are not finite; else as
         `generate`.
         """
         self._check_usable()
@@ -311,30 +305,30 @@ class Engine(Turns):
 
     @property
     def plan(self) -> MemoryPlan:
-        """The latest plan: where weights are, the arena's stages, slices and strips, the predicted peak."""
+        """The latest plan: where the weights are, the arena's stages, slices, strips, the predicted peak."""
         return self._memory.plan
 
     @property
     def captured(self) -> tuple[tuple[int, int, int], ...]:
-        """The sizes whose step is captured as a CUDA graph: pictures at once, text tokens, image tokens."""
+        """The sizes whose step is captured as a CUDA graph: pictures at a time, text tokens, image tokens."""
         return self._memory.graphs.sizes
 
     @property
     def resident(self) -> bool:
-        """False while everything is offloaded, and once it is unloaded."""
+        """False while everything is offloaded, and after `unload`."""
         painter = self._painter
         return painter is not None and painter.memory.placement.streamed is not None
 
     @property
     def ledger(self) -> Ledger:
-        """Who holds what is reserved on the device, and pinned host memory."""
+        """What holds the memory reserved on the device, and pinned host memory."""
         painter = self._loaded()
         ledger = painter.memory.ledger
         return replace(ledger, pinned={**ledger.pinned, "prompts": painter.conditioner.pinned_bytes})
 
     @property
     def device_bytes(self) -> int:
-        """Bytes on a CUDA device between calls, and so what `offload` frees: weights and working memory."""
+        """Bytes that `offload` frees on a CUDA device: weights and working memory."""
         painter = self._painter
         return painter.memory.nbytes if painter is not None and self.device.type == "cuda" else 0
 
@@ -344,12 +338,11 @@ class Engine(Turns):
         return sum(self.ledger.pinned.values())
 
     def offload(self) -> int:
-        """Move everything to host memory and hand the VRAM back to the driver; the bytes freed.
+        """Move everything to host memory and give the VRAM back to the driver; the bytes freed.
 
-        The next `generate` or `encode` brings it back (`resume`), and draws the same pictures, bit for bit.
+        The next `generate` or `encode` brings everything back, as `resume` does; pictures stay the same, bit for bit.
         Nothing happens on the CPU, or when it is offloaded already. Raises `VortexInputError` in `on_step`.
         """
-
         if self._painter is None:
             return 0
         self._check_usable()
@@ -363,12 +356,12 @@ class Engine(Turns):
         return self._worker.run(offload, owner=self) if self.device_bytes else 0
 
     def resume(self) -> None:
-        """Bring an offloaded engine back to its device. Raises `MemoryPressureError`, still offloaded."""
+        """Bring an offloaded engine back to its device. Raises `MemoryPressureError`; then it stays offloaded."""
         self._loaded()
         if not self.resident:
             self._run(lambda painter: None if self.resident else painter.memory.resume())
 
 
 def load_flux_schnell(model: str | Path = "tiny", **options: Any) -> Engine:
-    """Short form of `Engine.load`, where every option is explained."""
+    """`Engine.load`, where every option is explained."""
     return Engine.load(model, **options)

@@ -1,12 +1,12 @@
 """The step of one size between fixed buffers, captured once as a CUDA graph and replayed.
 
-At 512 x 512 Python and its launches take longer than the GPU's work. A replay is one launch. A graph holds one
+At 512 x 512 launching kernels from Python takes longer than the GPU's work; a replay is one launch. A graph holds one
 step, not four: pictures can be cancelled and previewed between steps, and any number of steps works. Where blocks
-stream, a step is cut around each of them, and the host fetches their weights between graphs.
+stream, a step is cut around each of them, and the host fetches their weights between the parts.
 
-A graph is valid as long as every address in it is: of the arena, where buffers, staging and decoded weights lie, of the
-weights, of cuBLAS' workspaces. They are its key, asked anew at each step, so that one that is not valid any more is
-never found. What the library's attention allocates is the graph's own, in one pool for all.
+A graph is valid while its addresses are: those of the arena (step buffers, staging buffers, dequantized weights), of
+the weights and of cuBLAS' workspaces. They are part of its key and are read again at each step, so that a graph that is
+no longer valid is never found. What the library's attention allocates lies in one pool, which all graphs share.
 """
 
 from __future__ import annotations
@@ -28,16 +28,15 @@ from ..device.vram import counters, graph_memory, hand_back
 from ..flux1.spec import FluxSpec
 from ..flux1.step_buffers import Rope, StepBuffers, buffers
 from ..flux1.transformer import Transformer
-from ..memory.arena import MIB, Region, aligned, laid_out, round_up
+from ..memory.arena import MIB, Region, Shape, aligned, laid_out, round_up
 from ..memory.offload import Act, Prefetcher
 
 log = logging.getLogger(__name__)
 
-KEPT = 8  # graphs; a megabyte or so each, more where they are cut
-POOL = 32 * MIB  # what cudaMallocAsync takes at once for graphs; torch's own allocator takes less
+KEPT = 8  # graphs; about a megabyte each, more where they are cut
+POOL = 32 * MIB  # what cudaMallocAsync takes at a time for graphs; torch's own allocator takes less
 Size = tuple[int, int, int]  # pictures, text tokens, image tokens
 Address = tuple[int, ...]
-Lend = Callable[[], AbstractContextManager[None]]
 Velocity = Callable[[Tensor, Tensor, Tensor, Rope], Tensor]  # as `BoundStep`
 
 
@@ -48,8 +47,8 @@ class BoundStep:
         spec, dtype = transformer.spec, transformer.img_in.weight.dtype
         self._transformer, self._size = transformer, size
         self._inputs = [region.take(shape, kind) for shape, kind in inputs(spec, size, dtype).values()]
-        lengths = buffers(spec, size, dtype, fast=transformer.fast)
-        self._buffers = {name: region.take((length,), kind) for name, (length, kind) in lengths.items()}
+        flat = buffers(spec, size, dtype, fast=transformer.fast)
+        self._buffers = {name: region.take(shape, kind) for name, (shape, kind) in flat.items()}
         self._velocity = region.take(self._inputs[0].shape, torch.float32)
 
     def __call__(
@@ -65,11 +64,11 @@ class BoundStep:
         return self._velocity.copy_(self._buffers["velocity"].view(self._velocity.shape))
 
     @cached_property
-    def _step(self) -> StepBuffers:  # only where it is launched: a replay needs none of its many views
+    def _step(self) -> StepBuffers:  # made only to launch a step: a replay needs none of its many views
         return self._transformer.step(self._size, lambda name, shape, kind: self._buffers[name])
 
     def run(self) -> None:
-        """From the inputs to the velocity, launch by launch."""
+        """From the inputs to the velocity, kernel by kernel."""
         img, txt, modulation, cos, sin = self._inputs
         self._transformer(img, txt, modulation, (cos, sin), self._step)
 
@@ -83,41 +82,41 @@ class PiecewiseGraph:
 
     @contextmanager
     def capture(self) -> Iterator[None]:
-        """Capture what the current stream is given inside."""
+        """Inside, capture what is launched on the current stream."""
         self._begin()
         try:
             yield
         except BaseException:
-            with suppress(RuntimeError):  # what went wrong is told, not that the capture did with it
+            with suppress(RuntimeError):  # the first error counts; the broken capture only follows from it
                 self._graph.capture_end()
             raise
         self._end()
 
     def between(self, act: Act) -> None:
-        """While it captures: `act` is to be done here in each replay."""
+        """During a capture: have every replay call `act` at this place."""
         self._end()
         self._parts.append(act)
         self._begin()
 
     def replay(self) -> None:
-        """Launch it all on the current stream. The driver may find only here that it has no memory for a graph."""
+        """Launch all parts on the current stream. Only here may the driver find that it has no memory for a graph."""
         for part in self._parts:
             part()
 
     def _begin(self) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        # thread_local: what other threads of the process do with CUDA must not break the capture
+        # thread_local: what other threads do with CUDA must not break the capture
         self._graph.capture_begin(self._pool, capture_error_mode="thread_local")
 
     def _end(self) -> None:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The CUDA Graph is empty")  # two streamed blocks follow each other
+            warnings.filterwarnings("ignore", "The CUDA Graph is empty")  # between two streamed blocks in a row
             self._graph.capture_end()
         self._parts.append(self._graph.replay)
 
 
 class GraphCache:
-    """The graphs of the sizes drawn last. `reserved` is what torch has reserved for them besides the arena."""
+    """The graphs of the latest sizes. `reserved`: bytes that torch has reserved for them besides the arena."""
 
     def __init__(self, transformer: Transformer, device: torch.device) -> None:
         self.reserved = 0
@@ -133,7 +132,7 @@ class GraphCache:
 
     @property
     def nbytes(self) -> int:
-        """What they keep: torch has reserved it, or the driver has it, who does not tell whose it is."""
+        """Bytes that they keep: reserved by torch, or by the driver, which does not tell for whom."""
         return self.reserved + min(graph_memory(self._device), self._largest)
 
     def open(
@@ -142,12 +141,12 @@ class GraphCache:
         region: Region,
         prefetcher: Prefetcher,
         address: Callable[[], Address] = tuple,
-        lend: Lend = nullcontext,
+        lend: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> Velocity:
-        """The velocity for pictures of `size` and for fewer at once, with buffers from `region`.
+        """The velocity function for pictures of `size`, and for fewer at a time, with buffers from `region`.
 
-        `prefetcher` brings the blocks that stream. `address`: where weights and workspaces lie now. On CUDA the first
-        call of a size is captured, and the others replay it, where fused kernels run; others run inside `lend`.
+        `prefetcher` brings the blocks that stream. `address`: where weights and workspaces lie now. With fused kernels
+        the first call of a size is captured, and later ones replay it. What is not replayed runs inside `lend`.
         """
         transformer, start = self._transformer, region.used
         weight = transformer.img_in.weight
@@ -164,7 +163,7 @@ class GraphCache:
                 self._graphs.move_to_end((size, place))
                 return steps[size](img, txt, modulation, pe, graph)
             with lend():
-                found = steps[size](img, txt, modulation, pe)  # compiles the kernels and picks the library's, too
+                found = steps[size](img, txt, modulation, pe)  # compiles kernels, too
             if transformer.fused:
                 self._capture(size, place, steps[size], prefetcher)
             return found
@@ -173,17 +172,17 @@ class GraphCache:
 
     def _capture(self, size: Size, place: Address, step: BoundStep, prefetcher: Prefetcher) -> None:
         transformer = self._transformer
-        needed = round_up(attention_bytes(transformer.spec, size, transformer.img_in.weight.dtype), POOL)
-        needed = 0 if transformer.fp8_attention else needed  # which writes into the step's buffers
+        dtype, fp8 = transformer.img_in.weight.dtype, transformer.fp8_attention
+        needed = round_up(attention_bytes(transformer.spec, size, dtype, fp8=fp8), POOL)
         if needed > self._largest or any(other != place for _, other in self._graphs):
-            self.clear()  # all in a pool as large as the largest needs; and what is not valid any more goes
+            self.clear()  # the pool is made for the largest graph, and graphs of other places are not valid any more
             hand_back(self._device)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         before = counters(self._device).reserved
         try:
             self._graphs[size, place] = self._record(step, prefetcher)
         except BaseException:
-            self.clear()  # the pool with them, which may be none any more
+            self.clear()  # with the pool, which the failed capture may have broken
             raise
         self.reserved += max(0, counters(self._device).reserved - before)
         self._largest = max(self._largest, needed)
@@ -194,19 +193,19 @@ class GraphCache:
     def _record(self, step: BoundStep, prefetcher: Prefetcher) -> PiecewiseGraph:
         streams, graph = streams_of(self._device), PiecewiseGraph(self._pool)
         assert streams is not None
-        gc.collect()  # or what is collected meanwhile might do what a capture forbids
+        gc.collect()  # now, since a finalizer might do what a capture forbids
         torch.cuda.synchronize(self._device)
-        with torch.cuda.stream(streams.capture), prefetcher.handed(graph.between), graph.capture():
+        with torch.cuda.stream(streams.capture), prefetcher.deferred(graph.between), graph.capture():
             step.run()
         return graph
 
     def clear(self) -> None:
-        """Forget every graph; what they kept is torch's to hand back."""
+        """Drop every graph; `hand_back` then frees what they kept."""
         self._graphs.clear()
         self._pool, self.reserved, self._largest = None, 0, 0
 
 
-def inputs(spec: FluxSpec, size: Size, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def inputs(spec: FluxSpec, size: Size, dtype: torch.dtype) -> dict[str, Shape]:
     """Shapes and types of a step's inputs."""
     batch, txt_tokens, img_tokens = size
     rope = ((txt_tokens + img_tokens, spec.head_dim // 2), torch.float32)
@@ -220,13 +219,12 @@ def inputs(spec: FluxSpec, size: Size, dtype: torch.dtype) -> dict[str, tuple[tu
 
 
 def step_bytes(spec: FluxSpec, size: Size, dtype: torch.dtype, *, fast: bool) -> int:
-    """Bytes that a step of `size` lays out, exactly. What the library's attention returns comes on top."""
-    given = inputs(spec, size, dtype)
-    lengths = [((length,), kind) for length, kind in buffers(spec, size, dtype, fast=fast).values()]
-    return laid_out([*given.values(), (given["img"][0], torch.float32), *lengths])
+    """Bytes that a step of `size` lays out, exactly; without what the library's attention allocates."""
+    given, flat = inputs(spec, size, dtype), buffers(spec, size, dtype, fast=fast)
+    return laid_out([*given.values(), (given["img"][0], torch.float32), *flat.values()])
 
 
-def attention_bytes(spec: FluxSpec, size: Size, dtype: torch.dtype) -> int:
-    """Bytes that the library's attention allocates in a step: what it returns, and its statistics in fp32."""
-    tokens = size[0] * (size[1] + size[2])
+def attention_bytes(spec: FluxSpec, size: Size, dtype: torch.dtype, *, fp8: bool) -> int:
+    """Bytes that attention allocates in a step: the library's result and its statistics in fp32; none in fp8."""
+    tokens = 0 if fp8 else size[0] * (size[1] + size[2])
     return aligned(tokens * spec.hidden * dtype.itemsize) + aligned(tokens * spec.heads * 4)

@@ -1,4 +1,4 @@
-"""From files to a placed model: what is checked before anything is read, and how weights arrive group by group."""
+"""From files to a placed model: options are checked before anything is read, then weights are read group by group."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import torch
 
 from ..checkpoint.bundle import Bundle
-from ..checkpoint.cache import Cache
+from ..checkpoint.cache import CACHED, Cache
 from ..device.jobs import ask, check
 from ..device.select import resolve_device
 from ..device.streams import streams_of
 from ..device.vram import available, hand_back, shortage, snapshot
 from ..errors import GB, VortexInitializationError, VortexInputError, quoted
 from ..flux1.request import check_choice
-from ..flux1.spec import MODES, MOST_BUDGET, QUANTIZATIONS
-from ..kernels import Kernels, attends_in_fp8, choose_kernels, fused_declined, reference
+from ..flux1.spec import MODES, MOST_BUDGET, QUANTIZATIONS, ModelSpec
+from ..kernels import Kernels, attends_in_fp8, choose_kernels, fused_declined
 from ..memory.placement import Placement
 from ..memory.planner import MemoryPlan, make_plan, smallest_budget
 from ..quant.backends import BACKENDS, Backend, choose_backend
@@ -33,14 +33,14 @@ log = logging.getLogger(__name__)
 OnLoad = Callable[[int, int], None]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DEFAULT_BUDGET = 6.5 * GB
-CONTEXT = 1 * GB  # what a card needs besides: the CUDA context, the desktop
+CONTEXT = 1 * GB  # what a card needs for the CUDA context and the desktop
 
 
 @dataclass(frozen=True, slots=True)
 class ResolvedConfig:
-    """How a model is to be loaded, checked. `backend` None: 16-bit weights. `budget` None: no VRAM to budget.
+    """The options of a load, checked. `backend` None: 16-bit weights. `budget` None: a device without VRAM.
 
-    `mode` is what it will be, which may not be what was asked for.
+    `mode` is the one that will run; the caller may have asked for another.
     """
 
     device: torch.device
@@ -62,17 +62,17 @@ class ResolvedConfig:
         vram_budget: float | None,
         mode: str,
     ) -> ResolvedConfig:
-        """Check `Engine.load`'s options, and try samples of the kernels. Raises what `Engine.load` does."""
+        """Check the options of `Engine.load`, and try the kernels. Raises what `Engine.load` does."""
         where = resolve_device(device)
         budget = check_options(where, quantization, dtype, backend, vram_budget, mode)
         dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
         try:
-            decoder = choose_backend(where, backend) if quantization == "nf4" else None
-            mode, kernels = choose_mode(mode, where, dtype, decoder), choose_kernels(where)
+            chosen = choose_backend(where, backend) if quantization == "nf4" else None
+            mode, kernels = choose_mode(mode, where, dtype, chosen), choose_kernels(where)
             fp8_attention = mode == "fast" and attends_in_fp8(where)
         except torch.OutOfMemoryError as error:
             raise out_of_memory("There is no room to try the kernels", where, None) from error.with_traceback(None)
-        return cls(where, quantization, dtype, decoder, budget, mode, kernels, fp8_attention)
+        return cls(where, quantization, dtype, chosen, budget, mode, kernels, fp8_attention)
 
 
 def check_options(
@@ -83,7 +83,7 @@ def check_options(
     vram_budget: float | None,
     mode: str,
 ) -> int | None:
-    """What can be told of `Engine.load`'s options before anything is tried; the budget in bytes."""
+    """Check the options of `Engine.load` as far as possible without trying kernels; the budget in bytes."""
     check_choice("quantization", quantization, QUANTIZATIONS)
     check_choice("mode", mode, MODES)
     if backend is not None:
@@ -94,7 +94,7 @@ def check_options(
 
 
 def choose_mode(mode: str, device: torch.device, dtype: torch.dtype, backend: Backend | None) -> str:
-    """`mode`, or `exact` where `fast` cannot be, and why in the log."""
+    """`mode`, or `exact` where `fast` cannot run; then the log says why."""
     if mode == "exact":
         return mode
     if backend is None:
@@ -104,7 +104,7 @@ def choose_mode(mode: str, device: torch.device, dtype: torch.dtype, backend: Ba
     elif dtype != torch.bfloat16:
         declined = f"products in fp8 end in bf16, and {dtype} was asked for"
     else:
-        declined = fp8_declined(device)  # last: kernels are compiled for it
+        declined = fp8_declined(device)  # last, since it compiles kernels
     if declined is None:
         return mode
     log.log(logging.WARNING if device.type == "cuda" else logging.INFO, "Mode: exact; fast declined: %s", declined)
@@ -112,9 +112,9 @@ def choose_mode(mode: str, device: torch.device, dtype: torch.dtype, backend: Ba
 
 
 def check_budget(vram_budget: object, total: int | None) -> int | None:
-    """The budget in bytes of one in GB (None: 6.5, or what a smaller card leaves), for a card of `total` bytes.
+    """The budget in bytes, from GB, for a card of `total` bytes; by default 6.5 GB, or less on a smaller card.
 
-    `total` None is a device without VRAM, where a budget is taken only if it is asked for. Raises `VortexInputError`.
+    `total` None: a device without VRAM, which has no budget by default. Raises `VortexInputError`.
     """
     if vram_budget is None:
         return None if total is None else int(min(DEFAULT_BUDGET, max(total - CONTEXT, total / 2)))
@@ -133,23 +133,16 @@ def check_budget(vram_budget: object, total: int | None) -> int | None:
     return int(budget * GB)
 
 
-def build(bundle: Bundle, setup: ResolvedConfig) -> Model:
+def build(spec: ModelSpec, setup: ResolvedConfig) -> Model:
     """The modules on `meta`, ready for the weights."""
-    fast, fp8_attention, fused = setup.mode == "fast", setup.fp8_attention, setup.kernels is not reference
-    model = Model(bundle.spec, setup.dtype, setup.backend, fast=fast, fp8_attention=fp8_attention, fused=fused)
-    streams = streams_of(setup.device)
-    side = streams.side if streams is not None and fast else None
-    model.transformer.use(setup.kernels, fast=fast, fp8_attention=fp8_attention, side=side)
-    if model.decodes_fused:
-        model.decoder.use(setup.kernels)
-    return model
+    how = (spec, setup.dtype, setup.backend, setup.kernels, streams_of(setup.device))
+    return Model(*how, fast=setup.mode == "fast", fp8_attention=setup.fp8_attention)
 
 
 def first_plan(name: str, model: Model, setup: ResolvedConfig, blas: int) -> MemoryPlan:
-    """The plan for one picture at the model's native size, or at the largest that fits the budget.
+    """The plan for one picture at the model's native size, or at the largest size that fits the budget.
 
-    Raises `VortexInputError` where the budget is too small for any, and `VortexInitializationError` where the card
-    has not got that much left.
+    Raises `VortexInputError` where no size fits, and `VortexInitializationError` where the card has not enough left.
     """
     budget = math.inf if setup.budget is None else setup.budget
     side = model.vae.sample_size
@@ -177,9 +170,9 @@ def fill(
     on_progress: OnLoad | None,
     cache: Cache | None,
 ) -> None:
-    """Read every weight to where the plan wants it, group by group: host memory holds about one group besides.
+    """Read every weight, group by group, to its place in the plan. Host memory holds about one more group.
 
-    Raises `VortexCheckpointError` before any device memory is taken, and torch's `OutOfMemoryError`.
+    Raises `VortexCheckpointError` before it takes device memory, and torch's `OutOfMemoryError`.
     """
     sources = {kind: part.tensors for kind, part in bundle.parts.items()}
     done, total = 0, model.check(sources)
@@ -194,10 +187,10 @@ def fill(
     target = Target(setup.device, setup.dtype, progress)
     with Stopwatch(setup.device) as watch:
         if cache is not None and setup.backend is not None:
-            # a part that must be quantized first is read once for that, and its result once more
+            # a part without an entry is read once to be quantized, and its new entry is read after that
             total += sum(part.nbytes for kind, part in bundle.parts.items() if cache.lacks(part, kind))
-            named = {"transformer": [(model.transformer, ""), (model.modulation, "")], "t5": model.t5.modules}
-            sources |= {kind: cache.quantized(bundle.parts[kind], kind, parts, target) for kind, parts in named.items()}
+            for kind in CACHED:
+                sources[kind] = cache.quantized(bundle.parts[kind], kind, model.modules[kind], target)
             total = done + model.check(sources)
             mark("cache")
         model.t5.load_table(sources["t5"], target)
@@ -213,13 +206,13 @@ def fill(
 def _place(model: Model, sources: Sources, target: Target, plan: MemoryPlan, placement: Placement) -> None:
     memory = placement.host_memory(plan.hosted)
     mark("host memory")
-    # First, all at once: what reading takes for a moment comes after them, and leaves no holes that weights lie around.
+    # all resident buffers first: what reading allocates for a moment then leaves no holes between them
     hand_back(target.device)
     resident = {
         group.name: torch.empty(group.nbytes, dtype=torch.uint8, device=target.device) for group in plan.resident
     }
     for group in model.groups:
-        # what streams, too, comes by way of the device: from there to pinned memory is faster than from a file
+        # groups that stream are read to the device, too: its copies to pinned memory are faster than a file's
         model.read(group, sources, target)
         if group.name in plan.streamed:
             group.settle(host=memory.take(group.measure()))
@@ -231,7 +224,7 @@ def _place(model: Model, sources: Sources, target: Target, plan: MemoryPlan, pla
 
 
 def out_of_memory(message: str, device: torch.device, plan: MemoryPlan | None) -> VortexInitializationError:
-    """The error of a load that does not fit: what it takes, who holds the rest, and what would fit."""
+    """The error of a load that does not fit: what it needs, what holds the rest, and which budget would do."""
     memory, room, why = snapshot(device), available(device), shortage(device)
     remedy = "Close other programs that use the card (`nvidia-smi` lists them) or unload other models, and retry."
     if plan is not None:

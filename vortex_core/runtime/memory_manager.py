@@ -1,9 +1,9 @@
-"""An engine's share of the device: each call is planned, weights move where its plan wants them, the budget holds.
+"""An engine's memory on the device: each call gets a plan, weights move as the plan says, and the budget holds.
 
-`session` opens the memory of one call. What the call works in lies in the arena, by offset (memory/arena.py): decoded
-weights at its start, then the buffers through which weights stream, then those of the steps; the decoder uses all of it
-again; latents lie at its end. What libraries allocate by themselves (text encoders, attention, a few of the decoder's
-layers) comes out of a block that is held between calls, and lent to torch's allocator while they run.
+`session` opens the memory of one call. A call works in the arena, by offset (memory/arena.py): first dequantized
+weights, then the buffers that weights stream through, then the buffers of the steps. The VAE's decoder uses all of that
+again. Latents lie at the end. Libraries (text encoders, attention, a few layers of the decoder) allocate by themselves:
+a second block is held for them between calls, and given to torch's allocator while they run.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ from .model import Model
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-MOST_VIEWS = 4096  # of the arena that are remembered; a size has some 30
+MOST_VIEWS = 4096  # views of the arena that are kept; one size has about 30
 SPARE = 0.25 * GB  # what a card should have left at the peak; with less, some drivers start to swap
 
 
 class MemoryManager:
-    """Keeps what is on the device within `budget` (bytes; infinite on the CPU unless one is given), by `plan`."""
+    """Keeps an engine within `budget` (bytes; infinite on the CPU unless one is given), by `plan`."""
 
     def __init__(self, model: Model, setup: ResolvedConfig, first: MemoryPlan) -> None:
-        """`first`: the plan that the model is loaded by."""
+        """`first`: the plan for loading the model."""
         self.device, self.backend = setup.device, setup.backend
         self.budget = math.inf if setup.budget is None else float(setup.budget)
         self.model, self.plan = model, first
         self.placement = Placement(model.groups, setup.device)
         self.graphs = GraphCache(model.transformer, setup.device)
-        self.arena = self.library = block(0, setup.device)  # what calls work in; what is lent to libraries
+        self.arena = self.library = block(0, setup.device)  # what calls work in; what libraries get
         self.views: Views = {}  # of the arena
-        self._blas, self._streams = blas_of(setup.device), model.streams(setup.device)
+        self._blas, self._streams = blas_of(setup.device), model.cuda_streams
         self._within = 0.0  # the budget that `plan` was made for
         self._room = 0.0  # and what the card had left for it
         self._others: int | None = None  # what the process had reserved when it was capped
 
     def cap(self, on: bool = True) -> None:
-        """Have torch refuse more than the budget to the whole process, besides what it has now; or no more."""
+        """Let torch refuse the whole process more than it has now plus the budget; or lift that cap."""
         if on and math.isfinite(self.budget) and self.device.type == "cuda":
             self._others = counters(self.device).reserved
             cap_process(self.device, self._others + int(self.budget))
@@ -62,15 +62,15 @@ class MemoryManager:
             self._others = None
 
     def limit(self, budget: float) -> None:
-        """Keep within another budget from the next call on; a cap goes with it."""
+        """Keep within another budget from the next call on; a cap moves with it."""
         self.budget = float(budget)
         if self._others is not None:
             cap_process(self.device, self._others + int(budget))
 
     def run(self, requirements: MemoryRequirements, work: Callable[[Place], Result]) -> Result:
-        """Do `work` in a session. When memory runs out nevertheless, once more with the next tighter plan.
+        """Do `work` in a session. If memory runs out all the same, try once more with the next tighter plan.
 
-        Raises `MemoryPressureError` where there is none, or that runs out, too.
+        Raises `MemoryPressureError` where there is no such plan, or memory runs out again.
         """
         limit = math.inf
         for last in (False, True):
@@ -85,7 +85,7 @@ class MemoryManager:
         raise self._pressure("Memory ran out, twice", self.plan, min(limit, self._room)) from cause
 
     def _once(self, requirements: MemoryRequirements, limit: float, work: Callable[[Place], Result]) -> Result:
-        with self.session(requirements, limit) as place:
+        with self.session(requirements, limit) as place:  # in a frame of its own: a place holds the arena
             return work(place)
 
     @contextmanager
@@ -98,17 +98,17 @@ class MemoryManager:
             self._arrange(requirements, within)
             before = counters(self.device)
         place = Place(self, self.plan)
-        # every launch inside is on the device of the tensors
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext(), place.decoding():
+        # kernels are launched on the tensors' device
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext(), place.scratch():
             yield place
         self._audit(before.reserved)
 
     def check_workspaces(self) -> Counters:
-        """See whether cuBLAS' workspaces are where captured steps have them: after code that is not ours has run."""
+        """Make sure of cuBLAS' workspaces, where captured steps write; to be called after code of others has run."""
         return self._blas.ensure(self._streams)
 
     def _stands(self, requirements: MemoryRequirements, within: float) -> bool:
-        """Whether the latest plan is for the same and still holds: then nobody need plan."""
+        """Whether the latest plan was made for the same request and still holds, so that no new one is needed."""
         plan = self.plan
         if not (
             (requirements, within) == (plan.requirements, self._within)
@@ -120,12 +120,12 @@ class MemoryManager:
             return False
         if self._room >= within:
             return True
-        # what others left was less than the budget: ask again, and plan anew where that is no longer so
+        # the card had less left than the budget: ask again, and make a new plan if that has changed
         room = available(self.device, sum(self.components.values()))
         return room is not None and plan.peak <= room <= self._room + SPARE
 
     def _arrange(self, requirements: MemoryRequirements, within: float) -> None:
-        """Plan within the budget and what the card has left, and make it so."""
+        """Make a plan within the budget and what the card has left, and apply it."""
         room = available(self.device, sum(self.components.values()))
         self._within, self._room = within, math.inf if room is None else room
         limit = min(self._within, self._room)
@@ -141,13 +141,13 @@ class MemoryManager:
                 MemoryPressureWarning,
             )
         try:
-            self._make(plan, limit)
+            self._apply(plan, limit)
         except torch.OutOfMemoryError as error:
             self.offload()
             raise self._pressure("Memory ran out", plan, limit) from error.with_traceback(None)
         self.plan = plan
 
-    def _make(self, plan: MemoryPlan, limit: float) -> None:
+    def _apply(self, plan: MemoryPlan, limit: float) -> None:
         moves = self.arena.numel() < plan.arena or plan.streamed != self.placement.streamed
         if moves or plan.peak + self._excess(plan) > limit:
             self.release()
@@ -157,7 +157,7 @@ class MemoryManager:
         self.placement.place(plan.streamed)
         memory = counters(self.device)
         others = memory.allocated - sum(self.components.values())
-        if memory.reserved - others > plan.peak:  # pictures of other sizes, which callers have let go
+        if memory.reserved - others > plan.peak:  # pictures of other sizes, which callers no longer hold
             hand_back(self.device)
         if self.arena.numel() < plan.arena:
             self.arena = block(plan.arena, self.device)
@@ -165,20 +165,17 @@ class MemoryManager:
             self.library = block(plan.library, self.device)
 
     def release(self) -> None:
-        """Give back all that calls work in; weights stay."""
+        """Give back the arena, the libraries' block and the graphs; weights stay."""
         self.graphs.clear()
         self.views.clear()
         self.arena = self.library = block(0, self.device)
         hand_back(self.device)
 
     def _excess(self, plan: MemoryPlan) -> int:
-        """What larger pictures left that this one does not need."""
-        kept = (
-            (self.arena.numel(), plan.arena),
-            (self.library.numel(), plan.library),
-            (self.graphs.nbytes, plan.step.graph),
-        )
-        return sum(max(0, has - needs) for has, needs in kept)
+        """Bytes that are held for larger pictures and that this plan does not need."""
+        held = (self.arena.numel(), self.library.numel(), self.graphs.nbytes)
+        needed = (plan.arena, plan.library, plan.step.graph)
+        return sum(max(0, has - needs) for has, needs in zip(held, needed, strict=True))
 
     def _audit(self, before: int) -> None:
         """Warn where a call had torch reserve more than its plan says."""
@@ -191,8 +188,7 @@ class MemoryManager:
             )
 
     def _pressure(self, message: str, plan: MemoryPlan, limit: float) -> MemoryPressureError:
-        asked = plan.requirements
-        room = min(limit, self.budget)
+        asked, room = plan.requirements, min(limit, self.budget)
         what = f"{asked.batch} of {asked.width} x {asked.height}" if asked.batch else "a prompt"
         least = smallest_budget(self.model.sizes, asked)
         why = shortage(self.device, sum(self.components.values())) if limit < self.budget else ""
@@ -207,11 +203,11 @@ class MemoryManager:
 
     @property
     def blas(self) -> int:
-        """Bytes of cuBLAS' workspaces, of which there is one set for all engines on a device."""
+        """Bytes of cuBLAS' workspaces; all engines of a device share one set."""
         return self._blas.nbytes(self._streams)
 
     def address(self) -> tuple[int, ...]:
-        """Where all lies that a captured step reads outside the arena, as far as torch tells."""
+        """The addresses that a captured step uses outside the arena, as far as torch tells them."""
         return (*self.placement.addresses, self._blas.generation)
 
     @property
@@ -222,38 +218,37 @@ class MemoryManager:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that offloading frees: the components but cuBLAS', and what graphs keep."""
+        """Bytes that offloading frees: the components without cuBLAS, and what graphs keep."""
         return sum(self.components.values()) - self.blas + self.graphs.nbytes
 
     @property
     def ledger(self) -> Ledger:
-        """Who holds what is reserved on the device."""
+        """What holds the memory reserved on the device."""
         memory, outside = counters(self.device), graph_memory(self.device)
         components = self.components if self.device.type == "cuda" else {}
         pinned = {"streamed weights": self.placement.pinned_bytes}
         return Ledger(components, memory.allocated, memory.reserved, self.graphs.reserved + outside, outside, pinned)
 
     def offload(self) -> None:
-        """Move everything to host memory and hand the VRAM back to the driver."""
+        """Move everything to host memory and give the VRAM back to the driver."""
         self.placement.offload()
         self.release()
 
     def resume(self) -> None:
-        """Bring everything back to the device, as for the latest call. Raises as `session`, and nothing is there."""
+        """Bring everything back, as for the latest call. Raises as `session`; then everything stays offloaded."""
         self._arrange(self.plan.requirements, self.budget)
 
 
 class Place:
-    """What a call works with while its session is open."""
+    """The memory of a call while its session is open."""
 
     def __init__(self, memory: MemoryManager, plan: MemoryPlan) -> None:
-        self.plan = plan
-        self._memory = memory
+        self.plan, self._memory = plan, memory
         self._block, self._end = memory.arena, plan.arena - plan.requirements.latents
-        self.maps = self._block[: self._end]  # memory for the decoder
+        self.maps = self._block[: self._end]  # memory for the VAE's decoder
 
-    def decoding(self) -> AbstractContextManager[None]:
-        """NF4 weights are decoded into the arena's start, where there is scratch for them."""
+    def scratch(self) -> AbstractContextManager[None]:
+        """Inside, NF4 weights are dequantized into the arena's start, where the plan has scratch for them."""
         backend, region = self._memory.backend, Region(self._block, 0, self._memory.views)
         if backend is None or not self.plan.requirements.scratch:
             return nullcontext()
@@ -261,21 +256,21 @@ class Place:
 
     @contextmanager
     def libraries(self) -> Iterator[None]:
-        """Inside, torch's allocator has the block that is held for what libraries allocate."""
+        """Inside, torch's allocator has the block that is held for libraries."""
         memory, size = self._memory, self._memory.library.numel()
         memory.library = block(0, memory.device)
         yield
-        memory.library = block(size, memory.device)  # not after an error, whose traceback keeps tensors alive
+        memory.library = block(size, memory.device)  # not after an error: its traceback keeps tensors alive
 
     @contextmanager
     def prompt(self) -> Iterator[None]:
-        """Inside, text encoders and modulation run, streamed or not."""
+        """Inside, text encoders and modulation can run, streamed or not."""
         with self._memory.placement.prompt.open(self._region()), self.libraries():
             yield
 
     @contextmanager
     def steps(self, height: int, width: int, tokens: int, rounds: int) -> Iterator[tuple[Velocity, dict[str, Tensor]]]:
-        """The velocity of pictures of this size, and uninitialized memory for `Model.call_inputs`; in `rounds`."""
+        """The velocity function, and uninitialized tensors for `Model.call_inputs`; the blocks run `rounds` times."""
         memory, region, prefetcher = self._memory, self._region(), self._memory.placement.steps
         size = (self.plan.slice, tokens, height // 16 * (width // 16))
         with prefetcher.open(region, rounds):
@@ -284,7 +279,7 @@ class Place:
             yield velocity, {name: region.take(shape, kind) for name, (shape, kind) in inputs.items()}
 
     def latents(self, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
-        """fp32 tensors of these shapes, uninitialized, which stay where they are through steps and decode."""
+        """fp32 tensors of these shapes, uninitialized; they keep their place through the steps and the VAE."""
         region = Region(self._block, self._end, self._memory.views)
         return tuple(region.take(shape, torch.float32) for shape in shapes)
 

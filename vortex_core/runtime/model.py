@@ -1,4 +1,4 @@
-"""All of FLUX as modules on `meta`, cut into the groups that the planner places, and what drawing with them takes."""
+"""All of FLUX as modules on `meta`, in the groups that the planner places, and the memory that drawing takes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from math import prod
 import torch
 from torch import nn
 
-from ..device.streams import streams_of
+from ..checkpoint.write import Named
+from ..device.streams import Streams
 from ..flux1 import sampling
 from ..flux1.conditioning import Modulation
 from ..flux1.spec import MAX_STEPS, T5_TOKENS, ModelSpec
@@ -17,11 +18,11 @@ from ..flux1.strips import DecoderLayout
 from ..flux1.text_encoders import T5, Clip
 from ..flux1.transformer import Transformer
 from ..flux1.vae import Decoder, library_bytes
-from ..kernels import reference
+from ..kernels import Kernels, reference
 from ..memory.arena import Shape, aligned, laid_out, round_up
 from ..memory.offload import WeightGroup
 from ..memory.planner import BLOCKS, SLACK, MemoryRequirements, StepRequirements, WeightGroupSize
-from ..nf4 import DECODE_BYTES
+from ..nf4 import DEQUANTIZE_BYTES
 from ..quant.backends import Backend
 from ..quant.linear import NF4Linear
 from ..storage.materialize import Target, check, materialize, pack
@@ -29,20 +30,19 @@ from ..storage.tensors import Tensors
 from .graphs import POOL, attention_bytes, inputs, step_bytes
 
 Sources = Mapping[str, Tensors]  # the canonical tensors of `transformer`, `clip`, `t5` and `vae`
-Origin = tuple[str, str]  # the source of a module's tensors, and the prefix of their names there
+Origin = tuple[str, str]  # where a module's tensors are: one of these four, and the prefix of their names
 
-META = torch.device("meta")
-KINDS = ("double_blocks", "single_blocks")
-MOST_AT_ONCE = 8  # pictures; more fill the card no better
-STRIPS = (None, 256, 128, 64)  # most rows of a strip of the VAE, None: whole; the lower, the more launches
-TALL = 700_000_000  # bytes; what decoding may take before it is cut into lower strips
+MOST_AT_ONCE = 8  # pictures; a card is busy with these
+STRIPS = (None, 256, 128, 64)  # rows of a strip of the VAE, at most (None: one strip); lower ones take more launches
+TALL = 700_000_000  # bytes; a decode that takes more is cut into lower strips
 
 
 class Model:
-    """The modules of one FLUX.1-schnell; `groups` of them in the order they run, `sizes` as the planner sees those.
+    """The modules of one FLUX.1-schnell: `groups` in the order they run, and their `sizes` for the planner.
 
-    Products are in `dtype`, linears in NF4 where there is a `backend`; the blocks' products in fp8 where `fast`, their
-    attention where `fp8_attention`. `fused`: with Triton's kernels, which allocate nothing in a step that is captured.
+    Products are in `dtype`. Linears are NF4 where there is a `backend`. The blocks' products are in fp8 if `fast`, and
+    their attention if `fp8_attention`. `fused`: plan for Triton's kernels, which allocate nothing in a captured step;
+    default: if `kernels` are those. `cuda_streams`: those that products run on, besides the default one.
     """
 
     def __init__(
@@ -50,46 +50,55 @@ class Model:
         spec: ModelSpec,
         dtype: torch.dtype,
         backend: Backend | None,
+        kernels: Kernels = reference,
+        streams: Streams | None = None,
         *,
         fast: bool = False,
         fp8_attention: bool = False,
-        fused: bool = False,
+        fused: bool | None = None,
     ) -> None:
         self.flux, self.vae, self.dtype = spec.flux, spec.vae, dtype
-        self.fast, self.fp8_attention, self.fused = fast, fp8_attention, fused
-        self.decodes_fused = fused and self.vae.powers_of_two
+        self.fast, self.fp8_attention = fast, fp8_attention
+        self.fused = kernels is not reference if fused is None else fused
+        self._vae_fused = self.fused and self.vae.powers_of_two
+        self.cuda_streams = (streams.capture, streams.side)[: 1 + fast] if streams and self.fused else ()
         self.clip, self.t5 = Clip(spec.clip), T5(spec.t5)
-        with META:
+        with torch.device("meta"):
             self.transformer, self.modulation = Transformer(self.flux), Modulation(self.flux)
             self.decoder = Decoder(self.vae)
-        # all as it will be, but on `meta`, so that it can be measured; CLIP and the VAE are small, and stay as they are
-        packed = ((self.transformer, ""), (self.modulation, ""), *self.t5.modules)
+        flux: list[Named] = [(self.transformer, ""), (self.modulation, "")]
+        self.modules = {"clip": self.clip.modules, "t5": self.t5.modules, "transformer": flux}
+        self.modules["vae"] = [(self.decoder, "")]
+        # on `meta`, but with the final types, so that sizes can be measured; CLIP and the VAE are small and stay plain
+        packed = (*flux, *self.t5.modules)
         for module in (*(module for module, _ in packed), *self.clip.groups, self.clip.norm, self.decoder):
             module.to(dtype)
         if backend is not None:
             for module, prefix in packed:
                 pack(module, prefix, backend)
-        for linear in self.transformer.linears() if fast else ():
-            linear.prepare_fp8()
+        side = streams.side if streams and fast else None
+        self.transformer.use(kernels, fast=fast, fp8_attention=fp8_attention, side=side)
+        if self._vae_fused:
+            self.decoder.use(kernels)
         self.origins: dict[str, tuple[Origin, ...]] = {}
         self.groups = list(self._groups())
         self.sizes = tuple(WeightGroupSize(group.name, group.part, group.measure()) for group in self.groups)
         self.scratch = self._scratch()
-        self._plain = DECODE_BYTES if self.scratch and not fused else 0  # what decoding in plain torch allocates
-        # many small tensors come and go there, and cudaMallocAsync leaves up to 0.17 GB between them (H200)
-        self._slack = SLACK if fused else SLACK + 5 * POOL
+        # plain torch allocates to dequantize, and cudaMallocAsync leaves up to 0.17 GB between its small tensors (H200)
+        self._plain = DEQUANTIZE_BYTES if self.scratch and not self.fused else 0
+        self._slack = SLACK if self.fused else SLACK + 5 * POOL
         self._known: dict[tuple[int, ...], MemoryRequirements] = {}
 
     def _scratch(self) -> tuple[int, ...]:
-        """Bytes of the buffers that weights are decoded into; in `fast` one more, for the text."""
+        """Bytes of the buffers that weights are dequantized into; in `fast` there is a second one, for the text."""
 
-        def most(*modules: nn.Module) -> int:  # values of a weight
+        def most(*modules: nn.Module) -> int:  # values of the largest weight
             parts = (part for module in modules for part in module.modules())
             return max((prod(part.shape) for part in parts if isinstance(part, NF4Linear)), default=0)
 
         size = self.dtype.itemsize
         blocks, prompt = most(self.transformer), most(self.modulation, *self.t5.groups)
-        text = self.flux.hidden * self.flux.mlp  # values; the largest of a double block's text, in 8 bits
+        text = self.flux.hidden * self.flux.mlp  # bytes; the largest weight for the text of a double block, in fp8
         sizes = (max(blocks, prompt * size), text) if self.fast else (max(blocks, prompt) * size,)
         return tuple(aligned(nbytes) for nbytes in sizes if nbytes)
 
@@ -110,7 +119,8 @@ class Model:
         for encoder, path, groups in layers:
             for i, layer in enumerate(groups):
                 yield self._group(f"{encoder}.{i}", encoder, {(encoder, f"{path}.{i}."): layer})
-        blocks = [f"{kind}.{i}" for kind in KINDS for i in range(len(getattr(transformer, kind)))]
+        kinds = ("double_blocks", "single_blocks")
+        blocks = [f"{kind}.{i}" for kind in kinds for i in range(len(getattr(transformer, kind)))]
         for i, path in enumerate([*blocks, "final_layer"]):
             part = modulation.get_submodule(path)
             yield self._group(f"modulation.{i}", "modulation", {("transformer", f"{path}."): part})
@@ -122,10 +132,9 @@ class Model:
         return WeightGroup(name, part, *modules.values())
 
     def check(self, sources: Sources) -> int:
-        """Compare every part with its source's headers; the bytes to read. Raises `VortexCheckpointError`."""
-        plain = ((self.transformer, "transformer"), (self.modulation, "transformer"), (self.decoder, "vae"))
-        encoders = self.clip.check(sources["clip"]) + self.t5.check(sources["t5"])
-        return encoders + sum(check(module, sources[kind]) for module, kind in plain)
+        """Compare every part with the headers of its file; the bytes to read. Raises `VortexCheckpointError`."""
+        named = ((kind, *one) for kind, modules in self.modules.items() for one in modules)
+        return sum(check(module, sources[kind], prefix) for kind, module, prefix in named)
 
     def read(self, group: WeightGroup, sources: Sources, target: Target) -> None:
         """Fill a group's modules on `target.device`."""
@@ -134,32 +143,25 @@ class Model:
         if group.part == "vae":
             self.decoder.channels_last()
 
-    def streams(self, device: torch.device) -> tuple[torch.cuda.Stream, ...]:
-        """The streams that products run on besides the default one: captured steps', and in `fast` the text's."""
-        streams = streams_of(device)
-        if streams is None or not self.fused:
-            return ()
-        return (streams.capture, streams.side) if self.fast else (streams.capture,)
-
     def call_inputs(self, height: int, width: int, tokens: int) -> dict[str, Shape]:
-        """Shapes and types of what steps of a call read besides latents: text, modulation of all steps, positions."""
+        """Shapes and types of what all steps of a call read besides latents: text, modulation, positions."""
         flux, dtype = self.flux, self.dtype
         given = inputs(flux, (1, tokens, sampling.image_tokens(height, width)), dtype)
-        del given["img"]  # of each slice, in a place of its own
+        del given["img"]  # each slice has its own
         embeddings, table = (1, tokens, flux.context), (MAX_STEPS, *given["modulation"][0])
         return {**given, "embeddings": (embeddings, dtype), "modulation": (table, dtype)}
 
     def requirements(
         self, height: int, width: int, batch: int, tokens: int = T5_TOKENS, blas: int = 0
     ) -> MemoryRequirements:
-        """What one request takes besides weights; `tokens` of text, `blas` bytes of cuBLAS' workspaces."""
+        """The memory of one request besides weights. `tokens`: of text. `blas`: bytes of cuBLAS' workspaces."""
         key = (height, width, batch, tokens, blas)
         if key in self._known:  # every picture asks
             return self._known[key]
         at_once = sorted({min(MOST_AT_ONCE, -(-batch // parts)) for parts in (1, 2, 4, 8, batch)}, reverse=True)
         latent = (height // 8, width // 8)
-        rows, decode = self._decoding(*latent)
-        decoder = library_bytes(self.vae, *latent, self.dtype, fused=self.decodes_fused)
+        rows, decode = self._strips(*latent)
+        decoder = library_bytes(self.vae, *latent, self.dtype, fused=self._vae_fused)
         self._known[key] = MemoryRequirements(
             height,
             width,
@@ -168,7 +170,7 @@ class Model:
             steps=tuple(self._steps(height, width, tokens, number) for number in at_once),
             decode=decode,
             rows=rows,
-            # noise and later clean latents, what steps move, and what they predict
+            # unpacked (noise, later clean latents), packed for the steps, and as predicted for `on_step`
             latents=3 * aligned(batch * self.flux.latent_channels * prod(latent) * 4),
             library=max(self.t5.working_bytes + self._plain, decoder),
             blas=blas,
@@ -177,18 +179,18 @@ class Model:
         return self._known[key]
 
     def prompt_requirements(self, blas: int = 0) -> MemoryRequirements:
-        """What a prompt takes without a picture."""
+        """The memory of encoding a prompt, without a picture."""
         library = self.t5.working_bytes + self._plain
         return MemoryRequirements(0, 0, 0, sum(self.scratch), library=library, blas=blas, slack=self._slack)
 
     def decode_requirements(self, height: int, width: int, batch: int, blas: int = 0) -> MemoryRequirements:
-        """What decoding takes of latents `[batch, 16, height, width]` made elsewhere."""
+        """The memory of decoding latents `[batch, 16, height, width]`."""
         asked = self.requirements(8 * height, 8 * width, batch, blas=blas)
         return replace(asked, scratch=0, steps=(StepRequirements(1),))
 
     def _steps(self, height: int, width: int, tokens: int, batch: int) -> StepRequirements:
         size = (batch, tokens, sampling.image_tokens(height, width))
-        attention = 0 if self.fp8_attention else attention_bytes(self.flux, size, self.dtype)
+        attention = attention_bytes(self.flux, size, self.dtype, fp8=self.fp8_attention)
         return StepRequirements(
             batch,
             buffers=step_bytes(self.flux, size, self.dtype, fast=self.fast)
@@ -197,8 +199,8 @@ class Model:
             graph=round_up(attention, POOL) if self.fused else 0,
         )
 
-    def _decoding(self, height: int, width: int) -> tuple[int | None, int]:
-        """Rows of the strips that latents of this size are decoded in, and what that lays out."""
+    def _strips(self, height: int, width: int) -> tuple[int | None, int]:
+        """Rows of the VAE's strips for latents of this size, and the bytes that decoding lays out with them."""
         for rows in STRIPS:
             nbytes = DecoderLayout(self.vae, height, width, rows, self.dtype).nbytes
             if nbytes <= TALL:

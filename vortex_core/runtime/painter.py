@@ -1,8 +1,8 @@
-"""What a loaded model draws with, on its device's thread: from a prompt to a conditioning to latents to a picture.
+"""How a loaded model draws, on the thread of its device.
 
-`paint` reads as the data flow: prompt to conditioning (prompt time), seed to noise, noise to clean latents (step time),
-latents to a picture. Arguments are checked already (runtime/engine.py); memory is planned for each call
-(runtime/memory_manager.py).
+`paint` shows the data flow: prompt to conditioning (prompt time), seed to noise, noise to clean latents (step time),
+latents to a picture. Arguments were checked before (runtime/engine.py). Each call gets its memory from
+runtime/memory_manager.py.
 """
 
 from __future__ import annotations
@@ -40,33 +40,28 @@ log = logging.getLogger(__name__)
 
 OnStep = Callable[[int, int, Tensor], None]
 Result = TypeVar("Result")
-NO_MEMORY = ("out of memory", "allocate memory", "ALLOC_FAILED")  # in words of torch's that are no OutOfMemoryError
+NO_MEMORY = ("out of memory", "allocate memory", "ALLOC_FAILED")  # in torch's errors besides OutOfMemoryError
 
 
 class Painter:
     """Model, memory and prompts of one engine, until `close`."""
 
     def __init__(self, bundle: Bundle, setup: ResolvedConfig) -> None:
-        """The modules on `meta`, and a plan for them; `load` fills them."""
-        self.device, self.model = setup.device, loading.build(bundle, setup)
-        blas, streams = blas_of(setup.device), self.model.streams(setup.device)
+        """The modules on `meta`, and the first plan; `load` reads the weights."""
+        self.device, self.model = setup.device, loading.build(bundle.spec, setup)
+        blas, streams = blas_of(setup.device), self.model.cuda_streams
         blas.ensure(streams)
         first = loading.first_plan(bundle.name, self.model, setup, blas.nbytes(streams))
         self.memory = MemoryManager(self.model, setup, first)
-        self.conditioner = Conditioner(
-            (bundle.tokenizer, bundle.tokenizer_2),
-            self.model.clip,
-            self.model.t5,
-            self.model.modulation,
-            setup.device,
-        )
+        encoders = (self.model.clip, self.model.t5, self.model.modulation)
+        self.conditioner = Conditioner((bundle.tokenizer, bundle.tokenizer_2), *encoders, setup.device)
         self._verdicts = Verdicts(setup.device)
 
     @classmethod
     def load(
         cls, bundle: Bundle, setup: ResolvedConfig, capped: bool, on_progress: OnLoad | None, cache: Cache | None
     ) -> Painter:
-        """One with its weights, as `Engine.load` says. Nothing stays behind where that fails."""
+        """A painter with its weights; see `Engine.load`. Nothing stays in memory where that fails."""
         painter = cls(bundle, setup)
         painter.choose_threads()
         first, placement = painter.memory.plan, painter.memory.placement
@@ -75,7 +70,7 @@ class Painter:
         try:
             if capped:
                 painter.memory.cap()
-            with _told_as_torch_does():
+            with _as_out_of_memory():
                 loading.fill(painter.model, bundle, setup, first, placement, on_progress, cache)
             return painter
         except torch.OutOfMemoryError as error:
@@ -84,17 +79,17 @@ class Painter:
             del placement
             painter.close()
             raise loading.out_of_memory("Loading ran out of memory", setup.device, first) from cause
-        except BaseException:  # a damaged file, Ctrl-C, an error of on_progress: nothing stays behind either
+        except BaseException:  # a damaged file, Ctrl-C, an error of on_progress
             painter.close()
             raise
 
     def choose_threads(self) -> None:
-        """Have this thread compute with as many threads as suit the model, where it computes on the CPU."""
+        """On the CPU: let this thread compute with as many threads as suit the model."""
         if self.device.type == "cpu":
             threads.use(self.model.flux.hidden)
 
     def close(self) -> None:
-        """Let go of all memory, whoever still has this."""
+        """Release all memory, even if other code still holds this object."""
         try:
             self.memory.cap(on=False)
         finally:
@@ -111,7 +106,7 @@ class Painter:
         )
 
     def condition(self, txt: Tensor, pooled: Tensor, steps: int) -> Conditioning:
-        """That of embeddings `[1, N, context]` and `[1, vec]` made elsewhere."""
+        """The `Conditioning` of embeddings `[1, N, context]` and `[1, vec]`."""
         txt, pooled = (values.to(self.device, self.model.dtype) for values in (txt, pooled))
         return self._run(
             self.model.prompt_requirements(self.memory.blas),
@@ -123,7 +118,7 @@ class Painter:
         tokens = prompt.txt.shape[1] if isinstance(prompt, Conditioning) else T5_TOKENS
 
         def draw(place: Place) -> Tensor:
-            # before libraries work, in whose memory it must not lie
+            # allocated now, so that they do not lie in the block for libraries
             pictures = torch.empty(request.shape, device=self.device) if out is None else out
             conditioning = self.conditioner(prompt, request.steps, place.prompt) if isinstance(prompt, str) else prompt
             mark("prompt")
@@ -135,7 +130,7 @@ class Painter:
         return self._run(self.model.requirements(*size, self.memory.blas), draw)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures of clean latents `[B, 16, H/8, W/8]` made elsewhere."""
+        """Pictures of clean latents `[B, 16, H/8, W/8]`."""
         batch, _, height, width = latents.shape
 
         def draw(place: Place) -> Tensor:
@@ -147,7 +142,7 @@ class Painter:
         return self._run(self.model.decode_requirements(height, width, batch, self.memory.blas), draw)
 
     def _denoise(self, place: Place, conditioning: Conditioning, request: Request, on_step: OnStep | None) -> Tensor:
-        """Clean latents `[B, 16, H/8, W/8]`, fp32, where they stay while they are decoded."""
+        """Clean latents `[B, 16, H/8, W/8]`, fp32, in memory that the VAE leaves alone."""
         batch, height, width = request.batch_size, request.height, request.width
         flux, transformer, tokens = self.model.flux, self.model.transformer, conditioning.txt.shape[1]
         shape = (batch, flux.latent_channels, height // 8, width // 8)
@@ -164,7 +159,7 @@ class Painter:
             modulation = inputs["modulation"][: conditioning.steps].copy_(conditioning.modulation, non_blocking=True)
             tables = sampling.rope_of(height, width, tokens, flux, self.device)
             pe = inputs["cos"].copy_(tables[0], non_blocking=True), inputs["sin"].copy_(tables[1], non_blocking=True)
-            # last: the device copies the others while the host draws
+            # last: the device copies the other inputs while the host draws noise
             noise = sampling.noise(request.seed, batch, height, width, flux.latent_channels, self.device)
             tokens_shape = (batch, sampling.image_tokens(height, width), flux.in_channels)
             latents, img, clean = place.latents(shape, tokens_shape, tokens_shape)
@@ -185,7 +180,7 @@ class Painter:
 
     def _run(self, requirements: MemoryRequirements, work: Callable[[Place], Result]) -> Result:
         def careful(place: Place) -> Result:
-            with _told_as_torch_does():
+            with _as_out_of_memory():
                 return work(place)
 
         self._verdicts.tell()
@@ -193,8 +188,8 @@ class Painter:
 
 
 @contextmanager
-def _told_as_torch_does() -> Iterator[None]:
-    """What else says that memory ran out is torch's `OutOfMemoryError` outside, after which a call is tried again."""
+def _as_out_of_memory() -> Iterator[None]:
+    """Turn other errors that say that memory ran out into torch's `OutOfMemoryError`, after which a call is retried."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""Whose turn it is: calls from any thread use one painter, each in its turn, until somebody unloads it."""
+"""The order of calls: any thread may call, and each call has the painter to itself, until the engine is unloaded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 
 class Turns:
-    """A painter on the thread of its device. Work is done there; what may be asked meanwhile is asked at once."""
+    """A painter and the thread of its device. Work is done on that thread; properties are read on the caller's."""
 
     def __init__(self, painter: Painter, worker: Worker) -> None:
         self._painter: Painter | None = painter
@@ -27,10 +27,10 @@ class Turns:
         self._detach = worker.attach(self)
 
     def unload(self) -> None:
-        """Release every weight and buffer; the engine cannot draw any more. Loading again makes a new one.
+        """Release every weight and buffer. The engine cannot draw any more; load the model again for a new one.
 
-        Calls that wait end with our error. Raises `VortexInputError` in `on_step`. Twice is fine, and so it is where
-        the device has failed, or in a forked process.
+        Calls that wait end with a `VortexInputError`, which this raises in `on_step`, too. It may be called twice,
+        after the device has failed, and in a forked process.
         """
         if self._painter is None:
             return
@@ -43,7 +43,7 @@ class Turns:
 
         try:
             self._worker.run(close, owner=self)
-        except (DeviceLostError, VortexInputError):  # no thread of its device is left, nor memory there
+        except (DeviceLostError, VortexInputError):  # the device's thread is gone, and its memory, too
             with suppress(RuntimeError):
                 close()
         self._detach()
@@ -55,7 +55,7 @@ class Turns:
         self.unload()
 
     def _run(self, work: Callable[[Painter], Result], deadline: float | None = None) -> Result:
-        """Do `work` on the device's thread, when it is this call's turn."""
+        """Do `work` on the device's thread, after the calls that came before."""
         return self._worker.run(partial(self._turn, work), owner=self, deadline=deadline)
 
     async def _arun(self, work: Callable[[Painter], Result], deadline: float | None = None) -> Result:
@@ -63,7 +63,7 @@ class Turns:
         return await self._worker.arun(partial(self._turn, work), owner=self, deadline=deadline)
 
     def _turn(self, work: Callable[[Painter], Result]) -> Result:
-        painter = self._loaded()  # somebody may have unloaded it meanwhile
+        painter = self._loaded()  # another thread may have unloaded it meanwhile
         painter.choose_threads()
         return work(painter)
 

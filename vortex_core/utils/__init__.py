@@ -1,1 +1,1 @@
-"""What every room may use: numbers, paths, files that are written whole, text of others, time. No device."""
+"""Helpers for every room: numbers, paths, files that are written whole, text of others, time. No device."""

@@ -1,4 +1,4 @@
-"""What a number or word that somebody gave may be. A model's sizes say it of themselves, field by field."""
+"""Bounds of values that files and callers give. A dataclass has them field by field."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Bounds(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """Whole numbers from `least` to `most` that `by` divides. `True` is none."""
+    """Whole numbers from `least` to `most` that `by` divides. `True` does not count as a number."""
 
     least: int
     most: int
@@ -60,7 +60,7 @@ class Several:
 
 @dataclass(frozen=True, slots=True)
 class OneOf:
-    """The values that are listed."""
+    """One of `values`, of the same type."""
 
     values: tuple[str | bool | int | None, ...]
 
@@ -72,7 +72,7 @@ class OneOf:
 
 
 def within(default: object, bounds: Bounds) -> Any:
-    """A dataclass' field that has `bounds`."""
+    """A dataclass field with `bounds`."""
     return field(default=default, metadata={"bounds": bounds})
 
 
@@ -82,7 +82,7 @@ def bounds_of(spec: type[Any]) -> dict[str, Bounds]:
 
 
 def check_fields(spec: Any, owner: str) -> None:
-    """Raise `VortexCheckpointError` unless every field of a dataclass is within its bounds; `owner` has them."""
+    """Raise `VortexCheckpointError` unless every field of a dataclass is within its bounds; `owner` names it."""
     for name, bounds in bounds_of(type(spec)).items():
         value = getattr(spec, name)
         if value not in bounds:

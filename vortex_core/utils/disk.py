@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and never over another one unless that is asked for."""
+"""Writes files whole or not at all. An existing file is replaced only where the caller asks for it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .partial import temporary
 
 
 def check_folder(folder: Path) -> None:
-    """Raise `VortexInputError` unless `folder` is there and takes a file. Leaves nothing in it."""
+    """Raise `VortexInputError` unless `folder` exists and a file can be written there. Nothing is left in it."""
     if not folder.is_dir():
         raise VortexInputError(f"There is no folder {folder}; make it first.")
     try:
@@ -26,13 +26,13 @@ def check_folder(folder: Path) -> None:
 
 
 def check_file(path: Path) -> None:
-    """Raise `VortexInputError` unless a file can be at `path`: its folder takes one, and it is not a folder itself."""
+    """Raise `VortexInputError` unless a file can be written at `path`, which must not be a folder."""
     check_folder(path.parent)
     check_name(path)
 
 
 def check_name(path: Path) -> None:
-    """Raise `VortexInputError` for a name that is too long, or that of a folder."""
+    """Raise `VortexInputError` where `path` has too long a name, or is a folder."""
     try:
         path.lstat()
     except FileNotFoundError:
@@ -44,12 +44,12 @@ def check_name(path: Path) -> None:
 
 
 def write(path: Path, data: bytes, *, replace: bool) -> None:
-    """Write `data` to `path`, with the modes that the umask leaves.
+    """Write `data` to `path`, with the permissions that the umask leaves.
 
-    Raises `FileExistsError` where there is something and `replace` is False, and `OSError` where it cannot be written;
-    then nothing is left. What a killed process left goes with the next file that is written there.
+    Raises `FileExistsError` where `path` exists and `replace` is False, and `OSError` where it cannot be written; then
+    nothing is left. What a killed process left is removed by the next write into the folder.
     """
-    if replace and path.exists() and not path.is_file():  # a pipe, /dev/null: it is written to, not replaced
+    if replace and path.exists() and not path.is_file():  # a pipe or /dev/null is written to, not replaced
         path.write_bytes(data)
         return
     with temporary(path) as part:
@@ -58,17 +58,17 @@ def write(path: Path, data: bytes, *, replace: bool) -> None:
         if replace:
             part.replace(path)
         else:
-            _name(part, path)
+            _rename_new(part, path)
 
 
 def add_line(path: Path, line: bytes) -> None:
-    """Add a line to a log, in one piece, and after a half line that somebody left.
+    """Append a line to a log in one write, on a new line even after a half line that another process left.
 
-    Raises `OSError`; then nothing of it is left.
+    Raises `OSError`; then nothing of the line is left.
     """
     with path.open("a+b", buffering=0) as file:
         status = os.fstat(file.fileno())
-        size = status.st_size if stat.S_ISREG(status.st_mode) else 0  # of a pipe nothing is read, nor cut
+        size = status.st_size if stat.S_ISREG(status.st_mode) else 0  # a pipe is neither read nor cut
         if size:
             file.seek(-1, os.SEEK_END)
             line = line if file.read(1) == b"\n" else b"\n" + line
@@ -79,12 +79,13 @@ def add_line(path: Path, line: bytes) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
-def _name(part: Path, path: Path) -> None:
+def _rename_new(part: Path, path: Path) -> None:
+    """Rename `part` to `path`. Raises `FileExistsError` where that exists."""
     try:
         path.hardlink_to(part)
     except FileExistsError:
         raise
-    except OSError:  # file systems without links: the name is taken first, then filled
+    except OSError:  # a file system without links: take the name first, then replace it
         path.touch(exist_ok=False)
         try:
             part.replace(path)

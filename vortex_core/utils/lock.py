@@ -1,7 +1,7 @@
-"""One process at a time, where the file system can say so.
+"""A lock between processes, by a file, where the file system supports it.
 
-A lock here saves work that would be done twice; files are whole without it, since they are renamed when they are.
-So a folder that cannot lock, or does not answer, is none to wait for.
+It only avoids doing work twice; files are written whole without it. So nobody waits where a folder cannot lock, or
+does not answer.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from types import TracebackType
 
 
 class Lock:
-    """Asks for `path`, a file made for it, when entered; the file is gone when it is left.
+    """Entering asks for a lock on the file `path`, which is made for it; leaving removes the file.
 
-    `refused` is why there will be no lock, once `answered`.
+    Once `answered` is True, the lock is held, or `refused` says why it will not be.
     """
 
     def __init__(self, path: Path) -> None:
@@ -32,11 +32,11 @@ class Lock:
     def __enter__(self) -> Lock:
         try:
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:  # such as another user's
+        except OSError as error:  # such as a file of another user
             self.refused = error
             self._answer.set()
         else:
-            # in a thread: on some network drives the call itself does not come back
+            # in a thread: on some network drives the call itself never returns
             threading.Thread(target=self._ask, name="vortex-lock", daemon=True).start()
         return self
 
@@ -58,13 +58,13 @@ class Lock:
         return self._answer.wait(seconds)
 
     def holder(self) -> str:
-        """Who holds it, in words."""
+        """The process that holds the lock, in words."""
         try:
             with self.path.open("rb") as file:
-                said = file.read(200).decode(errors="replace")
+                text = file.read(200).decode(errors="replace")
         except OSError:
-            said = ""
-        return said if said.isprintable() and said else "another process"
+            text = ""
+        return text if text and text.isprintable() else "another process"
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -72,7 +72,7 @@ class Lock:
         with self._guard:
             self._left = True
             if self._answer.is_set() and hasattr(self, "_file"):
-                with contextlib.suppress(OSError):  # before it is free: whoever waits for it looks for the work first
+                with contextlib.suppress(OSError):  # still locked: the next process finds the work first
                     self.path.unlink(missing_ok=True)
                 os.close(self._file)
 

@@ -1,4 +1,4 @@
-"""Numbers that somebody gives us: Python's, numpy's or torch's. A bool is none, nor is a text that looks like one."""
+"""Numbers that callers give: Python's, numpy's or torch's. Bools and texts do not count as numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def whole(value: object) -> int | None:
         return None
     try:
         return index(value)  # type: ignore[arg-type]
-    except Exception:  # of somebody's own class, too
+    except Exception:  # a class of the caller's may raise anything
         return None
 
 
@@ -23,9 +23,9 @@ def finite(value: object) -> float | None:
     if _is_bool(value):
         return None
     try:
-        plain: Any = value.item() if hasattr(value, "item") else value  # of numpy and torch, one element
+        plain: Any = value.item() if hasattr(value, "item") else value  # numpy's and torch's, of one element
         number = float(plain) if isinstance(plain, Real) else math.nan
-    except Exception:  # more than a float can be; many elements
+    except Exception:  # too large for a float, or many elements
         return None
     return number if math.isfinite(number) else None
 

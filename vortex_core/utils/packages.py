@@ -13,11 +13,12 @@ from ..errors import SHOWN, VortexError
 EXTRAS = {"gguf": "gguf", "matplotlib": "plots", "scipy": "stats"}  # by package, as in pyproject.toml
 PACKAGES = {"PIL": "pillow", "pynvml": "nvidia-ml-py"}  # by module, where the names differ
 
-_broken: dict[str, str] = {}  # to try again takes as long, and may say something else the second time
+# Why modules do not import, until the process ends. A second try would take as long, and may fail in another way.
+_broken: dict[str, str] = {}
 
 
 def missing(module: str) -> str | None:
-    """Why `module` cannot be used: `does not import (...)`, or None once it has. A broken one may raise anything."""
+    """Import `module`. Returns None, or why it failed: `does not import (...)`. A broken one may raise anything."""
     if module in _broken and sys.modules.get(module) is None:
         return _broken[module]
     try:
@@ -31,7 +32,7 @@ def missing(module: str) -> str | None:
 
 @contextmanager
 def _nothing_fetched() -> Iterator[None]:
-    """Keep bitsandbytes from downloading code: inside, the package `kernels`, which does that, does not import."""
+    """Inside, the package `kernels` does not import: bitsandbytes would have it download code, and run that."""
     before = sys.modules.get("kernels")
     sys.modules["kernels"] = None  # type: ignore[assignment]
     try:
@@ -63,7 +64,7 @@ def remedy(module: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says in its first line, at most 200 characters, or its kind where it says nothing."""
+    """The first line of an error's text, at most 200 characters; its class where it has no text."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:SHOWN]
 

@@ -1,7 +1,7 @@
-"""Files that are written under a temporary name, and get their own once they are whole.
+"""Files that are written under a temporary name, and renamed once they are whole.
 
-All temporary names follow one pattern, which nobody else's files do. What a killed process left is so known for what
-it is, and removed by the next one that writes there.
+All temporary names follow one pattern, which no other program uses. So the next process that writes into a folder
+recognizes what a killed process left there, and removes it.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ NAME = re.compile(r"\.vortex-(?P<host>[0-9a-f]{8})-(?P<pid>\d{1,9})-[0-9a-f]{8}\
 OLDER = re.compile(
     r"\.(?:(?:transformer|t5)-[0-9a-f]{24}|diffusion_pytorch_model)\.safetensors\.(?P<pid>\d{1,9})\.part"
 )
-SILENT = 3600  # seconds without a byte, after which a process of another machine is taken for gone
+SILENT = 3600  # seconds without a write, after which a process of another machine counts as gone
 SLACK = 5  # seconds by which clocks of files and processes may differ
 
 
 @contextlib.contextmanager
 def partial(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to: it becomes `path` at the end, or is removed where anything is raised.
+    """A temporary path beside `path` to write to. At the end it becomes `path`; after an exception it is removed.
 
-    Removes what killed processes left in the folder. Raises `OSError`.
+    Also removes what killed processes left in the folder. Raises `OSError`.
     """
     with temporary(path) as written:
         yield written
@@ -40,9 +40,9 @@ def partial(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def temporary(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, of which nothing is left at the end. Else as `partial`."""
+    """A temporary path beside `path`, always removed at the end. Else as `partial`."""
     sweep(path.parent)
-    # its length does not grow with the name, which may be as long as names can be
+    # of fixed length: `path` may have the longest name that the file system allows
     written = path.with_name(f".vortex-{HOST}-{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         yield written
@@ -52,7 +52,7 @@ def temporary(path: Path) -> Iterator[Path]:
 
 
 def parts(folder: Path) -> Iterator[Path]:
-    """Every temporary file of ours in `folder`, whoever writes it."""
+    """Every temporary file of Vortex in `folder`, of any process."""
     with contextlib.suppress(OSError), os.scandir(folder) as found:
         for entry in found:
             if is_part(entry.name) and entry.is_file(follow_symlinks=False):
@@ -60,7 +60,7 @@ def parts(folder: Path) -> Iterator[Path]:
 
 
 def is_part(name: str) -> bool:
-    """Whether a temporary file of ours is named so."""
+    """Whether this is a name of a temporary file of Vortex."""
     return bool(NAME.fullmatch(name) or OLDER.fullmatch(name))
 
 
@@ -78,13 +78,13 @@ def is_abandoned(path: Path) -> bool:
         return False
     import psutil
 
-    said = (NAME.fullmatch(path.name) or OLDER.fullmatch(path.name)).groupdict()  # type: ignore[union-attr]
+    found = (NAME.fullmatch(path.name) or OLDER.fullmatch(path.name)).groupdict()  # type: ignore[union-attr]
     written = path.stat().st_mtime
-    if said.get("host", HOST) != HOST:
+    if found.get("host", HOST) != HOST:
         return time.time() - written > SILENT
     try:
-        process = psutil.Process(int(said["pid"]))
-        # a process that began later has only inherited the number
+        process = psutil.Process(int(found["pid"]))
+        # a process that began later only has the same number
         return process.status() == psutil.STATUS_ZOMBIE or process.create_time() > written + SLACK
     except psutil.NoSuchProcess:
         return True

@@ -1,4 +1,4 @@
-"""Reading something again and again in the background, so that what happens in between is seen."""
+"""Reads a value again and again in a background thread, so that short changes are seen."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Moment(Generic[T]):
-    """What was read, and when, in seconds of `time.perf_counter`."""
+    """A reading, and its time in seconds of `time.perf_counter`."""
 
     seconds: float
     reading: T
 
 
 class Timeline(Generic[T]):
-    """Reads something again and again in the background: `moments`, the oldest first.
+    """Calls `read` every `interval` seconds in the background. `moments` are the last `kept` readings, oldest first.
 
-    From `start` or while `with` lasts, as long as `goes_on` says so. The last `kept` stay. It only observes: a reading
-    that fails is left out, and a `goes_on` that fails ends it.
+    It runs from `start`, or inside `with`, while `goes_on` returns True. It only observes: a reading that fails is left
+    out, and a `goes_on` that fails ends it.
     """
 
     def __init__(
@@ -47,18 +47,18 @@ class Timeline(Generic[T]):
 
     @property
     def running(self) -> bool:
-        """Whether it reads now."""
+        """Whether the thread runs."""
         return self._thread is not None and self._thread.is_alive()
 
     def start(self) -> None:
-        """Read from now on, where it does not yet."""
+        """Start the thread, unless it runs."""
         if not self.running:
             self._over.clear()
             self._thread = threading.Thread(target=self._run, name="vortex-timeline", daemon=True)
             self._thread.start()
 
     def join(self, timeout: float | None = None) -> None:
-        """Wait until it has ended by itself."""
+        """Wait until the thread has ended by itself."""
         if self._thread is not None:
             self._thread.join(timeout)
 
@@ -82,7 +82,7 @@ class Timeline(Generic[T]):
         try:
             return self._goes_on()
         except Exception:
-            log.debug("Nobody tells whether reading goes on; it ends", exc_info=True)
+            log.debug("`goes_on` failed; reading ends", exc_info=True)
             return False
 
     def _take(self) -> None:

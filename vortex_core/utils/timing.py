@@ -1,8 +1,8 @@
-"""How long something takes: synchronized timing by phase, and percentiles that say what they rest on.
+"""Synchronized timing by phase, and percentiles that say how many samples support them.
 
-Code that draws calls `mark` where a phase ends; outside a `Stopwatch` that does nothing. A percentile is by nearest
-rank, so it is always a time that was measured. Beyond P90 a small run says little: `support` counts the samples at or
-above it, and a P99.9 of 20 runs is simply the slowest of them.
+Code that draws calls `mark` where a phase ends. A percentile is by nearest rank, so it is always a time that was
+measured. Beyond P90 a small run says little: `support` counts the samples at or above it, and a P99.9 of 20 runs is
+simply the slowest of them.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ _running: ContextVar[Stopwatch | None] = ContextVar("vortex_stopwatch", default=
 
 
 def mark(phase: str) -> None:
-    """What ran since the last mark, or since the stopwatch started, was `phase`. Nothing happens where none runs."""
+    """Count the time since the last mark, or since the start, as `phase`. Does nothing outside a `Stopwatch`."""
     watch = _running.get()
     if watch is not None:
         watch.mark(phase)
 
 
 class Stopwatch:
-    """Times what runs inside `with`, on the host's clock, with the device synchronized at both ends; phases apart.
+    """Times what runs inside `with` by the host's clock, and its phases. The device is synchronized at both ends.
 
-    On CUDA phases are timed by events in the current stream, so that work that was only launched counts where it was
-    launched. Once it has run: `seconds`; `phases`, seconds by name, in order; `unmarked`, the seconds by which the
-    host's clock exceeds their sum: work after the last mark, or on another stream.
+    On CUDA, events in the current stream time the phases, so work counts in the phase that launched it. Afterwards:
+    `seconds`; `phases`, seconds by name, in order; `unmarked`, the seconds by which the host's clock exceeds their sum:
+    work after the last mark, or on another stream.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -49,7 +49,7 @@ class Stopwatch:
         self.seconds = self.unmarked = 0.0
 
     def mark(self, phase: str) -> None:
-        """See `latency.mark`."""
+        """See `mark` of this module."""
         self._marks.append((phase, self._now()))
 
     def __enter__(self) -> Stopwatch:
@@ -73,13 +73,13 @@ class Stopwatch:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a CUDA device has done all it was given."""
+    """Wait until a CUDA device has done all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def _clock(device: torch.device) -> tuple[Callable[[], Any], Callable[[Any, Any], float]]:
-    """What takes a moment, and what gives the seconds between two."""
+    """A function that records a moment, and one that gives the seconds between two moments."""
     if device.type != "cuda":
         return time.perf_counter, lambda before, after: after - before
 
@@ -95,8 +95,8 @@ def _clock(device: torch.device) -> tuple[Callable[[], Any], Callable[[Any, Any]
 class Percentile:
     """`q` percent of the samples took at most `seconds`; `support` samples took that long or longer.
 
-    `low` to `high` is its 95 % bootstrap interval. `supported`: with the same confidence, at least one sample lies
-    beyond the true percentile (`samples_needed`); without, it is little more than the slowest sample.
+    `low` to `high` is its 95 % bootstrap interval. `supported`: there are `samples_needed(q)` samples; with fewer,
+    `seconds` is little more than the slowest sample.
     """
 
     q: float
@@ -129,7 +129,7 @@ class Latency:
 
 
 def summarize(samples: Sequence[float]) -> Latency:
-    """Statistics of at least one sample. Raises `ValueError` for none, or one that is no finite number from 0."""
+    """Statistics of samples in seconds. Raises `ValueError` for no sample, or one that is negative or not finite."""
     if not samples:
         raise ValueError("There is nothing to summarize: no sample was taken.")
     if not all(math.isfinite(sample) and sample >= 0 for sample in samples):
@@ -152,10 +152,10 @@ def percentile(samples: Sequence[float], q: float) -> Percentile:
     """The nearest-rank percentile, `q` above 0 and below 100."""
     ordered = sorted(samples)
     count = len(ordered)
-    # rounded, or the 99.9 % of 1000 samples would be rank 1000: 0.999 is not exact in binary
+    # rounded: 0.999 is not exact in binary, and the 99.9 % of 1000 samples would be rank 1000
     rank = max(1, math.ceil(round(q * count / 100, 6)))
-    # A resample's percentile is at most the j-th sample if `rank` of its draws or more are. The binomial tail is what
-    # the shares of infinitely many resamples tend to, so none has to be drawn.
+    # A resample's percentile is at most the j-th sample if at least `rank` of its draws are. The share of resamples
+    # where that holds is a binomial tail, so none has to be drawn.
     tail = (1 - CONFIDENCE) / 2
     low, high = (
         ordered[bisect_left(range(1, count + 1), share, key=lambda j: _tail(rank, count, j / count))]
@@ -172,7 +172,7 @@ def percentile(samples: Sequence[float], q: float) -> Percentile:
 
 
 def _tail(least: int, draws: int, chance: float) -> float:
-    """How often `least` or more of `draws` hit, each with this `chance` above 0: the binomial distribution's tail."""
+    """The probability that `least` or more of `draws` hit, each with this `chance` above 0: the binomial tail."""
     if chance >= 1:
         return 1.0
     hit, miss, ways = math.log(chance), math.log1p(-chance), math.lgamma(draws + 1)
@@ -183,5 +183,5 @@ def _tail(least: int, draws: int, chance: float) -> float:
 
 
 def samples_needed(q: float) -> int:
-    """Samples of which, with 95 % confidence, one lies beyond the true percentile: 59 for P95, 299 for P99."""
+    """Samples needed for 95 % confidence that one lies beyond the true percentile: 59 for P95, 299 for P99."""
     return math.ceil(math.log(1 - CONFIDENCE) / math.log(q / 100))
