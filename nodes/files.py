@@ -17,7 +17,7 @@ from stat import S_ISREG
 from typing import Any
 
 from ..vortex_core.errors import VortexCheckpointError, VortexError, quoted
-from ..vortex_core.storage.formats import ARCHITECTURES
+from ..vortex_core.storage.refused_formats import ARCHITECTURES
 from . import places
 from .places import MODELS, PARTS
 

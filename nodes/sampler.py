@@ -124,7 +124,7 @@ class SchnellSampler:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         import torch
 
-        from ..vortex_core.device.finite import check_finite
+        from ..vortex_core.device.finite_pictures import check_finite
         from ..vortex_core.flux1.request import check_prompt
 
         check(width, height, batch_size, seed, steps)

@@ -39,7 +39,7 @@ class Decoder:
 
     def decode(self, samples_in: Tensor, vae_options: object = None) -> Tensor:
         """LATENT samples `[B, 16, H/8, W/8]` to IMAGE `[B, H, W, 3]`."""
-        from ..vortex_core.device.finite import check_finite
+        from ..vortex_core.device.finite_pictures import check_finite
         from ..vortex_core.flux1.request import check_latents
 
         check_latents(samples_in, CHANNELS)

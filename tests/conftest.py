@@ -218,7 +218,7 @@ def copies(fused, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     """Tiles come by the bulk copy engine, or, as on cards that have none, by loads."""
     from kernel_parts import DEVICE
 
-    from vortex_core.kernels.capabilities import card
+    from vortex_core.kernels.card import card
 
     known = card(DEVICE)
     if request.param and not known.copies:

@@ -9,7 +9,7 @@ import pytest
 from torch import Tensor
 
 from vortex_core import Engine
-from vortex_core.device import finite
+from vortex_core.device import finite_pictures
 from vortex_core.flux1 import conditioning, transformer, vae
 from vortex_core.memory import offload
 
@@ -26,7 +26,7 @@ STAGES: dict[str, tuple[object, str, int]] = {  # what breaks, and at which call
     "step 2": (transformer.Transformer, "forward", 2),
     "copy of a streamed block": (offload.CopyStream, "copy", 3),
     "decode": (vae.Decoder, "forward", 1),
-    "copy out": (finite.Verdicts, "check", 1),
+    "copy out": (finite_pictures.Verdicts, "check", 1),
 }
 
 

@@ -25,8 +25,8 @@ from vortex_core.errors import VortexWarning
 from vortex_core.storage.materialize import Target
 from vortex_core.utils import lock as lock_module
 from vortex_core.utils.lock import Lock
-from vortex_core.utils.partial import HOST, partial
 from vortex_core.utils.paths import expanded
+from vortex_core.utils.temporary_files import HOST, partial
 
 FOREIGN = {
     "lora.safetensors": "x",

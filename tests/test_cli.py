@@ -16,7 +16,7 @@ import vortex_core
 from vortex_core import Engine
 from vortex_core.cli import png
 from vortex_core.cli.main import app
-from vortex_core.utils import disk, packages
+from vortex_core.utils import packages, whole_files
 
 runner = CliRunner()
 SMALL = ["--size", "80x64", "--device", "cpu", "--steps", "1"]
@@ -163,7 +163,7 @@ def test_a_name_that_is_taken_meanwhile_loses_no_picture(
 
 
 def test_a_full_disk_leaves_whole_pictures(loaded: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, room = disk.write, [True, True]
+    write, room = whole_files.write, [True, True]
 
     def fill(path: Path, data: bytes, *, replace: bool) -> None:
         with file_size_limit(10**9 if room and room.pop() else 100):

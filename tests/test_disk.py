@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from vortex_core.errors import VortexInputError
-from vortex_core.utils import disk
+from vortex_core.utils import whole_files
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -19,11 +19,11 @@ def test_an_existing_file_is_left_alone(tmp_path: Path, monkeypatch: pytest.Monk
     if not links:
         _without_links(monkeypatch)
     path = tmp_path / "x.png"
-    disk.write(path, b"first", replace=False)
+    whole_files.write(path, b"first", replace=False)
     with pytest.raises(FileExistsError):
-        disk.write(path, b"second", replace=False)
+        whole_files.write(path, b"second", replace=False)
     assert path.read_bytes() == b"first"
-    disk.write(path, b"second", replace=True)
+    whole_files.write(path, b"second", replace=True)
     assert path.read_bytes() == b"second"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -34,7 +34,7 @@ def test_modes_are_what_the_umask_leaves(tmp_path: Path, monkeypatch: pytest.Mon
         _without_links(monkeypatch)
     before = os.umask(0o027)
     try:
-        disk.write(tmp_path / "x.png", b"x", replace=False)
+        whole_files.write(tmp_path / "x.png", b"x", replace=False)
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "x.png").stat().st_mode) == 0o640
@@ -46,7 +46,7 @@ def test_a_full_disk_leaves_no_half(tmp_path: Path, replace: bool) -> None:
     if replace:
         path.write_bytes(b"mine")
     with file_size_limit(1000), pytest.raises(OSError, match="too large"):
-        disk.write(path, bytes(100_000), replace=replace)
+        whole_files.write(path, bytes(100_000), replace=replace)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == ({"x.png": b"mine"} if replace else {})
 
 
@@ -54,7 +54,7 @@ def test_a_device_is_written_to_and_stays(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    disk.write(pipe, b"whole", replace=True)
+    whole_files.write(pipe, b"whole", replace=True)
     assert os.read(reader, 100) == b"whole"
     assert pipe.is_fifo()
     os.close(reader)
@@ -62,15 +62,15 @@ def test_a_device_is_written_to_and_stays(tmp_path: Path) -> None:
 
 def test_a_line_is_added_whole_or_not_at_all(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
-    disk.add_line(log, b"first")
+    whole_files.add_line(log, b"first")
     with log.open("ab") as half:
         half.write(b"half of a li")
-    disk.add_line(log, b"second")
+    whole_files.add_line(log, b"second")
     assert log.read_bytes() == b"first\nhalf of a li\nsecond\n"
     with file_size_limit(30), pytest.raises(OSError, match=r"No space left|too large"):
-        disk.add_line(log, b"x" * 100)
+        whole_files.add_line(log, b"x" * 100)
     assert log.read_bytes() == b"first\nhalf of a li\nsecond\n"
-    disk.add_line(log, b"third")
+    whole_files.add_line(log, b"third")
     assert log.read_bytes().endswith(b"second\nthird\n")
 
 
@@ -78,13 +78,13 @@ def test_a_line_goes_into_a_pipe(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    disk.add_line(pipe, b"whole")
+    whole_files.add_line(pipe, b"whole")
     assert os.read(reader, 100) == b"whole\n"
     os.close(reader)
 
 
 def test_a_place_is_checked_without_a_trace(tmp_path: Path) -> None:
-    disk.check_file(tmp_path / "x.png")
+    whole_files.check_file(tmp_path / "x.png")
     assert not list(tmp_path.iterdir())
     for path, sentence in (
         (tmp_path / "no" / "x", "There is no folder"),
@@ -93,7 +93,7 @@ def test_a_place_is_checked_without_a_trace(tmp_path: Path) -> None:
         (tmp_path.parent / tmp_path.name, "is a folder"),
     ):
         with pytest.raises(VortexInputError, match=sentence):
-            disk.check_file(path)
+            whole_files.check_file(path)
 
 
 @contextmanager

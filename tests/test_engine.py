@@ -19,7 +19,7 @@ from vortex_core.flux1 import sampling, text_encoders
 from vortex_core.flux1.conditioning import CACHED
 from vortex_core.memory.offload import WeightGroup
 from vortex_core.quant.backends import ReferenceBackend, TritonBackend
-from vortex_core.runtime import loading
+from vortex_core.runtime import loading, modes
 from vortex_core.runtime import painter as painter_module
 from vortex_core.runtime.model import Model
 from vortex_core.runtime.painter import Painter
@@ -251,10 +251,10 @@ def test_fast_is_exact_where_it_cannot_be_and_says_why(
         ("late", half, other, "they need CUDA, not cpu"),
         (None, torch.float32, triton, "float32 was asked for"),
     ]:
-        monkeypatch.setattr(loading, "fp8_declined", lambda device, declined=declined: declined)
-        assert loading.choose_mode("fast", cpu, dtype, backend) == "exact"
+        monkeypatch.setattr(modes, "fp8_declined", lambda device, declined=declined: declined)
+        assert modes.choose_mode("fast", cpu, dtype, backend) == "exact"
         assert words in caplog.text
-    assert loading.choose_mode("fast", cpu, half, triton) == "fast"
+    assert modes.choose_mode("fast", cpu, half, triton) == "fast"
     with monkeypatch.context() as context:
         context.setattr(loading, "choose_kernels", out_of_memory)
         with pytest.raises(VortexInitializationError, match="no room to try the kernels on cpu"):

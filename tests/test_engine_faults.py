@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vortex_core import Engine, MemoryPressureError, NotFiniteError, load_flux_schnell
 from vortex_core.cli.png import encode
-from vortex_core.device import finite
+from vortex_core.device import finite_pictures
 from vortex_core.memory.planner import smallest_budget
 
 
@@ -128,8 +128,8 @@ def test_on_a_gpu_the_log_tells_when_the_picture_is_done(
             return Event()
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
-    monkeypatch.setattr(finite, "host_buffer", lambda shape, dtype, device: torch.empty(shape, dtype=dtype))
-    verdicts = finite.Verdicts(torch.device("cuda", 0))
+    monkeypatch.setattr(finite_pictures, "host_buffer", lambda shape, dtype, device: torch.empty(shape, dtype=dtype))
+    verdicts = finite_pictures.Verdicts(torch.device("cuda", 0))
     verdicts.check(torch.full((2, 2), float("nan")), "The first")
     verdicts.check(torch.ones(2, 2), "The second")
     verdicts.tell()
@@ -145,7 +145,7 @@ def test_on_a_gpu_the_log_tells_when_the_picture_is_done(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_large_values_are_finite(dtype: torch.dtype) -> None:
     values = torch.full((4096,), 60_000.0, dtype=dtype)
-    finite.check_finite(values, "It")
+    finite_pictures.check_finite(values, "It")
     values[7] = float("inf")
     with pytest.raises(NotFiniteError, match="It is not finite"):
-        finite.check_finite(values, "It")
+        finite_pictures.check_finite(values, "It")

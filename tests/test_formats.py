@@ -23,7 +23,7 @@ from vortex_core.cli.inspection import inspect
 from vortex_core.flux1.spec import FluxSpec
 from vortex_core.storage import headers
 from vortex_core.storage.files import StateDict
-from vortex_core.storage.finite import Finite
+from vortex_core.storage.finite_weights import Finite
 from vortex_core.storage.headers import GGML
 
 NAME = "double_blocks.0.img_mlp.0"

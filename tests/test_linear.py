@@ -14,8 +14,7 @@ from torch import Tensor
 
 from vortex_core import VortexInputError, kernels, nf4
 from vortex_core.kernels import reference
-from vortex_core.kernels.scaled_tensor import FP8
-from vortex_core.quant import backends, linear
+from vortex_core.quant import backends
 from vortex_core.quant.backends import (
     Backend,
     BitsAndBytesBackend,
@@ -25,7 +24,7 @@ from vortex_core.quant.backends import (
     bitsandbytes_declined,
     choose_backend,
 )
-from vortex_core.quant.linear import NF4Linear, product
+from vortex_core.quant.linear import NF4Linear
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -197,66 +196,3 @@ def test_the_sample_is_on_the_device_that_is_asked_about(monkeypatch: pytest.Mon
     monkeypatch.setattr(BitsAndBytesBackend, "dequantize", watched)
     assert bitsandbytes_declined(torch.device("meta")) == "no kernel"
     assert [tensor.device.type for tensor in seen] == ["meta", "meta"]
-
-
-@pytest.mark.parametrize("error", [AttributeError, RuntimeError, TypeError])
-def test_a_torch_without_fp8_products_declines_them(monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
-    def fail(*arguments: Any) -> None:
-        raise error("no such product\nand more")
-
-    monkeypatch.setattr(linear, "product", fail)
-    assert linear._fp8_broken.__wrapped__(CPU) == f"torch {torch.__version__} does not: no such product"
-
-
-@pytest.mark.parametrize("error", [OUT_OF_MEMORY, KeyError("a fault of ours")])
-def test_what_says_nothing_of_this_torch_is_raised(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def fail(*arguments: Any) -> None:
-        raise error
-
-    monkeypatch.setattr(linear, "product", fail)
-    with pytest.raises(type(error)):
-        linear._fp8_broken.__wrapped__(CPU)
-
-
-def test_the_sample_product_is_in_fp8_with_a_scale_a_row_and_a_bias(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Any] = []
-
-    def watched(*arguments: Any) -> None:
-        seen.extend(arguments)
-        product(*arguments)
-
-    monkeypatch.setattr(linear, "product", watched)
-    assert linear._fp8_broken.__wrapped__(CPU) is None
-    x, scale, weight, scales, bias, out = seen
-    assert (x.dtype, weight.dtype, out.dtype, bias.dtype) == (FP8, FP8, torch.bfloat16, torch.bfloat16)
-    assert (x.shape, weight.shape, scale.shape, scales.shape) == ((16, 64), (32, 64), (16,), (32,))
-    assert (bias.shape, out.shape) == ((32,), (16, 32))
-    seen.clear()
-    monkeypatch.setattr(
-        linear, "product", lambda *arguments: seen.extend(arguments) or arguments[-1].fill_(64)[0, 0].add_(1)
-    )
-    assert linear._fp8_broken.__wrapped__(CPU) == "a sample product is wrong"  # one value of all
-
-
-def test_the_sample_product_is_on_the_device_that_is_asked_about(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Tensor] = []
-    monkeypatch.setattr(linear, "product", lambda *arguments: seen.extend(arguments) or fail())
-
-    def fail() -> None:
-        raise RuntimeError("no kernel")
-
-    assert "no kernel" in str(linear._fp8_broken.__wrapped__(torch.device("meta")))
-    assert {tensor.device.type for tensor in seen} == {"meta"}
-
-
-def test_fp8_needs_a_card_that_has_it_and_a_torch_that_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
-    capability = (8, 9)
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability if device == CARD else (0, 0))
-    monkeypatch.setattr(linear, "_fp8_broken", lambda device: f"torch does not on {device}")
-    monkeypatch.setattr(linear, "fused_declined", lambda device: f"no compiler for {device}")
-    capability = (8, 8)
-    assert linear.fp8_declined(CARD) == "no compiler for cuda:7"
-    monkeypatch.setattr(linear, "fused_declined", lambda device: None)
-    assert linear.fp8_declined(CARD) == "fp8 needs compute capability 8.9, and this card has 8.8"
-    capability = (8, 9)
-    assert linear.fp8_declined(CARD) == "torch does not on cuda:7"

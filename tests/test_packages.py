@@ -17,7 +17,7 @@ from vortex_core.bench.readings import HOST, counters
 from vortex_core.cli.main import app
 from vortex_core.device import nvml, vram
 from vortex_core.errors import VortexError
-from vortex_core.utils import packages, partial
+from vortex_core.utils import packages, temporary_files
 from vortex_core.utils.packages import missing, need, remedy
 
 CUDA = torch.device("cuda", 0)
@@ -116,15 +116,15 @@ def test_a_benchmark_says_what_it_lacks_before_it_loads_a_model(
 def test_without_psutil_no_temporary_file_is_taken_for_abandoned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    left = tmp_path / f".vortex-{partial.HOST}-999999999-00000000.part"
+    left = tmp_path / f".vortex-{temporary_files.HOST}-999999999-00000000.part"
     left.touch()
     monkeypatch.setitem(sys.modules, "psutil", None)
-    assert not partial.is_abandoned(left)
-    partial.sweep(tmp_path)
+    assert not temporary_files.is_abandoned(left)
+    temporary_files.sweep(tmp_path)
     assert left.exists()
     monkeypatch.undo()
     packages._broken.clear()
-    partial.sweep(tmp_path)
+    temporary_files.sweep(tmp_path)
     assert not left.exists()
 
 

@@ -15,7 +15,7 @@ from vortex_core.memory import offload
 from vortex_core.memory.arena import Region
 from vortex_core.memory.host_memory import HostMemory
 from vortex_core.memory.offload import Prefetcher, WeightGroup, nbytes
-from vortex_core.memory.placement import Placement
+from vortex_core.memory.weights import Placement
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

@@ -135,7 +135,7 @@ def test_a_fused_step_in_16_bits_is_as_near_to_32_as_the_reference_is(quantizati
 @pytest.mark.gpu
 def test_kernels_that_are_launched_early_draw_what_those_in_turn_do(monkeypatch: pytest.MonkeyPatch) -> None:
     from vortex_core.kernels import launch
-    from vortex_core.kernels.capabilities import card
+    from vortex_core.kernels.card import card
 
     if not card(torch.device("cuda", 0)).early:
         pytest.skip("this card launches no kernel early")

@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_leaves
 from whole_vae import whole_decode
 
 from vortex_core import Engine, load_flux_schnell
+from vortex_core.flux1.decoder_memory import DecoderLayout, Span
 from vortex_core.flux1.spec import VaeSpec
-from vortex_core.flux1.strips import DecoderLayout, Span
 from vortex_core.flux1.vae import Decoder, decode, library_bytes
 from vortex_core.kernels import Moments, choose_kernels, reference
 from vortex_core.memory.arena import aligned

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vortex_core import Engine
-from vortex_core.device import threads
+from vortex_core.device import cpu_threads
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def in_new_thread(*widths: int) -> list[int]:
 
     def choose() -> None:
         for width in widths:
-            threads.use(width)
+            cpu_threads.use(width)
             found.append(torch.get_num_threads())
 
     thread = threading.Thread(target=choose)
@@ -39,7 +39,7 @@ def in_new_thread(*widths: int) -> list[int]:
 def test_a_small_model_has_one_thread_and_others_keep_theirs(four: None) -> None:
     assert in_new_thread(256, 256, 3072, 256) == [1, 1, 4, 1]
     assert torch.get_num_threads() == 4
-    assert threads._elsewhere(torch.get_num_threads) == 4  # what a thread starts with from now on
+    assert cpu_threads._elsewhere(torch.get_num_threads) == 4  # what a thread starts with from now on
 
 
 def test_a_large_model_has_what_the_process_has_now(four: None) -> None:

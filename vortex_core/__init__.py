@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from . import errors
-from .moved import install
+from .old_names import install
 
 if TYPE_CHECKING:
     from .device.vram import clear_cuda_cache as clear_cuda_cache

@@ -147,7 +147,7 @@ def backends(s: Section) -> None:
         with (
             s.part(f"without Triton, {backend}"),
             patch("vortex_core.kernels.fused_declined", lambda device: "as on Windows"),
-            patch("vortex_core.runtime.loading.fused_declined", lambda device: "as on Windows"),
+            patch("vortex_core.runtime.modes.fused_declined", lambda device: "as on Windows"),
         ):
             engine = s.load(s.gb(6.5), backend=backend)
             for side in (512, 1024):

@@ -31,9 +31,9 @@ STAGES = {  # the files of vortex_core that are the code of a stage
     "encode": ("flux1/conditioning.py", "flux1/text_encoders.py"),
     "stream copy": ("memory/offload.py",),
     "step": ("flux1/transformer.py", "flux1/step_buffers.py", "flux1/sampling.py"),
-    "decode": ("flux1/vae.py", "flux1/strips.py"),
-    "copy out": ("cli/png.py", "cli/pictures.py", "utils/disk.py"),
-    "cache write": ("checkpoint/write.py", "utils/partial.py"),
+    "decode": ("flux1/vae.py", "flux1/decoder_memory.py"),
+    "copy out": ("cli/png.py", "cli/pictures.py", "utils/whole_files.py"),
+    "cache write": ("checkpoint/write.py", "utils/temporary_files.py"),
 }
 Act = Callable[[], None]
 _set: ContextVar[Trap | None] = ContextVar("trap", default=None)  # follows a call to the device's thread

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TypeGuard
 
 from ..errors import VortexError
-from ..utils.disk import add_line
 from ..utils.paths import user_folder
 from ..utils.printable import printable
+from ..utils.whole_files import add_line
 from .latency_report import LatencyReport
 from .machine import Machine
 from .workload import Workload

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..utils.disk import add_line, write
+from ..utils.whole_files import add_line, write
 
 if TYPE_CHECKING:
     from .samples import Sample

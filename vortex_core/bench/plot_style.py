@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..utils.disk import write
 from ..utils.printable import printable
+from ..utils.whole_files import write
 
 if TYPE_CHECKING:
     import numpy as np

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from ..errors import VortexCheckpointError, VortexWarning, quoted
 from ..flux1.spec import FluxSpec, ModelSpec
 from ..storage.files import SAFETENSORS, Raw, open_file, unreadable
-from ..storage.formats import READ, config_format
+from ..storage.refused_formats import READ, config_format
 from ..storage.vocabulary import token_count
 from ..utils.paths import expanded
 from .config import read_config, sizes

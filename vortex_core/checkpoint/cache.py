@@ -25,8 +25,8 @@ from ..nf4 import UNQUANTIZED
 from ..storage.materialize import Target
 from ..storage.tensors import Stored, Tensors
 from ..utils.lock import Lock
-from ..utils.partial import partial, parts, sweep
 from ..utils.paths import expanded, user_folder
+from ..utils.temporary_files import partial, parts, sweep
 from .cache_entry import DamagedEntry, EntryFile, manifest_of, metadata
 from .cached_tensors import CachedTensors
 from .dialects import Part

@@ -24,7 +24,7 @@ from ..storage.checksum import CHECKSUMS, checksum, numbers, pieces, split, word
 from ..storage.dtypes import DTYPES
 from ..storage.filebytes import FileBytes
 from ..storage.upload import PIECE, THREADS, Upload, upload_to
-from ..utils.partial import partial
+from ..utils.temporary_files import partial
 
 CPU = torch.device("cpu")
 LARGEST = 100 * 10**6  # bytes of a header, as in safetensors itself

@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import VortexCheckpointError, quoted
 from ..flux1.spec import FluxSpec, dev_checkpoint_message
 from ..storage.files import GgufFile, Raw
-from ..storage.formats import ARCHITECTURES, READ, format_of
+from ..storage.refused_formats import ARCHITECTURES, READ, format_of
 from ..storage.tensors import Renamed, Stored, Tensors
 from .key_maps import SWAPPED, flux_sources, t5_gguf_sources, vae_sources
 

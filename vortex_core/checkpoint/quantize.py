@@ -18,8 +18,8 @@ from ..flux1.spec import FluxSpec
 from ..flux1.transformer import Transformer
 from ..storage.files import PICKLES
 from ..storage.materialize import Target, check
-from ..utils.partial import is_abandoned, is_part, partial
 from ..utils.paths import expanded
+from ..utils.temporary_files import is_abandoned, is_part, partial
 from .bundle import WORDS, describe, find_parts
 from .dialects import Part
 from .identity import check_unchanged, identity

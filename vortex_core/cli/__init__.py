@@ -1,5 +1,5 @@
 """The command `vortex`."""
 
-from ..moved import attributes_of
+from ..old_names import attributes_of
 
 __getattr__ = attributes_of(__name__, ".main", "app", "run")

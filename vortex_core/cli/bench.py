@@ -14,8 +14,8 @@ from ..bench.verdict import milliseconds
 from ..bench.workload import COLD, ITERATIONS
 from ..errors import GB
 from ..flux1.spec import DEFAULT_STEPS
-from ..utils.disk import write
 from ..utils.packages import need
+from ..utils.whole_files import write
 from .baseline import app as baseline
 from .bench_options import (
     EXIT_CODES,

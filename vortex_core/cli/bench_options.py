@@ -18,8 +18,8 @@ from ..bench.workload import ITERATIONS, MAX_PROMPTS, PROMPTS, WARMUP, Workload
 from ..errors import VortexInputError
 from ..flux1.request import Request, check_choice, check_prompt
 from ..flux1.spec import DEFAULT_STEPS, MIN_SIZE, MODES, QUANTIZATIONS
-from ..utils.disk import check_file, check_folder
 from ..utils.packages import missing, remedy
+from ..utils.whole_files import check_file, check_folder
 from .bench_output import homeless
 from .terminal import (
     EXIT_CANCELLED,

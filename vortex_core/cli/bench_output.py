@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..utils.disk import write
 from ..utils.packages import first_line, missing, remedy
+from ..utils.whole_files import write
 from .terminal import err
 
 if TYPE_CHECKING:

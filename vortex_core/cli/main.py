@@ -13,9 +13,9 @@ from .. import __version__
 from ..errors import VortexInputError
 from ..flux1.request import Request, check_choice, check_prompt
 from ..flux1.spec import DEFAULT_STEPS, MAX_STEPS, MIN_SIZE, MODES, QUANTIZATIONS
-from ..utils.disk import check_folder
 from ..utils.packages import need
 from ..utils.printable import printable, printable_lines
+from ..utils.whole_files import check_folder
 from . import interrupt
 from .bench import app as bench
 from .pictures import Pictures, check_new, output_paths

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import VortexInputError, quoted
-from ..utils.disk import check_folder, check_name, write
+from ..utils.whole_files import check_folder, check_name, write
 from . import interrupt
 from .terminal import err
 

@@ -23,7 +23,7 @@ def encode(picture: Tensor, texts: Mapping[str, str]) -> bytes:
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    from ..device.finite import check_finite
+    from ..device.finite_pictures import check_finite
 
     check_finite(picture, "The picture")
     info = PngInfo()

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import Linear
 
-from ..device.finite import check_finite
+from ..device.finite_pictures import check_finite
 from ..device.select import host_buffer
 from ..errors import VortexInputError
 from .request import check_floats

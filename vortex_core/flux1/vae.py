@@ -1,8 +1,8 @@
 """The VAE decoder: latents in the model's scale to pictures. Layout and names are BFL's.
 
-Legend: B pictures, H and W in pixels; latents are [B, 16, H/8, W/8]; a `Map` is a feature map in strips
-(flux1/strips.py). It is not taken from diffusers, because decoding within a VRAM budget works strip by strip between
-places in one block of memory, which `DecoderLayout` computes.
+Legend: B pictures, H and W in pixels; latents are [B, 16, H/8, W/8]; a `Map` is a feature map in strips. It is not
+taken from diffusers, because decoding within a VRAM budget works strip by strip between places in one block of memory,
+which flux1/decoder_memory.py computes.
 """
 
 from __future__ import annotations
@@ -14,10 +14,56 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import Conv2d, GroupNorm, Linear
 
-from ..kernels import Kernels, reference
+from ..kernels import Kernels, Moments, Window, reference
 from ..utils.timing import mark
+from .decoder_memory import DecoderLayout, DecoderMemory, Map
 from .spec import VaeSpec
-from .strips import Convolution, DecoderLayout, DecoderMemory, Map, Norm, SiluGroupNorm
+
+
+class SiluGroupNorm(nn.GroupNorm):
+    """The weights of a GroupNorm that SiLU follows; `Norm` computes it, with `kernels`."""
+
+    kernels: Kernels = reference
+
+
+class Norm:
+    """A GroupNorm and SiLU with the statistics of a whole map, for its windows one by one."""
+
+    def __init__(self, norm: SiluGroupNorm, x: Map, memory: DecoderMemory) -> None:
+        """Valid until the next `Norm`, which uses the same `memory`."""
+        self._kernels, self._memory = norm.kernels, memory
+        moments = x.moments
+        if moments is None:
+            moments = memory.moments()
+            for strip in x.strips:
+                norm.kernels.group_moments(strip, moments)
+        self._scale, self._shift = terms = memory.terms(norm.num_channels)
+        norm.kernels.norm_terms(moments, norm.weight, norm.bias, norm.eps, terms)
+
+    def __call__(self, window: Window) -> Tensor:
+        """The window with a border, for the next convolution: `[1, C, rows + 2, W + 2]`."""
+        out = self._memory.bordered(*window.strip.shape[1:])
+        self._kernels.norm_silu(window, self._scale, self._shift, out)
+        return out
+
+
+class Convolution(nn.Conv2d):
+    """A 3 x 3 convolution of strips with a border, computed with `kernels`."""
+
+    kernels: Kernels = reference
+
+    def __init__(self, inside: int, outside: int) -> None:
+        super().__init__(inside, outside, 3, padding=1)
+
+    def strip(self, x: Tensor, out: Tensor, moments: Moments | None = None, *, add: bool = False) -> None:
+        """Convolve `x`, which has a border, into `out`, or add to it."""
+        assert self.bias is not None
+        self.kernels.convolve(x, self.weight, self.bias, out, moments, add=add)
+
+    def doubled(self, taps: Tensor, x: Tensor, out: Tensor, moments: Moments) -> None:
+        """Double `x`, which has a border, in both directions and convolve it; `taps` from `kernels.corner_taps`."""
+        assert self.bias is not None
+        self.kernels.convolve_doubled(x, taps, self.bias, out, moments)
 
 
 class ResnetBlock(nn.Module):

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .capabilities import card
+from .card import card
 from .groupnorm import write_moments
 from .scaled_tensor import PIXELS, Moments
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference, tiles
-from .capabilities import card
+from .card import card
 
 LAYOUTS = ((64, 8, 1, 2), (32, 4, 2, 3))  # queries and keys at once, warps, stages; and tiles in shared memory
 BESIDE = 2560  # bytes of shared memory besides the tiles

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .capabilities import card
+from .card import card
 from .launch import early, follow
 from .rotary import rotated
 from .scaled_tensor import FP8_MAX, SMALLEST, TILE, Heads

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .capabilities import card
+from .card import card
 from .scaled_tensor import FP8
 
 P = ParamSpec("P")

@@ -7,17 +7,14 @@ into fresh memory each time. Memory that every layer reuses gives the same numbe
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import ScaledTensor, fused_declined
+from ..kernels import ScaledTensor
 from ..kernels.reference import row_scales
-from ..kernels.scaled_tensor import FP8
 from ..nf4 import BLOCK, NF4Weight
-from ..utils.packages import first_line
 from .backends import Backend
 
 # rows of an fp8 product, below which cuBLASLt lacks a bias at some widths: up to 42 rows, at 12,288 and more (H200)
@@ -165,27 +162,3 @@ def _pictures(x: ScaledTensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor | N
 
 def _follow_each_other(x: Tensor) -> bool:
     return x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
-
-
-def fp8_declined(device: torch.device) -> str | None:
-    """Why `fast` products cannot run on `device`, or None."""
-    declined = fused_declined(device)
-    if declined is None and torch.cuda.get_device_capability(device) < (8, 9):
-        major, minor = torch.cuda.get_device_capability(device)
-        return f"fp8 needs compute capability 8.9, and this card has {major}.{minor}"
-    return declined or _fp8_broken(device)
-
-
-@cache
-def _fp8_broken(device: torch.device) -> str | None:
-    """Why this torch cannot multiply a sample in fp8 with a scale a row, or None."""
-    x, weight = (torch.ones(rows, 64, device=device).to(FP8) for rows in (16, 32))
-    scales = [torch.ones(rows, device=device) for rows in (16, 32)]
-    out = torch.empty(16, 32, dtype=torch.bfloat16, device=device)
-    try:
-        product(x, scales[0], weight, scales[1], torch.zeros_like(out[0]), out)
-    except torch.OutOfMemoryError:  # says nothing about this torch, and must not be cached
-        raise
-    except (AttributeError, RuntimeError, TypeError) as error:
-        return f"torch {torch.__version__} does not: {first_line(error)}"
-    return None if bool((out == 64).all()) else "a sample product is wrong"

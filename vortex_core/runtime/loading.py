@@ -18,15 +18,15 @@ from ..device.vram import available, hand_back, shortage, snapshot
 from ..errors import GB, VortexInitializationError, VortexInputError, quoted
 from ..flux1.request import check_choice
 from ..flux1.spec import MODES, MOST_BUDGET, QUANTIZATIONS, ModelSpec
-from ..kernels import Kernels, attends_in_fp8, choose_kernels, fused_declined
-from ..memory.placement import Placement
+from ..kernels import Kernels, attends_in_fp8, choose_kernels
 from ..memory.planner import MemoryPlan, make_plan, smallest_budget
+from ..memory.weights import Placement
 from ..quant.backends import BACKENDS, Backend, choose_backend
-from ..quant.linear import fp8_declined
 from ..storage.materialize import Target
 from ..utils.numeric import finite
 from ..utils.timing import Stopwatch, mark
 from .model import Model, Sources
+from .modes import choose_mode
 
 log = logging.getLogger(__name__)
 
@@ -91,24 +91,6 @@ def check_options(
     if dtype is not None and dtype not in DTYPES:
         raise VortexInputError(f"dtype is one of {', '.join(map(str, DTYPES))}, not {quoted(dtype)}.")
     return check_budget(vram_budget, snapshot(where).total if where.type == "cuda" else None)
-
-
-def choose_mode(mode: str, device: torch.device, dtype: torch.dtype, backend: Backend | None) -> str:
-    """`mode`, or `exact` where `fast` cannot run; then the log says why."""
-    if mode == "exact":
-        return mode
-    if backend is None:
-        declined: str | None = "it multiplies NF4 weights, and these are not"
-    elif backend.name != "triton":
-        declined = fused_declined(device) or f"only the triton backend decodes to fp8, and it is {backend.name}"
-    elif dtype != torch.bfloat16:
-        declined = f"products in fp8 end in bf16, and {dtype} was asked for"
-    else:
-        declined = fp8_declined(device)  # last, since it compiles kernels
-    if declined is None:
-        return mode
-    log.log(logging.WARNING if device.type == "cuda" else logging.INFO, "Mode: exact; fast declined: %s", declined)
-    return "exact"
 
 
 def check_budget(vram_budget: object, total: int | None) -> int | None:

@@ -22,8 +22,8 @@ from ..device.streams import blas_of
 from ..device.vram import Counters, Ledger, available, cap_process, counters, graph_memory, hand_back, shortage
 from ..errors import GB, MemoryPressureError, MemoryPressureWarning
 from ..memory.arena import Region, Views, block
-from ..memory.placement import Placement
 from ..memory.planner import MemoryPlan, MemoryRequirements, make_plan, smallest_budget
+from ..memory.weights import Placement
 from .graphs import GraphCache, Velocity
 from .loading import ResolvedConfig
 from .model import Model

@@ -13,8 +13,8 @@ from ..checkpoint.write import Named
 from ..device.streams import Streams
 from ..flux1 import sampling
 from ..flux1.conditioning import Modulation
+from ..flux1.decoder_memory import DecoderLayout
 from ..flux1.spec import MAX_STEPS, T5_TOKENS, ModelSpec
-from ..flux1.strips import DecoderLayout
 from ..flux1.text_encoders import T5, Clip
 from ..flux1.transformer import Transformer
 from ..flux1.vae import Decoder, library_bytes

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..checkpoint.bundle import Bundle
 from ..checkpoint.cache import Cache
-from ..device import threads
-from ..device.finite import Verdicts
+from ..device import cpu_threads
+from ..device.finite_pictures import Verdicts
 from ..device.jobs import ask, check
 from ..device.streams import blas_of
 from ..device.vram import hand_back
@@ -86,7 +86,7 @@ class Painter:
     def choose_threads(self) -> None:
         """On the CPU: let this thread compute with as many threads as suit the model."""
         if self.device.type == "cpu":
-            threads.use(self.model.flux.hidden)
+            cpu_threads.use(self.model.flux.hidden)
 
     def close(self) -> None:
         """Release all memory, even if other code still holds this object."""

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Protocol
 from ..errors import VortexCheckpointError, quoted
 from ..utils.packages import remedy
 from .filebytes import FileBytes, FileChanged
-from .formats import beginning
 from .headers import MAGIC, Entry, Header, read_gguf, read_safetensors
+from .refused_formats import beginning
 
 if TYPE_CHECKING:
     import torch

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ..errors import VortexCheckpointError, quoted
 from ..nf4 import BLOCK, LEVELS, NF4Weight, dequantize, join
 from .files import CPU, GgufFile, Raw
-from .finite import Finite
-from .formats import READ, layer_format, layers_of
+from .finite_weights import Finite
+from .refused_formats import READ, layer_format, layers_of
 
 if TYPE_CHECKING:
     import torch

@@ -16,9 +16,9 @@ from functools import cached_property
 from itertools import accumulate
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..kernels import Kernels, Moments, Window, most_parts, reference
+from ..kernels import Moments, Window, most_parts
 from ..memory.arena import Region, Shape, aligned, laid_out
 from .spec import VaeSpec
 
@@ -296,49 +296,3 @@ class DecoderMemory:
 def _channels_last(flat: Tensor, channels: int, height: int, width: int) -> Tensor:
     """`[1, C, h, w]` at the start of `flat`."""
     return flat[: channels * height * width].view(1, height, width, channels).permute(0, 3, 1, 2)
-
-
-class SiluGroupNorm(nn.GroupNorm):
-    """The weights of a GroupNorm that SiLU follows; `Norm` computes it, with `kernels`."""
-
-    kernels: Kernels = reference
-
-
-class Norm:
-    """A GroupNorm and SiLU with the statistics of a whole map, for its windows one by one."""
-
-    def __init__(self, norm: SiluGroupNorm, x: Map, memory: DecoderMemory) -> None:
-        """Valid until the next `Norm`, which uses the same `memory`."""
-        self._kernels, self._memory = norm.kernels, memory
-        moments = x.moments
-        if moments is None:
-            moments = memory.moments()
-            for strip in x.strips:
-                norm.kernels.group_moments(strip, moments)
-        self._scale, self._shift = terms = memory.terms(norm.num_channels)
-        norm.kernels.norm_terms(moments, norm.weight, norm.bias, norm.eps, terms)
-
-    def __call__(self, window: Window) -> Tensor:
-        """The window with a border, for the next convolution: `[1, C, rows + 2, W + 2]`."""
-        out = self._memory.bordered(*window.strip.shape[1:])
-        self._kernels.norm_silu(window, self._scale, self._shift, out)
-        return out
-
-
-class Convolution(nn.Conv2d):
-    """A 3 x 3 convolution of strips with a border, computed with `kernels`."""
-
-    kernels: Kernels = reference
-
-    def __init__(self, inside: int, outside: int) -> None:
-        super().__init__(inside, outside, 3, padding=1)
-
-    def strip(self, x: Tensor, out: Tensor, moments: Moments | None = None, *, add: bool = False) -> None:
-        """Convolve `x`, which has a border, into `out`, or add to it."""
-        assert self.bias is not None
-        self.kernels.convolve(x, self.weight, self.bias, out, moments, add=add)
-
-    def doubled(self, taps: Tensor, x: Tensor, out: Tensor, moments: Moments) -> None:
-        """Double `x`, which has a border, in both directions and convolve it; `taps` from `kernels.corner_taps`."""
-        assert self.bias is not None
-        self.kernels.convolve_doubled(x, taps, self.bias, out, moments)

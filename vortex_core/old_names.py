@@ -11,18 +11,19 @@ from types import ModuleType
 from typing import Any
 
 ROOMS = {  # the modules of each: NAME, or NEW=OLD
-    "utils": "bounds numeric packages paths disk partial lock=checkpoint.lock printable=foreign timeline "
-    "timing=latency",
-    "device": "streams worker jobs nvml vram threads finite",
-    "memory": "arena planner offload=residency placement host_memory",
-    "kernels": "capabilities=kernels.card decoder_attention=kernels.attention dequantize=kernels.decode "
+    "utils": "bounds numeric packages paths whole_files=disk temporary_files=partial lock=checkpoint.lock "
+    "printable=foreign timeline timing=latency",
+    "device": "streams worker jobs nvml vram cpu_threads=threads finite_pictures=finite",
+    "memory": "arena planner offload=residency weights=placement host_memory",
+    "kernels": "decoder_attention=kernels.attention dequantize=kernels.decode "
     "fp8_attention=kernels.heads scaled_tensor=kernels.operand tiles=kernels.tile",
     "quant": "linear",
     "storage": "files=checkpoint.files filebytes=checkpoint.filebytes headers=checkpoint.headers "
-    "formats=checkpoint.formats dtypes=checkpoint.dtypes finite=checkpoint.finite tensors=checkpoint.tensors "
-    "upload=checkpoint.upload checksum=checkpoint.checksum materialize=checkpoint.materialize "
+    "refused_formats=checkpoint.formats dtypes=checkpoint.dtypes finite_weights=checkpoint.finite "
+    "tensors=checkpoint.tensors upload=checkpoint.upload checksum=checkpoint.checksum materialize=checkpoint.materialize "
     "vocabulary=checkpoint.vocabulary",
-    "flux1": "spec transformer step_buffers=step conditioning text_encoders=text vae strips sampling request",
+    "flux1": "spec transformer step_buffers=step conditioning text_encoders=text vae decoder_memory=strips "
+    "sampling request",
     "checkpoint": "dialects=checkpoint.dialect key_maps=checkpoint.layout cache_entry=checkpoint.entry "
     "cached_tensors=checkpoint.kept identity=checkpoint.source quantize",
     "runtime": "engine turns painter loading model graphs",

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from ..errors import VortexInputError
-from .partial import temporary
+from .temporary_files import temporary
 
 
 def check_folder(folder: Path) -> None:
