@@ -20,8 +20,8 @@ ROOMS = {  # the modules of each: NAME, or NEW=OLD
     "quant": "linear",
     "storage": "files=checkpoint.files filebytes=checkpoint.filebytes headers=checkpoint.headers "
     "refused_formats=checkpoint.formats dtypes=checkpoint.dtypes finite_weights=checkpoint.finite "
-    "tensors=checkpoint.tensors upload=checkpoint.upload checksum=checkpoint.checksum materialize=checkpoint.materialize "
-    "vocabulary=checkpoint.vocabulary",
+    "tensors=checkpoint.tensors upload=checkpoint.upload checksum=checkpoint.checksum "
+    "materialize=checkpoint.materialize vocabulary=checkpoint.vocabulary",
     "flux1": "spec transformer step_buffers=step conditioning text_encoders=text vae decoder_memory=strips "
     "sampling request",
     "checkpoint": "dialects=checkpoint.dialect key_maps=checkpoint.layout cache_entry=checkpoint.entry "
