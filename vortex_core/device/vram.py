@@ -232,8 +232,8 @@ def peak(device: torch.device) -> Iterator[Peak]:
     """The peak of what runs inside, filled in at the end. Scopes nest, and torch's statistics are not reset.
 
     torch keeps one peak a process, which others read and reset. Where it rises inside, it is this scope's. Else an
-    earlier peak was higher; then, if nothing was freed inside, memory only grew, and its last value is the peak. The
-    peak of `reserved` is nearly always known so; that of `allocated` may be missed.
+    earlier peak was higher; then, if nothing was freed inside, memory only grew, and its last value is the peak. So the
+    peak of `reserved` is known unless memory went back to the driver inside; only that of `allocated` may be missed.
     """
     found = Peak()
     if device.type != "cuda":

@@ -199,7 +199,7 @@ class Worker:
         return waits
 
     def _watch(self, job: Job) -> None:
-        """Raise what ends the wait for a turn: the deadline, or an `on_step` that waits for this very job."""
+        """Raise what ends the wait for a turn: the deadline, or another call's `on_step` that does not return."""
         if self._process != os.getpid():  # in the child of a fork, where no worker runs
             self.check()
         if job.pause() == 0:
