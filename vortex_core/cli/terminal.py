@@ -85,7 +85,7 @@ Size = Annotated[
 Quantization = Annotated[str, typer.Option(help="'nf4', or 'none' for 16-bit weights (24 GB at full size).")]
 Mode = Annotated[
     str,
-    typer.Option(help="'fast': products in fp8 where the card has them, else exact; 'exact': products in 16 bits."),
+    typer.Option(help="'fast': the card's fastest products in 8 bits, 'int8' or 'fp8', else 'exact': in 16 bits."),
 ]
 
 
