@@ -221,7 +221,7 @@ def copies(fused, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     known = card(DEVICE)
     if request.param and not known.copies:
         pytest.skip("NOT RUN, the copy engine: this card has none")
-    for name in ("convolution", "decoder_attention", "fp8_attention"):
+    for name in ("convolution", "decoder_attention", "fp8_attention", "int8_product"):
         module = sys.modules[f"vortex_core.kernels.{name}"]
         monkeypatch.setattr(module, "card", lambda device: known._replace(copies=request.param))
     return bool(request.param)

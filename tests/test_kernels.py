@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vortex_core import nf4
 from vortex_core.kernels import Kernels, ScaledTensor, Window, choose_kernels, reference
-from vortex_core.kernels.scaled_tensor import FP8_MAX
+from vortex_core.kernels.scaled_tensor import FP8, FP8_MAX
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -29,7 +29,8 @@ def test_decode_is_bit_exact(fused, shape: tuple[int, int], dtype: torch.dtype) 
 @pytest.mark.parametrize("shape", [(1, 64), (37, 192), (130, 320)])
 def test_decode_to_fp8_fills_each_row(fused, shape: tuple[int, int]) -> None:
     weight = nf4.quantize_reference(draw(*shape) * torch.logspace(-3, 3, shape[0], device=DEVICE)[:, None])
-    scale = reference.row_scales(weight.absmax)
+    scale = torch.full(shape[:1], torch.nan, device=DEVICE)
+    reference.row_scales(weight.packed, weight.absmax, scale, FP8)
     ours, expected = (torch.full(shape, torch.nan, device=DEVICE).to(EIGHT) for _ in range(2))
     fused.dequantize(weight.packed, weight.absmax, ours, scale)
     reference.dequantize(weight.packed, weight.absmax, expected, scale)

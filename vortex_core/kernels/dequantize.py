@@ -1,4 +1,4 @@
-"""NF4 to bf16, or to fp8 scaled by row, near the speed of memory.
+"""NF4 to bf16, or to fp8 scaled by row, near the speed of memory. To int8: `rotated_decode`.
 
 A thread takes 32-bit words of eight codes. The 16 levels lie in 16 banks of shared memory, so that lookups never
 conflict. Level times scale is fp32 and rounded once, so bf16 is equal to bitsandbytes', bit for bit.
@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..nf4 import LEVELS
+from . import reference, rotated_decode
 from .launch import early, follow
 
 WORDS = 512  # of a program; each is eight values
@@ -44,12 +45,24 @@ def _dequantize(
 
 def dequantize(packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None = None) -> None:
     """See `reference.dequantize`. All contiguous; K is a multiple of 64."""
+    if out.dtype == torch.int8:
+        assert row_scale is not None
+        rotated_decode.dequantize(packed, absmax, out, row_scale)
+        return
     words = packed.numel() // 4
     _dequantize[(triton.cdiv(words, WORDS),)](
         packed.view(torch.int32), absmax, row_scale, _levels(packed.device), out, words,
         WORDS_A_ROW=1 if row_scale is None else packed.shape[1] // 4, SCALED=row_scale is not None, WORDS=WORDS,
         num_warps=WARPS, **early(out),
     )  # fmt: skip
+
+
+def row_scales(packed: Tensor, absmax: Tensor, out: Tensor, dtype: torch.dtype) -> None:
+    """See `reference.row_scales`, which is used for fp8: there the scales of blocks tell."""
+    if dtype == torch.int8:
+        rotated_decode.row_scales(packed, absmax, out)
+    else:
+        reference.row_scales(packed, absmax, out, dtype)
 
 
 @cache

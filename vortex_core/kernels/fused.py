@@ -3,7 +3,7 @@
 Nothing is allocated, and every launch is on the device of its tensors, whichever device is current.
 """
 
-from . import convolution, decoder_attention, fp8_attention, groupnorm, rotary, rows
+from . import convolution, decoder_attention, fp8_attention, groupnorm, int8_product, rotary, rows
 from . import dequantize as nf4
 from .launch import on_device
 
@@ -17,9 +17,11 @@ dequantize = on_device(nf4.dequantize)
 gelu = on_device(rows.gelu)
 group_moments = on_device(groupnorm.group_moments)
 modulate = on_device(rows.modulate)
+multiply_int8 = on_device(int8_product.multiply_int8)
 norm_silu = on_device(groupnorm.norm_silu)
 norm_terms = on_device(groupnorm.norm_terms)
 pack_heads = on_device(fp8_attention.pack_heads)
 quantize = on_device(rows.quantize)
 residual_modulate = on_device(rows.residual_modulate)
+row_scales = on_device(nf4.row_scales)
 rotate = on_device(rotary.rotate)

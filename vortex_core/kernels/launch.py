@@ -34,8 +34,8 @@ def follow(EARLY: tl.constexpr):
 
 
 def early(operand: Tensor) -> dict[str, bool]:
-    """Arguments of a kernel that calls `follow`: early where that pays, if `operand` (read or written) is fp8."""
-    pays = operand.dtype == FP8 and card(operand.device).early
+    """Arguments of a kernel that calls `follow`: early where that pays, if `operand` (read or written) has 8 bits."""
+    pays = operand.dtype in (FP8, torch.int8) and card(operand.device).early
     return {"EARLY": True, "launch_pdl": True} if pays else {"EARLY": False}
 
 

@@ -17,24 +17,61 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import nf4
+from . import rotation
 from .scaled_tensor import FP8_MAX, SMALLEST, TILE, Heads, Moments, ScaledTensor, Window, chunk_rows
 
 EPSILON = 1e-6  # of every norm in FLUX
 TOKENS = 1024  # of all pictures together, that a step's functions take at once
+ROWS = 256  # of a weight, that are rotated at once
+EXACT = 1024  # products of two int8 values, whose sum in fp32 is exact
 
 
 def dequantize(packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None = None) -> None:
-    """NF4 (uint8 `[N, K/2]`, fp32 `[N, K/64]`) to `out` `[N, K]`, divided by `row_scale` (fp32 `[N]`) if given."""
+    """NF4 (uint8 `[N, K/2]`, fp32 `[N, K/64]`) to `out` `[N, K]`, divided by `row_scale` (fp32 `[N]`) if given.
+
+    To int8, which needs a `row_scale`: rotated (see `rotation`), divided, and rounded to nearest even.
+    """
+    if out.dtype == torch.int8:
+        assert row_scale is not None
+        factor = 1 / (row_scale * rotation.block(out.shape[1]) ** 0.5)
+        for rows, place, each in zip(_rotated_rows(packed, absmax), *_in_parts(out, factor), strict=True):
+            place.copy_(rows.mul_(each[:, None]).round_())
+        return
     if row_scale is not None:
         absmax = absmax / row_scale[:, None]
     nf4.dequantize(nf4.NF4Weight(packed, absmax), out.dtype, out)
+
+
+def row_scales(packed: Tensor, absmax: Tensor, out: Tensor, dtype: torch.dtype) -> None:
+    """What `dequantize` to `dtype` (fp8 or int8) divides each row by, to `out` fp32 `[N]`: then it fills the range."""
+    if dtype != torch.int8:  # NF4's largest level is 1
+        out.copy_(absmax.amax(dim=1).clamp_min(SMALLEST) / FP8_MAX)
+        return
+    unit = rotation.unit(packed.shape[1] * 2)
+    for rows, place in zip(_rotated_rows(packed, absmax), *_in_parts(out), strict=True):
+        place.copy_(rows.abs().amax(dim=1).clamp_min(SMALLEST) * unit)
+
+
+def multiply_int8(
+    x: Tensor, x_scale: Tensor, weight: Tensor, row_scale: Tensor, bias: Tensor | None, out: Tensor
+) -> None:
+    """`x` int8 `[M, K]` times `weight` int8 `[N, K]`, with scales fp32 `[M]` and `[N]`, and `bias` `[N]`, to `out`.
+
+    Sums are exact integers. `out` `[M, N]` is rounded once. Rows may lie apart in `weight` and `out`.
+    """
+    summed = x.new_zeros(out.shape, dtype=torch.int32)
+    for start in range(0, x.shape[1], EXACT):  # of so many, fp32 makes no error
+        part = slice(start, start + EXACT)
+        summed += (x[:, part].float() @ weight[:, part].float().t()).int()
+    y = summed.float().mul_(x_scale[:, None]).mul_(row_scale)
+    out.copy_(y if bias is None else y.add_(bias))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, out: ScaledTensor) -> None:
     """adaLN: layer norm without weights, then `(1 + scale) * x + shift`. `x` `[B, T, D]`, `shift`, `scale` `[D]`."""
     shift, factor = shift.float(), 1 + scale.float()
     for start, stop in _chunks(x):
-        _write(_normal(x[:, start:stop]).mul_(factor).add_(shift), out.tokens(start, stop))
+        _write(_normal(x[:, start:stop]).mul_(factor).add_(shift), out.tokens(start, stop), x.dtype)
 
 
 def residual_modulate(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, out: ScaledTensor) -> None:
@@ -47,14 +84,14 @@ def residual_modulate(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: 
 
 
 def gelu(x: Tensor, out: ScaledTensor, before: Tensor | None = None) -> None:
-    """GELU (tanh form) of `x` `[B, T, W]` to fp8 with a scale for each token, `before` `[B, T, A]` in front of it."""
+    """GELU (tanh form) of `x` `[B, T, W]` to 8 bits, a scale for each token; `before` `[B, T, A]` in front of it."""
     y = F.gelu(x.float(), approximate="tanh")
-    _write(y if before is None else torch.cat((before.float(), y), dim=-1), out)
+    _write(y if before is None else torch.cat((before.float(), y), dim=-1), out, x.dtype)
 
 
 def quantize(x: Tensor, out: ScaledTensor) -> None:
-    """`x` `[B, T, K]` to fp8 with a scale for each token."""
-    _write(x.float(), out)
+    """`x` `[B, T, K]` to 8 bits with a scale for each token."""
+    _write(x.float(), out, x.dtype)
 
 
 def rotate(qkv: Tensor, query_norm: Tensor, key_norm: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -244,14 +281,28 @@ def _weight_in(taps: Tensor) -> Tensor:
     return taps.flatten()[: 9 * wide * channels].view(wide, 3, 3, channels).permute(0, 3, 1, 2)
 
 
-def row_scales(absmax: Tensor) -> Tensor:
-    """fp32 `[N]`: `dequantize` divides by it, so that each row fills fp8's range. NF4's largest level is 1."""
-    return absmax.amax(dim=1).clamp_min(SMALLEST) / FP8_MAX
-
-
-def _write(y: Tensor, out: ScaledTensor) -> None:
-    if out.scale is not None:
+def _write(y: Tensor, out: ScaledTensor, dtype: torch.dtype) -> None:
+    """fp32 `y` to `out`. For int8 it is first rounded to `dtype`, as it would be without int8, and rotated."""
+    if out.values.dtype == torch.int8:
+        assert out.scale is not None
+        y = rotation.sums(y.to(dtype).float())
+        largest = y.abs().amax(dim=-1).clamp_min(SMALLEST)
+        out.scale.copy_(largest * rotation.unit(y.shape[-1]))
+        y = (y * (rotation.INT8_MAX / largest)[..., None]).round_()
+    elif out.scale is not None:
         scale = y.abs().amax(dim=-1).clamp_min(SMALLEST) / FP8_MAX
         out.scale.copy_(scale)
         y = y * (1 / scale)[..., None]
     out.values.copy_(y)
+
+
+def _rotated_rows(packed: Tensor, absmax: Tensor) -> Iterator[Tensor]:
+    """Some rows at a time, fp32, rotated without 1 / sqrt(width). Levels are those of fp16, so that sums are exact."""
+    levels = torch.tensor(nf4.LEVELS, device=packed.device).half().float()
+    for codes, scale in zip(*_in_parts(packed, absmax), strict=True):
+        both = torch.stack((codes >> 4, codes & 15), dim=-1).flatten(1)
+        yield rotation.sums(levels[both.int()], scale)
+
+
+def _in_parts(*matrices: Tensor) -> list[tuple[Tensor, ...]]:
+    return [matrix.split(ROWS) for matrix in matrices]

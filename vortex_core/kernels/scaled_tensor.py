@@ -19,7 +19,10 @@ VALUES = 16384  # of a program of the fused group norm
 
 
 class ScaledTensor(NamedTuple):
-    """`values` `[B, T, K]`, last dimension contiguous. In fp8 they stand for value times `scale` (fp32 `[B, T]`)."""
+    """`values` `[B, T, K]`, last dimension contiguous. In 8 bits they stand for value times `scale` (fp32 `[B, T]`).
+
+    In int8 what they stand for is rotated (see `rotation`).
+    """
 
     values: Tensor
     scale: Tensor | None = None
