@@ -174,6 +174,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16, help="steps to time, in fours (default 16)")
     parser.add_argument("--json", type=Path, help="write all figures here")
     arguments = parser.parse_args()
+    if not (arguments.comfyui / "comfy" / "quant_ops.py").exists():
+        parser.error(f"{arguments.comfyui} is no ComfyUI of 0.33 or later")
     device = resolve_device("cpu" if arguments.tiny else None)
     model = arguments.model or (TINY if arguments.tiny else None)
     sides = arguments.size or ([64] if arguments.tiny else [512, 1024])
