@@ -17,9 +17,11 @@ from torch import Tensor
 
 from ..utils.packages import first_line, missing
 from . import reference
+from .adapter import Adapter
 from .scaled_tensor import TILE, Heads, Moments, ScaledTensor, Window, empty_heads, most_parts
 
 __all__ = [
+    "Adapter",
     "Heads",
     "Kernels",
     "Moments",
@@ -38,8 +40,17 @@ log = logging.getLogger(__name__)
 class Kernels(Protocol):
     """The functions that `reference` and `fused` share. `reference` describes them."""
 
-    def dequantize(self, packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None = None) -> None: ...
-    def row_scales(self, packed: Tensor, absmax: Tensor, out: Tensor, dtype: torch.dtype) -> None: ...
+    def dequantize(
+        self,
+        packed: Tensor,
+        absmax: Tensor,
+        out: Tensor,
+        row_scale: Tensor | None = None,
+        adapter: Adapter | None = None,
+    ) -> None: ...
+    def row_scales(
+        self, packed: Tensor, absmax: Tensor, out: Tensor, dtype: torch.dtype, adapter: Adapter | None = None
+    ) -> None: ...
     def multiply_int8(
         self, x: Tensor, x_scale: Tensor, weight: Tensor, row_scale: Tensor, bias: Tensor | None, out: Tensor
     ) -> None: ...

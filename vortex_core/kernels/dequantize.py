@@ -6,15 +6,14 @@ conflict. Level times scale is fp32 and rounded once, so bf16 is equal to bitsan
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..nf4 import LEVELS
-from . import reference, rotated_decode
+from . import adapted_decode, reference, rotated_decode
+from .adapted_decode import levels
+from .adapter import Adapter
 from .launch import early, follow
 
 WORDS = 512  # of a program; each is eight values
@@ -43,28 +42,30 @@ def _dequantize(
     tl.store(target, value.to(out.dtype.element_ty), mask=mask[:, None])
 
 
-def dequantize(packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None = None) -> None:
+def dequantize(
+    packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None = None, adapter: Adapter | None = None
+) -> None:
     """See `reference.dequantize`. All contiguous; K is a multiple of 64."""
+    if adapter is not None:
+        adapted_decode.dequantize(packed, absmax, out, row_scale, adapter)
+        return
     if out.dtype == torch.int8:
         assert row_scale is not None
         rotated_decode.dequantize(packed, absmax, out, row_scale)
         return
     words = packed.numel() // 4
     _dequantize[(triton.cdiv(words, WORDS),)](
-        packed.view(torch.int32), absmax, row_scale, _levels(packed.device), out, words,
+        packed.view(torch.int32), absmax, row_scale, levels(packed.device), out, words,
         WORDS_A_ROW=1 if row_scale is None else packed.shape[1] // 4, SCALED=row_scale is not None, WORDS=WORDS,
         num_warps=WARPS, **early(out),
     )  # fmt: skip
 
 
-def row_scales(packed: Tensor, absmax: Tensor, out: Tensor, dtype: torch.dtype) -> None:
+def row_scales(packed: Tensor, absmax: Tensor, out: Tensor, dtype: torch.dtype, adapter: Adapter | None = None) -> None:
     """See `reference.row_scales`, which is used for fp8: there the scales of blocks tell."""
-    if dtype == torch.int8:
+    if adapter is not None:
+        adapted_decode.row_scales(packed, absmax, out, dtype, adapter)
+    elif dtype == torch.int8:
         rotated_decode.row_scales(packed, absmax, out)
     else:
         reference.row_scales(packed, absmax, out, dtype)
-
-
-@cache
-def _levels(device: torch.device) -> Tensor:
-    return torch.tensor(LEVELS, device=device)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import nf4
 from . import rotation
+from .adapter import Adapter
 from .scaled_tensor import FP8_MAX, SMALLEST, TILE, Heads, Moments, ScaledTensor, Window, chunk_rows
 
 EPSILON = 1e-6  # of every norm in FLUX
@@ -26,11 +27,22 @@ ROWS = 256  # of a weight, that are rotated at once
 EXACT = 1024  # products of two int8 values, whose sum in fp32 is exact
 
 
-def dequantize(packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None = None) -> None:
+def dequantize(
+    packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None = None, adapter: Adapter | None = None
+) -> None:
     """NF4 (uint8 `[N, K/2]`, fp32 `[N, K/64]`) to `out` `[N, K]`, divided by `row_scale` (fp32 `[N]`) if given.
 
-    To int8, which needs a `row_scale`: rotated (see `rotation`), divided, and rounded to nearest even.
+    To int8, which needs a `row_scale`: rotated (see `rotation`), divided, and rounded to nearest even. The update of
+    an `adapter` is added before.
     """
+    if adapter is not None:
+        dtype = out.dtype if out.dtype.itemsize == 1 else None
+        for rows, place, *scale in zip(
+            _adapted_rows(packed, absmax, adapter, dtype), *_in_parts(out, *_given(row_scale)), strict=True
+        ):
+            rows = rows if not scale else rows / scale[0][:, None]
+            place.copy_(rows.round_() if dtype == torch.int8 else rows)
+        return
     if out.dtype == torch.int8:
         assert row_scale is not None
         factor = 1 / (row_scale * rotation.block(out.shape[1]) ** 0.5)
@@ -42,8 +54,13 @@ def dequantize(packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | 
     nf4.dequantize(nf4.NF4Weight(packed, absmax), out.dtype, out)
 
 
-def row_scales(packed: Tensor, absmax: Tensor, out: Tensor, dtype: torch.dtype) -> None:
+def row_scales(packed: Tensor, absmax: Tensor, out: Tensor, dtype: torch.dtype, adapter: Adapter | None = None) -> None:
     """What `dequantize` to `dtype` (fp8 or int8) divides each row by, to `out` fp32 `[N]`: then it fills the range."""
+    if adapter is not None:
+        most = rotation.INT8_MAX if dtype == torch.int8 else FP8_MAX
+        for rows, place in zip(_adapted_rows(packed, absmax, adapter, dtype), *_in_parts(out), strict=True):
+            place.copy_(rows.abs().amax(dim=1).clamp_min(SMALLEST) / most)
+        return
     if dtype != torch.int8:  # NF4's largest level is 1
         out.copy_(absmax.amax(dim=1).clamp_min(SMALLEST) / FP8_MAX)
         return
@@ -302,6 +319,23 @@ def _rotated_rows(packed: Tensor, absmax: Tensor) -> Iterator[Tensor]:
     for codes, scale in zip(*_in_parts(packed, absmax), strict=True):
         both = torch.stack((codes >> 4, codes & 15), dim=-1).flatten(1)
         yield rotation.sums(levels[both.int()], scale)
+
+
+def _adapted_rows(packed: Tensor, absmax: Tensor, adapter: Adapter, dtype: torch.dtype | None) -> Iterator[Tensor]:
+    """Some rows at a time, fp32, for int8 rotated, with their update."""
+    start = 0
+    for codes, scale in zip(*_in_parts(packed, absmax), strict=True):
+        rows = torch.empty(len(codes), 2 * codes.shape[1], device=codes.device)
+        nf4.dequantize(nf4.NF4Weight(codes, scale), rows.dtype, rows)
+        if dtype == torch.int8:
+            rows = rotation.rotated(rows)
+        rows += adapter.rows(start, start + len(codes))
+        start += len(codes)
+        yield rows
+
+
+def _given(row_scale: Tensor | None) -> tuple[Tensor, ...]:
+    return () if row_scale is None else (row_scale,)
 
 
 def _in_parts(*matrices: Tensor) -> list[tuple[Tensor, ...]]:

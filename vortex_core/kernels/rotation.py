@@ -41,6 +41,11 @@ def table(device: torch.device, dtype: torch.dtype) -> Tensor:
     return (1 - 2 * ((bent[:, None] + hadamard) % 2)).to(device, dtype)
 
 
+def rotated(x: Tensor) -> Tensor:
+    """fp32 `[..., K]` times R."""
+    return sums(x) * block(x.shape[-1]) ** -0.5
+
+
 def sums(x: Tensor, scale: Tensor | None = None) -> Tensor:
     """fp32 `[..., K]` times R and the root of its width; `scale` `[..., K/64]` is applied to the halves.
 

@@ -1,0 +1,166 @@
+"""NF4 with the low-rank update of LoRAs, to 16 bits, fp8 or rotated int8: both are added in fp32, and rounded once.
+
+A program takes 64 rows of a weight, and goes along some blocks of K: it looks up their levels, and adds a small product
+of the rows' factors. So an update moves no activation and no decoded weight, and costs R / M of a product's operations.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..nf4 import BLOCK, LEVELS
+from . import rotation
+from .adapter import LEAST, ROWS, Adapter
+from .launch import early, follow
+from .scaled_tensor import FP8_MAX, SMALLEST
+
+_BLOCK, _ROWS = tl.constexpr(BLOCK), tl.constexpr(ROWS)
+_LEAST = tl.constexpr(LEAST)
+_SMALLEST = tl.constexpr(SMALLEST)
+_ROUND = tl.constexpr(1.5 * 2**23)  # added to a small number, it leaves the nearest integer in the lowest bits
+STEPS = 4  # blocks, or pairs of them where they are rotated, of a program along a row
+FEW = 16  # rows of a program that looks for the largest value
+WARPS = 4
+
+
+@triton.jit
+def _block(packed, absmax, levels, table, row, block, K: tl.constexpr, N, ROTATED: tl.constexpr):
+    """One NF4 block of each row, fp32 `[rows, 64]`; rotated by the table of +-1, if so."""
+    BLOCKS: tl.constexpr = K // _BLOCK
+    place, inside = row * BLOCKS + block, row < N
+    word = place.to(tl.int64)[:, None] * (_BLOCK // 8) + tl.arange(0, _BLOCK // 8)[None, :]
+    codes = tl.load(packed + word, mask=inside[:, None], other=0)
+    # bytes are little endian and the first value of a byte is its high nibble
+    code = tl.join(codes, codes >> 16)
+    code = tl.join(code, code >> 8)
+    code = tl.join(code >> 4, code) & 15
+    value = tl.reshape(tl.gather(levels, tl.reshape(code, [code.numel]), 0), [row.shape[0], _BLOCK])
+    if ROTATED:
+        value = tl.dot(value.to(table.dtype), table)
+    return value * tl.load(absmax + place, mask=inside, other=0.0)[:, None]
+
+
+@triton.jit
+def _update(up, down, owner, strengths, row, part, column, N, R, K: tl.constexpr):
+    """The update of 64 columns of each row, fp32 `[rows, 64]`."""
+    rank = tl.arange(0, _LEAST)
+    columns = column + tl.arange(0, _BLOCK)
+    found = tl.zeros([row.shape[0], _BLOCK], tl.float32)
+    for start in range(0, R, _LEAST):
+        r = start + rank
+        strength = tl.load(strengths + tl.load(owner + part * R + r))
+        left = tl.load(up + row[:, None] * R + r[None, :], mask=(row < N)[:, None], other=0.0)
+        right = tl.load(down + (part * R + r).to(tl.int64)[:, None] * K + columns[None, :])
+        right = (right.to(tl.float32) * strength[:, None]).to(left.dtype)
+        found = tl.dot(left, right, found, input_precision="ieee")
+    return found
+
+
+@triton.jit
+def _adapted(
+    packed, absmax, levels, table, up, down, owner, strengths, row, part, block, N, R,
+    K: tl.constexpr, PARTS: tl.constexpr, ROTATED: tl.constexpr, ROOT: tl.constexpr,
+):  # fmt: skip
+    """Block `block` of each row with its update: its two halves, of a block of 64 twice the same."""
+    even = _block(packed, absmax, levels, table, row, block * PARTS, K, N, ROTATED)
+    update = _update(up, down, owner, strengths, row, part, block * PARTS * _BLOCK, N, R, K)
+    first = even * ROOT + update
+    second = first
+    if PARTS == 2:
+        odd = _block(packed, absmax, levels, table, row, block * PARTS + 1, K, N, ROTATED)
+        first = (even + odd) * ROOT + update
+        second = _update(up, down, owner, strengths, row, part, (block * PARTS + 1) * _BLOCK, N, R, K)
+        second += (even - odd) * ROOT
+    return first, second
+
+
+@triton.jit(do_not_specialize=["R"])
+def _decode(
+    packed, absmax, row_scale, levels, table, out, up, down, part, owner, strengths, N, R,
+    K: tl.constexpr, PARTS: tl.constexpr, SCALED: tl.constexpr, ROTATED: tl.constexpr, ROOT: tl.constexpr,
+    STEPS: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * _ROWS + tl.arange(0, _ROWS)
+    levels, mine = tl.load(levels + tl.arange(0, 16)), tl.load(part + tl.program_id(0))
+    if ROTATED:
+        index = tl.arange(0, _BLOCK)
+        table = tl.load(table + index[:, None] * _BLOCK + index[None, :])
+    factor = tl.full([_ROWS], 1.0, tl.float32)
+    if SCALED:
+        factor = 1 / tl.load(row_scale + row, mask=row < N, other=1.0)
+    follow(EARLY)  # only now: what is read before, weights, was there already
+    for step in range(STEPS):
+        block = tl.program_id(1) * STEPS + step
+        if block < K // (PARTS * _BLOCK):
+            first, second = _adapted(
+                packed, absmax, levels, table, up, down, owner, strengths, row, mine, block, N, R,
+                K, PARTS, ROTATED, ROOT,
+            )  # fmt: skip
+            place = row.to(tl.int64)[:, None] * K + block * (PARTS * _BLOCK) + tl.arange(0, _BLOCK)[None, :]
+            first, second = first * factor[:, None], second * factor[:, None]
+            if ROTATED:
+                tl.store(out + place, (first + _ROUND).to(tl.int32, bitcast=True).to(tl.int8), mask=(row < N)[:, None])
+                second = (second + _ROUND).to(tl.int32, bitcast=True).to(tl.int8)
+            else:
+                tl.store(out + place, first.to(out.dtype.element_ty), mask=(row < N)[:, None])
+            if PARTS == 2:
+                tl.store(out + place + _BLOCK, second.to(out.dtype.element_ty), mask=(row < N)[:, None])
+
+
+@triton.jit(do_not_specialize=["R"])
+def _largest(
+    packed, absmax, levels, table, out, up, down, part, owner, strengths, N, R, UNIT: tl.constexpr,
+    K: tl.constexpr, PARTS: tl.constexpr, ROTATED: tl.constexpr, ROOT: tl.constexpr, FEW: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * FEW + tl.arange(0, FEW)
+    levels, mine = tl.load(levels + tl.arange(0, 16)), tl.load(part + tl.program_id(0) * FEW // _ROWS)
+    if ROTATED:
+        index = tl.arange(0, _BLOCK)
+        table = tl.load(table + index[:, None] * _BLOCK + index[None, :])
+    largest = tl.zeros([FEW], tl.float32)
+    for block in range(K // (PARTS * _BLOCK)):
+        first, second = _adapted(
+            packed, absmax, levels, table, up, down, owner, strengths, row, mine, block, N, R, K, PARTS, ROTATED, ROOT
+        )
+        largest = tl.maximum(largest, tl.max(tl.maximum(tl.abs(first), tl.abs(second)), 1))
+    tl.store(out + row, tl.maximum(largest, _SMALLEST) * UNIT, mask=row < N)
+
+
+def dequantize(packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None, adapter: Adapter) -> None:
+    """See `reference.dequantize`. All contiguous; N is a multiple of 16, K of 64."""
+    n, k = out.shape
+    rotated = out.dtype == torch.int8
+    width = rotation.block(k) if rotated else BLOCK
+    grid = triton.cdiv(n, ROWS), triton.cdiv(k // width, STEPS)
+    _decode[grid](
+        packed.view(torch.int32), absmax, row_scale, *_tables(packed.device), out, *adapter, n, adapter.up.shape[1],
+        K=k, PARTS=width // BLOCK, SCALED=row_scale is not None, ROTATED=rotated,
+        ROOT=width**-0.5 if rotated else 1.0, STEPS=STEPS, num_warps=WARPS, **early(out),
+    )  # fmt: skip
+
+
+def row_scales(packed: Tensor, absmax: Tensor, out: Tensor, dtype: torch.dtype, adapter: Adapter) -> None:
+    """See `reference.row_scales`."""
+    n, k = len(out), packed.shape[1] * 2
+    rotated = dtype == torch.int8
+    width = rotation.block(k) if rotated else BLOCK
+    _largest[(triton.cdiv(n, FEW),)](
+        packed.view(torch.int32), absmax, *_tables(packed.device), out, *adapter, n, adapter.up.shape[1],
+        UNIT=1 / (rotation.INT8_MAX if rotated else FP8_MAX), K=k, PARTS=width // BLOCK, ROTATED=rotated,
+        ROOT=width**-0.5 if rotated else 1.0, FEW=FEW, num_warps=WARPS,
+    )  # fmt: skip
+
+
+@cache
+def levels(device: torch.device) -> Tensor:
+    """NF4's, fp32 `[16]`."""
+    return torch.tensor(LEVELS, device=device)
+
+
+def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    return levels(device), rotation.table(device, torch.float16)
