@@ -134,7 +134,7 @@ def test_the_choice_of_backend_says_why(caplog: pytest.LogCaptureFixture, monkey
 
 
 def test_an_unknown_backend_is_refused() -> None:
-    with pytest.raises(VortexInputError, match="'triton', 'bitsandbytes' or 'reference'"):
+    with pytest.raises(VortexInputError, match="'triton', 'nvrtc', 'bitsandbytes' or 'reference'"):
         choose_backend(CPU, "gguf")
 
 

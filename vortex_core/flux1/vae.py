@@ -262,22 +262,23 @@ def decode(
     return out
 
 
-def library_bytes(spec: VaeSpec, height: int, width: int, dtype: torch.dtype, *, fused: bool) -> int:
+def library_bytes(spec: VaeSpec, height: int, width: int, dtype: torch.dtype, kernels: Kernels | None) -> int:
     """The most bytes that torch's operations allocate while a picture is decoded, besides its `memory`.
 
     `height`, `width`: those of the latents. The first convolution takes its result and a copy of its input. The mid
-    block's norm takes its result and a copy of the map, since CUDA's norm needs channels first. Without `fused` kernels
-    the functions of `reference` take what that module says.
+    block's norm takes its result and a copy of the map, since CUDA's norm needs channels first. `kernels` take what
+    they say; None: nothing.
     """
     itemsize, lowest = dtype.itemsize, spec.channels[-1]
     lowest_map = height * width * lowest * itemsize
     sizes = [2 * lowest_map + lowest_map // 16]
-    if not fused:
-        sizes.append(reference.attention_bytes(height * width, lowest, itemsize))
-        levels = DecoderLayout(spec, height, width, None, dtype).levels
-        for level in levels:
-            for arriving in (level.arriving, level.channels):
-                sizes.append(reference.strip_bytes(arriving, level.channels, level.width, itemsize))
-        for level in levels[:-1]:
-            sizes.append(reference.strip_bytes(level.channels, level.channels, level.width, itemsize, doubled=True))
+    if kernels is None:
+        return max(sizes) + 2**20
+    sizes.append(kernels.attention_bytes(height * width, lowest, itemsize))
+    levels = DecoderLayout(spec, height, width, None, dtype).levels
+    for level in levels:
+        for arriving in (level.arriving, level.channels):
+            sizes.append(kernels.strip_bytes(arriving, level.channels, level.width, itemsize))
+    for level in levels[:-1]:
+        sizes.append(kernels.strip_bytes(level.channels, level.channels, level.width, itemsize, doubled=True))
     return max(sizes) + 2**20  # statistics and other small things

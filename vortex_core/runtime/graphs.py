@@ -6,7 +6,8 @@ stream, a step is cut around each of them, and the host fetches their weights be
 
 A graph is valid while its addresses are: those of the arena (step buffers, staging buffers, dequantized weights), of
 the weights and of cuBLAS' workspaces. They are part of its key and are read again at each step, so that a graph that is
-no longer valid is never found. What the library's attention allocates lies in one pool, which all graphs share.
+no longer valid is never found. What is allocated inside lies in one pool, which all graphs share: the library's
+attention, and kernels that are the library's.
 """
 
 from __future__ import annotations
@@ -119,9 +120,10 @@ class PiecewiseGraph:
 class GraphCache:
     """The graphs of the latest sizes. `reserved`: bytes that torch has reserved for them besides the arena."""
 
-    def __init__(self, transformer: Transformer, device: torch.device) -> None:
+    def __init__(self, transformer: Transformer, device: torch.device, allocates: int = 0) -> None:
+        """`allocates`: bytes that a step takes besides its buffers and attention."""
         self.reserved = 0
-        self._transformer, self._device = transformer, device
+        self._transformer, self._device, self._allocates = transformer, device, allocates
         self._graphs: OrderedDict[tuple[Size, Address], PiecewiseGraph] = OrderedDict()
         self._pool: Any = None
         self._largest = 0  # bytes that a graph in the pool was planned to keep
@@ -146,8 +148,8 @@ class GraphCache:
     ) -> Velocity:
         """The velocity function for pictures of `size`, and for fewer at a time, with buffers from `region`.
 
-        `prefetcher` brings the blocks that stream. `address`: where weights and workspaces lie now. With fused kernels
-        the first call of a size is captured, and later ones replay it. What is not replayed runs inside `lend`.
+        `prefetcher` brings the blocks that stream. `address`: where weights and workspaces lie now. On a card the
+        first call of a size is captured, and later ones replay it. What is not replayed runs inside `lend`.
         """
         transformer, start = self._transformer, region.used
         weight = transformer.img_in.weight
@@ -165,7 +167,7 @@ class GraphCache:
                 return steps[size](img, txt, modulation, pe, graph)
             with lend():
                 found = steps[size](img, txt, modulation, pe)  # compiles kernels, too
-            if transformer.fused:
+            if transformer.on_card:
                 self._capture(size, place, steps[size], prefetcher)
             return found
 
@@ -174,7 +176,8 @@ class GraphCache:
     def _capture(self, size: Size, place: Address, step: BoundStep, prefetcher: Prefetcher) -> None:
         transformer = self._transformer
         dtype = transformer.img_in.weight.dtype
-        needed = round_up(attention_bytes(transformer.spec, size, dtype, transformer.precision), POOL)
+        attention = attention_bytes(transformer.spec, size, dtype, transformer.precision)
+        needed = round_up(attention + self._allocates, POOL)
         if needed > self._largest or any(other != place for _, other in self._graphs):
             self.clear()  # the pool is made for the largest graph, and graphs of other places are not valid any more
             hand_back(self._device)

@@ -44,7 +44,7 @@ class MemoryManager:
         self.budget = math.inf if setup.budget is None else float(setup.budget)
         self.model, self.plan = model, first
         self.placement = Placement(model.groups, setup.device)
-        self.graphs = GraphCache(model.transformer, setup.device)
+        self.graphs = GraphCache(model.transformer, setup.device, model.allocates)
         self.arena = self.library = block(0, setup.device)  # what calls work in; what libraries get
         self.views: Views = {}  # of the arena
         self._blas, self._streams = blas_of(setup.device), model.cuda_streams
