@@ -182,7 +182,7 @@ def _compiled_broken(device: torch.device) -> str | None:
 
         for kernels, out in zip((compiled, reference), decoded, strict=True):
             kernels.dequantize(packed, absmax, out)
-            steps = (kitchen.sample(getattr(kernels, name), device) for name in ("residual_modulate", "rotate"))
+            steps = (kitchen.sample(getattr(kernels, name), name, device) for name in ("residual_modulate", "rotate"))
             samples.append([tensor for step in steps for tensor in step] + [_normal(kernels, x)])
     except torch.OutOfMemoryError:  # says nothing about the kernels, and must not be cached
         raise

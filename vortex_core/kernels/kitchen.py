@@ -70,30 +70,30 @@ def _declined(device: torch.device, names: tuple[str, ...]) -> str | None:
     """Why these functions fail on a sample on `device`, or None."""
     for name in names:
         try:
-            ours = sample(globals()[name], device)
+            ours = sample(globals()[name], name, device)
         except torch.OutOfMemoryError:  # says nothing about comfy-kitchen
             raise
         except Exception as error:  # of any kind: it is old, broken, or not built for this card
             return first_line(error)
-        for found, expected in zip(ours, sample(getattr(reference, name), device), strict=True):
+        for found, expected in zip(ours, sample(getattr(reference, name), name, device), strict=True):
             off = (found.float() - expected.float()).norm() / expected.float().norm()
             if not off <= NEAR:  # NaN, too
                 return f"off by {float(off):.2g} on a sample"
     return None
 
 
-def sample(function: Callable[..., None], device: torch.device) -> tuple[Tensor, Tensor]:
-    """What a function of a step, told by its name, writes for a sample: two tensors."""
+def sample(function: Callable[..., None], name: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What a function of a step, of that name, writes for a sample: two tensors."""
     draw = torch.Generator(device).manual_seed(0)
     x, y = torch.randn(2, 1, 37, 6 * 128, generator=draw, device=device).bfloat16()
     rows = (torch.randn(3, 6 * 128, generator=draw, device=device) / 2).bfloat16()
-    if function.__name__ == "rotate":
+    if name == "rotate":
         angle = torch.randn(37, 64, generator=draw, device=device)
         qkv = x.unflatten(2, (3, 2, 128))
         function(qkv, *rows[:2, :128], angle.cos(), angle.sin())
         return qkv, qkv
     out = ScaledTensor(torch.full_like(x, torch.nan))
-    if function.__name__ == "modulate":
+    if name == "modulate":
         function(x, *rows[1:], out)
     else:
         function(x, y, *rows, out)
