@@ -81,7 +81,7 @@ class Model:
         self.decoder.use(self._vae_kernels)
         self.origins: dict[str, tuple[Origin, ...]] = {}
         self.groups = list(self._groups())
-        self.sizes = tuple(WeightGroupSize(group.name, group.part, group.measure()) for group in self.groups)
+        self.sizes = tuple(self._size(group) for group in self.groups)
         self.scratch = self._scratch()
         # to dequantize; cudaMallocAsync leaves up to 0.17 GB between the small tensors that are allocated (H200)
         self._plain = 0 if fused or backend is None else backend.working_bytes
@@ -126,6 +126,10 @@ class Model:
             yield self._group(f"modulation.{i}", "modulation", {("transformer", f"{path}."): part})
         for path in blocks:
             yield self._group(path, BLOCKS, {("transformer", f"{path}."): transformer.get_submodule(path)})
+
+    @staticmethod
+    def _size(group: WeightGroup) -> WeightGroupSize:
+        return WeightGroupSize(group.name, group.part, group.measure(), group.copied)
 
     def _group(self, name: str, part: str, modules: Mapping[Origin, nn.Module]) -> WeightGroup:
         self.origins[name] = tuple(modules)
