@@ -16,6 +16,7 @@
 #define wide(x) wide_as<VALUE>(x)
 #define narrow(x) narrow_as<VALUE>(x)
 
+struct uint2 { unsigned x, y; };
 struct uint4 { unsigned x, y, z, w; };
 struct Index { int x, y; };
 static Index threadIdx, blockIdx, blockDim;

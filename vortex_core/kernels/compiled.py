@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 THREADS = 256
-WIDEST = 8 * 1024  # of a row: a block has at most 1024 threads
+WIDEST = 3 * 8 * 1024  # of a row: a block has at most 1024 threads, which take 3 times 8 values each
 LONGEST = 256  # channels of a head
 
 
@@ -74,7 +74,7 @@ def residual_modulate(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: 
 @on_device
 def _modulate(x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, out: Tensor) -> None:
     batch, tokens, width = x.shape
-    threads = 32 * -(-width // 256)
+    threads = 32 * -(-width // (32 * 3 * 8))
     launch(
         "modulate", (batch * tokens, 1), threads, x.device, x.dtype,
         *_strided(x), *_strided(y), gate, shift, scale, *_strided(out), tokens, width,
@@ -85,7 +85,7 @@ def _modulate(x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor, s
 def rotate(qkv: Tensor, query_norm: Tensor, key_norm: Tensor, cos: Tensor, sin: Tensor) -> None:
     """See `reference.rotate`. `qkv[b, t]` and the tables are contiguous."""
     batch, tokens, _, heads, channels = qkv.shape
-    if channels > LONGEST:
+    if channels > LONGEST or channels % 4:
         reference.rotate(qkv, query_norm, key_norm, cos, sin)
         return
     launch(

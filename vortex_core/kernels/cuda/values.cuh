@@ -77,28 +77,29 @@ __device__ __forceinline__ void round8(float *v)
     for (int i = 0; i < 8; i++) v[i] = wide(narrow(v[i]));
 }
 
-union Two {
+union Four {
 #if VALUE == 0
-    unsigned long long whole;
+    uint4 whole;
 #else
-    unsigned whole;
+    uint2 whole;
 #endif
-    value at[2];
+    value at[4];
 };
 
-__device__ __forceinline__ void load2(float *v, const value *from)
+// 4 neighbours that lie at a multiple of their size.
+__device__ __forceinline__ void load4(float *v, const value *from)
 {
-    Two raw;
+    Four raw;
     raw.whole = *(const decltype(raw.whole) *)from;
-    v[0] = wide(raw.at[0]);
-    v[1] = wide(raw.at[1]);
+#pragma unroll
+    for (int i = 0; i < 4; i++) v[i] = wide(raw.at[i]);
 }
 
-__device__ __forceinline__ void store2(value *to, const float *v)
+__device__ __forceinline__ void store4(value *to, const float *v)
 {
-    Two raw;
-    raw.at[0] = narrow(v[0]);
-    raw.at[1] = narrow(v[1]);
+    Four raw;
+#pragma unroll
+    for (int i = 0; i < 4; i++) raw.at[i] = narrow(v[i]);
     *(decltype(raw.whole) *)to = raw.whole;
 }
 
