@@ -266,7 +266,7 @@ def test_multiply_decodes_in_its_lane_once_and_in_its_precision(
     multiply(layer, operand, [out[..., :2], out[..., 2:]])
     multiply(layer, operand, out, scratch=1)
     dtype = precision.operand or torch.float32
-    assert told == [(dtype, layer.row_scale, 0), (dtype, layer.row_scale, 1)]
+    assert told == [(dtype, layer.row_scale, 0, None), (dtype, layer.row_scale, 1, None)]
 
 
 def test_a_weight_that_comes_later_gets_its_scales(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,11 @@ class HostMemory:
                 VortexWarning,
             )
 
+    @property
+    def address(self) -> int:
+        """Where it starts."""
+        return self._region.memory.untyped_storage().data_ptr()
+
     def take(self, size: int) -> Tensor:
         """The next `size` bytes."""
         return self._region.take((size,), torch.uint8)

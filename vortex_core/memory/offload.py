@@ -85,6 +85,41 @@ class WeightGroup:
             view.copy_(tensor.data)
             tensor.data = view
 
+    def relayout(self, memory: HostMemory | None = None) -> None:
+        """Lay the tensors out anew, where the group is, after some were added or removed. It must be packed.
+
+        `memory`: for a group that streams. On torch's `OutOfMemoryError` it lies where it lay.
+        """
+        assert not self.expanded
+        home = torch.device("cpu") if self.device is None else self.device.device
+        size = self.measure()
+        if self.device is None and self.streams:
+            assert memory is not None
+            buffer = memory.take(size)
+        else:
+            buffer = torch.empty(size, dtype=torch.uint8, device=home)
+        for tensor, view in self._views(buffer):
+            view.copy_(tensor.data)
+            tensor.data = view
+        # another copy would be of the tensors before
+        self.device, self.host = (None, buffer) if self.device is None else (buffer, None)
+        self.streams = self.streams and self.device is None
+
+    @contextmanager
+    def visiting(self, device: torch.device) -> Iterator[None]:
+        """Inside, the group's tensors are on `device`, wherever it is at home; what is written to them stays."""
+        if self.device is not None:
+            yield
+            return
+        assert self.host is not None
+        buffer = self.host.to(device)
+        self.bind(buffer)
+        try:
+            yield
+            self.host.copy_(buffer)
+        finally:
+            self.bind(self.host)
+
     def bind(self, buffer: Tensor) -> None:
         """Make the tensors views of `buffer` (uint8, at least `nbytes`)."""
         for tensor, view in self._views(buffer):

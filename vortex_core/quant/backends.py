@@ -1,4 +1,4 @@
-"""Ways to dequantize NF4: by Triton, bitsandbytes or plain torch. One is chosen at load, and the log says why."""
+"""Ways to dequantize NF4: Triton, CUDA C, bitsandbytes, plain torch. One is chosen at load, and the log says why."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import nf4
 from ..errors import VortexInputError, quoted
-from ..kernels import fused_declined, reference
+from ..kernels import Adapter, compiled_declined, fused_declined, reference
 from ..nf4 import BLOCK, NF4Weight
 from ..utils.packages import first_line, missing
 
@@ -27,6 +27,7 @@ class Backend(ABC):
     """
 
     name: str
+    working_bytes = 0  # that it allocates at most to dequantize into given memory
 
     def __init__(self) -> None:
         self._scratch: tuple[Tensor, ...] = ()
@@ -41,44 +42,66 @@ class Backend(ABC):
             self._scratch = ()
 
     def dequantize(
-        self, packed: Tensor, absmax: Tensor, dtype: torch.dtype, row_scale: Tensor | None = None, scratch: int = 0
+        self,
+        packed: Tensor,
+        absmax: Tensor,
+        dtype: torch.dtype,
+        row_scale: Tensor | None = None,
+        scratch: int = 0,
+        adapter: Adapter | None = None,
     ) -> Tensor:
         """uint8 `[N, K/2]` and fp32 `[N, K/64]` to `[N, K]` in `dtype`, divided by `row_scale` `[N]` if given.
 
-        Inside `using`, it is written into the buffer of index `scratch`, if there is one.
+        The update of an `adapter` is added. Inside `using`, it is written into the buffer of index `scratch`, if there
+        is one.
         """
         shape = (packed.shape[0], packed.shape[1] * 2)
         if scratch < len(self._scratch):
             out = self._scratch[scratch][: prod(shape) * dtype.itemsize].view(dtype).view(shape)
         else:
             out = torch.empty(shape, dtype=dtype, device=packed.device)
-        self.write(packed, absmax, out, row_scale)
+        self.decode(packed, absmax, out, row_scale, adapter)
         return out
 
-    def row_scales(self, packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
-        """What each row is divided by before it is rounded to `dtype`, 8 bits: fp32 `[N]`."""
-        out = torch.empty(len(packed), device=packed.device)
-        if not packed.is_meta:
-            self.measure(packed, absmax, out, dtype)
-        return out
+    def decode(
+        self, packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None, adapter: Adapter | None = None
+    ) -> None:
+        """Dequantize into `out`, with the update of an `adapter`.
+
+        In 16 bits it is added to what was rounded, and rounded again, unless a backend does better.
+        """
+        if adapter is None:
+            self.write(packed, absmax, out, row_scale)
+        elif row_scale is None:
+            self.write(packed, absmax, out, None)
+            adapter.add_to(out)
+        else:
+            reference.dequantize(packed, absmax, out, row_scale, adapter)
 
     @abstractmethod
     def write(self, packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None) -> None:
         """Dequantize into `out`."""
 
-    def measure(self, packed: Tensor, absmax: Tensor, out: Tensor, dtype: torch.dtype) -> None:
-        """Write the rows' scales into `out`."""
-        reference.row_scales(packed, absmax, out, dtype)
+    def row_scales(
+        self, packed: Tensor, absmax: Tensor, out: Tensor, dtype: torch.dtype, adapter: Adapter | None = None
+    ) -> None:
+        """Write into `out`, fp32 `[N]`, what each row is divided by before it is rounded to `dtype`, of 8 bits."""
+        reference.row_scales(packed, absmax, out, dtype, adapter)
 
 
 class ReferenceBackend(Backend):
     """Plain torch; the oracle, and the fallback that runs wherever torch runs."""
 
     name = "reference"
+    working_bytes = nf4.DEQUANTIZE_BYTES
 
-    def write(self, packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None) -> None:
-        """See `Backend.write`."""
-        reference.dequantize(packed, absmax, out, row_scale)
+    def decode(
+        self, packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None, adapter: Adapter | None = None
+    ) -> None:
+        """See `Backend.decode`."""
+        reference.dequantize(packed, absmax, out, row_scale, adapter)
+
+    write = decode
 
 
 class TritonBackend(Backend):
@@ -86,17 +109,35 @@ class TritonBackend(Backend):
 
     name = "triton"
 
+    def decode(
+        self, packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None, adapter: Adapter | None = None
+    ) -> None:
+        """See `Backend.decode`. An update is added before the one rounding."""
+        from ..kernels import fused
+
+        fused.dequantize(packed, absmax, out, row_scale, adapter)
+
+    write = decode
+
+    def row_scales(
+        self, packed: Tensor, absmax: Tensor, out: Tensor, dtype: torch.dtype, adapter: Adapter | None = None
+    ) -> None:
+        """See `Backend.row_scales`."""
+        from ..kernels import fused
+
+        fused.row_scales(packed, absmax, out, dtype, adapter)
+
+
+class NvrtcBackend(Backend):
+    """Vortex' kernel in CUDA C, as fast; for cards without Triton, and to 16 and 32 bits only."""
+
+    name = "nvrtc"
+
     def write(self, packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None) -> None:
         """See `Backend.write`."""
-        from ..kernels import fused
+        from ..kernels import compiled
 
-        fused.dequantize(packed, absmax, out, row_scale)
-
-    def measure(self, packed: Tensor, absmax: Tensor, out: Tensor, dtype: torch.dtype) -> None:
-        """See `Backend.measure`."""
-        from ..kernels import fused
-
-        fused.row_scales(packed, absmax, out, dtype)
+        compiled.dequantize(packed, absmax, out, row_scale)
 
 
 class BitsAndBytesBackend(Backend):
@@ -116,8 +157,9 @@ class BitsAndBytesBackend(Backend):
             out.copy_(torch.ops.bitsandbytes.dequantize_4bit.default(*arguments))
 
 
-_KINDS = {kind.name: kind for kind in (TritonBackend, BitsAndBytesBackend, ReferenceBackend)}
+_KINDS = {kind.name: kind for kind in (TritonBackend, NvrtcBackend, BitsAndBytesBackend, ReferenceBackend)}
 BACKENDS = tuple(_KINDS)  # the fastest first
+_CHOICE = "'triton', 'nvrtc', 'bitsandbytes' or 'reference'"
 
 
 def choose_backend(device: torch.device, name: str | None = None) -> Backend:
@@ -127,7 +169,7 @@ def choose_backend(device: torch.device, name: str | None = None) -> Backend:
     Raises `VortexInputError` for an unknown name, or for a named backend that does not work on this machine.
     """
     if name not in (None, *BACKENDS):
-        raise VortexInputError(f"Unknown backend {quoted(name)}; choose 'triton', 'bitsandbytes' or 'reference'.")
+        raise VortexInputError(f"Unknown backend {quoted(name)}; choose {_CHOICE}.")
     reasons: list[str] = []
     fastest = BACKENDS if device.type == "cuda" else BACKENDS[-1:]
     for candidate in fastest if name is None else (name,):
@@ -136,6 +178,8 @@ def choose_backend(device: torch.device, name: str | None = None) -> Backend:
             why = "asked for" if name else "; ".join(reasons) or "the fastest"
             slow = bool(reasons) and candidate == "reference"
             log.log(logging.WARNING if slow else logging.INFO, "NF4 backend: %s on %s (%s)", candidate, device, why)
+            if candidate == "reference":
+                nf4.pairs_of(device)  # now: it stays, and a capture could not make it
             return _KINDS[candidate]()
         reasons.append(f"{candidate} declined: {declined}")
     raise VortexInputError(f"The {name} backend does not work on {device}: {declined}")
@@ -145,6 +189,8 @@ def backend_declined(name: str, device: torch.device) -> str | None:
     """Why a backend cannot dequantize on `device`, or None."""
     if name == "triton":
         return fused_declined(device)
+    if name == "nvrtc":
+        return compiled_declined(device)
     return bitsandbytes_declined(device) if name == "bitsandbytes" else None
 
 

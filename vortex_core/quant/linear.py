@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import ScaledTensor
+from ..kernels import Adapter, ScaledTensor
 from ..memory.arena import Shape
 from ..nf4 import BLOCK, NF4Weight
 from .backends import Backend
 from .precision import EXACT, Precision
+
+FACTORS = Adapter._fields[:-1]  # what an update has for a weight alone
 
 
 class NF4Linear(nn.Module):
@@ -30,12 +32,19 @@ class NF4Linear(nn.Module):
     packed: Tensor
     absmax: Tensor
     row_scale: Tensor | None
+    up: Tensor | None
+    down: Tensor | None
+    part: Tensor | None
+    owner: Tensor | None
 
     def __init__(self, weight: NF4Weight, bias: Tensor | None, backend: Backend) -> None:
         super().__init__()
         self.register_buffer("packed", weight.packed)
         self.register_buffer("absmax", weight.absmax)
         self.register_buffer("row_scale", None)
+        for name in FACTORS:  # buffers, so that they move with the weight
+            self.register_buffer(name, None)
+        self._strengths: Tensor | None = None
         self._copy: Tensor | None = None
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.backend = backend
@@ -62,12 +71,34 @@ class NF4Linear(nn.Module):
         """Multiply in `precision`. In 8 bits that needs what each row of the weight is divided by: 4 bytes a row."""
         self.precision, self.row_scale, self._copy = precision, None, None
         if precision.operand is not None:
-            self.row_scale = self.backend.row_scales(self.packed, self.absmax, precision.operand)
+            self.row_scale = torch.empty(len(self.packed), device=self.packed.device)
+            self.rescale()
+
+    def adapt(self, adapter: Adapter | None) -> None:
+        """Add an update to the weight from now on, in place of another one; None: none. In 8 bits `rescale` it then."""
+        for name in FACTORS:
+            setattr(self, name, None if adapter is None else getattr(adapter, name))
+        self._strengths = None if adapter is None else adapter.strengths
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """The update that is added to the weight, where its factors lie now."""
+        if self.up is None or self.down is None or self.part is None or self.owner is None or self._strengths is None:
+            return None
+        return Adapter(self.up, self.down, self.part, self.owner, self._strengths)
+
+    def rescale(self) -> None:
+        """In 8 bits: find what each row of the weight with its update is divided by."""
+        if self.row_scale is not None and not self.packed.is_meta:
+            assert self.precision.operand is not None
+            what = (self.row_scale, self.precision.operand)
+            self.backend.row_scales(self.packed, self.absmax, *what, self.adapter)
 
     @property
     def packing(self) -> tuple[Tensor, ...]:
         """What a product does not need where the weight is expanded."""
-        return self.packed, self.absmax
+        factors = self.adapter or ()
+        return (self.packed, self.absmax, *factors[:-1])
 
     @property
     def decoded(self) -> Shape | None:
@@ -77,7 +108,7 @@ class NF4Linear(nn.Module):
     def expand(self, out: Tensor | None) -> None:
         """Decode the weight into `out`, for all products to come; None: decode it for each again."""
         if out is not None:
-            self.backend.write(self.packed, self.absmax, out, self.row_scale)
+            self.backend.decode(self.packed, self.absmax, out, self.row_scale, self.adapter)
         self._copy = out
 
     def operand(self, dtype: torch.dtype, scratch: int) -> Tensor:
@@ -85,11 +116,12 @@ class NF4Linear(nn.Module):
         if self._copy is not None:
             return self._copy
         dtype = self.precision.operand or dtype
-        return self.backend.dequantize(self.packed, self.absmax, dtype, self.row_scale, scratch)
+        return self.backend.dequantize(self.packed, self.absmax, dtype, self.row_scale, scratch, self.adapter)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., K]` to `[..., N]`."""
-        return F.linear(x, self.backend.dequantize(self.packed, self.absmax, x.dtype), self.bias)
+        weight = self.backend.dequantize(self.packed, self.absmax, x.dtype, adapter=self.adapter)
+        return F.linear(x, weight, self.bias)
 
     def extra_repr(self) -> str:
         """Sizes and backend, for `print(model)`."""
