@@ -132,6 +132,7 @@ class Conditioner:
     ) -> None:
         self.tokenizers, self.device = tokenizers, device
         self.clip, self.t5, self.modulation = clip, t5, modulation
+        self.adapters: tuple[tuple[str, float], ...] = ()  # what LoRAs change of the parts here: cached apart
         self._tokens: dict[str, tuple[Tokens, Tokens]] = {}  # of the latest prompt
         self._cache: OrderedDict[tuple[object, ...], Conditioning] = OrderedDict()
 
@@ -144,7 +145,7 @@ class Conditioner:
         clip, t5 = self._tokens.get(prompt) or tokenize_prompt(*self.tokenizers, prompt)
         if not (clip.lost or t5.lost):  # a cut prompt is tokenized again, so that it warns each time
             self._tokens = {prompt: (clip, t5)}
-        key = (clip.ids, t5.ids, steps)
+        key = (clip.ids, t5.ids, steps, self.adapters)
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]

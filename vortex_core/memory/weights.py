@@ -84,18 +84,21 @@ class Placement:
         self.prompt = Prefetcher([group for group in groups if group.part in PROMPT], self.device)
         self.steps = Prefetcher([group for group in groups if group.part == BLOCKS], self.device)
         self.streamed, self.copies = streamed, copies
-        self.addresses = tuple(0 if group.device is None else group.device.data_ptr() for group in self.groups)
+        self.addresses = self._addresses()
 
     def relayout(self, groups: Sequence[WeightGroup]) -> None:
         """Lay `groups` out anew, after their modules got other tensors. Raises torch's `OutOfMemoryError`."""
-        self._stop()
         streaming = [group for group in groups if group.device is None and group.streams]
         memory = self.host_memory(sum(group.measure() for group in streaming)) if streaming else None
         for group in groups:
             group.relayout(memory)
             hand_back(self.device)  # what it had: together they would not fit
+        self.addresses = self._addresses()
         used = {group.host.untyped_storage().data_ptr() for group in self.groups if group.host is not None}
         self._host = [memory for memory in self._host if memory.address in used]
+
+    def _addresses(self) -> tuple[int, ...]:
+        return tuple(0 if group.device is None else group.device.data_ptr() for group in self.groups)
 
     def offload(self) -> None:
         """Move all groups to host memory, until `place` brings them back. The freed memory stays in torch's cache."""

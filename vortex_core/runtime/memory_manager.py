@@ -22,7 +22,7 @@ from ..device.streams import blas_of
 from ..device.vram import Counters, Ledger, available, cap_process, counters, graph_memory, hand_back, shortage
 from ..errors import GB, MemoryPressureError, MemoryPressureWarning
 from ..memory.arena import Region, Views, block
-from ..memory.planner import MemoryPlan, MemoryRequirements, make_plan, smallest_budget
+from ..memory.planner import MemoryPlan, MemoryRequirements, WeightGroupSize, make_plan, smallest_budget
 from ..memory.weights import Placement
 from .decoder_graphs import DecoderGraphs
 from .graphs import GraphCache, Velocity
@@ -173,6 +173,34 @@ class MemoryManager:
             self.arena = block(plan.arena, self.device)
         if self.library.numel() < plan.library:
             self.library = block(plan.library, self.device)
+
+    def pack(self) -> None:
+        """Have each group in one place, packed, since weights are about to change. The next call makes copies again."""
+        placement = self.placement
+        if placement.streamed is not None and placement.copies:
+            self.release()
+            placement.place(placement.streamed)
+            self._settled = False
+        for group in placement.groups:
+            if group.device is not None:
+                group.host, group.streams = None, False
+
+    def resize(self, sizes: tuple[WeightGroupSize, ...]) -> None:
+        """Plan for groups of these sizes, and make room for them; their layout is changed afterwards.
+
+        Raises `MemoryPressureError`, and nothing has changed.
+        """
+        room = available(self.device, sum(self.components.values()))
+        limit = min(self.budget, math.inf if room is None else room)
+        plan = make_plan(sizes, self.plan.requirements, limit, self.placement.streamed, frozenset())
+        if plan is None:
+            least = make_plan(sizes, self.plan.requirements, smallest_budget(sizes, self.plan.requirements))
+            assert least is not None
+            raise self._pressure("With these LoRAs this does not fit", least, limit)
+        self.release()
+        if self.placement.streamed is not None:
+            self.placement.place(plan.streamed)
+        self.plan, self.model.sizes = plan, sizes
 
     def release(self) -> None:
         """Give back the arena, the libraries' block and the graphs; weights stay."""

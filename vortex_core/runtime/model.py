@@ -83,7 +83,7 @@ class Model:
         self.decoder.use(self._vae_kernels)
         self.origins: dict[str, tuple[Origin, ...]] = {}
         self.groups = list(self._groups())
-        self.sizes = tuple(self._size(group) for group in self.groups)
+        self.sizes = self.measure()
         self.scratch = self._scratch()
         # to dequantize; cudaMallocAsync leaves up to 0.17 GB between the small tensors that are allocated (H200)
         self._plain = 0 if fused or backend is None else backend.working_bytes
@@ -129,9 +129,10 @@ class Model:
         for path in blocks:
             yield self._group(path, BLOCKS, {("transformer", f"{path}."): transformer.get_submodule(path)})
 
-    @staticmethod
-    def _size(group: WeightGroup) -> WeightGroupSize:
-        return WeightGroupSize(group.name, group.part, group.measure(), group.copied)
+    def measure(self) -> tuple[WeightGroupSize, ...]:
+        """The sizes of all groups, as their modules are now."""
+        measured = ((group, group.measure()) for group in self.groups)
+        return tuple(WeightGroupSize(group.name, group.part, nbytes, group.copied) for group, nbytes in measured)
 
     def _group(self, name: str, part: str, modules: Mapping[Origin, nn.Module]) -> WeightGroup:
         self.origins[name] = tuple(modules)

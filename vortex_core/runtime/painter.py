@@ -34,6 +34,7 @@ from ..quant.linear import multiply
 from ..utils.timing import mark
 from . import loading
 from .loading import OnLoad, ResolvedConfig
+from .loras import Chosen, Loras
 from .memory_manager import MemoryManager, Place
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class Painter:
         self.memory = MemoryManager(self.model, setup, first)
         encoders = (self.model.clip, self.model.t5, self.model.modulation)
         self.conditioner = Conditioner((bundle.tokenizer, bundle.tokenizer_2), *encoders, setup.device)
+        self.loras = Loras(self.model, self.memory)
         self._verdicts = Verdicts(setup.device)
 
     @classmethod
@@ -97,6 +99,12 @@ class Painter:
             self.__dict__.clear()
             gc.collect()
             hand_back(device)
+
+    def use_loras(self, chosen: Chosen) -> None:
+        """Draw with these LoRAs from now on. Raises as `Loras.use`."""
+        with _as_out_of_memory():
+            self.loras.use(chosen)
+        self.conditioner.adapters = self.loras.at_prompt_time
 
     def encode(self, prompt: str, steps: int) -> Conditioning:
         """The `Conditioning` of a prompt, cached by its tokens."""

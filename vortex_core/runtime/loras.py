@@ -1,0 +1,250 @@
+"""The LoRAs of an engine: from files with strengths to what its weights get, and back to the bits of before.
+
+NF4 stays as it is: decoding adds a low-rank update (kernels/adapter.py). Factors are buffers of the linears, so they
+lie in the groups that the planner places, and stream with their block where there is no room. What is not NF4 (norms,
+biases, small linears, CLIP) is computed anew from an original that is kept in host memory.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import VortexCheckpointError, VortexInputError
+from ..kernels import Adapter
+from ..memory.offload import WeightGroup
+from ..nf4 import NF4Weight, dequantize
+from ..quant.adapters import LoraFile, LoraPart, LowRank, Magnitude
+from ..quant.linear import NF4Linear
+from ..quant.low_rank import adapter_of
+from .memory_manager import MemoryManager
+from .model import Model
+
+log = logging.getLogger(__name__)
+
+MOST = 32  # files at once
+Chosen = tuple[tuple[LoraFile, float], ...]
+PROMPT_PARTS = ("t5", "clip")
+
+
+class Loras:
+    """What an engine draws with; `chosen` now. Use only on the engine's thread."""
+
+    def __init__(self, model: Model, memory: MemoryManager) -> None:
+        self.chosen: Chosen = ()
+        self._model, self._memory, self._device = model, memory, memory.device
+        self._strengths = torch.zeros(MOST, device=self._device)  # where adapters read them, and captured steps, too
+        self._factor_type = torch.float32 if model.dtype == torch.float32 else torch.float16
+        self._originals: dict[tuple[str, str], Tensor] = {}  # by part, and name of a tensor; in host memory
+        self._gains: dict[NF4Linear, tuple[Tensor, list[Tensor | None]]] = {}  # absmax as it was; of each file
+
+    def use(self, chosen: Chosen) -> None:
+        """Draw with these from now on; nothing happens if it is what there is.
+
+        Raises `VortexInputError` and `VortexCheckpointError` for what cannot be used, and `MemoryPressureError` where
+        there is no room; then it stays as it was.
+        """
+        chosen = tuple((file, strength) for file, strength in chosen if strength != 0)
+        files, before = ([id(file) for file, _ in which] for which in (chosen, self.chosen))
+        if files == before and [strength for _, strength in chosen] == [strength for _, strength in self.chosen]:
+            return
+        self._check(chosen)
+        self._memory.pack()
+        if files != before:
+            self._attach(chosen)
+        self._strengths.zero_()
+        self._strengths[: len(chosen)] = torch.tensor([strength for _, strength in chosen])
+        self._write(chosen)
+        self.chosen = chosen
+        log.info("LoRAs: %s", ", ".join(f"{file.path} x {strength:g}" for file, strength in chosen) or "none")
+
+    @property
+    def at_prompt_time(self) -> tuple[tuple[str, float], ...]:
+        """Which of them change what a prompt becomes, with their strengths."""
+        modulation = {name for name, _ in self._model.modulation.named_modules()}
+
+        def early(file: LoraFile) -> bool:
+            return any(part in PROMPT_PARTS or modulation & _names(what) for part, what in file.parts.items())
+
+        return tuple((file.path, strength) for file, strength in self.chosen if early(file))
+
+    def _check(self, chosen: Chosen) -> None:
+        if len(chosen) > MOST:
+            raise VortexInputError(f"{len(chosen)} LoRAs are too many at once; {MOST} are the most.")
+        if chosen and not any(True for group in self._model.groups for _ in _linears(group)):
+            raise VortexInputError("LoRAs need NF4 weights: load the model with quantization='nf4'.")
+        for file, _ in chosen:
+            for part, what in file.parts.items():
+                known = self._modules(part)
+                strange = sorted(name for name in _names(what) if name not in known)
+                if strange:
+                    raise VortexCheckpointError(f"{file.path} changes {strange[0]}, which this model does not have.")
+                packed = {name for name, module in known.items() if isinstance(module, NF4Linear)}
+                dense = sorted(what.whole() & packed)
+                if dense:
+                    raise VortexCheckpointError(
+                        f"{file.path} changes {len(dense)} weights as a whole, such as {dense[0]}: that is no low-rank "
+                        "update, and cannot be added to 4-bit weights."
+                    )
+
+    def _modules(self, part: str) -> dict[str, nn.Module]:
+        """The modules of a part by canonical name."""
+        named = self._model.modules.get(part, [])
+        return {prefix + path: child for module, prefix in named for path, child in module.named_modules()}
+
+    # --- factors --------------------------------------------------------------------------------------------------
+
+    def _attach(self, chosen: Chosen) -> None:
+        """Give each linear the factors of these files; where shapes change, groups are laid out anew."""
+        for linear, (absmax, _) in self._gains.items():
+            linear.absmax.copy_(absmax)
+        self._gains.clear()
+        wanted = self._updates(chosen)
+        changed = self._resize(wanted)
+        try:
+            for group in self._model.groups:
+                self._fill(group, wanted, anew=group in changed)
+        except BaseException:
+            self._fall_back()
+            raise
+
+    def _updates(self, chosen: Chosen) -> dict[NF4Linear, list[list[LowRank]]]:
+        """The updates of each linear that has any, by file."""
+        found: dict[NF4Linear, list[list[LowRank]]] = {}
+        for part in ("transformer", "t5"):
+            for name, linear in self._modules(part).items():
+                if isinstance(linear, NF4Linear):
+                    updates = [
+                        self._of_file(file.parts.get(part), name, linear, i) for i, (file, _) in enumerate(chosen)
+                    ]
+                    if any(updates):
+                        found[linear] = updates
+        return found
+
+    def _of_file(self, what: LoraPart | None, name: str, linear: NF4Linear, file: int) -> list[LowRank]:
+        if what is None or name not in what.modules():
+            return []
+        updates = list(what.updates.get(name, ()))
+        if name in what.inputs or name in what.row_scales:
+            packed, absmax = linear.packed.to(self._device), linear.absmax.to(self._device)
+            weight = dequantize(NF4Weight(packed, absmax), torch.float32)
+            updates += [one.of(weight) for one in what.inputs.get(name, ())]
+            if name in what.row_scales:
+                updates = self._with_gains(what.row_scales[name], updates, weight, linear, file)
+        return updates
+
+    def _with_gains(
+        self, scales: Sequence[Magnitude], updates: list[LowRank], weight: Tensor, linear: NF4Linear, file: int
+    ) -> list[LowRank]:
+        """DoRA: a gain for each row of the weight, which absmax takes, and of the update, which `up` takes."""
+        merged, gains = weight.clone(), torch.ones(len(weight), device=weight.device)
+        for one in updates:
+            merged[one.rows] += one.up.to(weight) @ one.down.to(weight)
+        for scale in scales:
+            gains[scale.rows] = scale.gains(merged).flatten()
+        _, several = self._gains.setdefault(linear, (linear.absmax.cpu().clone(), [None] * MOST))
+        several[file] = (gains - 1).cpu()
+        return [LowRank(one.rows, one.up.to(weight) * gains[one.rows, None], one.down) for one in updates]
+
+    def _resize(self, wanted: Mapping[NF4Linear, list[list[LowRank]]]) -> list[WeightGroup]:
+        """Plan for the new factors, before any is made; the groups whose layout changes."""
+        nowhere, changed = self._strengths.to("meta"), []
+        before = {linear: linear.adapter for group in self._model.groups for linear in _linears(group)}
+        for group in self._model.groups:
+            for linear in _linears(group):
+                linear.adapt(self._made(linear, wanted[linear], nowhere) if linear in wanted else None)
+            if any(_shapes(linear.adapter) != _shapes(before[linear]) for linear in _linears(group)):
+                changed.append(group)
+        sizes = self._model.measure()
+        for linear, adapter in before.items():
+            linear.adapt(adapter)
+        self._model.measure()
+        if changed:
+            self._memory.resize(sizes)
+        return changed
+
+    def _fill(self, group: WeightGroup, wanted: Mapping[NF4Linear, list[list[LowRank]]], *, anew: bool) -> None:
+        for linear in _linears(group):
+            made = self._made(linear, wanted[linear], self._strengths) if linear in wanted else None
+            kept = linear.adapter
+            if anew or made is None or kept is None:
+                linear.adapt(made)
+            else:
+                for place, factor in zip(kept[:-1], made[:-1], strict=True):
+                    place.copy_(factor)
+        if anew:
+            self._memory.placement.relayout([group])
+
+    def _fall_back(self) -> None:
+        """After an error half-way: no LoRA at all."""
+        self.chosen = ()
+        for group in self._model.groups:
+            if any(linear.adapter is not None for linear in _linears(group)):
+                for linear in _linears(group):
+                    linear.adapt(None)
+                self._memory.placement.relayout([group])
+        self._memory.resize(self._model.measure())
+        self._write(())
+
+    def _made(self, linear: NF4Linear, updates: Sequence[Sequence[LowRank]], strengths: Tensor) -> Adapter:
+        rotated = linear.precision.operand == torch.int8
+        return adapter_of(updates, linear.shape, strengths, self._factor_type, rotated=rotated)
+
+    # --- what is written in place ---------------------------------------------------------------------------------
+
+    def _write(self, chosen: Chosen) -> None:
+        """What depends on strengths: gains, biases, norms, plain weights, and in 8 bits the scales of rows."""
+        strengths = [strength for _, strength in chosen]
+        for linear, (absmax, gains) in self._gains.items():
+            rows = torch.ones(len(absmax))
+            for strength, gain in zip(strengths, gains, strict=False):
+                rows = rows if gain is None else rows + strength * gain
+            linear.absmax.copy_(absmax * rows[:, None])
+        for part in ("transformer", "t5", "clip"):
+            for name, module in self._modules(part).items():
+                self._write_plain(part, name, module, chosen)
+        for group in self._model.groups:
+            scaled = [linear for linear in _linears(group) if linear.row_scale is not None]
+            if scaled:
+                with group.visiting(self._device):
+                    for linear in scaled:
+                        linear.rescale()
+
+    def _write_plain(self, part: str, name: str, module: nn.Module, chosen: Chosen) -> None:
+        touches = [
+            (file.parts[part], s) for file, s in chosen if part in file.parts and name in _names(file.parts[part])
+        ]
+        for kind, parameter in module.named_parameters(recurse=False):
+            key = (part, f"{name}.{kind}")
+            if not touches and key not in self._originals:
+                continue
+            original = self._originals.setdefault(key, parameter.detach().cpu().clone())
+            value = original.float()
+            for what, strength in touches:
+                value = value + strength * _delta(what, name, kind, original)
+            parameter.copy_(value)
+
+
+def _delta(what: LoraPart, name: str, kind: str, original: Tensor) -> Tensor:
+    if kind == "bias" and name in what.biases:
+        return what.biases[name].float()
+    if name in what.norms:
+        return what.norms[name].delta(original)
+    if kind == "weight" and name in what.modules():
+        return what.delta(name, original)
+    return torch.zeros_like(original, dtype=torch.float32)
+
+
+def _names(what: LoraPart) -> set[str]:
+    return {*what.modules(), *what.biases, *what.norms}
+
+
+def _linears(group: WeightGroup) -> Iterator[NF4Linear]:
+    return (part for module in group.modules for part in module.modules() if isinstance(part, NF4Linear))
+
+
+def _shapes(adapter: Adapter | None) -> tuple[torch.Size, ...]:
+    return () if adapter is None else tuple(factor.shape for factor in adapter[:-1])
