@@ -1,0 +1,153 @@
+"""Reads a LoRA's tensors and makes canonical updates of them (`quant/adapters.py`)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..flux1.spec import ModelSpec
+from ..quant.adapters import LoraFile, LoraPart, LowRank, Magnitude, NormChange
+from ..storage.files import Raw
+from ..storage.finite_weights import Finite
+from .lora_factors import bias_of, dense, flat, low_rank, low_rank_input, rank_of_alpha, rotation, swapped
+from .lora_header import LoraHeader, open_lora
+from .lora_kinds import kind_of
+from .lora_layers import DENSE, INPUT, LOW, NORM, TURN, Layer, axis, trimmed
+
+EIGHT = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def read_lora(path: str | Path, spec: ModelSpec) -> LoraFile:
+    """A LoRA file in canonical names, in host memory, for a model of these sizes.
+
+    Raises `VortexCheckpointError` as `open_lora` does, and for NaN and infinity.
+    """
+    return read(open_lora(path, spec))
+
+
+def read(header: LoraHeader) -> LoraFile:
+    """The tensors of an opened LoRA."""
+    parts: dict[str, _Parts] = defaultdict(_Parts)
+    reader = _Reader(header)
+    for one in header.layers:
+        reader.add(one, parts[one.place.part])
+    return LoraFile(
+        path=header.where,
+        kind=kind_of(header),
+        parts={name: part.merged() for name, part in parts.items()},
+        refused=dict(header.refused),
+        ignored=dict(header.ignored),
+        ranks=header.ranks,
+        nbytes=header.nbytes,
+    )
+
+
+@dataclass(slots=True)
+class _Parts:
+    """A `LoraPart` in the making: lists by module."""
+
+    lists: dict[str, dict[str, list[Any]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(list)))
+    biases: dict[str, Tensor] = field(default_factory=dict)
+    norms: dict[str, NormChange] = field(default_factory=dict)
+
+    def add(self, what: str, module: str, change: Any) -> None:
+        self.lists[what][module].append(change)
+
+    def merged(self) -> LoraPart:
+        """In the order of rows; updates that follow each other and share a `down` become one."""
+        made = {
+            what: {name: tuple(sorted(changes, key=lambda one: one.rows.start)) for name, changes in modules.items()}
+            for what, modules in self.lists.items()
+        }
+        made["updates"] = {name: _joined(updates) for name, updates in made.get("updates", {}).items()}
+        return LoraPart(**made, biases=self.biases, norms=self.norms)
+
+
+def _joined(updates: tuple[LowRank, ...]) -> tuple[LowRank, ...]:
+    groups = [[updates[0]]]
+    for before, after in pairwise(updates):
+        if before.rows.stop == after.rows.start and _equal(before.down, after.down):
+            groups[-1].append(after)
+        else:
+            groups.append([after])
+    return tuple(
+        group[0]
+        if len(group) == 1
+        else LowRank(
+            slice(group[0].rows.start, group[-1].rows.stop), torch.cat([one.up for one in group]), group[0].down
+        )
+        for group in groups
+    )
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
+class _Reader:
+    """Reads layers of one file."""
+
+    def __init__(self, header: LoraHeader) -> None:
+        self._raw: Raw = header.raw
+        self._alphas = header.alphas
+        self._finite = Finite(header.where)
+
+    def add(self, one: Layer, parts: _Parts) -> None:
+        """Read `one`, and put what it changes into `parts`."""
+        tensors = {role: self._read(key) for role, key in one.keys.items()}
+        module = one.place.module
+        scale = self._scale(one, tensors)
+        if one.form == LOW:
+            parts.add("updates", module, low_rank(one, tensors, scale))
+        elif one.form == DENSE:
+            parts.add("dense", module, dense(one, tensors, scale))
+        elif one.form == INPUT:
+            before, after = low_rank_input(one, tensors, scale)
+            parts.add("inputs", module, before)
+            parts.add("updates", module, after)
+        elif one.form == TURN:
+            constraint = tensors["alpha"].item() if "alpha" in tensors else 0.0
+            parts.add("rotations", module, rotation(one, tensors, constraint))
+        elif one.form == NORM:
+            parts.norms[module] = _norm(tensors)
+        if "dora" in tensors:
+            parts.add("row_scales", module, _magnitude(one, tensors["dora"]))
+        if not tensors.keys().isdisjoint(("diff_b", "up_bias")):
+            bias = parts.biases.setdefault(module, torch.zeros(one.place.shape[0]))
+            bias[one.place.rows] += bias_of(one, tensors, scale)
+
+    def _read(self, key: str) -> Tensor:
+        tensor = self._raw.read(key)
+        if tensor.dtype in EIGHT:
+            tensor = tensor.bfloat16()  # which holds them exactly
+        elif tensor.dtype == torch.float64 or not tensor.is_floating_point():
+            tensor = tensor.float()
+        return flat(self._finite.watch(key, tensor))
+
+    def _scale(self, one: Layer, tensors: dict[str, Tensor]) -> float:
+        rank = rank_of_alpha(one, tensors)
+        if rank is None:
+            return 1.0
+        if "alpha" in tensors:
+            return tensors["alpha"].item() / rank
+        return self._alphas.scale(one.stem, rank)
+
+
+def _norm(tensors: dict[str, Tensor]) -> NormChange:
+    if "diff" in tensors:
+        return NormChange(tensors["diff"].float().view(-1))
+    return NormChange(tensors["set" if "set" in tensors else "weight"].float().view(-1), replaces=True)
+
+
+def _magnitude(one: Layer, values: Tensor) -> Magnitude:
+    along = axis(trimmed(tuple(values.shape)), (one.place.count, one.place.shape[1]))
+    values = values.float().reshape(-1)
+    if along == "output":
+        return Magnitude(one.place.rows, swapped(values, one.place), "output")
+    return Magnitude(one.place.rows, values, "input")
