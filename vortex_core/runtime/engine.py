@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,8 @@ from ..memory.offload import nbytes
 from ..memory.planner import MemoryPlan
 from . import loading
 from .loading import OnLoad, ResolvedConfig
+from .lora_files import LoraFiles
+from .loras import Chosen
 from .painter import OnStep, Painter
 from .turns import Turns
 
@@ -60,6 +62,8 @@ class Engine(Turns):
         self.native_size = bundle.spec.vae.sample_size
         self.last_seed: int | None = None
         self._spec = bundle.spec.flux
+        self._lora_files = LoraFiles(bundle.spec)
+        self._loras: Chosen = ()
         self._budgeted = setup.budget is not None
 
     @classmethod
@@ -161,7 +165,7 @@ class Engine(Turns):
         self._check_usable()
         check_prompt(prompt)
         number = check_steps(steps)
-        return self._run(lambda painter: painter.encode(prompt, number))
+        return self._run(lambda painter: painter.encode(prompt, number, self._loras))
 
     def condition(self, txt: Tensor, pooled: Tensor, steps: int = DEFAULT_STEPS) -> Conditioning:
         """A `Conditioning` from embeddings made elsewhere: T5's `[1, N, context]` and CLIP's pooled `[1, vec]`.
@@ -171,7 +175,26 @@ class Engine(Turns):
         self._check_usable()
         number = check_steps(steps)
         check_embeddings(txt, pooled, self._spec.context, self._spec.vec)
-        return self._run(lambda painter: painter.condition(txt, pooled, number))
+        return self._run(lambda painter: painter.condition(txt, pooled, number, self._loras))
+
+    @property
+    def loras(self) -> tuple[tuple[str, float], ...]:
+        """The LoRAs that pictures are drawn with by default: paths and strengths."""
+        return tuple((file.path, strength) for file, strength in self._loras)
+
+    def set_loras(self, loras: Iterable[tuple[str | Path, float]]) -> None:
+        """Draw with these LoRAs from now on: pairs of a file and a strength, which may be negative; none: without.
+
+        The 4-bit weights stay as they are: an update is added where a weight is decoded. Another strength takes
+        milliseconds. After `set_loras([])` pictures are those of before, bit for bit.
+
+        Raises `VortexInputError`; `VortexCheckpointError` for a file that is damaged, of another model, or has a key
+        that is not understood; `MemoryPressureError` where they do not fit the budget. Then all stays as it was.
+        """
+        self._check_usable()
+        chosen = self._lora_files.choose(loras)
+        self._run(lambda painter: painter.use_loras(chosen))
+        self._loras = chosen
 
     def generate(
         self,
@@ -185,6 +208,7 @@ class Engine(Turns):
         batch_size: int = 1,
         out: Tensor | None = None,
         on_step: OnStep | None = None,
+        loras: Iterable[tuple[str | Path, float]] | None = None,
         deadline: float | None = None,
     ) -> Tensor:
         """Draw `batch_size` pictures; float32 `[B, H, W, 3]` in 0..1 on the engine's device.
@@ -196,7 +220,8 @@ class Engine(Turns):
         caller's own thread, with the clean latents `[B, 16, H/8, W/8]` predicted so far. It may raise to cancel; the
         next call works. It must not call this engine, nor wait for a thread or a call that does: such a call ends with
         a `BusyError` once `on_step` has run for 10 seconds. `deadline`: seconds from now. A picture that is not done
-        by then stops at the next step; a call that still waits leaves the queue.
+        by then stops at the next step; a call that still waits leaves the queue. `loras`: those for this call alone,
+        in place of `set_loras`; a Conditioning has those that it was encoded with.
 
         Raises `VortexInputError` before any work, also in a forked process; `BusyError` where too many calls wait
         already; `DeadlineError`; `MemoryPressureError` where the pictures do not fit the budget, or memory ran out
@@ -204,7 +229,7 @@ class Engine(Turns):
         not finite at the next call. The engine stays usable, except after a `DeviceLostError`.
         """
         return self._run(
-            self._job(prompt, negative_prompt, seed, height, width, steps, batch_size, out, on_step), deadline
+            self._job(prompt, negative_prompt, seed, height, width, steps, batch_size, out, on_step, loras), deadline
         )
 
     async def agenerate(
@@ -233,6 +258,7 @@ class Engine(Turns):
         batch_size: int = 1,
         out: Tensor | None = None,
         on_step: OnStep | None = None,
+        loras: Iterable[tuple[str | Path, float]] | None = None,
     ) -> Callable[[Painter], Tensor]:
         """Check the arguments of `generate`; the work to do for it."""
         self._check_usable()
@@ -257,8 +283,11 @@ class Engine(Turns):
                 NoEffectWarning,
             )
 
+        chosen = self._loras if loras is None else self._lora_files.choose(loras)
+
         def job(painter: Painter) -> Tensor:
             self.last_seed = request.seed
+            painter.use_loras(chosen)
             return painter.paint(prompt, request, out, on_step)
 
         return job

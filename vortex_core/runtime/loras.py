@@ -77,6 +77,10 @@ class Loras:
         if chosen and not any(True for group in self._model.groups for _ in _linears(group)):
             raise VortexInputError("LoRAs need NF4 weights: load the model with quantization='nf4'.")
         for file, _ in chosen:
+            if file.refused:
+                key, why = next(iter(file.refused.items()))
+                more = f", and {len(file.refused) - 1} more" if len(file.refused) > 1 else ""
+                raise VortexCheckpointError(f"{file.path} cannot be used: {key}: {why}{more}.", path=file.path)
             for part, what in file.parts.items():
                 known = self._modules(part)
                 strange = sorted(name for name in _names(what) if name not in known)

@@ -106,15 +106,17 @@ class Painter:
             self.loras.use(chosen)
         self.conditioner.adapters = self.loras.at_prompt_time
 
-    def encode(self, prompt: str, steps: int) -> Conditioning:
+    def encode(self, prompt: str, steps: int, loras: Chosen = ()) -> Conditioning:
         """The `Conditioning` of a prompt, cached by its tokens."""
+        self.use_loras(loras)
         return self._run(
             self.model.prompt_requirements(self.memory.blas),
             lambda place: self.conditioner(prompt, steps, place.prompt),
         )
 
-    def condition(self, txt: Tensor, pooled: Tensor, steps: int) -> Conditioning:
+    def condition(self, txt: Tensor, pooled: Tensor, steps: int, loras: Chosen = ()) -> Conditioning:
         """The `Conditioning` of embeddings `[1, N, context]` and `[1, vec]`."""
+        self.use_loras(loras)
         txt, pooled = (values.to(self.device, self.model.dtype) for values in (txt, pooled))
         return self._run(
             self.model.prompt_requirements(self.memory.blas),

@@ -1,0 +1,63 @@
+"""The LoRAs that a caller names, read. A file is read again only when it has changed, or after several others."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from pathlib import Path
+from threading import Lock
+
+from ..checkpoint.lora_reader import read_lora
+from ..errors import VortexInputError, quoted
+from ..flux1.spec import ModelSpec
+from ..quant.adapters import LoraFile
+from ..utils.numeric import finite
+from ..utils.paths import expanded
+from .loras import MOST, Chosen
+
+KEPT = 6  # files, of some 0.2 GB of host memory each at full size
+STRONGEST = 100.0
+
+
+class LoraFiles:
+    """Reads LoRAs for models of one `spec`. Any thread may use it."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._spec, self._lock = spec, Lock()
+        self._read: OrderedDict[tuple[str, int, int], LoraFile] = OrderedDict()
+
+    def choose(self, loras: object) -> Chosen:
+        """`loras`: pairs of a path and a strength. Raises `VortexInputError` and `VortexCheckpointError`."""
+        if isinstance(loras, str | bytes | Path) or not isinstance(loras, Iterable):
+            raise VortexInputError(f"loras is a list of pairs (path, strength), not {quoted(loras)}.")
+        pairs = [check_pair(one) for one in loras]
+        if len(pairs) > MOST:
+            raise VortexInputError(f"{len(pairs)} LoRAs are too many at once; {MOST} are the most.")
+        with self._lock:
+            chosen = tuple((self._file(path), strength) for path, strength in pairs)
+            while len(self._read) > max(KEPT, len(pairs)):
+                self._read.popitem(last=False)
+        return chosen
+
+    def _file(self, path: Path) -> LoraFile:
+        try:
+            found = path.stat()
+        except OSError:
+            return read_lora(path, self._spec)  # which says what is wrong
+        key = str(path.resolve()), found.st_size, found.st_mtime_ns
+        if key not in self._read:
+            self._read[key] = read_lora(path, self._spec)
+        self._read.move_to_end(key)
+        return self._read[key]
+
+
+def check_pair(one: object) -> tuple[Path, float]:
+    """A path and a strength. Raises `VortexInputError` for anything else."""
+    if not isinstance(one, tuple | list) or len(one) != 2 or not isinstance(one[0], str | Path):
+        raise VortexInputError(f"Each of loras is a pair of a path and a strength, not {quoted(one)}.")
+    strength = finite(one[1])
+    if strength is None or abs(strength) > STRONGEST:
+        raise VortexInputError(
+            f"The strength of a LoRA is a number from {-STRONGEST:g} to {STRONGEST:g}, not {quoted(one[1])}."
+        )
+    return expanded(one[0]), strength
