@@ -18,12 +18,14 @@ from ..utils.printable import printable, printable_lines
 from ..utils.whole_files import check_folder
 from . import interrupt
 from .bench import app as bench
+from .loras import check_loras, parse_lora
 from .pictures import Pictures, check_new, output_paths
 from .terminal import (
     T5,
     CacheDir,
     Clip,
     Device,
+    Lora,
     Mode,
     Model,
     Quantization,
@@ -102,7 +104,8 @@ def vortex(
 
 @app.command(
     epilog='Examples:\n\n  vortex generate "a red circle on a white background"\n\n'
-    '  vortex generate "a lighthouse at dusk" --model ~/models/FLUX.1-schnell --size 1024x1024 -o lighthouse.png'
+    '  vortex generate "a lighthouse at dusk" --model ~/models/FLUX.1-schnell --size 1024x1024 -o lighthouse.png\n\n'
+    '  vortex generate "a lighthouse" --model ~/models/FLUX.1-schnell --lora ink.safetensors:0.8 --lora fog.safetensors'
 )
 def generate(
     prompt: Annotated[str, typer.Argument(help="What the picture shows, in words.", show_default=False)],
@@ -123,6 +126,7 @@ def generate(
     negative_prompt: Annotated[
         str | None, typer.Option(help="Accepted, but without effect: schnell draws at guidance 0.")
     ] = None,
+    lora: Lora = None,
     device: Device = None,
     vram: Vram = None,
     mode: Mode = "fast",
@@ -143,11 +147,14 @@ def generate(
         check_number("--vram", vram, **BUDGETS)
         need("PIL.PngImagePlugin", "Writing a picture")
         paths = output_paths(output or Path(f"vortex-{seed}.png"), batch, overwrite)
-        pictures = Pictures(prompt, negative_prompt, seed, steps, height, width, paths, overwrite)
+        loras = [parse_lora(text) for text in lora or ()]
+        pictures = Pictures(prompt, negative_prompt, seed, steps, height, width, paths, overwrite, loras)
         with progress_bars() as progress:
             parts = {"clip": clip, "t5": t5, "vae": vae, "tokenizers": tokenizers, "cache_dir": cache_dir}
             limits = {"vram_budget": vram, "cap_process": True}  # the process is ours
             how = {"device": device, "mode": mode, "quantization": quantization}
+            if loras:
+                check_loras(loras, _model(model), **parts)
             engine = load_engine(progress, _model(model), **how, **limits, **parts)
             pictures.draw(engine, progress)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,7 @@ class Pictures:
     width: int | None
     paths: list[Path]
     replace: bool
+    loras: Sequence[tuple[Path, float]] = ()
 
     def draw(self, engine: Engine, progress: Bars) -> None:
         """Draw with a progress bar, and write each picture as soon as it is drawn."""
@@ -57,6 +59,7 @@ class Pictures:
                 steps=self.steps,
                 batch_size=len(paths),
                 on_step=partial(report, first, len(paths)),
+                loras=self.loras,
             )
             for i, path in enumerate(paths):
                 self._keep(drawn[i], self.seed + first + i, path, engine.name)
@@ -65,7 +68,10 @@ class Pictures:
         from .png import encode, parameters
 
         high, wide, _ = picture.shape
-        made = parameters(self.prompt, steps=self.steps, seed=seed, width=wide, height=high, model=model)
+        tags = "".join(
+            f" <lora:{path.stem}:{strength:g}>" for path, strength in self.loras
+        )  # as AUTOMATIC1111 has them
+        made = parameters(self.prompt + tags, steps=self.steps, seed=seed, width=wide, height=high, model=model)
         with interrupt.held():
             kept = keep(path, encode(picture, {"parameters": made}), replace=self.replace)
             interrupt.tally.written += 1

@@ -83,6 +83,15 @@ Size = Annotated[
     ),
 ]
 Quantization = Annotated[str, typer.Option(help="'nf4', or 'none' for 16-bit weights (24 GB at full size).")]
+Lora = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FILE[:STRENGTH]",
+        help="Draw with a LoRA, such as style.safetensors:0.8; the strength is 1 by default and may be negative. "
+        "May be given several times.",
+        show_default=False,
+    ),
+]
 Mode = Annotated[
     str,
     typer.Option(help="'fast': the card's fastest products in 8 bits, 'int8' or 'fp8', else 'exact': in 16 bits."),
