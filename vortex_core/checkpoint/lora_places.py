@@ -120,9 +120,9 @@ def _transformer(spec: FluxSpec) -> Iterator[tuple[str, Place]]:
         theirs, wide = f"single_blocks.{block}", (3 * width + spec.mlp, width)
         qkv = Place("transformer", f"{theirs}.linear1", wide, slice(0, 3 * width))
         yield f"{theirs}.linear1_qkv", qkv
-        yield f"{theirs}.processor.qkv_lora", qkv
+        yield f"{theirs}.processor.qkv", qkv  # without the end `_lora.down.weight`
         narrow = _whole("transformer", f"{theirs}.linear2", (width, width + spec.mlp))
-        yield f"{theirs}.processor.proj_lora", narrow
+        yield f"{theirs}.processor.proj", narrow
 
 
 def _variants(name: str) -> Iterator[str]:

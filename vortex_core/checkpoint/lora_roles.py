@@ -39,7 +39,7 @@ NAMED = re.compile(r"\.(lora_A|lora_B|lora_magnitude_vector)\.(?!weight$|bias$)[
 
 def split(key: str) -> tuple[str, str] | None:
     """A key's module and role; None where the end of the name is not known."""
-    key = NAMED.sub(r".\1\3", key)
+    key = NAMED.sub(r".\1\2", key)
     return next(((key.removesuffix(end), ROLES[end]) for end in ENDINGS if key.endswith(end)), None)
 
 
@@ -47,7 +47,7 @@ def method(key: str) -> str | None:
     """The method that Vortex does not apply, in words, which a key belongs to."""
     if key.startswith("bundle_emb"):
         return "a learned embedding"
-    return next((words for end, words in OTHERS.items() if NAMED.sub(r".\1\3", key).endswith(end)), None)
+    return next((words for end, words in OTHERS.items() if NAMED.sub(r".\1\2", key).endswith(end)), None)
 
 
 def is_lora(names: Iterable[str]) -> bool:
