@@ -1,12 +1,13 @@
 """NF4 with the low-rank update of LoRAs, to 16 bits, fp8 or rotated int8: both are added in fp32, and rounded once.
 
-A program takes 64 rows of a weight, and goes along some blocks of K: it looks up their levels, and adds a small product
+A program takes some rows of a weight, all of one part, and goes along some blocks of K: it looks up their levels, and adds a small product
 of the rows' factors. So an update moves no activation and no decoded weight, and costs R / M of a product's operations.
 """
 
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -23,9 +24,19 @@ _BLOCK, _ROWS = tl.constexpr(BLOCK), tl.constexpr(ROWS)
 _LEAST = tl.constexpr(LEAST)
 _SMALLEST = tl.constexpr(SMALLEST)
 _ROUND = tl.constexpr(1.5 * 2**23)  # added to a small number, it leaves the nearest integer in the lowest bits
-STEPS = 4  # blocks, or pairs of them where they are rotated, of a program along a row
 FEW = 16  # rows of a program that looks for the largest value
 WARPS = 4
+
+
+class Tile(NamedTuple):
+    """Rows of a program, at most 64; blocks along a row, or pairs of them where they are rotated; warps."""
+
+    rows: int
+    steps: int
+    warps: int
+
+
+PLAIN, ROTATED = Tile(64, 4, 4), Tile(64, 4, 4)
 
 
 @triton.jit
@@ -83,14 +94,14 @@ def _adapted(
 def _decode(
     packed, absmax, row_scale, levels, table, out, up, down, part, owner, strengths, N, R,
     K: tl.constexpr, PARTS: tl.constexpr, SCALED: tl.constexpr, ROTATED: tl.constexpr, ROOT: tl.constexpr,
-    STEPS: tl.constexpr, EARLY: tl.constexpr,
+    ROWS: tl.constexpr, STEPS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * _ROWS + tl.arange(0, _ROWS)
-    levels, mine = tl.load(levels + tl.arange(0, 16)), tl.load(part + tl.program_id(0))
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    levels, mine = tl.load(levels + tl.arange(0, 16)), tl.load(part + tl.program_id(0) * ROWS // _ROWS)
     if ROTATED:
         index = tl.arange(0, _BLOCK)
         table = tl.load(table + index[:, None] * _BLOCK + index[None, :])
-    factor = tl.full([_ROWS], 1.0, tl.float32)
+    factor = tl.full([ROWS], 1.0, tl.float32)
     if SCALED:
         factor = 1 / tl.load(row_scale + row, mask=row < N, other=1.0)
     follow(EARLY)  # only now: what is read before, weights, was there already
@@ -136,11 +147,12 @@ def dequantize(packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | 
     n, k = out.shape
     rotated = out.dtype == torch.int8
     width = rotation.block(k) if rotated else BLOCK
-    grid = triton.cdiv(n, ROWS), triton.cdiv(k // width, STEPS)
+    tile = ROTATED if rotated else PLAIN
+    grid = triton.cdiv(n, tile.rows), triton.cdiv(k // width, tile.steps)
     _decode[grid](
         packed.view(torch.int32), absmax, row_scale, *_tables(packed.device), out, *adapter, n, adapter.up.shape[1],
         K=k, PARTS=width // BLOCK, SCALED=row_scale is not None, ROTATED=rotated,
-        ROOT=width**-0.5 if rotated else 1.0, STEPS=STEPS, num_warps=WARPS, **early(out),
+        ROOT=width**-0.5 if rotated else 1.0, ROWS=tile.rows, STEPS=tile.steps, num_warps=tile.warps, **early(out),
     )  # fmt: skip
 
 
