@@ -1,7 +1,8 @@
 """NF4 with the low-rank update of LoRAs, to 16 bits, fp8 or rotated int8: both are added in fp32, and rounded once.
 
-A program takes some rows of a weight, all of one part, and goes along some blocks of K: it looks up their levels, and adds a small product
-of the rows' factors. So an update moves no activation and no decoded weight, and costs R / M of a product's operations.
+A program takes some rows of a weight, all of one part, and goes along some blocks of K: it looks up their levels, and
+adds a small product of the rows' factors. So an update moves no activation and no decoded weight, and costs R / M of a
+product's operations.
 """
 
 from __future__ import annotations
