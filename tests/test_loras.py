@@ -68,7 +68,9 @@ def bare(shared: Engine) -> Iterator[Engine]:
 
 
 def use(engine: Engine, *chosen: tuple[LoraFile, float]) -> None:
+    """As `engine.set_loras`, of files that are in memory alone."""
     engine._run(lambda painter: painter.use_loras(chosen))
+    engine._loras = chosen
 
 
 def drawn(engine: Engine) -> Tensor:
