@@ -64,8 +64,8 @@ def converted(state: dict[str, Tensor], convert: Converter) -> dict[str, Tensor]
 def test_diffusers_converter_of_kohya(tmp_path: Path) -> None:
     modules = [
         "double_blocks.0.img_attn.qkv", "double_blocks.18.txt_attn.qkv", "double_blocks.3.img_mod.lin",
-        "double_blocks.7.txt_mlp.2", "single_blocks.37.linear1", "single_blocks.0.linear2", "single_blocks.5.modulation.lin",
-        "img_in", "txt_in", "time_in.in_layer", "vector_in.out_layer",
+        "double_blocks.7.txt_mlp.2", "single_blocks.37.linear1", "single_blocks.0.linear2",
+        "single_blocks.5.modulation.lin", "img_in", "txt_in", "time_in.in_layer", "vector_in.out_layer",
     ]  # fmt: skip
     state = {}
     for module in modules:
@@ -129,9 +129,15 @@ def test_diffusers_converter_of_fals_kontext(tmp_path: Path) -> None:
 def transformer() -> FluxTransformer2DModel:
     torch.manual_seed(0)
     return FluxTransformer2DModel(
-        in_channels=MINI.flux.in_channels, num_layers=2, num_single_layers=2, attention_head_dim=D, num_attention_heads=1,
-        joint_attention_dim=MINI.flux.context, pooled_projection_dim=MINI.flux.vec, axes_dims_rope=MINI.flux.axes,
-    )  # fmt: skip
+        in_channels=MINI.flux.in_channels,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=D,
+        num_attention_heads=1,
+        joint_attention_dim=MINI.flux.context,
+        pooled_projection_dim=MINI.flux.vec,
+        axes_dims_rope=MINI.flux.axes,
+    )
 
 
 def canonical(model: nn.Module, kind: str = "weight") -> dict[str, Tensor]:
@@ -174,13 +180,23 @@ def test_peft_by_diffusers(tmp_path: Path, options: dict[str, Any]) -> None:
 
 
 LYCORIS = {
-    "lora": {}, "lora with dora": {"dora_wd": True}, "lora with dora of columns": {"dora_wd": True, "wd_on_output": False},
-    "loha": {}, "loha of rank 3": {"linear_dim": 3}, "lokr": {}, "lokr of factor 4": {"factor": 4, "linear_dim": 2},
-    "lokr, both sides": {"factor": 8, "decompose_both": True, "linear_dim": 2}, "lokr, whole": {"full_matrix": True},
-    "lokr with dora": {"dora_wd": True}, "glora": {}, "full": {}, "diag-oft": {"linear_dim": 8},
-    "diag-oft, rescaled": {"linear_dim": 8, "rescaled": True}, "diag-oft, bounded": {"linear_dim": 8, "constraint": 1e-4},
+    "lora": {},
+    "lora with dora": {"dora_wd": True},
+    "lora with dora of columns": {"dora_wd": True, "wd_on_output": False},
+    "loha": {},
+    "loha of rank 3": {"linear_dim": 3},
+    "lokr": {},
+    "lokr of factor 4": {"factor": 4, "linear_dim": 2},
+    "lokr, both sides": {"factor": 8, "decompose_both": True, "linear_dim": 2},
+    "lokr, whole": {"full_matrix": True},
+    "lokr with dora": {"dora_wd": True},
+    "glora": {},
+    "full": {},
+    "diag-oft": {"linear_dim": 8},
+    "diag-oft, rescaled": {"linear_dim": 8, "rescaled": True},
+    "diag-oft, bounded": {"linear_dim": 8, "constraint": 1e-4},
     "boft": {"linear_dim": 8},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", LYCORIS)

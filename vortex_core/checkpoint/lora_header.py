@@ -90,9 +90,8 @@ def header_of(raw: Raw, spec: ModelSpec) -> LoraHeader:
         if stranger is not None:
             raise _error(raw, f"is {stranger}; Vortex draws with FLUX.1-schnell. Give a LoRA of FLUX.1.")
         shown = ", ".join(quoted(name) for name in unknown[:SHOWN])
-        raise _error(
-            raw, f"holds {len(unknown)} tensors that Vortex does not understand, such as {shown}. It was not applied."
-        )
+        what = f"{len(unknown)} tensors" if len(unknown) > 1 else "1 tensor"
+        raise _error(raw, f"holds {what} that Vortex does not understand, such as {shown}. It was not applied.")
     layers = tuple(_layers(raw, places, found, refused))
     _check_fit(raw, layers, spec)
     _check_overlap(raw, layers)
