@@ -159,7 +159,7 @@ def pair(key: str, n: int, k: int) -> dict[str, Tensor]:
         (pair("transformer.x_embedder", 3072, 384), "control models .Fill.: its img_in takes 384 channels"),
         ({"double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight": torch.ones(1)}, "is an IP-Adapter"),
         ({"transformer_blocks.0.qkv_proj.lora_down": torch.ones(1, 2)}, "Nunchaku's own format"),
-        ({"double_blocks.0.img_attn.qkv.weight": torch.ones(1, 2)}, "is not a LoRA"),
+        ({"img_in.weight": torch.ones(1, 2), "single_blocks.0.norm.key_norm.scale": torch.ones(1)}, "is not a LoRA"),
         ({"x.wscales": torch.ones(1, 2)}, "quantized by SVDQuant"),
     ],
 )
