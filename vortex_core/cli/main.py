@@ -237,7 +237,7 @@ def doctor(
 @app.command()
 def inspect(
     path: Annotated[
-        Path, typer.Argument(help="A file or folder.", parser=user_path, metavar="PATH", show_default=False)
+        Path, typer.Argument(help="A file or folder; a LoRA too.", parser=user_path, metavar="PATH", show_default=False)
     ],
     clip: Clip = None,
     t5: T5 = None,
@@ -246,13 +246,21 @@ def inspect(
     budget: Annotated[float, typer.Option(help="VRAM budget in GB (10^9 bytes) to compare with.")] = 6.5,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what a model file is, what it lacks, and what it takes on the GPU. Reads headers only."""
+    """Say what a model file or a LoRA is, what it lacks, and what it takes on the GPU. Reads headers only."""
     from dataclasses import asdict
 
     with plain_errors():
         check_number("--budget", budget, **BUDGETS)
         from .inspection import inspect as look
+        from .lora_inspection import inspect_lora, show
 
+        lora = inspect_lora(path)
+        if lora is not None:
+            if as_json:
+                typer.echo(json.dumps({"lora": asdict(lora) | {"path": str(path)}}))
+            else:
+                show(lora)
+            return
         seen = look(path, {"clip": clip, "t5": t5, "vae": vae}, tokenizers)
         if as_json:
             typer.echo(json.dumps(asdict(seen) | {"path": str(path), "resident": seen.resident}))
