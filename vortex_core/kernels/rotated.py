@@ -1,8 +1,8 @@
 """What Triton kernels share that rotate: the product with the table, and how its results are put in order.
 
-A block of 128 is two rows of that product, its halves, since one table of 64 x 64 does for both widths. Rows and columns
-are arranged so that a thread ends up with both halves of a block, and with 16 neighbours of each. Then threads exchange
-nothing, and store 16 bytes: all that is permuted here are names of registers.
+A block of 128 is two rows of that product, its halves, since one table of 64 x 64 does for both widths. Rows and
+columns are arranged so that a thread ends up with both halves of a block, and with 16 neighbours of each. Then threads
+exchange nothing, and store 16 bytes: all that is permuted here are names of registers.
 """
 
 from __future__ import annotations
@@ -58,4 +58,3 @@ def in_order(x):
     """`[B, 64]` with columns as the shuffled table has them, 8 t + 2 c + i, in their own order, 16 c + 2 t + i."""
     x = tl.permute(tl.reshape(x, [x.shape[0], 8, 4, 2]), [0, 2, 1, 3])
     return tl.reshape(x, [x.shape[0], HALF])
-

@@ -4,9 +4,9 @@ A block of 64 codes is rotated by one small product of its levels, in fp16, with
 fp32, so they are the same on every card. Then each block has its scale, and the two blocks of a wide rotation are added
 and subtracted. No two operations are fused into one rounding: results are equal to the reference's, bit for bit.
 
-A program is one warp, which waits for no other. Its threads look levels up in each other's registers, and each has codes
-of the blocks whose sums it gets: the rows of the table are in the order in which the codes lie. A program goes through
-many tiles of 16 blocks, two at once, so that the table is read seldom.
+A program is one warp, which waits for no other. Its threads look levels up in each other's registers, and each has
+codes of the blocks whose sums it gets: the rows of the table are in the order in which the codes lie. A program goes
+through many tiles of 16 blocks, two at once, so that the table is read seldom.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _blocks(tile, half: tl.constexpr, N, K: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def _levels_of(packed, levels, tile, N, K: tl.constexpr, WIDE: tl.constexpr):
-    """The levels of a tile's codes, fp16 `[16, 64]`: both halves of `_blocks`, values in the order of the table's rows."""
+    """The levels of a tile's codes, fp16 `[16, 64]`: both halves of `_blocks`, in the order of the table's rows."""
     first, some = _blocks(tile, 0, N, K, WIDE)
     second, others = _blocks(tile, 1, N, K, WIDE)
     word = tl.arange(0, 4)[None, :]  # of 64 bits, 16 codes

@@ -11,6 +11,7 @@ from typing import Any
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
 from . import rotation
 from .launch import early, follow
@@ -22,7 +23,7 @@ _INT8_MAX = tl.constexpr(rotation.INT8_MAX)
 _HALF = tl.constexpr(rotation.HALF)
 _SMALLEST = tl.constexpr(SMALLEST)
 MOST = 4  # chunks of a row
-WARPS = 4  # each has 16 rows of a product, 1024 values
+FEW, MANY = 4, 8  # warps of a program, up to `FEW` times 1024 values and beyond: each has 16 rows of a product
 
 
 @triton.jit
@@ -88,7 +89,9 @@ def _read(before, x, start: tl.constexpr, A: tl.constexpr, W: tl.constexpr, CHUN
 
 
 @triton.jit
-def _finish(value, table, start: tl.constexpr, A: tl.constexpr, GELU: tl.constexpr, FAST: tl.constexpr, PARTS: tl.constexpr):
+def _finish(
+    value, table, start: tl.constexpr, A: tl.constexpr, GELU: tl.constexpr, FAST: tl.constexpr, PARTS: tl.constexpr
+):
     """What `_read` has read, after GELU where that is due, rotated."""
     if GELU and start + value.numel > A:
         active = value.to(tl.float32)
@@ -141,15 +144,13 @@ def _gelu(
         _store(g, h, factor, out, 3 * CHUNK, A + W, PARTS)
 
 
-def modulate(
-    x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, out: ScaledTensor
-) -> None:
+def modulate(x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, out: ScaledTensor) -> None:
     """`reference.modulate`, or `residual_modulate` where `y` is given."""
     batch, tokens, width = x.shape
     _modulate[(batch * tokens,)](
         *strided(x), *strided(y), gate, shift, scale, *strided(out.values), *strided(out.scale), tokens,
         **_rotation(x, width), D=width, BLOCK=max(FEWEST, triton.next_power_of_2(width)), RESIDUAL=y is not None,
-        num_warps=4, **early(out.values),
+        num_warps=warps_of(width), **early(out.values),
     )  # fmt: skip
 
 
@@ -163,13 +164,13 @@ def gelu(x: Tensor, out: ScaledTensor, before: Tensor | None, *, gelu: bool) -> 
     _gelu[(batch * tokens,)](
         *strided(before), *strided(x), *strided(out.values), *strided(out.scale), tokens,
         **_rotation(x, first + width), A=first, W=width, CHUNK=chunk, CHUNKS=triton.cdiv(first + width, chunk),
-        GELU=gelu, FAST=x.is_cuda, num_warps=warps, **early(out.values),
+        GELU=gelu, FAST=isinstance(_gelu, JITFunction), num_warps=warps, **early(out.values),
     )  # fmt: skip
 
 
 def warps_of(width: int) -> int:
     """Warps of a program that rotates a row of `width` values."""
-    return WARPS
+    return FEW if width <= FEW * FEWEST else MANY
 
 
 def _rotation(x: Tensor, width: int) -> dict[str, Any]:
