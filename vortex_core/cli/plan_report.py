@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..bench import roofline
+from ..bench.cards import Card
+from ..bench.roofline import Prediction
 from ..checkpoint.bundle import open_bundle
 from ..errors import GB, VortexInputError
 from ..flux1.request import Request
@@ -19,6 +22,10 @@ from ..quant.backends import ReferenceBackend
 from ..quant.precision import Fp8
 from ..runtime.loading import check_budget
 from ..runtime.model import Model
+from .terminal import grid
+
+if TYPE_CHECKING:
+    from .console import Grid
 
 BLAS = 3 * 33 * MIB  # cuBLAS' workspaces on three streams of a Hopper card; earlier cards take a quarter
 WORDS = {
@@ -47,6 +54,7 @@ class Proposal:
 
     plan: MemoryPlan
     budget: int
+    spec: ModelSpec
 
     @property
     def rows(self) -> list[Row]:
@@ -78,6 +86,12 @@ class Proposal:
         """What streaming adds at `rate` bytes a second."""
         found = cost(self.plan, rate, DEFAULT_STEPS, step_ms)
         return dict(zip(("prompt_ms", "picture_ms"), found, strict=True))
+
+    def predictions(self, card: Card) -> list[Prediction]:
+        """The times of one slice on `card`, in each precision that it can run, that of `fast` first."""
+        asked = self.plan.requirements
+        size = (asked.height, asked.width)
+        return [roofline.predict(card, self.spec, *size, name, pictures=self.plan.slice) for name in card.precisions]
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -121,4 +135,22 @@ def propose(
             f"{budget / GB:g} GB are too little for {batch} of {request.width} x {request.height}, even with "
             f"all weights in host memory; the smallest budget is {smallest_budget(whole.sizes, asked) / GB:.2f} GB."
         )
-    return Proposal(plan, budget)
+    return Proposal(plan, budget, spec)
+
+
+def prediction_table(predictions: Sequence[Prediction], pictures: int) -> Grid:
+    """What is predicted for a card, a column for each precision; the first one is that of `fast`."""
+    first = predictions[0]
+    batch = f" of {pictures} pictures at once" if pictures > 1 else ""
+    title = f"{first.card.name}, PREDICTED, not measured: {first.steps} steps{batch}"
+    made = grid("part", *(f"{p.precision} (fast)" if p is first else p.precision for p in predictions), title=title)
+
+    def row(part: str, times: Iterable[float]) -> None:
+        made.add_row(part, *(f"{seconds:6.2f} s" for seconds in times))
+
+    for part in roofline.PICTURE:
+        row(part, (p.parts[part].seconds for p in predictions))
+    row("in all", (p.picture.seconds for p in predictions))
+    row("at least, at the card's full rates", (p.picture.floor for p in predictions))
+    row(f"{roofline.PROMPT} adds, without copies", (p.parts[roofline.PROMPT].seconds for p in predictions))
+    return made
