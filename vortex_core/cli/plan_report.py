@@ -80,6 +80,18 @@ class Proposal:
             f"{plan.peak / GB:6.2f} GB  predicted peak of torch reserved, of {self.budget / GB:g} GB; "
             "the CUDA context comes on top",
             f"{plan.hosted / GB:6.2f} GB  pinned host memory",
+            *self._copies,
+        ]
+
+    @property
+    def _copies(self) -> list[str]:
+        plan = self.plan
+        if not plan.copies:
+            return []
+        blocks = sum(group.part == BLOCKS for group in plan.groups)
+        return [
+            f"{plan.kept / GB:6.2f} GB  host memory for the packed weights of {len(plan.copies)} of {blocks} blocks, "
+            f"which stay decoded to 8 bits: each step moves {plan.saved / GB:.1f} GB less"
         ]
 
     def costs(self, rate: float, step_ms: float) -> dict[str, float]:
@@ -106,6 +118,9 @@ class Proposal:
             "strip_rows": plan.requirements.rows,
             "pinned": plan.hosted,
             "streamed": sorted(plan.streamed),
+            "copies": sorted(plan.copies),
+            "kept": plan.kept,
+            "saved": plan.saved,
             "parts": [asdict(row) for row in self.rows],
         }
 

@@ -82,7 +82,7 @@ class Model:
             self.decoder.use(kernels)
         self.origins: dict[str, tuple[Origin, ...]] = {}
         self.groups = list(self._groups())
-        self.sizes = tuple(WeightGroupSize(group.name, group.part, group.measure()) for group in self.groups)
+        self.sizes = tuple(self._size(group) for group in self.groups)
         self.scratch = self._scratch()
         # plain torch allocates to dequantize, and cudaMallocAsync leaves up to 0.17 GB between its small tensors (H200)
         self._plain = DEQUANTIZE_BYTES if self.scratch and not self.fused else 0
@@ -126,6 +126,10 @@ class Model:
             yield self._group(f"modulation.{i}", "modulation", {("transformer", f"{path}."): part})
         for path in blocks:
             yield self._group(path, BLOCKS, {("transformer", f"{path}."): transformer.get_submodule(path)})
+
+    @staticmethod
+    def _size(group: WeightGroup) -> WeightGroupSize:
+        return WeightGroupSize(group.name, group.part, group.measure(), group.copied)
 
     def _group(self, name: str, part: str, modules: Mapping[Origin, nn.Module]) -> WeightGroup:
         self.origins[name] = tuple(modules)
