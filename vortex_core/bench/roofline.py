@@ -85,18 +85,29 @@ class Prediction:
 
 
 def predict(
-    card: Card, spec: ModelSpec, height: int, width: int, precision: str, steps: int = DEFAULT_STEPS, pictures: int = 1
+    card: Card,
+    spec: ModelSpec,
+    height: int,
+    width: int,
+    precision: str,
+    *,
+    steps: int = DEFAULT_STEPS,
+    pictures: int = 1,
+    copied: float = 0.0,
 ) -> Prediction:
-    """The times of `pictures` at once on `card`. `precision`: one of `card.precisions`."""
+    """The times of `pictures` at once on `card`, in one of `card.precisions`.
+
+    `copied`: the share of the blocks that stay decoded to 8 bits, so that a step in 8 bits need not decode them.
+    """
     kinds: dict[str, Precision] = {"exact": EXACT, "int8": Int8(), "fp8": Fp8(card.capability == HOPPER)}
-    step = step_work(spec.flux, height, width, kinds[precision], pictures)
-    work = [(steps, one) for one in step]
+    how = kinds[precision]
+    step = step_work(spec.flux, height, width, how, pictures)
+    work = [(steps * (1 - copied * (how.scaled and one.part == DECODING)), one) for one in step]
     work += [(pictures, one) for one in decoder_work(spec.vae, height, width)] + [(1, one) for one in prompt_work(spec)]
 
     def times(part: str) -> Times:
         mine = [(count, one) for count, one in work if one.part == part]
-        found = (sum(count * one.seconds(card, floor=floor) for count, one in mine) for floor in (False, True))
-        return Times(*found)
+        return Times(*(sum(count * one.seconds(card, floor=floor) for count, one in mine) for floor in (False, True)))
 
     return Prediction(card, precision, {part: times(part) for part in (*PICTURE, PROMPT)}, steps)
 

@@ -177,7 +177,8 @@ def plan(
         ),
     ] = 0.0,
     card: Annotated[
-        str | None, typer.Option(help="Also predict times on a card, such as 'RTX 3060'; another name lists those that are known.")
+        str | None,
+        typer.Option(help="Also predict times on a card, such as 'RTX 3060'; another name lists those that are known."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

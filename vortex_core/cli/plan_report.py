@@ -101,9 +101,13 @@ class Proposal:
 
     def predictions(self, card: Card) -> list[Prediction]:
         """The times of one slice on `card`, in each precision that it can run, that of `fast` first."""
-        asked = self.plan.requirements
-        size = (asked.height, asked.width)
-        return [roofline.predict(card, self.spec, *size, name, pictures=self.plan.slice) for name in card.precisions]
+        plan, size = self.plan, (self.plan.requirements.height, self.plan.requirements.width)
+        copied = plan.kept / sum(group.nbytes for group in plan.groups if group.part == BLOCKS)
+
+        def predict(name: str) -> Prediction:
+            return roofline.predict(card, self.spec, *size, name, pictures=plan.slice, copied=copied)
+
+        return [predict(name) for name in card.precisions]
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -167,5 +171,5 @@ def prediction_table(predictions: Sequence[Prediction], pictures: int) -> Grid:
         row(part, (p.parts[part].seconds for p in predictions))
     row("in all", (p.picture.seconds for p in predictions))
     row("at least, at the card's full rates", (p.picture.floor for p in predictions))
-    row(f"{roofline.PROMPT} adds, without copies", (p.parts[roofline.PROMPT].seconds for p in predictions))
+    row(f"{roofline.PROMPT} adds, without streaming", (p.parts[roofline.PROMPT].seconds for p in predictions))
     return made
