@@ -19,7 +19,7 @@ from ..flux1.spec import DEFAULT_STEPS, ModelSpec
 from ..memory.arena import MIB
 from ..memory.planner import ALWAYS, BLOCKS, PROMPT, MemoryPlan, cost, make_plan, smallest_budget
 from ..quant.backends import ReferenceBackend
-from ..quant.precision import Fp8
+from ..quant.precision import Int8
 from ..runtime.loading import check_budget
 from ..runtime.model import Model
 from .terminal import grid
@@ -144,7 +144,8 @@ def propose(
     budget = check_budget(vram, None)
     assert budget is not None
     spec = ModelSpec() if model is None else open_bundle(model, **others).spec
-    whole = Model(spec, torch.bfloat16, ReferenceBackend(), precision=Fp8(fp8_attention=True), fused=True)
+    # of the precisions the one that takes the most: 8 bits with the library's attention
+    whole = Model(spec, torch.bfloat16, ReferenceBackend(), precision=Int8(), fused=True)
     side = whole.vae.sample_size
     request = Request(0, side if height is None else height, side if width is None else width, DEFAULT_STEPS, batch)
     asked = whole.requirements(request.height, request.width, batch, blas=BLAS)
