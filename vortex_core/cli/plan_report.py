@@ -102,10 +102,9 @@ class Proposal:
     def predictions(self, card: Card) -> list[Prediction]:
         """The times of one slice on `card`, in each precision that it can run, that of `fast` first."""
         plan, size = self.plan, (self.plan.requirements.height, self.plan.requirements.width)
-        copied = plan.kept / sum(group.nbytes for group in plan.groups if group.part == BLOCKS)
 
         def predict(name: str) -> Prediction:
-            return roofline.predict(card, self.spec, *size, name, pictures=plan.slice, copied=copied)
+            return roofline.predict(card, self.spec, *size, name, pictures=plan.slice, copied=plan.share_copied)
 
         return [predict(name) for name in card.precisions]
 
