@@ -40,7 +40,7 @@ WORDS = {
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A part of the model in bytes: all of it, what stays on the card, what streams."""
+    """A part of the model in bytes: all of it, what it takes on the card, what streams."""
 
     name: str
     nbytes: int
@@ -61,9 +61,10 @@ class Proposal:
         """The parts of the model; the first ones are placed on the card first."""
         rows = []
         for part in (BLOCKS, *ALWAYS, *PROMPT):
-            sizes = {group.name: group.nbytes for group in self.plan.groups if group.part == part}
-            streamed = sum(size for name, size in sizes.items() if name in self.plan.streamed)
-            rows.append(Row(WORDS[part], sum(sizes.values()), sum(sizes.values()) - streamed, streamed))
+            groups = [group for group in self.plan.groups if group.part == part]
+            streamed = sum(group.nbytes for group in groups if group.name in self.plan.streamed)
+            resident = sum(self.plan.held(group) for group in groups if group.name not in self.plan.streamed)
+            rows.append(Row(WORDS[part], sum(group.nbytes for group in groups), resident, streamed))
         return rows
 
     @property
