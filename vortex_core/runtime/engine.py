@@ -61,7 +61,7 @@ class Engine(Turns):
         self.device, self.dtype, self.quantization = setup.device, setup.dtype, setup.quantization
         self.native_size = bundle.spec.vae.sample_size
         self.last_seed: int | None = None
-        self.spec = bundle.spec
+        self.spec, self._spec = bundle.spec, bundle.spec.flux
         self._budgeted = setup.budget is not None
 
     @classmethod
@@ -171,7 +171,7 @@ class Engine(Turns):
         """
         self._check_usable()
         number = check_steps(steps)
-        check_embeddings(txt, pooled, self.spec.flux.context, self.spec.flux.vec)
+        check_embeddings(txt, pooled, self._spec.context, self._spec.vec)
         return self._run(lambda painter: painter.condition(txt, pooled, number))
 
     def generate(
@@ -244,7 +244,7 @@ class Engine(Turns):
         width = self.native_size if width is None else width
         request = Request(seed, height, width, steps, batch_size)
         if isinstance(prompt, Conditioning):
-            prompt.check(request.steps, self.spec.flux, self.dtype)
+            prompt.check(request.steps, self._spec, self.dtype)
         else:
             check_prompt(prompt)
         if out is not None:
@@ -287,7 +287,7 @@ class Engine(Turns):
         `generate`.
         """
         self._check_usable()
-        check_latents(latents, self.spec.flux.latent_channels)
+        check_latents(latents, self._spec.latent_channels)
         return self._run(lambda painter: painter.decode(latents))
 
     def limit(self, vram_budget: float) -> None:

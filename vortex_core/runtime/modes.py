@@ -106,9 +106,9 @@ def precision_declined(name: str, device: torch.device, dtype: torch.dtype, back
         return None
     if backend.name != "triton":
         other = f"only the triton backend decodes to 8 bits, and it is {backend.name}"
-        return _triton_declined(device) or Declined(other, "Leave `backend` to Vortex.")
+        return _triton_declined(device) or Declined(other, "Leave the backend to Vortex.")
     if dtype != torch.bfloat16:
-        return Declined(f"products in 8 bits end in bf16, and {dtype} was asked for", "Leave `dtype` at bf16.")
+        return Declined(f"products in 8 bits end in bf16, and {dtype} was asked for", "Leave the dtype at bf16.")
     return int8_declined(device) if name == "int8" else fp8_declined(device)  # last, since they compile kernels
 
 
