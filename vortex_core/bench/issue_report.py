@@ -25,14 +25,14 @@ from .machine import Hardware, Machine, hardware, machine, now
 from .readings import PROCESS, Counters, counters
 from .roofline import Prediction, predict
 from .samples import describe, draw
-from .workload import PROMPTS, Workload
+from .workload import MINUTES, PROMPTS, REPORTED, Workload
 
 if TYPE_CHECKING:
     from ..runtime.engine import Engine
 
 SCHEMA = "vortex.bench.report/1"
 SIDES = (512, 1024)  # pixels, for a model of the released size
-PICTURES, COLD, MINUTES = 30, 3, 3.0
+COLD = 3  # pictures of new prompts
 Size = tuple[int, int]  # width and height
 Row = tuple[str, ...]
 
@@ -156,7 +156,7 @@ def run(
     device: torch.device,
     *,
     sizes: Sequence[Size] = (),
-    pictures: int = PICTURES,
+    pictures: int = REPORTED,
     minutes: float = MINUTES,
     on_picture: Callable[[int, int], None] | None = None,
 ) -> IssueReport:

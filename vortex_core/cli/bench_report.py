@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ..bench.issue_report import MINUTES, PICTURES
+from ..bench.workload import MINUTES, REPORTED
 from ..flux1.spec import DEFAULT_STEPS
 from ..utils.whole_files import write
 from .bench_options import AsJson, Source, check_output, check_size, grouped
@@ -24,7 +24,7 @@ def report(
         list[str] | None,
         typer.Option(help="WIDTHxHEIGHT; may be repeated. [default: 512x512 and 1024x1024, 'tiny': its own]"),
     ] = None,
-    pictures: Annotated[int, typer.Option(min=1, help="Pictures of each size, of cached prompts.")] = PICTURES,
+    pictures: Annotated[int, typer.Option(min=1, help="Pictures of each size, of cached prompts.")] = REPORTED,
     minutes: Annotated[
         float, typer.Option(help="About how long to draw. Slow cards then draw fewer pictures, at least 5 a size.")
     ] = MINUTES,
