@@ -18,10 +18,12 @@ from vortex_core.bench import cards
 from vortex_core.bench.roofline import (
     ATTENTION,
     DECODING,
+    MEMORY,
     PICTURE,
     PRODUCTS,
     PROMPT,
     ROWS,
+    SHARES,
     Prediction,
     Work,
     block_weights,
@@ -245,6 +247,18 @@ def test_the_docs_have_what_the_command_says() -> None:
                     )
                     picture = found["times"]["picture"]
                     assert f"| **{picture['seconds']:.2f}** | {picture['floor']:.2f} |" in row
+
+
+def test_the_docs_tell_the_shares_and_what_follows() -> None:
+    page = " ".join((ROOT / "docs/performance.md").read_text().split())
+    share = {name: f"{found:.2f}" for name, (_, found) in SHARES.items()}
+    assert (
+        f"products {share['exact']} (16 bits) and {share['int8']} (int8), attention {share['attention']}, "
+        f"the VAE {share['VAE']}, memory {MEMORY:.2f}." in page
+    )
+    found = card("RTX 3060", "int8", 512)
+    assert f"predicted to take about {found.picture.seconds:.1f} s in int8" in page
+    assert f"A new prompt adds {found.parts[PROMPT].seconds:.2f} s of work on that card" in page
 
 
 def test_copies_of_weights_hide_behind_a_predicted_step() -> None:
