@@ -193,12 +193,9 @@ def plan(
         check_number("--step-ms", step_ms, least=0)
         width, height = parse_size(size)
         Request(0, height or MIN_SIZE, width or MIN_SIZE, DEFAULT_STEPS, batch)
-        from ..bench.cards import get
-        from .plan_report import prediction_table, propose
+        from .plan_report import known_card, parts_table, prediction_table, propose
 
-        known = None if card is None else get(card)
-        if known is not None and vram * 1e9 > known.vram:
-            raise VortexInputError(f"--vram is {vram:g} GB, but the {known.name} has {known.vram / 1e9:.1f} GB.")
+        known = None if card is None else known_card(card, vram)
         others = {"clip": clip, "t5": t5, "vae": vae, "tokenizers": tokenizers}
         made = propose(vram, height, width, batch, None if model is None else _model(model), others)
         predictions = [] if known is None else made.predictions(known)
@@ -208,11 +205,7 @@ def plan(
             told = {"predictions": [found.figures() for found in predictions]} if predictions else {}
             typer.echo(json.dumps(made.figures | costs | told))
             return
-        table = grid("part", "size", "on the card", "streams")
-        for row in made.rows:
-            sizes = (row.nbytes, row.resident, row.streamed)
-            table.add_row(row.name, *(f"{size / 1e9:6.2f} GB" if size else "" for size in sizes))
-        out().print(table)
+        out().print(parts_table(made))
         for sentence in made.sentences:
             out().say(sentence)
         bound = "" if step_ms else "at most "

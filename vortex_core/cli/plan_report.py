@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..bench import roofline
+from ..bench import cards, roofline
 from ..bench.cards import Card
 from ..bench.roofline import Prediction
 from ..checkpoint.bundle import open_bundle
@@ -156,6 +156,23 @@ def propose(
             f"all weights in host memory; the smallest budget is {smallest_budget(whole.sizes, asked) / GB:.2f} GB."
         )
     return Proposal(plan, budget, spec)
+
+
+def known_card(name: str, vram: float) -> Card:
+    """The figures of a card. Raises `VortexInputError` for one that is not known, or has less than `vram` GB."""
+    card = cards.get(name)
+    if vram * GB > card.vram:
+        raise VortexInputError(f"--vram is {vram:g} GB, but the {card.name} has {card.vram / GB:.1f} GB.")
+    return card
+
+
+def parts_table(made: Proposal) -> Grid:
+    """Where the parts of the model are."""
+    table = grid("part", "size", "on the card", "streams")
+    for row in made.rows:
+        sizes = (row.nbytes, row.resident, row.streamed)
+        table.add_row(row.name, *(f"{size / GB:6.2f} GB" if size else "" for size in sizes))
+    return table
 
 
 def prediction_table(predictions: Sequence[Prediction], pictures: int) -> Grid:
