@@ -49,10 +49,11 @@ class NF4FluxLoader:
                     },
                 ),
                 "mode": (
-                    ["fast", "exact"],
+                    list(MODES),
                     {
-                        "tooltip": "fast: products in fp8 on cards that have it (compute capability 8.9, RTX 40 and "
-                        "later); elsewhere exact. exact: products in 16 bits, as diffusers with bitsandbytes has them. "
+                        "tooltip": "fast: the fastest products in 8 bits of this card: int8 on RTX 30 and 40, fp8 on "
+                        "H100 and H200, the faster of both on later cards; exact where neither runs. exact: products "
+                        "in 16 bits, as diffusers with bitsandbytes has them. int8 and fp8 ask for one by name. "
                         "Pictures differ slightly; another mode loads the model again."
                     },
                 ),

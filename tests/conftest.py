@@ -190,9 +190,7 @@ def transformer(engine: Engine) -> Iterator[Transformer]:
 
     shared = painter_of(engine).model.transformer
     yield shared
-    shared.use(reference, fast=False)
-    for linear in shared.linears():
-        linear.row_scale = None  # what `fast` adds
+    shared.use(reference)
 
 
 @pytest.fixture

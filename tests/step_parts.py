@@ -36,6 +36,4 @@ def request(
 
 
 def region(engine: Engine, size: tuple[int, int, int]) -> Region:
-    return Region(
-        torch.empty(step_bytes(painter_of(engine).model.flux, size, torch.float32, fast=False), dtype=torch.uint8)
-    )
+    return Region(torch.empty(step_bytes(painter_of(engine).model.flux, size, torch.float32), dtype=torch.uint8))

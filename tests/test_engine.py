@@ -18,8 +18,7 @@ from vortex_core.device import select
 from vortex_core.flux1 import sampling, text_encoders
 from vortex_core.flux1.conditioning import CACHED
 from vortex_core.memory.offload import WeightGroup
-from vortex_core.quant.backends import ReferenceBackend, TritonBackend
-from vortex_core.runtime import loading, modes
+from vortex_core.runtime import loading
 from vortex_core.runtime import painter as painter_module
 from vortex_core.runtime.model import Model
 from vortex_core.runtime.painter import Painter
@@ -241,23 +240,15 @@ def out_of_memory(*arguments: object) -> None:
 def test_fast_is_exact_where_it_cannot_be_and_says_why(
     engine: Engine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert engine.mode == "exact"
-    cpu, half = torch.device("cpu"), torch.bfloat16
+    assert (engine.mode, engine.precision) == ("exact", "exact")
+    assert engine.precision_reason == "products in 8 bits gain nothing on cpu"
     caplog.set_level(logging.INFO, "vortex_core")
-    triton, other = TritonBackend(), ReferenceBackend()
-    for declined, dtype, backend, words in [
-        ("no fp8 here", half, triton, "no fp8 here"),
-        (None, half, None, "multiplies NF4 weights"),
-        ("late", half, other, "they need CUDA, not cpu"),
-        (None, torch.float32, triton, "float32 was asked for"),
-    ]:
-        monkeypatch.setattr(modes, "fp8_declined", lambda device, declined=declined: declined)
-        assert modes.choose_mode("fast", cpu, dtype, backend) == "exact"
-        assert words in caplog.text
-    assert modes.choose_mode("fast", cpu, half, triton) == "fast"
+    with load_flux_schnell("tiny", device="cpu"):
+        pass
+    assert "Precision: exact (products in 8 bits gain nothing on cpu)" in caplog.text
     with monkeypatch.context() as context:
         context.setattr(loading, "choose_kernels", out_of_memory)
         with pytest.raises(VortexInitializationError, match="no room to try the kernels on cpu"):
             load_flux_schnell("tiny", device="cpu")
-    with pytest.raises(VortexInputError, match="Unknown mode 'quick'; choose from fast, exact"):
+    with pytest.raises(VortexInputError, match="Unknown mode 'quick'; choose from fast, exact, int8, fp8"):
         load_flux_schnell("tiny", device="cpu", mode="quick")

@@ -26,7 +26,7 @@ def test_a_replay_reads_its_inputs_and_lays_out_no_step(
 ) -> None:
     size, (first, second) = size_of(128, 80, 2), [request(engine, 128, 80, 2) for _ in range(2)]
     second[0].neg_()
-    memory = torch.empty(step_bytes(painter_of(engine).model.flux, size, torch.float32, fast=False), dtype=torch.uint8)
+    memory = torch.empty(step_bytes(painter_of(engine).model.flux, size, torch.float32), dtype=torch.uint8)
     captured = BoundStep(transformer, size, Region(memory))
     captured(*first)
     graph = SimpleNamespace(replay=captured.run)  # in that memory, whoever filled it

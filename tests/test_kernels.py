@@ -13,7 +13,6 @@ from torch import Tensor
 from vortex_core import nf4
 from vortex_core.kernels import Kernels, ScaledTensor, Window, choose_kernels, reference
 from vortex_core.kernels.scaled_tensor import FP8, FP8_MAX
-from vortex_core.runtime.modes import _fp8_broken, fp8_declined
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -173,25 +172,3 @@ def test_the_choice_of_kernels_says_why(caplog: pytest.LogCaptureFixture, monkey
         monkeypatch.setitem(sys.modules, "triton", None)
         assert choose_kernels(cuda) is reference
         assert words in caplog.text
-
-
-def test_fast_is_declined_where_there_is_no_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert fp8_declined(torch.device("cpu")) == "they need CUDA, not cpu"
-    cuda = torch.device("cuda", 0)
-    monkeypatch.setattr("vortex_core.runtime.modes.fused_declined", lambda device: None)
-    monkeypatch.setattr("vortex_core.runtime.modes._fp8_broken", lambda device: None)
-    for capability, declined in (((8, 6), "8.9, and this card has 8.6"), ((8, 9), None), ((9, 0), None)):
-        monkeypatch.setattr("torch.cuda.get_device_capability", lambda device, capability=capability: capability)
-        assert declined is None if (why := fp8_declined(cuda)) is None else declined in why
-
-
-def test_a_sample_product_in_fp8_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _fp8_broken.__wrapped__(torch.device("cpu")) is None
-
-    def fail(*arguments: object) -> None:
-        raise RuntimeError("rowwise scaling is not supported\nmore")
-
-    monkeypatch.setattr("vortex_core.runtime.modes.product", fail)
-    assert "does not: rowwise scaling is not supported" in _fp8_broken.__wrapped__(torch.device("cpu"))
-    monkeypatch.setattr("vortex_core.runtime.modes.product", lambda *arguments: arguments[-1].zero_())
-    assert _fp8_broken.__wrapped__(torch.device("cpu")) == "a sample product is wrong"

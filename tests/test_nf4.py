@@ -9,6 +9,7 @@ import torch
 from vortex_core import VortexCheckpointError, VortexInputError, nf4
 from vortex_core.quant.backends import BitsAndBytesBackend, ReferenceBackend, bitsandbytes_declined, choose_backend
 from vortex_core.quant.linear import NF4Linear
+from vortex_core.quant.precision import Fp8
 
 CPU = torch.device("cpu")
 SHAPES = [(1, 64), (3, 128), (65, 192), (130, 320)]
@@ -188,7 +189,7 @@ def test_all_of_a_weight_is_on_its_device() -> None:
 
 def test_a_scale_for_each_row_moves_with_the_weight() -> None:
     linear = NF4Linear(nf4.quantize(torch.ones(2, 64)), None, ReferenceBackend())
-    linear.prepare_fp8()
+    linear.use(Fp8())
     assert set(dict(linear.named_buffers())) == {"packed", "absmax", "row_scale"}
     assert linear.row_scale is not None
     assert linear.row_scale.shape == (2,)

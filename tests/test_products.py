@@ -1,4 +1,4 @@
-"""Products over NF4 weights and in fp8: where inputs and outputs lie, what is added, how near they come."""
+"""Products over NF4 weights in each precision: where inputs and outputs lie, what is added, how near they come."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch.nn import Linear
 from vortex_core import nf4
 from vortex_core.kernels import ScaledTensor, reference
 from vortex_core.kernels.scaled_tensor import FP8
-from vortex_core.quant import linear
 from vortex_core.quant.backends import Backend, ReferenceBackend
-from vortex_core.quant.linear import NF4Linear, multiply, product
+from vortex_core.quant.linear import NF4Linear, multiply
+from vortex_core.quant.precision import EXACT, Exact, Fp8, Int8, Precision
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -74,26 +74,28 @@ def test_the_gelu_of_a_product_is_the_tanh_form(device: str, dtype: torch.dtype)
     """To one rounding, and the hardware's tanh, which is good to 2^-11. The forms are farthest apart about -2.7."""
     x = torch.cat((torch.linspace(-8, 8, 8192), torch.linspace(-3.2, -2.2, 8192))).view(128, 128).to(device, dtype)
     out, one = torch.full_like(x, torch.nan), torch.eye(128, device=device, dtype=dtype)
-    product(x, None, one, None, torch.zeros_like(x[0]), out, gelu=True)
+    EXACT.product(x, None, one, None, torch.zeros_like(x[0]), out, gelu=True)
     tanh, erf = (F.gelu(x.double(), approximate=form) for form in ("tanh", "none"))
     torch.testing.assert_close(out.double(), tanh, rtol=torch.finfo(dtype).eps / 2, atol=2**-10)
     assert (out - tanh)[64:].abs().mean() < (out - erf)[64:].abs().mean() / 2
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_an_fp8_product_is_as_close_as_fp8_allows(batch: int) -> None:
+@pytest.mark.parametrize(("precision", "bound"), [(Fp8(), 0.013), (Int8(), 0.004)], ids=str)
+def test_a_product_is_as_close_as_8_bits_allow(batch: int, precision: Precision, bound: float) -> None:
     torch.manual_seed(0)
     weight = nf4.quantize(torch.randn(24, 128) * torch.logspace(-2, 2, 24)[:, None])
     linear = NF4Linear(weight, torch.randn(24), ReferenceBackend())
-    linear.prepare_fp8()
+    linear.use(precision)
     x = torch.randn(batch, 7, 128) * torch.logspace(-2, 2, 7)[:, None]
-    operand = ScaledTensor(torch.empty(x.shape, dtype=FP8), torch.empty(x.shape[:2]))
+    operand = ScaledTensor(torch.empty(x.shape, dtype=precision.operand), torch.empty(x.shape[:2]))
     reference.quantize(x, operand)
     out = torch.full((batch, 7, 24), torch.nan)
     multiply(linear, operand, out)
-    # both operands round to 3 bits, 2.6% each, in 128 terms that add up like noise: 0.3%, and four times that at worst
+    # in fp8 both operands round to 3 bits, 2.6% each, in 128 terms that add up like noise: 0.3%, and four times that at
+    # worst; in int8 a rotated row is like noise, whose largest value is some 3 times its spread: 0.7% each
     length = x.norm(dim=-1)[..., None] * nf4.dequantize(weight, torch.float32).norm(dim=1)
-    assert ((out - linear(x)).abs() / length).max() < 0.013
+    assert ((out - linear(x)).abs() / length).max() < bound
 
 
 @pytest.mark.gpu
@@ -106,7 +108,7 @@ def test_an_fp8_product_of_few_rows(rows: int, width: int) -> None:
     scale, scales = (torch.rand(n, device="cuda") for n in (rows, 3072))
     bias = torch.randn(3072, device="cuda", dtype=torch.bfloat16)
     out = torch.full((rows, 3072), torch.nan, device="cuda", dtype=torch.bfloat16)
-    product(x, scale, weight, scales, bias, out)
+    Fp8().product(x, scale, weight, scales, bias, out)
     expected = (x.float() * scale[:, None]) @ (weight.float() * scales[:, None]).t() + bias
     # the library sums in less than fp32: of all, 0.003 of their length; of one, 0.034 of what its sum spreads (H200)
     error, spread = (out.float() - expected).abs(), scale[:, None] * scales * width**0.5
@@ -120,11 +122,11 @@ def test_the_sum_of_a_product_is_given_or_what_is_there() -> None:
     for gelu in (False, True):
         for addend, expected in ((None, plain), (bias, plain + bias), ("out", plain + before)):
             out = before.clone()
-            product(x, None, weight, None, out if addend == "out" else addend, out, gelu=gelu)
+            EXACT.product(x, None, weight, None, out if addend == "out" else addend, out, gelu=gelu)
             wanted = F.gelu(expected, approximate="tanh") if gelu else expected
             torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
     out = torch.full((5, 3), torch.nan)
-    product(x, None, weight, None, None, out)  # nothing of it is read, nor bent by default
+    EXACT.product(x, None, weight, None, None, out)  # nothing of it is read, nor bent by default
     torch.testing.assert_close(out, plain)
 
 
@@ -134,15 +136,18 @@ def test_a_product_in_fp8_is_scaled_by_row_and_by_column(with_bias: bool) -> Non
     scale, scales = torch.logspace(-1, 1, 5), torch.logspace(-2, 2, 3)
     bias = 100 * torch.randn(3) if with_bias else None
     out = torch.full((5, 3), torch.nan)
-    product(x, scale, weight, scales, bias, out)
+    Fp8().product(x, scale, weight, scales, bias, out)
     expected = scale[:, None] * (x.float() @ weight.float().t()) * scales
     torch.testing.assert_close(out, expected if bias is None else expected + bias)
 
 
-def test_a_product_in_fp8_needs_both_scales() -> None:
-    x = torch.ones(2, 64).to(FP8)
-    with pytest.raises(AssertionError):
-        product(x, torch.ones(2), x, None, None, torch.empty(2, 2))
+@pytest.mark.parametrize("precision", [Fp8(), Int8()], ids=str)
+def test_a_product_in_8_bits_needs_both_scales(precision: Precision) -> None:
+    assert precision.operand is not None
+    x = torch.ones(2, 64).to(precision.operand)
+    for scales in ((torch.ones(2), None), (None, torch.ones(2))):
+        with pytest.raises(AssertionError):
+            precision.product(x, scales[0], x, scales[1], None, torch.empty(2, 2))
 
 
 @pytest.fixture
@@ -150,19 +155,20 @@ def products(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]
     """The shapes that are multiplied, `[M, K]`."""
     told: list[tuple[int, ...]] = []
 
-    def counted(x: Tensor, *rest: Any, gelu: bool = False) -> None:
-        told.append(tuple(x.shape))
-        product(x, *rest, gelu=gelu)
+    for kind in (Exact, Fp8, Int8):
 
-    monkeypatch.setattr(linear, "product", counted)
+        def counted(self: Precision, x: Tensor, *rest: Any, gelu: bool = False, product: Any = kind.product) -> None:
+            told.append(tuple(x.shape))
+            product(self, x, *rest, gelu=gelu)
+
+        monkeypatch.setattr(kind, "product", counted)
     return told
 
 
-def made(n: int, k: int, *, fp8: bool = False) -> NF4Linear:
+def made(n: int, k: int, precision: Precision = EXACT) -> NF4Linear:
     layer = NF4Linear(nf4.quantize(torch.randn(n, k) * torch.logspace(-1, 1, n)[:, None]), torch.randn(n),
                       ReferenceBackend())  # fmt: skip
-    if fp8:
-        layer.prepare_fp8()
+    layer.use(precision)
     return layer
 
 
@@ -189,12 +195,13 @@ def test_pictures_that_lie_together_are_one_product(
 
 
 @pytest.mark.parametrize(("values_apart", "scale_apart"), [(False, False), (True, False), (False, True), (True, True)])
-def test_pictures_in_fp8_take_their_scales_along(
-    products: list[tuple[int, ...]], values_apart: bool, scale_apart: bool
+@pytest.mark.parametrize(("precision", "bound"), [(Fp8(), 0.013), (Int8(), 0.004)], ids=str)
+def test_pictures_in_8_bits_take_their_scales_along(
+    products: list[tuple[int, ...]], values_apart: bool, scale_apart: bool, precision: Precision, bound: float
 ) -> None:
-    layer, batch = made(6, 128, fp8=True), 2
+    layer, batch, dtype = made(6, 128, precision), 2, precision.operand
     x = torch.randn(batch, 5, 128) * torch.logspace(-2, 2, 10).view(batch, 5, 1)
-    values = torch.zeros(batch, 7, 128, dtype=FP8)[:, 1:-1] if values_apart else torch.zeros(batch, 5, 128, dtype=FP8)
+    values = torch.zeros(batch, 7, 128, dtype=dtype)[:, 1:-1] if values_apart else torch.zeros_like(x, dtype=dtype)
     scale = torch.full((batch, 7), torch.nan)[:, 1:-1] if scale_apart else torch.full((batch, 5), torch.nan)
     reference.quantize(x, operand := ScaledTensor(values, scale))
     out = torch.full((batch, 5, 6), torch.nan)
@@ -202,16 +209,19 @@ def test_pictures_in_fp8_take_their_scales_along(
     length = x.norm(dim=-1)[..., None] * nf4.dequantize(nf4.NF4Weight(layer.packed, layer.absmax), torch.float32).norm(
         dim=1
     )
-    assert ((out - layer(x)).abs() / length).max() < 0.013
+    assert ((out - layer(x)).abs() / length).max() < bound
     assert products == ([(5, 128)] * 2 if values_apart or scale_apart else [(10, 128)])
 
 
-@pytest.mark.parametrize("fp8", [False, True])
-def test_outputs_side_by_side_have_their_rows_scales_and_bias(products: list[tuple[int, ...]], fp8: bool) -> None:
-    layer, x = made(3 + 8 + 1, 128, fp8=fp8), torch.randn(2, 5, 128)
+@pytest.mark.parametrize("precision", [EXACT, Fp8(), Int8()], ids=str)
+def test_outputs_side_by_side_have_their_rows_scales_and_bias(
+    products: list[tuple[int, ...]], precision: Precision
+) -> None:
+    layer, x = made(3 + 8 + 1, 128, precision), torch.randn(2, 5, 128)
     operand = ScaledTensor(x)
-    if fp8:
-        reference.quantize(x, operand := ScaledTensor(torch.empty(x.shape, dtype=FP8), torch.empty(2, 5)))
+    if precision.operand is not None:
+        operand = ScaledTensor(torch.empty(x.shape, dtype=precision.operand), torch.empty(2, 5))
+        reference.quantize(x, operand)
     parts = [torch.full((2, 5, n), torch.nan) for n in (3, 8, 1)]
     multiply(layer, operand, parts)
     whole = torch.full((2, 5, 12), torch.nan)
@@ -238,8 +248,11 @@ def test_inputs_side_by_side_add_up_and_the_gelu_is_of_all(bias: bool) -> None:
             torch.testing.assert_close(last, bent if gelu else expected[..., 3:], rtol=1e-4, atol=1e-4)
 
 
-def test_multiply_decodes_in_its_lane_once_and_in_the_inputs_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, told, decode = made(6, 128, fp8=True), [], ReferenceBackend.dequantize
+@pytest.mark.parametrize("precision", [EXACT, Fp8(), Int8()], ids=str)
+def test_multiply_decodes_in_its_lane_once_and_in_its_precision(
+    monkeypatch: pytest.MonkeyPatch, precision: Precision
+) -> None:
+    layer, told, decode = made(6, 128, precision), [], ReferenceBackend.dequantize
 
     def counted(backend: Backend, packed: Tensor, absmax: Tensor, dtype: torch.dtype, *rest: Any) -> Tensor:
         told.append((dtype, *rest))
@@ -247,11 +260,26 @@ def test_multiply_decodes_in_its_lane_once_and_in_the_inputs_type(monkeypatch: p
 
     monkeypatch.setattr(ReferenceBackend, "dequantize", counted)
     x, out = torch.randn(1, 5, 128), torch.empty(1, 5, 6)
-    multiply(layer, ScaledTensor(x), [out[..., :2], out[..., 2:]])
-    multiply(layer, ScaledTensor(x), out, 1)
-    reference.quantize(x, operand := ScaledTensor(torch.empty(x.shape, dtype=FP8), torch.empty(1, 5)))
+    operand = ScaledTensor(x)
+    if precision.operand is not None:
+        reference.quantize(x, operand := ScaledTensor(torch.empty_like(x, dtype=precision.operand), torch.empty(1, 5)))
+    multiply(layer, operand, [out[..., :2], out[..., 2:]])
     multiply(layer, operand, out, scratch=1)
-    assert told == [(torch.float32, None, 0), (torch.float32, None, 1), (FP8, layer.row_scale, 1)]
+    dtype = precision.operand or torch.float32
+    assert told == [(dtype, layer.row_scale, 0), (dtype, layer.row_scale, 1)]
+
+
+def test_a_weight_that_comes_later_gets_its_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a model is built on `meta` in its precision, and filled after that."""
+    for precision in (EXACT, Fp8(), Int8()):
+        layer = NF4Linear.like(Linear(128, 6, device="meta"), ReferenceBackend())
+        layer.use(precision)
+        assert (layer.row_scale is None) == (precision.operand is None)
+        layer.fill(nf4.quantize(torch.randn(6, 128)))
+        if layer.row_scale is not None:
+            assert layer.row_scale.device.type == "cpu"
+            assert torch.isfinite(layer.row_scale).all()
+            assert layer.row_scale.min() > 0
 
 
 def test_multiply_is_for_linears() -> None:

@@ -1,4 +1,4 @@
-"""One step as a fixed sequence over given buffers: sizes, batches, and how far `fast` may be from `exact`."""
+"""One step as a fixed sequence over given buffers: sizes, batches, and how far 8 bits may be from `exact`."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ from vortex_core.flux1.step_buffers import StepBuffers
 from vortex_core.flux1.transformer import Transformer
 from vortex_core.kernels import reference
 from vortex_core.memory.arena import Region
+from vortex_core.quant.precision import EXACT, Fp8, Int8, Precision
 from vortex_core.runtime.graphs import BoundStep, step_bytes
 
+PRECISIONS = [EXACT, Fp8(), Fp8(fp8_attention=True), Int8()]
 SIZES = [(64, 64, 1), (128, 80, 2), (64, 96, 3)]
 
 
-@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
 @torch.inference_mode()
 def test_steps_of_several_sizes_share_memory_and_stay_right(
-    engine: Engine, transformer: Transformer, fast: bool
+    engine: Engine, transformer: Transformer, precision: Precision
 ) -> None:
-    transformer.use(reference, fast=fast, fp8_attention=fast)
-    largest = max(step_bytes(painter_of(engine).model.flux, size_of(*size), torch.float32, fast=fast) for size in SIZES)
+    transformer.use(reference, precision)
+    largest = max(step_bytes(painter_of(engine).model.flux, size_of(*size), torch.float32, precision) for size in SIZES)
     memory = torch.empty(largest, dtype=torch.uint8)
     steps = {size: BoundStep(transformer, size_of(*size), Region(memory)) for size in SIZES}
     for size in [*SIZES, *SIZES]:
@@ -36,30 +38,34 @@ def test_steps_of_several_sizes_share_memory_and_stay_right(
         assert torch.equal(steps[size](*arguments), transformer(*arguments))
 
 
-@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
 @torch.inference_mode()
-def test_a_step_takes_the_bytes_that_were_planned(engine: Engine, transformer: Transformer, fast: bool) -> None:
-    transformer.use(reference, fast=fast, fp8_attention=fast)
+def test_a_step_takes_the_bytes_that_were_planned(
+    engine: Engine, transformer: Transformer, precision: Precision
+) -> None:
+    transformer.use(reference, precision)
     for height, width, batch in SIZES:
         size = size_of(height, width, batch)
         memory = torch.empty(
-            step_bytes(painter_of(engine).model.flux, size, torch.float32, fast=fast), dtype=torch.uint8
+            step_bytes(painter_of(engine).model.flux, size, torch.float32, precision), dtype=torch.uint8
         )
         BoundStep(transformer, size, Region(memory))(*request(engine, height, width, batch))
         with pytest.raises(ValueError, match="A plan is too small"):
             BoundStep(transformer, size, Region(memory[:-256]))
 
 
-@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
 @pytest.mark.parametrize("width", [80, 144])  # 40 and 72 tokens
 @torch.inference_mode()
-def test_pictures_of_a_batch_equal_singles(engine: Engine, transformer: Transformer, fast: bool, width: int) -> None:
-    transformer.use(reference, fast=fast)
+def test_pictures_of_a_batch_equal_singles(
+    engine: Engine, transformer: Transformer, precision: Precision, width: int
+) -> None:
+    transformer.use(reference, precision)
     img, txt, modulation, pe = request(engine, 128, width, 3)
     together = transformer(img, txt, modulation, pe)
     for i in range(3):
         alone = transformer(img[i : i + 1], txt[i : i + 1], modulation, pe)
-        bound = 0.05 * float(alone.abs().max()) if fast else 1e-4  # of rounding to fp8
+        bound = 0.05 * float(alone.abs().max()) if precision.scaled else 1e-4  # of rounding to 8 bits
         torch.testing.assert_close(together[i : i + 1], alone, atol=bound, rtol=1e-4)
 
 
@@ -70,7 +76,7 @@ def test_the_library_takes_every_pictures_scales_aligned(engine: Engine) -> None
         return flat
 
     starts: dict[str, int] = {}
-    step = StepBuffers(painter_of(engine).model.flux, reference, (3, 250, 25), torch.bfloat16, take, fast=True)
+    step = StepBuffers(painter_of(engine).model.flux, reference, (3, 250, 25), torch.bfloat16, take, Fp8())
     ends = {"normal": [], "active": []}
     for stream in (step.txt, step.img, step.joint):
         for name, operand in (("normal", stream.normal), ("active", stream.active)):
@@ -83,8 +89,9 @@ def test_the_library_takes_every_pictures_scales_aligned(engine: Engine) -> None
 
 
 @pytest.mark.gpu
-def test_odd_pictures_of_a_batch_equal_singles_in_fast() -> None:
-    with load_flux_schnell("tiny", device="cuda", mode="fast") as engine:
+@pytest.mark.parametrize("mode", ["fast", "int8"])
+def test_odd_pictures_of_a_batch_equal_singles_in_8_bits(mode: str) -> None:
+    with load_flux_schnell("tiny", device="cuda", mode=mode) as engine:
         size = {"height": 80, "width": 80}
         together = engine.generate("a blue square", seed=1, batch_size=2, **size)
         for i in range(2):
@@ -100,20 +107,20 @@ def denoised(engine: Engine, seed: int, prompt: str) -> Tensor:
 
 @pytest.mark.slow
 @torch.inference_mode()
-@pytest.mark.parametrize("fp8_attention", [False, True])
-def test_fast_is_nearer_to_exact_than_nf4_is_to_16_bits(
-    engine: Engine, transformer: Transformer, fp8_attention: bool
+@pytest.mark.parametrize(("precision", "share"), [(Fp8(), 0.5), (Fp8(fp8_attention=True), 0.5), (Int8(), 0.25)])
+def test_8_bits_are_nearer_to_exact_than_nf4_is_to_16_bits(
+    engine: Engine, transformer: Transformer, precision: Precision, share: float
 ) -> None:
-    """Final latents within half of NF4's own distance to the unquantized model."""
+    """Final latents within a share of NF4's own distance to the unquantized model."""
     plain = load_flux_schnell("tiny", device="cpu", quantization="none")
-    from_fast, from_nf4 = 0.0, 0.0
+    from_8_bits, from_nf4 = 0.0, 0.0
     for seed, prompt in enumerate(("a blue square", "a small green star above a large yellow ring", "two red circles")):
-        transformer.use(reference, fast=False)
+        transformer.use(reference)
         exact = denoised(engine, seed, prompt)
         from_nf4 += float((exact - denoised(plain, seed, prompt)).norm())
-        transformer.use(reference, fast=True, fp8_attention=fp8_attention)
-        from_fast += float((denoised(engine, seed, prompt) - exact).norm())
-    assert 0 < from_fast <= from_nf4 / 2
+        transformer.use(reference, precision)
+        from_8_bits += float((denoised(engine, seed, prompt) - exact).norm())
+    assert 0 < from_8_bits <= share * from_nf4
 
 
 @pytest.mark.gpu
@@ -151,7 +158,7 @@ def test_kernels_that_are_launched_early_draw_what_those_in_turn_do(monkeypatch:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("mode", ["exact", "fast"])
+@pytest.mark.parametrize("mode", ["exact", "fast", "int8"])
 def test_pictures_of_another_size_compile_nothing(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     knobs = pytest.importorskip("triton.knobs", reason="NOT RUN: Triton is not installed here")
     compiled: list[str] = []

@@ -29,8 +29,9 @@ from vortex_core.kernels import ScaledTensor, choose_kernels, reference
 from vortex_core.kernels.scaled_tensor import FP8, empty_heads
 from vortex_core.memory.arena import Region, aligned
 from vortex_core.memory.offload import Prefetcher
-from vortex_core.quant.backends import TritonBackend
-from vortex_core.quant.linear import NF4Linear, product
+from vortex_core.quant.backends import ReferenceBackend, TritonBackend
+from vortex_core.quant.linear import NF4Linear
+from vortex_core.quant.precision import EXACT, Fp8, Int8, Precision
 from vortex_core.runtime.graphs import GraphCache, step_bytes
 from vortex_core.storage.materialize import is_quantized
 
@@ -90,14 +91,15 @@ def bench(*calls: Callable[[], object], replays: int = 5, repeat: int = 1) -> fl
 def weight(n: int, k: int) -> NF4Linear:
     packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=DEVICE)
     absmax = (torch.rand(n, k // 64, device=DEVICE) + 0.5) / 0.55 / k**0.5
-    linear = NF4Linear(nf4.NF4Weight(packed, absmax), torch.randn(n, device=DEVICE, dtype=BF16) / 10, BACKEND)
-    linear.prepare_fp8()
-    return linear
+    return NF4Linear(nf4.NF4Weight(packed, absmax), torch.randn(n, device=DEVICE, dtype=BF16) / 10, BACKEND)
 
 
-def quantized(m: int, k: int) -> ScaledTensor:
-    x = ScaledTensor(torch.empty(1, m, k, device=DEVICE, dtype=FP8), torch.empty(1, m, device=DEVICE))
-    reference.quantize(torch.randn(1, m, k, device=DEVICE), x)
+def operand(m: int, k: int, precision: Precision) -> ScaledTensor:
+    values = torch.randn(1, m, k, device=DEVICE, dtype=BF16)
+    if precision.operand is None:
+        return ScaledTensor(values)
+    x = ScaledTensor(torch.empty_like(values, dtype=precision.operand), torch.empty(1, m, device=DEVICE))
+    KERNELS.quantize(values, x)
     return x
 
 
@@ -124,14 +126,16 @@ def decode() -> None:
     """Decode weights in rotation, so that packed values come from memory, not from a cache."""
     for n, k in LINEARS:
         weights = [weight(n, k) for _ in range(2 if SMALL else max(3, 160_000_000 // (n * k)))]
-        for kind in (BF16, FP8):
-            out = torch.empty(n, k, device=DEVICE, dtype=kind)
+        for precision in PRECISIONS:
+            out = torch.empty(n, k, device=DEVICE, dtype=precision.operand or BF16)
+            for w in weights:
+                w.use(precision)
             calls = [partial(fill, w, out) for w in weights]
-            timed(f"decode {n}x{k} {str(kind)[6:14]}", bench(*calls), moved=n * k * (0.5625 + kind.itemsize))
+            timed(f"decode {n}x{k} {precision.name}", bench(*calls), moved=n * k * (0.5625 + out.itemsize))
 
 
 def fill(linear: NF4Linear, out: Tensor) -> None:
-    KERNELS.dequantize(linear.packed, linear.absmax, out, linear.row_scale if out.dtype == FP8 else None)
+    KERNELS.dequantize(linear.packed, linear.absmax, out, linear.row_scale)
 
 
 def products() -> None:
@@ -140,13 +144,15 @@ def products() -> None:
         weights = [weight(n, k) for _ in range(2 if SMALL else 4)]
         for m in TOKENS:
             out = torch.empty(m, n, device=DEVICE, dtype=BF16)
-            for kind in (BF16, FP8):
-                x = quantized(m, k) if kind == FP8 else ScaledTensor(torch.randn(1, m, k, device=DEVICE, dtype=BF16))
-                decoded = torch.empty(n, k, device=DEVICE, dtype=kind)
+            for precision in PRECISIONS:
+                x = operand(m, k, precision)
+                decoded = torch.empty(n, k, device=DEVICE, dtype=precision.operand or BF16)
                 scale = None if x.scale is None else x.scale[0]
+                for w in weights:
+                    w.use(precision)
 
                 def multiply(w):
-                    product(x.values[0], scale, decoded, w.row_scale, w.bias, out)
+                    w.precision.product(x.values[0], scale, decoded, w.row_scale, w.bias, out)
 
                 def both(w):
                     fill(w, decoded)
@@ -154,7 +160,7 @@ def products() -> None:
 
                 fill(weights[0], decoded)
                 flops = 2 * m * n * k
-                name = f"linear {m}x{k}x{n} {str(kind)[6:14]}"
+                name = f"linear {m}x{k}x{n} {precision.name}"
                 timed(name, bench(*[partial(multiply, w) for w in weights]), flops=flops)
                 timed(f"{name} with decode", bench(*[partial(both, w) for w in weights]), flops=flops)
 
@@ -170,11 +176,11 @@ def rows() -> None:
         norm = torch.rand(2, SPEC.head_dim, device=DEVICE).to(BF16) + 0.5
         angle = torch.randn(tokens, SPEC.head_dim // 2, device=DEVICE)
         qkv = wide[..., : 3 * d].unflatten(-1, (3, SPEC.heads, SPEC.head_dim))
-        for kind in (FP8, BF16):
+        for kind in (FP8, torch.int8, BF16):
             normal, hidden, both = (
                 ScaledTensor(
                     torch.empty(1, tokens, width, device=DEVICE, dtype=kind),
-                    torch.empty(1, tokens, device=DEVICE) if kind == FP8 else None,
+                    torch.empty(1, tokens, device=DEVICE) if kind != BF16 else None,
                 )
                 for width in (d, mlp, d + mlp)
             )
@@ -240,12 +246,10 @@ def steps() -> None:
         table = torch.randn(SPEC.modulation_rows, SPEC.hidden, device=DEVICE).to(BF16) / 4
         pe = sampling.rope(sampling.positions(height, width, 256), SPEC, DEVICE)
         velocities = {}
-        modes = ("exact", "exact, beside", "fast", "fast, beside")
-        for mode in ("reference", *modes):
-            fast = mode.startswith("fast")
+        ways = [(f"{p.name}{beside}", p, beside) for p in PRECISIONS for beside in ("", ", beside")]
+        for mode, precision, beside in (("reference", EXACT, ""), *ways):
             kernels = reference if mode == "reference" else KERNELS
-            side = torch.cuda.Stream() if GPU and mode.endswith("beside") else None
-            model.use(kernels, fast=fast, fp8_attention=fast, side=side)
+            model.use(kernels, precision, side=torch.cuda.Stream() if GPU and beside else None)
             if GPU:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
@@ -254,7 +258,7 @@ def steps() -> None:
                 velocities[mode] = model(img.to(BF16), txt, table, pe).float()
                 continue
             size = (1, 256, s)
-            arena = step_bytes(SPEC, size, BF16, fast=fast)
+            arena = step_bytes(SPEC, size, BF16, precision)
             note(f"{name} arena GB", round(arena / 1e9, 4))
             scratch, text = (aligned(n) for n in (2 * max(n * k for n, k in LINEARS), SPEC.hidden * SPEC.mlp))
             region = Region(torch.empty(arena + scratch + text, dtype=torch.uint8, device=DEVICE))
@@ -344,7 +348,8 @@ SECTIONS = {f.__name__: f for f in (ceilings, steps, attention, decode, decoder,
 if __name__ == "__main__":
     torch.manual_seed(0)
     KERNELS = choose_kernels(DEVICE)
-    BACKEND = TritonBackend() if GPU else __import__("vortex_core.quant.linear").linear.ReferenceBackend()
+    PRECISIONS = (EXACT, Fp8(fp8_attention=True), Int8(KERNELS))
+    BACKEND = TritonBackend() if GPU else ReferenceBackend()
     began = time.perf_counter()
     for section in sys.argv[1:] or SECTIONS:
         print(f"=== {section} (at {time.perf_counter() - began:.0f} s)", flush=True)

@@ -25,6 +25,7 @@ from ..flux1 import sampling
 from ..flux1.spec import DEFAULT_STEPS, T5_TOKENS, FluxSpec
 from ..runtime.engine import Engine
 from ..utils.timing import Latency, Stopwatch, summarize
+from . import roofline
 from .machine import machine
 from .peers import (
     Contender,
@@ -101,7 +102,7 @@ class Contest:
         self.device, self.samples = device, samples
         self.pipe = _pipeline(model, device)
         self.config = dict(self.pipe.transformer.config)
-        self.jobs = [_job(self.config, height, width, device, self.pipe.vae.dtype) for height, width in sizes]
+        self.jobs = [job_of(self.config, height, width, device, self.pipe.vae.dtype) for height, width in sizes]
         spec = describe("transformer", *part_of(self.pipe, "transformer", "transformer"))
         self.result = Result(machine(device).as_dict(), {f"{h} x {w}": card(spec, h, w) for h, w in sizes})
         self.on_row: Callable[[Row], None] = lambda row: None
@@ -236,17 +237,13 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 def card(spec: FluxSpec, height: int, width: int) -> dict[str, float]:
     """What a step takes at least: floating-point operations, and bytes of weights read."""
-    tokens = sampling.image_tokens(height, width) + T5_TOKENS
-    hidden, mlp = spec.hidden, spec.mlp
-    block = 4 * hidden * hidden + 2 * hidden * mlp  # weights of one stream of a double block, and of a single block
-    products = 2 * tokens * block * (spec.double_blocks + spec.single_blocks)
-    attention = 4 * tokens * tokens * hidden * (spec.double_blocks + spec.single_blocks)
-    weights = block * (2 * spec.double_blocks + spec.single_blocks)
+    work = list(roofline.step_work(spec, height, width))
+    weights = roofline.block_weights(spec)
     return {
-        "step_flops": products + attention,
-        "attention_flops": attention,
-        "nf4_bytes": weights * 0.5625,
-        "bf16_bytes": weights * 2.0,
+        "step_flops": sum(one.operations for one in work),
+        "attention_flops": sum(one.operations for one in work if one.part == roofline.ATTENTION),
+        "nf4_bytes": weights * roofline.NF4,
+        "bf16_bytes": weights * roofline.BF16,
     }
 
 
@@ -269,7 +266,8 @@ def _pipeline(model: str | Path | None, device: torch.device) -> FluxPipeline:
     return pipe
 
 
-def _job(config: dict[str, Any], height: int, width: int, device: torch.device, dtype: torch.dtype) -> Job:
+def job_of(config: dict[str, Any], height: int, width: int, device: torch.device, dtype: torch.dtype) -> Job:
+    """A picture with random embeddings, as large as diffusers' `config` of the transformer says."""
     draw = torch.Generator().manual_seed(height + width)
     txt = torch.randn(1, T5_TOKENS, config["joint_attention_dim"], generator=draw) / 4
     pooled = torch.randn(1, config["pooled_projection_dim"], generator=draw)

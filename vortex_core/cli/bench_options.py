@@ -72,7 +72,8 @@ class Source:
     device: Device = None
     vram: Vram = None
     mode: Annotated[
-        str | None, typer.Option(help="'fast' or 'exact', as `vortex generate` has them; fast where none is given.")
+        str | None,
+        typer.Option(help="'fast', 'exact', 'int8' or 'fp8', as `vortex generate` has them; fast where none is given."),
     ] = None
     quantization: Quantization = "nf4"
 

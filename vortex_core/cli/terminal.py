@@ -85,7 +85,7 @@ Size = Annotated[
 Quantization = Annotated[str, typer.Option(help="'nf4', or 'none' for 16-bit weights (24 GB at full size).")]
 Mode = Annotated[
     str,
-    typer.Option(help="'fast': products in fp8 where the card has them, else exact; 'exact': products in 16 bits."),
+    typer.Option(help="'fast': the card's fastest products in 8 bits, 'int8' or 'fp8', else 'exact': in 16 bits."),
 ]
 
 
@@ -144,7 +144,7 @@ class plain_errors:
 
 OPTIONS = {
     "cache_dir": "--cache-dir", "clip": "--clip", "device": "--device", "t5": "--t5", "tokenizers": "--tokenizers",
-    "vae": "--vae", "mode": "--mode", "vram_budget": "--vram",
+    "vae": "--vae", "mode": "--mode", "quantization": "--quantization", "vram_budget": "--vram",
 }  # fmt: skip
 # a name in backticks or a bare vram_budget, but no part of a path or of a quoted text
 _ARGUMENT = re.compile(rf"(?<![\w/\\.='\"-])(?:`({'|'.join(OPTIONS)})`|vram_budget\b(?!=))")

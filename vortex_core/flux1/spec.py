@@ -20,7 +20,7 @@ SIZE_MULTIPLE = 16  # 8x VAE downsampling times 2x2 packing
 MIN_SIZE, MAX_SIZE = 64, 2048  # pixels a side
 QUANTIZATIONS = ("nf4", "none")
 MOST_BUDGET = 10**6  # GB; more than any card has, and small enough for the bytes to be an int of 64 bits
-MODES = ("fast", "exact")
+MODES = ("fast", "exact", "int8", "fp8")
 MODULATION_ROWS = {
     "double_blocks": {"img_mod.lin": 6, "txt_mod.lin": 6},  # shift, scale, gate of attention, then of the MLP
     "single_blocks": {"modulation.lin": 3},  # shift, scale, gate

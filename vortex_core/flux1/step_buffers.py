@@ -2,8 +2,8 @@
 
 Legend as in flux1/transformer.py. Text and image of a picture are rows of the same buffers, and buffers are reused as
 soon as their values are no longer needed. In 16 bits the product that widens also applies the GELU, and the next
-product reads where this one wrote: q, k, v and the MLP lie apart. In fp8 the operands of products have buffers of
-their own, half as large, and the heads for attention lie where the MLP's operand will be.
+product reads where this one wrote: q, k, v and the MLP lie apart. In 8 bits the operands of products have buffers of
+their own, half as large. In fp8 the heads for attention lie where the MLP's operand will be.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ..kernels import Heads, Kernels, ScaledTensor
-from ..kernels.scaled_tensor import FP8, TILE
+from ..kernels.scaled_tensor import TILE
 from ..memory.arena import Shape, round_up
+from ..quant.precision import EXACT, Precision
 from .spec import FluxSpec
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, fp32, each [L, C/2]
@@ -35,8 +36,8 @@ class TokenStream:
     normal: ScaledTensor  # [B, T, D], adaLN of `x`: the next product's operand
     qkv: Tensor  # [B, T, 3, H, C]
     wide: Tensor  # [B, T, M], inside the MLP
-    active: ScaledTensor | None  # in fp8: [B, T, M] after the GELU; for both [B, T, D + M], attention in front
-    attn: ScaledTensor | None  # in fp8: [B, T, D]; in 16 bits attention's output is an operand as it is
+    active: ScaledTensor | None  # in 8 bits: [B, T, M] after the GELU; for both [B, T, D + M], attention in front
+    attn: ScaledTensor | None  # in 8 bits: [B, T, D]; in 16 bits attention's output is an operand as it is
     y: Tensor  # [B, T, D], what is added to `x`
     pe: Rope = field(init=False)  # of its tokens, set by `StepBuffers.place`
 
@@ -62,8 +63,8 @@ class TokenStream:
 class _Views:
     """Views into the flat buffers of `batch` pictures."""
 
-    def __init__(self, flat: Mapping[str, Tensor], batch: int, *, fast: bool) -> None:
-        self._flat, self._batch, self._fast = flat, batch, fast
+    def __init__(self, flat: Mapping[str, Tensor], batch: int, *, scaled: bool) -> None:
+        self._flat, self._batch, self._scaled = flat, batch, scaled
 
     def plain(self, name: str, *shape: int, skip: int = 0) -> Tensor:
         """`[B, *shape]`, which starts behind B times `skip` values."""
@@ -71,15 +72,15 @@ class _Views:
         return self._flat[name][start : start + prod(whole)].view(whole)
 
     def operand(self, name: str, rows: int, width: int, start: int = 0, skip: int = 0) -> ScaledTensor:
-        """`[B, rows, width]` behind B times `start` rows and `skip` values; in fp8 with scales."""
+        """`[B, rows, width]` behind B times `start` rows and `skip` values; in 8 bits with scales."""
         scale = None
-        if self._fast:  # rounded, since the library wants vectors of scales aligned
+        if self._scaled:  # rounded, since the library wants vectors of scales aligned
             scale = self.plain(f"{name}_scale", _rounded(rows), skip=_rounded(start))[:, :rows]
         return ScaledTensor(self.plain(name, rows, width, skip=skip + start * width), scale)
 
 
 class StepBuffers:
-    """Buffers for B pictures, N text and S image tokens, from `take`; `fast` for products in fp8."""
+    """Buffers for B pictures, N text and S image tokens, from `take`, for products in `precision`."""
 
     def __init__(
         self,
@@ -88,17 +89,17 @@ class StepBuffers:
         size: tuple[int, int, int],
         dtype: torch.dtype,
         take: Take,
+        precision: Precision = EXACT,
         *,
-        fast: bool,
-        fp8_attention: bool = False,
         side: torch.cuda.Stream | None = None,
     ) -> None:
-        """`size`: B, N, S. `fp8_attention`: only with `fast`. `side`: a second CUDA stream, for the text."""
+        """`size`: B, N, S. `side`: a second CUDA stream, for the text."""
+        scaled = precision.scaled
         batch, txt_tokens, img_tokens = size
         tokens, hidden, mlp = txt_tokens + img_tokens, spec.hidden, spec.mlp
         head = (3, spec.heads, spec.head_dim)
-        flat = {name: take(name, *shape) for name, shape in buffers(spec, size, dtype, fast=fast).items()}
-        views = _Views(flat, batch, fast=fast)
+        flat = {name: take(name, *shape) for name, shape in buffers(spec, size, dtype, precision).items()}
+        views = _Views(flat, batch, scaled=scaled)
         x, qkv = views.plain("x", tokens, hidden), views.plain("linear1", tokens, *head)
 
         def stream(start: int, stop: int) -> TokenStream:
@@ -110,15 +111,15 @@ class StepBuffers:
                 normal=views.operand("normal", rows, hidden, start),
                 qkv=qkv[:, start:stop],
                 wide=views.plain("linear1", rows, mlp, skip=tokens * 3 * hidden + start * mlp),
-                active=views.operand("active", rows, mlp, start) if fast else None,
-                attn=views.operand("active", rows, hidden, start, skip=tokens * mlp) if fast else None,
+                active=views.operand("active", rows, mlp, start) if scaled else None,
+                attn=views.operand("active", rows, hidden, start, skip=tokens * mlp) if scaled else None,
                 y=views.plain("y", rows, hidden, skip=start * hidden),
             )
 
         self.kernels, self._side, self.qkv = kernels, side, qkv
         self.txt, self.img, self.joint = stream(0, txt_tokens), stream(txt_tokens, tokens), stream(0, tokens)
         self.linear1 = [self.joint.qkv.flatten(2), self.joint.wide]
-        if fast:  # linear1 is one product, and linear2 has one operand
+        if scaled:  # linear1 is one product, and linear2 has one operand
             whole = views.plain("linear1", tokens, 3 * hidden + mlp)
             self.linear1 = [whole]
             self.joint = replace(
@@ -127,7 +128,9 @@ class StepBuffers:
                 wide=whole[..., 3 * hidden :],
                 active=views.operand("active", tokens, hidden + mlp),
             )
-        self.heads = _heads(flat["active"], flat["v_scale"], (batch, tokens, *head[1:])) if fp8_attention else None
+        self.heads: Heads | None = None
+        if precision.fp8_attention:
+            self.heads = _heads(flat["active"], flat["v_scale"], (batch, tokens, *head[1:]))
         self.final = ScaledTensor(views.plain("linear1", img_tokens, hidden))
         self.velocity = views.plain("velocity", img_tokens, spec.in_channels)
 
@@ -157,22 +160,26 @@ class StepBuffers:
             stream.pe = (pe[0][stream.start : stream.stop], pe[1][stream.start : stream.stop])
 
 
-def buffers(spec: FluxSpec, size: tuple[int, int, int], dtype: torch.dtype, *, fast: bool) -> dict[str, Shape]:
+def buffers(
+    spec: FluxSpec, size: tuple[int, int, int], dtype: torch.dtype, precision: Precision = EXACT
+) -> dict[str, Shape]:
     """Shape and type of every buffer of a step, for `size` = (pictures, text tokens, image tokens). All are flat."""
     batch, txt_tokens, img_tokens = size
     rows = batch * (txt_tokens + img_tokens)
     flat: dict[str, Shape] = {
         "x": ((rows * spec.hidden,), dtype),
         "y": ((rows * spec.hidden,), dtype),
-        "normal": ((rows * spec.hidden,), FP8 if fast else dtype),
+        "normal": ((rows * spec.hidden,), precision.operand or dtype),
         "linear1": ((rows * (3 * spec.hidden + spec.mlp),), dtype),
         "velocity": ((batch * img_tokens * spec.in_channels,), dtype),
     }
-    if fast:
-        # the MLP's operand, or the heads, with the values' tokens in whole tiles
-        values = batch * round_up(txt_tokens + img_tokens, TILE)
-        flat["active"] = ((max(rows * (spec.hidden + spec.mlp), (2 * rows + values) * spec.hidden),), FP8)
-        flat["v_scale"] = ((values // TILE * spec.heads + 2,), torch.float32)
+    if precision.operand is not None:
+        active = rows * (spec.hidden + spec.mlp)
+        if precision.fp8_attention:  # the MLP's operand, or the heads, with the values' tokens in whole tiles
+            values = batch * round_up(txt_tokens + img_tokens, TILE)
+            active = max(active, (2 * rows + values) * spec.hidden)
+            flat["v_scale"] = ((values // TILE * spec.heads + 2,), torch.float32)
+        flat["active"] = ((active,), precision.operand)
         scales = batch * (_rounded(txt_tokens) + _rounded(img_tokens))
         flat["normal_scale"] = flat["active_scale"] = ((scales,), torch.float32)
     return flat

@@ -23,6 +23,7 @@ from torch.nn import Linear
 
 from ..kernels import Kernels, ScaledTensor, reference
 from ..quant.linear import NF4Linear, multiply
+from ..quant.precision import EXACT, Precision
 from .spec import DOUBLE_ROWS, FINAL_ROWS, SINGLE_ROWS, FluxSpec
 from .step_buffers import Rope, StepBuffers, Take, TokenStream
 
@@ -124,7 +125,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.spec = spec
         self.kernels: Kernels = reference
-        self.fast = self.fp8_attention = False
+        self.precision: Precision = EXACT
         self.side: torch.cuda.Stream | None = None
         self.img_in = Linear(spec.in_channels, spec.hidden)
         self.txt_in = Linear(spec.context, spec.hidden)
@@ -132,17 +133,14 @@ class Transformer(nn.Module):
         self.single_blocks = nn.ModuleList(SingleBlock(spec) for _ in range(spec.single_blocks))
         self.final_layer = FinalLayer(spec)
 
-    def use(
-        self, kernels: Kernels, *, fast: bool, fp8_attention: bool = False, side: torch.cuda.Stream | None = None
-    ) -> None:
-        """Compute with `kernels`. `fast` multiplies in fp8 and needs NF4 weights.
+    def use(self, kernels: Kernels, precision: Precision = EXACT, *, side: torch.cuda.Stream | None = None) -> None:
+        """Compute with `kernels`, and multiply in `precision`; 8 bits need NF4 weights.
 
-        `fp8_attention`: only with `fast`. `side`: a CUDA stream for the text of double blocks, which uses what the
-        image's last tiles leave idle.
+        `side`: a CUDA stream for the text of double blocks, which uses what the image's last tiles leave idle.
         """
-        self.kernels, self.fast, self.fp8_attention, self.side = kernels, fast, fp8_attention, side
-        for linear in self.linears() if fast else ():
-            linear.prepare_fp8()
+        self.kernels, self.precision, self.side = kernels, precision, side
+        for linear in self.linears():
+            linear.use(precision)
 
     @property
     def fused(self) -> bool:
@@ -161,7 +159,7 @@ class Transformer(nn.Module):
             return torch.empty(shape, dtype=dtype, device=weight.device)
 
         how = (self.spec, self.kernels, size, weight.dtype, take or fresh)
-        return StepBuffers(*how, fast=self.fast, fp8_attention=self.fp8_attention, side=self.side)
+        return StepBuffers(*how, self.precision, side=self.side)
 
     def forward(
         self, img: Tensor, txt: Tensor, modulation: Tensor, pe: Rope, step: StepBuffers | None = None

@@ -55,9 +55,20 @@ class Backend(ABC):
         self.write(packed, absmax, out, row_scale)
         return out
 
+    def row_scales(self, packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+        """What each row is divided by before it is rounded to `dtype`, 8 bits: fp32 `[N]`."""
+        out = torch.empty(len(packed), device=packed.device)
+        if not packed.is_meta:
+            self.measure(packed, absmax, out, dtype)
+        return out
+
     @abstractmethod
     def write(self, packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None) -> None:
         """Dequantize into `out`."""
+
+    def measure(self, packed: Tensor, absmax: Tensor, out: Tensor, dtype: torch.dtype) -> None:
+        """Write the rows' scales into `out`."""
+        reference.row_scales(packed, absmax, out, dtype)
 
 
 class ReferenceBackend(Backend):
@@ -71,7 +82,7 @@ class ReferenceBackend(Backend):
 
 
 class TritonBackend(Backend):
-    """Vortex' own kernel, near the speed of memory; the one that also dequantizes to fp8."""
+    """Vortex' own kernel, near the speed of memory; the one that also dequantizes to 8 bits."""
 
     name = "triton"
 
@@ -80,6 +91,12 @@ class TritonBackend(Backend):
         from ..kernels import fused
 
         fused.dequantize(packed, absmax, out, row_scale)
+
+    def measure(self, packed: Tensor, absmax: Tensor, out: Tensor, dtype: torch.dtype) -> None:
+        """See `Backend.measure`."""
+        from ..kernels import fused
+
+        fused.row_scales(packed, absmax, out, dtype)
 
 
 class BitsAndBytesBackend(Backend):

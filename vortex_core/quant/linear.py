@@ -13,19 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import ScaledTensor
-from ..kernels.reference import row_scales
+from ..memory.arena import Shape
 from ..nf4 import BLOCK, NF4Weight
 from .backends import Backend
-
-# rows of an fp8 product, below which cuBLASLt lacks a bias at some widths: up to 42 rows, at 12,288 and more (H200)
-FEW = 64
+from .precision import EXACT, Precision
 
 
 class NF4Linear(nn.Module):
     """`x @ W.T + b` with W in NF4. `x` `[..., K]` in any float type, which is also the type of the product.
 
-    The buffers are `packed` and `absmax`, and `weight` is None: transformers' T5 casts its input to `wo.weight.dtype`,
-    and a packed weight would make that integers.
+    The buffers are `packed` and `absmax`, and in 8 bits `row_scale`. `weight` is None: transformers' T5 casts its input
+    to `wo.weight.dtype`, and a packed weight would make that integers. `precision` is that of `multiply`.
     """
 
     weight = None
@@ -38,8 +36,10 @@ class NF4Linear(nn.Module):
         self.register_buffer("packed", weight.packed)
         self.register_buffer("absmax", weight.absmax)
         self.register_buffer("row_scale", None)
+        self._copy: Tensor | None = None
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.backend = backend
+        self.precision: Precision = EXACT
 
     @classmethod
     def like(cls, linear: nn.Linear, backend: Backend) -> NF4Linear:
@@ -54,14 +54,38 @@ class NF4Linear(nn.Module):
         return NF4Weight(self.packed, self.absmax).shape
 
     def fill(self, weight: NF4Weight) -> None:
-        """Take the weight, and prepare it for fp8 if that was done before."""
+        """Take the weight, and find its scales again if there were some."""
         self.packed, self.absmax = weight.packed, weight.absmax
-        if self.row_scale is not None:
-            self.prepare_fp8()
+        self.use(self.precision)
 
-    def prepare_fp8(self) -> None:
-        """Compute what each row of the weight is divided by in fp8: 4 bytes a row."""
-        self.row_scale = row_scales(self.absmax)
+    def use(self, precision: Precision) -> None:
+        """Multiply in `precision`. In 8 bits that needs what each row of the weight is divided by: 4 bytes a row."""
+        self.precision, self.row_scale, self._copy = precision, None, None
+        if precision.operand is not None:
+            self.row_scale = self.backend.row_scales(self.packed, self.absmax, precision.operand)
+
+    @property
+    def packing(self) -> tuple[Tensor, ...]:
+        """What a product does not need where the weight is expanded."""
+        return self.packed, self.absmax
+
+    @property
+    def decoded(self) -> Shape | None:
+        """Shape and type of the weight in 8 bits; None where products are in 16."""
+        return None if self.precision.operand is None else (self.shape, self.precision.operand)
+
+    def expand(self, out: Tensor | None) -> None:
+        """Decode the weight into `out`, for all products to come; None: decode it for each again."""
+        if out is not None:
+            self.backend.write(self.packed, self.absmax, out, self.row_scale)
+        self._copy = out
+
+    def operand(self, dtype: torch.dtype, scratch: int) -> Tensor:
+        """The weight `[N, K]` as `multiply` takes it; in `dtype` where products are exact."""
+        if self._copy is not None:
+            return self._copy
+        dtype = self.precision.operand or dtype
+        return self.backend.dequantize(self.packed, self.absmax, dtype, self.row_scale, scratch)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., K]` to `[..., N]`."""
@@ -83,64 +107,25 @@ def multiply(
 ) -> None:
     """`x @ W.T + b` of an `NF4Linear` or `nn.Linear` into `out` `[B, T, N]`, with fp32 accumulation.
 
-    `x` is `[B, T, K]`, in fp8 if it has a scale; `scratch` as in `Backend.dequantize`. A list holds parts that count as
-    one, side by side in K or in N. Each part takes a product, as do pictures that do not follow each other in memory.
-    Not in fp8: several parts of `x`, which add up in `out`; and `gelu` (tanh form) of `out`, of its last part only.
+    `x` is `[B, T, K]`, as the linear's precision wants it (an `nn.Linear`'s is exact); `scratch` as in
+    `Backend.dequantize`. A list holds parts that count as one, side by side in K or in N. Each part takes a product, as
+    do pictures that do not follow each other in memory. Not with scales: several parts of `x`, which add up in `out`;
+    and `gelu` (tanh form) of `out`, of its last part only.
     """
     xs, outs = [x] if isinstance(x, ScaledTensor) else x, [out] if isinstance(out, Tensor) else out
     if isinstance(linear, NF4Linear):
-        row_scale = None if xs[0].scale is None else linear.row_scale
-        weight = linear.backend.dequantize(linear.packed, linear.absmax, xs[0].values.dtype, row_scale, scratch)
+        precision, row_scale = linear.precision, linear.row_scale
+        weight = linear.operand(xs[0].values.dtype, scratch)
     else:
         assert isinstance(linear, nn.Linear)
-        row_scale, weight = None, linear.weight
+        precision, row_scale, weight = EXACT, None, linear.weight
     for part, rows in zip(outs, _side_by_side(outs), strict=True):
         row_scales, bias = (None if whole is None else whole[rows] for whole in (row_scale, linear.bias))
         for operand, columns in zip(xs, _side_by_side([x.values for x in xs]), strict=True):
             last = rows.stop == weight.shape[0] and columns.stop == weight.shape[1]
             for values, scale, y in _pictures(operand, part):
                 addend = y if columns.start else bias
-                product(values, scale, weight[rows, columns], row_scales, addend, y, gelu=gelu and last)
-
-
-def product(
-    x: Tensor,
-    scale: Tensor | None,
-    weight: Tensor,
-    row_scale: Tensor | None,
-    bias: Tensor | None,
-    out: Tensor,
-    *,
-    gelu: bool = False,
-) -> None:
-    """`x` `[M, K]` times `weight` `[N, K]`, with scales `[M]` and `[N]` in fp8, into `out` `[M, N]`.
-
-    `bias` is `[N]`, or (not in fp8) `out` itself, to add to it. `gelu`, not in fp8: the tanh form, in place.
-    """
-    if scale is None:
-        if gelu and x.is_cuda and bias is not None:
-            # inside the library's product, before rounding; on other devices it would be the erf form
-            torch.ops.aten._addmm_activation.out(bias, x, weight.t(), use_gelu=True, out=out)
-            return
-        if bias is None:
-            torch.mm(x, weight.t(), out=out)
-        else:
-            torch.addmm(bias, x, weight.t(), out=out)
-        if gelu:
-            torch.ops.aten.gelu_(out, approximate="tanh")
-        return
-    assert row_scale is not None
-    if x.device.type == "cuda":
-        few = len(x) < FEW
-        torch._scaled_mm(
-            x, weight.t(), scale[:, None], row_scale[None, :], None if few else bias,
-            out_dtype=out.dtype, use_fast_accum=True, out=out,
-        )  # fmt: skip
-        if few and bias is not None:
-            out.add_(bias)
-    else:  # the same numbers, so that results can be compared on any device
-        y = (x.float() * scale[:, None]) @ (weight.float() * row_scale[:, None]).t()
-        out.copy_(y if bias is None else y + bias)
+                precision.product(values, scale, weight[rows, columns], row_scales, addend, y, gelu=gelu and last)
 
 
 def _side_by_side(parts: list[Tensor]) -> Iterator[slice]:

@@ -48,18 +48,20 @@ class Engine(Turns):
     and stream, large pictures are decoded in strips, batches are drawn in slices. All engines of a device share one
     thread. Calls may come from any number of threads and are served in the order of arrival.
 
-    Attributes: `name`, `device`, `dtype`, `quantization`, `mode` (the one in use), `native_size` (the side in pixels
-    that the model was trained at), `last_seed`.
+    Attributes: `name`, `device`, `dtype`, `quantization`, `mode` (the one in use), `precision` (what that means here:
+    `"exact"`, `"int8"` or `"fp8"`), `precision_reason` (why that one and no other), `native_size` (the side in pixels
+    that the model was trained at), `spec` (all sizes of the model), `last_seed`.
     """
 
     def __init__(self, bundle: Bundle, setup: ResolvedConfig, painter: Painter, worker: Worker) -> None:
         """Not for callers: use `Engine.load` or `Engine.from_pipeline`."""
         super().__init__(painter, worker)
         self.name, self.mode = bundle.name, setup.mode
+        self.precision, self.precision_reason = setup.precision.name, setup.choice.reason
         self.device, self.dtype, self.quantization = setup.device, setup.dtype, setup.quantization
         self.native_size = bundle.spec.vae.sample_size
         self.last_seed: int | None = None
-        self._spec = bundle.spec.flux
+        self.spec, self._spec = bundle.spec, bundle.spec.flux
         self._budgeted = setup.budget is not None
 
     @classmethod
@@ -89,12 +91,13 @@ class Engine(Turns):
         default the first CUDA device, else the CPU. `vram_budget`: GB (10^9 bytes) that torch may reserve for this
         engine at its peak, everything included; default 6.5, or on a smaller card its size less 1. `cap_process`:
         torch then refuses more to the whole process, so that the budget always holds; use it only if the process is
-        yours. `mode`: `"fast"` multiplies in fp8 and needs compute capability 8.9; on 9.0, where it is known to be
-        faster, attention is in fp8, too. Where `"fast"` cannot run, the mode is `"exact"` (16-bit products), and the
-        log says why. `quantization`: `"nf4"`, or `"none"` to keep 16-bit weights. `dtype`: that of the products;
-        default bf16 on CUDA, fp32 on the CPU. `backend`: `"triton"`, `"bitsandbytes"` or `"reference"`; default the
-        fastest that works. `cache_dir`: where quantized weights are kept; default `$VORTEX_CACHE` or the user's cache
-        folder. `on_progress(done, total)` gets bytes.
+        yours. `mode`: `"fast"` multiplies in the fastest 8 bits of the card: int8 on compute capability 8.0 to 8.9 (RTX
+        30 and 40), fp8 on 9.0, with attention in fp8, and what is faster on a sample elsewhere. Where neither can run,
+        the mode is `"exact"` (16-bit products), and the log says why. `"int8"` and `"fp8"` ask for one by name, and are
+        refused where it cannot run; on the CPU they run in plain torch, slowly. `quantization`: `"nf4"`, or `"none"` to
+        keep 16-bit weights. `dtype`: that of the products; default bf16 on CUDA, fp32 on the CPU. `backend`:
+        `"triton"`, `"bitsandbytes"` or `"reference"`; default the fastest that works. `cache_dir`: where quantized
+        weights are kept; default `$VORTEX_CACHE` or the user's cache folder. `on_progress(done, total)` gets bytes.
 
         Raises `VortexInputError`, `VortexDeviceError` and `VortexCheckpointError` before it takes device memory, and
         `VortexInitializationError` (with figures) when memory runs out; then nothing stays in memory.

@@ -30,6 +30,7 @@ from ..flux1.step_buffers import Rope, StepBuffers, buffers
 from ..flux1.transformer import Transformer
 from ..memory.arena import MIB, Region, Shape, aligned, laid_out, round_up
 from ..memory.offload import Act, Prefetcher
+from ..quant.precision import EXACT, Precision
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class BoundStep:
         spec, dtype = transformer.spec, transformer.img_in.weight.dtype
         self._transformer, self._size = transformer, size
         self._inputs = [region.take(shape, kind) for shape, kind in inputs(spec, size, dtype).values()]
-        flat = buffers(spec, size, dtype, fast=transformer.fast)
+        flat = buffers(spec, size, dtype, transformer.precision)
         self._buffers = {name: region.take(shape, kind) for name, (shape, kind) in flat.items()}
         self._velocity = region.take(self._inputs[0].shape, torch.float32)
 
@@ -150,7 +151,7 @@ class GraphCache:
         """
         transformer, start = self._transformer, region.used
         weight = transformer.img_in.weight
-        region.take((step_bytes(transformer.spec, size, weight.dtype, fast=transformer.fast),), torch.uint8)
+        region.take((step_bytes(transformer.spec, size, weight.dtype, transformer.precision),), torch.uint8)
         steps: dict[Size, BoundStep] = {}
 
         def velocity(img: Tensor, txt: Tensor, modulation: Tensor, pe: Rope) -> Tensor:
@@ -172,8 +173,8 @@ class GraphCache:
 
     def _capture(self, size: Size, place: Address, step: BoundStep, prefetcher: Prefetcher) -> None:
         transformer = self._transformer
-        dtype, fp8 = transformer.img_in.weight.dtype, transformer.fp8_attention
-        needed = round_up(attention_bytes(transformer.spec, size, dtype, fp8=fp8), POOL)
+        dtype = transformer.img_in.weight.dtype
+        needed = round_up(attention_bytes(transformer.spec, size, dtype, transformer.precision), POOL)
         if needed > self._largest or any(other != place for _, other in self._graphs):
             self.clear()  # the pool is made for the largest graph, and graphs of other places are not valid any more
             hand_back(self._device)
@@ -218,13 +219,13 @@ def inputs(spec: FluxSpec, size: Size, dtype: torch.dtype) -> dict[str, Shape]:
     }
 
 
-def step_bytes(spec: FluxSpec, size: Size, dtype: torch.dtype, *, fast: bool) -> int:
+def step_bytes(spec: FluxSpec, size: Size, dtype: torch.dtype, precision: Precision = EXACT) -> int:
     """Bytes that a step of `size` lays out, exactly; without what the library's attention allocates."""
-    given, flat = inputs(spec, size, dtype), buffers(spec, size, dtype, fast=fast)
+    given, flat = inputs(spec, size, dtype), buffers(spec, size, dtype, precision)
     return laid_out([*given.values(), (given["img"][0], torch.float32), *flat.values()])
 
 
-def attention_bytes(spec: FluxSpec, size: Size, dtype: torch.dtype, *, fp8: bool) -> int:
+def attention_bytes(spec: FluxSpec, size: Size, dtype: torch.dtype, precision: Precision = EXACT) -> int:
     """Bytes that attention allocates in a step: the library's result and its statistics in fp32; none in fp8."""
-    tokens = 0 if fp8 else size[0] * (size[1] + size[2])
+    tokens = 0 if precision.fp8_attention else size[0] * (size[1] + size[2])
     return aligned(tokens * spec.hidden * dtype.itemsize) + aligned(tokens * spec.heads * 4)

@@ -18,15 +18,16 @@ from ..device.vram import available, hand_back, shortage, snapshot
 from ..errors import GB, VortexInitializationError, VortexInputError, quoted
 from ..flux1.request import check_choice
 from ..flux1.spec import MODES, MOST_BUDGET, QUANTIZATIONS, ModelSpec
-from ..kernels import Kernels, attends_in_fp8, choose_kernels
+from ..kernels import Kernels, choose_kernels
 from ..memory.planner import MemoryPlan, make_plan, smallest_budget
 from ..memory.weights import Placement
 from ..quant.backends import BACKENDS, Backend, choose_backend
+from ..quant.precision import Precision
 from ..storage.materialize import Target
 from ..utils.numeric import finite
 from ..utils.timing import Stopwatch, mark
 from .model import Model, Sources
-from .modes import choose_mode
+from .modes import Choice, choose_precision
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ CONTEXT = 1 * GB  # what a card needs for the CUDA context and the desktop
 class ResolvedConfig:
     """The options of a load, checked. `backend` None: 16-bit weights. `budget` None: a device without VRAM.
 
-    `mode` is the one that will run; the caller may have asked for another.
+    `mode` is the one that will run, in `precision`; the caller may have asked for another. `choice` says why.
     """
 
     device: torch.device
@@ -50,7 +51,12 @@ class ResolvedConfig:
     budget: int | None
     mode: str
     kernels: Kernels
-    fp8_attention: bool
+    choice: Choice
+
+    @property
+    def precision(self) -> Precision:
+        """How products are computed."""
+        return self.choice.precision
 
     @classmethod
     def check(
@@ -68,11 +74,12 @@ class ResolvedConfig:
         dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
         try:
             chosen = choose_backend(where, backend) if quantization == "nf4" else None
-            mode, kernels = choose_mode(mode, where, dtype, chosen), choose_kernels(where)
-            fp8_attention = mode == "fast" and attends_in_fp8(where)
+            kernels = choose_kernels(where)
+            choice = choose_precision(mode, where, dtype, chosen, kernels)
         except torch.OutOfMemoryError as error:
             raise out_of_memory("There is no room to try the kernels", where, None) from error.with_traceback(None)
-        return cls(where, quantization, dtype, chosen, budget, mode, kernels, fp8_attention)
+        mode = mode if choice.precision.scaled else "exact"
+        return cls(where, quantization, dtype, chosen, budget, mode, kernels, choice)
 
 
 def check_options(
@@ -117,8 +124,7 @@ def check_budget(vram_budget: object, total: int | None) -> int | None:
 
 def build(spec: ModelSpec, setup: ResolvedConfig) -> Model:
     """The modules on `meta`, ready for the weights."""
-    how = (spec, setup.dtype, setup.backend, setup.kernels, streams_of(setup.device))
-    return Model(*how, fast=setup.mode == "fast", fp8_attention=setup.fp8_attention)
+    return Model(spec, setup.dtype, setup.backend, setup.kernels, streams_of(setup.device), setup.precision)
 
 
 def first_plan(name: str, model: Model, setup: ResolvedConfig, blas: int) -> MemoryPlan:
@@ -203,6 +209,7 @@ def _place(model: Model, sources: Sources, target: Target, plan: MemoryPlan, pla
         mark(group.part)
     placement.start(plan.streamed)
     hand_back(target.device)
+    placement.place(plan.streamed, plan.copies)
 
 
 def out_of_memory(message: str, device: torch.device, plan: MemoryPlan | None) -> VortexInitializationError:

@@ -48,6 +48,7 @@ class MemoryManager:
         self.arena = self.library = block(0, setup.device)  # what calls work in; what libraries get
         self.views: Views = {}  # of the arena
         self._blas, self._streams = blas_of(setup.device), model.cuda_streams
+        self._settled = True  # weights stay where they are if they can; not after another budget was named
         self._within = 0.0  # the budget that `plan` was made for
         self._room = 0.0  # and what the card had left for it
         self._others: int | None = None  # what the process had reserved when it was capped
@@ -63,6 +64,7 @@ class MemoryManager:
 
     def limit(self, budget: float) -> None:
         """Keep within another budget from the next call on; a cap moves with it."""
+        self._settled = self._settled and budget == self.budget
         self.budget = float(budget)
         if self._others is not None:
             cap_process(self.device, self._others + int(budget))
@@ -112,7 +114,7 @@ class MemoryManager:
         plan = self.plan
         if not (
             (requirements, within) == (plan.requirements, self._within)
-            and plan.streamed == self.placement.streamed
+            and (plan.streamed, plan.copies) == (self.placement.streamed, self.placement.copies)
             and self.arena.numel() >= plan.arena
             and self.library.numel() >= plan.library
             and plan.peak + self._excess(plan) <= within
@@ -129,7 +131,9 @@ class MemoryManager:
         room = available(self.device, sum(self.components.values()))
         self._within, self._room = within, math.inf if room is None else room
         limit = min(self._within, self._room)
-        plan = make_plan(self.model.sizes, requirements, limit, keep=self.placement.streamed)
+        here = self.placement if self._settled and self.placement.streamed is not None else None
+        keep, copies = (None, None) if here is None else (here.streamed, here.copies)
+        plan = make_plan(self.model.sizes, requirements, limit, keep, copies)
         if plan is None:
             poorest = make_plan(self.model.sizes, requirements, smallest_budget(self.model.sizes, requirements))
             assert poorest is not None
@@ -145,16 +149,19 @@ class MemoryManager:
         except torch.OutOfMemoryError as error:
             self.offload()
             raise self._pressure("Memory ran out", plan, limit) from error.with_traceback(None)
-        self.plan = plan
+        self.plan, self._settled = plan, True
 
     def _apply(self, plan: MemoryPlan, limit: float) -> None:
-        moves = self.arena.numel() < plan.arena or plan.streamed != self.placement.streamed
+        placement = self.placement
+        moves = (
+            self.arena.numel() < plan.arena or plan.streamed != placement.streamed or plan.copies != placement.copies
+        )
         if moves or plan.peak + self._excess(plan) > limit:
             self.release()
         elif self.library.numel() < plan.library:
             self.library = block(0, self.device)
             hand_back(self.device)
-        self.placement.place(plan.streamed)
+        placement.place(plan.streamed, plan.copies)
         memory = counters(self.device)
         others = memory.allocated - sum(self.components.values())
         if memory.reserved - others > plan.peak:  # pictures of other sizes, which callers no longer hold

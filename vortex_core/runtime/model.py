@@ -25,6 +25,7 @@ from ..memory.planner import BLOCKS, SLACK, MemoryRequirements, StepRequirements
 from ..nf4 import DEQUANTIZE_BYTES
 from ..quant.backends import Backend
 from ..quant.linear import NF4Linear
+from ..quant.precision import EXACT, Precision
 from ..storage.materialize import Target, check, materialize, pack
 from ..storage.tensors import Tensors
 from .graphs import POOL, attention_bytes, inputs, step_bytes
@@ -40,9 +41,9 @@ TALL = 700_000_000  # bytes; a decode that takes more is cut into lower strips
 class Model:
     """The modules of one FLUX.1-schnell: `groups` in the order they run, and their `sizes` for the planner.
 
-    Products are in `dtype`. Linears are NF4 where there is a `backend`. The blocks' products are in fp8 if `fast`, and
-    their attention if `fp8_attention`. `fused`: plan for Triton's kernels, which allocate nothing in a captured step;
-    default: if `kernels` are those. `cuda_streams`: those that products run on, besides the default one.
+    Linears are NF4 where there is a `backend`. Products are in `dtype`, those of blocks in `precision`. `fused`: plan
+    for Triton's kernels, which allocate nothing in a captured step; default: if `kernels` are those. `cuda_streams`:
+    those that products run on, besides the default one.
     """
 
     def __init__(
@@ -52,16 +53,15 @@ class Model:
         backend: Backend | None,
         kernels: Kernels = reference,
         streams: Streams | None = None,
+        precision: Precision = EXACT,
         *,
-        fast: bool = False,
-        fp8_attention: bool = False,
         fused: bool | None = None,
     ) -> None:
         self.flux, self.vae, self.dtype = spec.flux, spec.vae, dtype
-        self.fast, self.fp8_attention = fast, fp8_attention
+        self.precision = precision
         self.fused = kernels is not reference if fused is None else fused
         self._vae_fused = self.fused and self.vae.powers_of_two
-        self.cuda_streams = (streams.capture, streams.side)[: 1 + fast] if streams and self.fused else ()
+        self.cuda_streams = (streams.capture, streams.side)[: 1 + precision.scaled] if streams and self.fused else ()
         self.clip, self.t5 = Clip(spec.clip), T5(spec.t5)
         with torch.device("meta"):
             self.transformer, self.modulation = Transformer(self.flux), Modulation(self.flux)
@@ -76,13 +76,13 @@ class Model:
         if backend is not None:
             for module, prefix in packed:
                 pack(module, prefix, backend)
-        side = streams.side if streams and fast else None
-        self.transformer.use(kernels, fast=fast, fp8_attention=fp8_attention, side=side)
+        side = streams.side if streams and precision.scaled else None
+        self.transformer.use(kernels, precision, side=side)
         if self._vae_fused:
             self.decoder.use(kernels)
         self.origins: dict[str, tuple[Origin, ...]] = {}
         self.groups = list(self._groups())
-        self.sizes = tuple(WeightGroupSize(group.name, group.part, group.measure()) for group in self.groups)
+        self.sizes = tuple(self._size(group) for group in self.groups)
         self.scratch = self._scratch()
         # plain torch allocates to dequantize, and cudaMallocAsync leaves up to 0.17 GB between its small tensors (H200)
         self._plain = DEQUANTIZE_BYTES if self.scratch and not self.fused else 0
@@ -90,7 +90,7 @@ class Model:
         self._known: dict[tuple[int, ...], MemoryRequirements] = {}
 
     def _scratch(self) -> tuple[int, ...]:
-        """Bytes of the buffers that weights are dequantized into; in `fast` there is a second one, for the text."""
+        """Bytes of the buffers that weights are dequantized into; in 8 bits there is a second one, for the text."""
 
         def most(*modules: nn.Module) -> int:  # values of the largest weight
             parts = (part for module in modules for part in module.modules())
@@ -98,8 +98,8 @@ class Model:
 
         size = self.dtype.itemsize
         blocks, prompt = most(self.transformer), most(self.modulation, *self.t5.groups)
-        text = self.flux.hidden * self.flux.mlp  # bytes; the largest weight for the text of a double block, in fp8
-        sizes = (max(blocks, prompt * size), text) if self.fast else (max(blocks, prompt) * size,)
+        text = self.flux.hidden * self.flux.mlp  # bytes; the largest weight for the text of a double block, in 8 bits
+        sizes = (max(blocks, prompt * size), text) if self.precision.scaled else (max(blocks, prompt) * size,)
         return tuple(aligned(nbytes) for nbytes in sizes if nbytes)
 
     def _groups(self) -> Iterator[WeightGroup]:
@@ -126,6 +126,10 @@ class Model:
             yield self._group(f"modulation.{i}", "modulation", {("transformer", f"{path}."): part})
         for path in blocks:
             yield self._group(path, BLOCKS, {("transformer", f"{path}."): transformer.get_submodule(path)})
+
+    @staticmethod
+    def _size(group: WeightGroup) -> WeightGroupSize:
+        return WeightGroupSize(group.name, group.part, group.measure(), group.copied)
 
     def _group(self, name: str, part: str, modules: Mapping[Origin, nn.Module]) -> WeightGroup:
         self.origins[name] = tuple(modules)
@@ -190,10 +194,10 @@ class Model:
 
     def _steps(self, height: int, width: int, tokens: int, batch: int) -> StepRequirements:
         size = (batch, tokens, sampling.image_tokens(height, width))
-        attention = attention_bytes(self.flux, size, self.dtype, fp8=self.fp8_attention)
+        attention = attention_bytes(self.flux, size, self.dtype, self.precision)
         return StepRequirements(
             batch,
-            buffers=step_bytes(self.flux, size, self.dtype, fast=self.fast)
+            buffers=step_bytes(self.flux, size, self.dtype, self.precision)
             + laid_out(self.call_inputs(height, width, tokens).values()),
             library=attention if self.fused else attention + reference.step_bytes(self.flux.hidden) + self._plain,
             graph=round_up(attention, POOL) if self.fused else 0,
