@@ -36,7 +36,7 @@ CARDS = {  # compute capability to a card of it; the bytes of shared memory are 
     89: Card(46, 99 * KB, copies=False, early=False),
     120: Card(70, 99 * KB, copies=True, early=False),
 }
-MODULES = ("convolution", "decoder_attention", "fp8_attention", "int8_product", "launch", "rotated_decode")
+MODULES = ("convolution", "decoder_attention", "fp8_attention", "int8_product", "launch")
 
 
 class Build(NamedTuple):

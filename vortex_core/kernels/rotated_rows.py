@@ -23,7 +23,7 @@ _INT8_MAX = tl.constexpr(rotation.INT8_MAX)
 _HALF = tl.constexpr(rotation.HALF)
 _SMALLEST = tl.constexpr(SMALLEST)
 MOST = 4  # chunks of a row
-FEW, MANY = 4, 8  # warps of a program, up to `FEW` times 1024 values and beyond: each has 16 rows of a product
+FEW, MANY = 4, 8  # warps of a program: many where a row is wide, and no more of it is empty than with few
 
 
 @triton.jit
@@ -170,7 +170,8 @@ def gelu(x: Tensor, out: ScaledTensor, before: Tensor | None, *, gelu: bool) -> 
 
 def warps_of(width: int) -> int:
     """Warps of a program that rotates a row of `width` values."""
-    return FEW if width <= FEW * FEWEST else MANY
+    few, many = (warps * -(-width // (warps * FEWEST)) for warps in (FEW, MANY))
+    return MANY if width > FEW * FEWEST and many <= few else FEW
 
 
 def _rotation(x: Tensor, width: int) -> dict[str, Any]:
