@@ -29,50 +29,54 @@ extern "C" __global__ void decode(const unsigned *packed, const float *absmax, v
             v[2 * j] = level[byte >> 4] * scale[k];
             v[2 * j + 1] = level[byte & 15] * scale[k];
         }
-        store8<true>(out + 8 * i, v, i < words ? 8 : 0);
+        if (i < words) store8(out + 8 * i, v, 8);
     }
 }
 
-// adaLN of a token by a block. With `y`, `x += gate * y` first, in place. A thread takes TURNS times 8 columns, so that
-// few threads have to meet, and loads before it stores or waits.
+// adaLN of a token by a block. With `y`, `x += gate * y` first, in place. `_b` and `_t` are strides. A thread takes TURNS
+// times 8 columns, so that few threads have to meet.
 #define TURNS 3
-template <bool WHOLE>
-__device__ void modulate_row(
-    value *__restrict__ x, const value *__restrict__ y, const value *__restrict__ gate,
-    const value *__restrict__ shift, const value *__restrict__ scale, value *__restrict__ out, int width)
+extern "C" __global__ void __launch_bounds__(512) modulate(
+    value *x, long long x_b, long long x_t, const value *y, long long y_b, long long y_t, const value *gate,
+    const value *shift, const value *scale, value *out, long long out_b, long long out_t, int tokens, int width)
 {
-    Eight own[TURNS], first[TURNS], second[TURNS];
-    float v[TURNS][8], sum = 0;
+    const long long picture = blockIdx.x / tokens, token = blockIdx.x % tokens;
+    value *row = x + picture * x_b + token * x_t;
+    value *to = out + picture * out_b + token * out_t;
+    float v[TURNS][8], other[8], factor[8], sum = 0;
+    Eight scales[TURNS], shifts[TURNS];
 #pragma unroll
-    for (int k = 0; k < TURNS; k++) {
-        const int column = 8 * (k * blockDim.x + threadIdx.x), count = width - column;
-        own[k] = raw8<WHOLE>(x + column, count);
-        first[k] = raw8<WHOLE>(y + column, y ? count : 0);
-        second[k] = raw8<WHOLE>(gate + column, y ? count : 0);
+    for (int k = 0; k < TURNS; k++) {  // all loads early: two sums follow, for which all threads wait
+        const int column = 8 * (k * blockDim.x + threadIdx.x);
+        load8(v[k], row + column, width - column);
+        scales[k] = raw8(scale + column, width - column);
+        shifts[k] = raw8(shift + column, width - column);
+    }
+    if (y) {
+        const value *branch = y + picture * y_b + token * y_t;
+#pragma unroll
+        for (int k = 0; k < TURNS; k++) {
+            const int column = 8 * (k * blockDim.x + threadIdx.x);
+            load8(other, branch + column, width - column);
+            load8(factor, gate + column, width - column);
+#pragma unroll
+            for (int i = 0; i < 8; i++) v[k][i] += other[i] * factor[i];
+            round8(v[k]);
+            store8(row + column, v[k], width - column);
+        }
     }
 #pragma unroll
-    for (int k = 0; k < TURNS; k++) {
-        const int column = 8 * (k * blockDim.x + threadIdx.x), count = width - column;
-        wide8(v[k], own[k]);
-        if (y) {
-#pragma unroll
-            for (int i = 0; i < 8; i++) v[k][i] += wide(first[k].at[i]) * wide(second[k].at[i]);
-            round8(v[k]);
-            store8<WHOLE>(x + column, v[k], count);
-        }
-        first[k] = raw8<WHOLE>(scale + column, count);
-        second[k] = raw8<WHOLE>(shift + column, count);
+    for (int k = 0; k < TURNS; k++)
 #pragma unroll
         for (int i = 0; i < 8; i++) sum += v[k][i];
-    }
     const float mean = block_sum(sum) / width;
     sum = 0;
 #pragma unroll
     for (int k = 0; k < TURNS; k++) {
-        const int count = width - 8 * (k * blockDim.x + threadIdx.x);
+        const int column = 8 * (k * blockDim.x + threadIdx.x);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            v[k][i] = i < count ? v[k][i] - mean : 0;
+            v[k][i] = column + i < width ? v[k][i] - mean : 0;
             sum += v[k][i] * v[k][i];
         }
     }
@@ -81,25 +85,9 @@ __device__ void modulate_row(
     for (int k = 0; k < TURNS; k++) {
         const int column = 8 * (k * blockDim.x + threadIdx.x);
 #pragma unroll
-        for (int i = 0; i < 8; i++)
-            v[k][i] = v[k][i] * inverse * (1 + wide(first[k].at[i])) + wide(second[k].at[i]);
-        store8<WHOLE>(out + column, v[k], width - column);
+        for (int i = 0; i < 8; i++) v[k][i] = v[k][i] * inverse * (1 + wide(scales[k].at[i])) + wide(shifts[k].at[i]);
+        store8(to + column, v[k], width - column);
     }
-}
-
-// `_b` and `_t` are strides. Where rows are whole and aligned, so is everything that they are added to.
-extern "C" __global__ void __launch_bounds__(512) modulate(
-    value *x, long long x_b, long long x_t, const value *y, long long y_b, long long y_t, const value *gate,
-    const value *shift, const value *scale, value *out, long long out_b, long long out_t, int tokens, int width)
-{
-    const long long picture = blockIdx.x / tokens, token = blockIdx.x % tokens;
-    value *row = x + picture * x_b + token * x_t, *to = out + picture * out_b + token * out_t;
-    const value *branch = y ? y + picture * y_b + token * y_t : y;
-    const size_t places = (size_t)row | (size_t)branch | (size_t)gate | (size_t)shift | (size_t)scale | (size_t)to;
-    if (places % 16 == 0 && width % 8 == 0)
-        modulate_row<true>(row, branch, gate, shift, scale, to, width);
-    else
-        modulate_row<false>(row, branch, gate, shift, scale, to, width);
 }
 
 // RMS norm and rotary embedding in place, of the queries (blockIdx.y 0) or keys of a token: a warp for HEADS heads at a

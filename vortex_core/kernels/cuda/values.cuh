@@ -41,15 +41,13 @@ union Eight {
     value at[8];
 };
 
-// 8 neighbours, of which `count` or more exist; the others are 0. WHOLE: all exist or none, at a multiple of 16 bytes. Such
-// loads have no branch between them, so a card starts many before it waits for the first.
-template <bool WHOLE> __device__ __forceinline__ Eight raw8(const value *from, int count)
+// 8 neighbours, of which `count` or more exist; the others are 0. In loads of 16 bytes where they lie so.
+__device__ __forceinline__ Eight raw8(const value *from, int count)
 {
-    Eight raw = {};
-    if (WHOLE) {
-        if (count > 0)
+    Eight raw;
+    if (count >= 8 && (size_t)from % 16 == 0) {
 #pragma unroll
-            for (int i = 0; i < (int)sizeof(value) / 2; i++) raw.whole[i] = ((const uint4 *)from)[i];
+        for (int i = 0; i < (int)sizeof(value) / 2; i++) raw.whole[i] = ((const uint4 *)from)[i];
     } else {
 #pragma unroll
         for (int i = 0; i < 8; i++) raw.at[i] = i < count ? from[i] : 0;
@@ -57,26 +55,26 @@ template <bool WHOLE> __device__ __forceinline__ Eight raw8(const value *from, i
     return raw;
 }
 
-template <bool WHOLE> __device__ __forceinline__ void store8(value *to, const float *v, int count)
+__device__ __forceinline__ void load8(float *v, const value *from, int count)
 {
-    if (WHOLE) {
+    const Eight raw = raw8(from, count);
+#pragma unroll
+    for (int i = 0; i < 8; i++) v[i] = wide(raw.at[i]);
+}
+
+__device__ __forceinline__ void store8(value *to, const float *v, int count)
+{
+    if (count >= 8 && (size_t)to % 16 == 0) {
         Eight raw;
 #pragma unroll
         for (int i = 0; i < 8; i++) raw.at[i] = narrow(v[i]);
-        if (count > 0)
 #pragma unroll
-            for (int i = 0; i < (int)sizeof(value) / 2; i++) ((uint4 *)to)[i] = raw.whole[i];
+        for (int i = 0; i < (int)sizeof(value) / 2; i++) ((uint4 *)to)[i] = raw.whole[i];
     } else {
 #pragma unroll
         for (int i = 0; i < 8; i++)
             if (i < count) to[i] = narrow(v[i]);
     }
-}
-
-__device__ __forceinline__ void wide8(float *v, const Eight &raw)
-{
-#pragma unroll
-    for (int i = 0; i < 8; i++) v[i] = wide(raw.at[i]);
 }
 
 __device__ __forceinline__ void round8(float *v)
