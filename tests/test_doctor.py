@@ -1,7 +1,8 @@
 """The doctor's findings on machines that are not this one."""
 
+import sys
 from collections.abc import Callable
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from vortex_core.kernels import reference
 from vortex_core.quant.backends import ReferenceBackend
 from vortex_core.quant.precision import EXACT, Int8
 from vortex_core.runtime.modes import Choice, Declined
+from vortex_core.utils import packages
 
 
 def findings() -> dict[str, doctor.Finding]:
@@ -25,6 +27,7 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], to
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (free, total))
     monkeypatch.setattr(doctor, "bitsandbytes_declined", lambda device: None)
+    monkeypatch.setattr(doctor, "compiled_declined", lambda device: None)
 
 
 @pytest.mark.parametrize(
@@ -183,3 +186,56 @@ def test_a_card_without_room_to_try(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(doctor, "bitsandbytes_declined", full)
     assert findings()["NF4"].detail == "no room to try it"
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "installs"),
+    [
+        ("2.6.0", "triton-windows<3.3"),
+        ("2.11.0+cu130", "triton-windows<3.7"),
+        ("2.13.1+cu130", "triton-windows<3.8"),
+        ("2.99.0", "triton-windows"),  # nobody knows yet
+        ("3.6.0", "triton-windows"),
+        ("nightly", "triton-windows"),
+    ],
+)
+def test_windows_is_told_the_triton_of_its_torch(
+    monkeypatch: pytest.MonkeyPatch, torch_version: str, installs: str
+) -> None:
+    pretend_gpu(monkeypatch, (8, 6), 12e9, 12e9)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(packages.metadata, "version", lambda package: torch_version)
+    found = findings()["triton"]
+    assert (found.state, found.fix) == ("note", f'pip install -U "{installs}"')
+    assert found.detail.endswith("`exact` draws with kernels in CUDA C; `fast` needs it")
+
+
+def test_without_triton_the_doctor_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpu(monkeypatch, (8, 6), 12e9, 12e9)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert findings()["triton"].fix.endswith("triton")
+    monkeypatch.setattr(doctor, "bitsandbytes_declined", lambda device: "no kernel")
+    assert findings()["NF4"] == doctor.Finding("NF4", "ok", "our own kernel decodes on cuda:0; bitsandbytes: no kernel")
+    monkeypatch.setattr(doctor, "compiled_declined", lambda device: "NVRTC does not run (no such file)")
+    found = findings()
+    assert "kernels in CUDA C: NVRTC does not run (no such file)" in found["triton"].detail
+    assert found["NF4"].state == "note"
+
+
+@pytest.mark.parametrize(
+    ("versions", "says"),
+    [
+        ({"triton": "3.6.0"}, "3.6.0"),
+        ({"triton-windows": "3.6.0.post24"}, "triton-windows 3.6.0.post24"),
+        ({}, "of unknown version"),
+    ],
+)
+def test_triton_is_recognized_by_either_name(
+    monkeypatch: pytest.MonkeyPatch, versions: dict[str, str], says: str
+) -> None:
+    pretend_gpu(monkeypatch, (8, 6), 12e9, 12e9)
+    monkeypatch.setitem(sys.modules, "triton", ModuleType("triton"))
+    monkeypatch.setattr(doctor, "_version", lambda package: versions.get(package, doctor.UNKNOWN))
+    assert findings()["triton"] == doctor.Finding("triton", "ok", says)

@@ -42,7 +42,7 @@ class Captures:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.captured: list[tuple[int, int, int]] = []
         self.replays = 0
-        monkeypatch.setattr(Transformer, "fused", property(lambda transformer: True))
+        monkeypatch.setattr(Transformer, "on_card", property(lambda transformer: True))
         monkeypatch.setattr(GraphCache, "_record", lambda graphs, step, prefetcher: self.record(step))
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
 

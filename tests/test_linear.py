@@ -136,7 +136,7 @@ def test_the_kinds_of_refusal_are_told_apart(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(VortexInputError) as caught:
         choose_backend(CPU, "x" * 500)
     assert str(caught.value).startswith("Unknown backend 'xxx")
-    assert str(caught.value).endswith("; choose 'triton', 'bitsandbytes' or 'reference'.")
+    assert str(caught.value).endswith("; choose 'triton', 'nvrtc', 'bitsandbytes' or 'reference'.")
     assert len(str(caught.value)) < 300
 
 
@@ -144,12 +144,16 @@ def test_the_log_says_which_backend_and_warns_of_the_slow_one(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG, "vortex_core.quant.backends")
-    reasons: dict[str, str | None] = {"triton": None, "bitsandbytes": None}
+    reasons: dict[str, str | None] = {"triton": None, "nvrtc": None, "bitsandbytes": None}
     monkeypatch.setattr(backends, "fused_declined", lambda device: reasons["triton"])
+    monkeypatch.setattr(backends, "compiled_declined", lambda device: reasons["nvrtc"])
+    monkeypatch.setattr(backends.nf4, "pairs_of", lambda device: None)  # there is no such card
     monkeypatch.setattr(backends, "bitsandbytes_declined", lambda device: reasons["bitsandbytes"])
     choices: list[tuple[torch.device, str | None]] = [(CARD, None), (CPU, None), (CARD, "reference"), (CPU, "triton")]
     kinds = [type(choose_backend(*choice)) for choice in choices]
     reasons["triton"] = "no compiler"
+    kinds.append(type(choose_backend(CARD)))
+    reasons["nvrtc"] = "no NVRTC"
     kinds += [type(choose_backend(CARD)), type(choose_backend(CARD, "bitsandbytes"))]
     reasons["bitsandbytes"] = "no kernel"
     kinds.append(type(choose_backend(CARD)))
@@ -159,10 +163,13 @@ def test_the_log_says_which_backend_and_warns_of_the_slow_one(
         ("reference", "INFO", "NF4 backend: reference on cpu (the fastest)"),
         ("reference", "INFO", "NF4 backend: reference on cuda:7 (asked for)"),
         ("triton", "INFO", "NF4 backend: triton on cpu (asked for)"),
-        ("bitsandbytes", "INFO", "NF4 backend: bitsandbytes on cuda:7 (triton declined: no compiler)"),
+        ("nvrtc", "INFO", "NF4 backend: nvrtc on cuda:7 (triton declined: no compiler)"),
+        ("bitsandbytes", "INFO",
+         "NF4 backend: bitsandbytes on cuda:7 (triton declined: no compiler; nvrtc declined: no NVRTC)"),
         ("bitsandbytes", "INFO", "NF4 backend: bitsandbytes on cuda:7 (asked for)"),
         ("reference", "WARNING",
-         "NF4 backend: reference on cuda:7 (triton declined: no compiler; bitsandbytes declined: no kernel)"),
+         "NF4 backend: reference on cuda:7 (triton declined: no compiler; nvrtc declined: no NVRTC; "
+         "bitsandbytes declined: no kernel)"),
     ]  # fmt: skip
     assert kinds[0] is TritonBackend
 

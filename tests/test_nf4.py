@@ -121,9 +121,11 @@ def test_the_choice_of_backend_says_why(caplog: pytest.LogCaptureFixture, monkey
     assert choose_backend(CPU).name == choose_backend(CPU, "reference").name == "reference"
     assert choose_backend(CPU, "bitsandbytes").name == "bitsandbytes"
     monkeypatch.setattr("vortex_core.quant.backends.fused_declined", lambda device: "no compiler")
+    monkeypatch.setattr("vortex_core.quant.backends.compiled_declined", lambda device: "no NVRTC")
     monkeypatch.setattr("vortex_core.quant.backends.bitsandbytes_declined", lambda device: None)
+    monkeypatch.setattr(nf4, "pairs_of", lambda device: None)
     assert choose_backend(card).name == "bitsandbytes"
-    assert "NF4 backend: bitsandbytes on cuda:7 (triton declined: no compiler)" in caplog.text
+    assert "NF4 backend: bitsandbytes on cuda:7 (triton declined: no compiler; nvrtc declined: no NVRTC)" in caplog.text
     monkeypatch.setattr("vortex_core.quant.backends.bitsandbytes_declined", lambda device: "no kernel for it")
     assert choose_backend(card).name == "reference"
     assert "bitsandbytes declined: no kernel for it" in caplog.text
@@ -134,7 +136,7 @@ def test_the_choice_of_backend_says_why(caplog: pytest.LogCaptureFixture, monkey
 
 
 def test_an_unknown_backend_is_refused() -> None:
-    with pytest.raises(VortexInputError, match="'triton', 'bitsandbytes' or 'reference'"):
+    with pytest.raises(VortexInputError, match="'triton', 'nvrtc', 'bitsandbytes' or 'reference'"):
         choose_backend(CPU, "gguf")
 
 

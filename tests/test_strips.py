@@ -14,7 +14,7 @@ from vortex_core import Engine, load_flux_schnell
 from vortex_core.flux1.decoder_memory import DecoderLayout, Span
 from vortex_core.flux1.spec import VaeSpec
 from vortex_core.flux1.vae import Decoder, decode, library_bytes
-from vortex_core.kernels import Moments, choose_kernels, reference
+from vortex_core.kernels import Kernels, Moments, choose_kernels, compiled, reference
 from vortex_core.memory.arena import aligned
 
 SMALL = VaeSpec(channels=(24, 36, 36, 48), layers=1, groups=12)
@@ -228,9 +228,9 @@ def test_what_a_decode_takes(side: int, rows: int | None, megabytes: int) -> Non
     assert megabytes - 5 < nbytes / 1e6 <= megabytes
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_what_libraries_take_is_small(fused: bool) -> None:
-    most = [library_bytes(VaeSpec(), side // 8, side // 8, torch.bfloat16, fused=fused) for side in (64, 1024, 2048)]
+@pytest.mark.parametrize("kernels", [None, reference, compiled])
+def test_what_libraries_take_is_small(kernels: Kernels | None) -> None:
+    most = [library_bytes(VaeSpec(), side // 8, side // 8, torch.bfloat16, kernels) for side in (64, 1024, 2048)]
     assert most == sorted(most)
     assert most[1] < 55e6
     assert most[2] < 210e6
@@ -239,16 +239,16 @@ def test_what_libraries_take_is_small(fused: bool) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [64, None])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("plain", [False, True])
-def test_a_decode_allocates_no_more_than_it_says(rows: int | None, dtype: torch.dtype, plain: bool) -> None:
+@pytest.mark.parametrize("kernels", [None, reference, compiled])
+def test_a_decode_allocates_no_more_than_it_says(rows: int | None, dtype: torch.dtype, kernels: Kernels | None) -> None:
     device = torch.device("cuda")
-    kernels = reference if plain else choose_kernels(device)
+    kernels = kernels or choose_kernels(device)
     decoder, latents = random_decoder(VaeSpec()).to(device, dtype), noise(1, 16, 64, 48).to(device)
     decoder.channels_last()
     decoder.use(kernels)
     out = torch.empty(1, 512, 384, 3, device=device)
     memory = torch.empty(DecoderLayout(VaeSpec(), 64, 48, rows, dtype).nbytes, dtype=torch.uint8, device=device)
-    limit = library_bytes(VaeSpec(), 64, 48, dtype, fused=kernels is not reference)
+    limit = library_bytes(VaeSpec(), 64, 48, dtype, kernels)
     with torch.inference_mode():
         decode(decoder, latents, out, rows, memory)  # libraries take their workspaces
         before = torch.cuda.memory_allocated()

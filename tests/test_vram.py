@@ -252,7 +252,7 @@ def test_the_driver_tells_and_gives_back_what_graphs_keep(
     monkeypatch: pytest.MonkeyPatch, emptied: list[object]
 ) -> None:
     driver, second = Driver(), torch.device("cuda", 1)
-    monkeypatch.setattr(vram, "_driver_library", lambda: driver)
+    monkeypatch.setattr(vram, "driver_library", lambda: driver)
     assert [graph_memory(where) for where in (second, CUDA, torch.device("cuda"), CPU)] == [8_000_000, 0, 0, 0]
     hand_back(second)
     assert (emptied, driver.trimmed) == ([second], [41])
@@ -267,7 +267,7 @@ def test_without_a_driver_that_tells_torchs_cache_is_emptied_all_the_same(
     monkeypatch: pytest.MonkeyPatch, emptied: list[object], library: object
 ) -> None:
     """No driver, a device that it does not know, a driver without the function: none is an error."""
-    monkeypatch.setattr(vram, "_driver_library", lambda: library)
+    monkeypatch.setattr(vram, "driver_library", lambda: library)
     assert graph_memory(torch.device("cuda", 1)) == 0
     hand_back(CUDA)
     assert emptied == [CUDA]
@@ -278,7 +278,7 @@ def test_without_a_driver_that_tells_torchs_cache_is_emptied_all_the_same(
 @pytest.mark.parametrize(("system", "name"), [("nt", "nvcuda.dll"), ("posix", "libcuda.so.1")])
 def test_the_drivers_library_is_looked_for_once(monkeypatch: pytest.MonkeyPatch, system: str, name: str) -> None:
     found = object()
-    load, asked = vram._driver_library.__wrapped__, list[str]()
+    load, asked = vram.driver_library.__wrapped__, list[str]()
 
     def missing(library: str) -> None:
         raise OSError(f"{library}: cannot open shared object file")

@@ -151,6 +151,17 @@ def quantize_reference(weight: Tensor) -> NF4Weight:
     return NF4Weight(packed, absmax)
 
 
+@cache
+def pairs_of(device: torch.device) -> Tensor:
+    """fp32 `[256, 2]`: the two levels of a byte. Made once, since it comes from the host, which a capture forbids."""
+    import torch
+
+    with torch.inference_mode(False):
+        levels = torch.tensor(LEVELS)
+        byte = torch.arange(256)
+        return torch.stack((levels[byte >> 4], levels[byte & 15]), dim=1).to(device)
+
+
 def dequantize(weight: NF4Weight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """`[N, K]` in `dtype`: level times scale, rounded once. Plain torch, any device.
 
@@ -162,10 +173,7 @@ def dequantize(weight: NF4Weight, dtype: torch.dtype, out: Tensor | None = None)
     device = weight.packed.device
     if out is None:
         out = torch.empty(n, k, dtype=dtype, device=device)
-    levels = torch.tensor(LEVELS, device=device)
-    byte = torch.arange(256, device=device)
-    pairs = torch.stack((levels[byte >> 4], levels[byte & 15]), dim=1)  # [256, 2]: a byte is two values
-    step = max(1, CHUNK // k)
+    pairs, step = pairs_of(device), max(1, CHUNK // k)
     for packed, absmax, rows in zip(*(part.split(step) for part in (weight.packed, weight.absmax, out)), strict=True):
         values = torch.nn.functional.embedding(packed.int(), pairs).view(-1, k // BLOCK, BLOCK)
         rows.copy_(values.mul_(absmax[..., None]).view(-1, k))

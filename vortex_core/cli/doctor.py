@@ -12,7 +12,7 @@ import torch
 from ..checkpoint.bundle import open_bundle
 from ..device.select import device_words, other_accelerator
 from ..errors import GB
-from ..kernels import choose_kernels
+from ..kernels import choose_kernels, compiled_declined
 from ..quant.backends import bitsandbytes_declined, choose_backend
 from ..runtime.loading import CONTEXT, check_budget
 from ..runtime.modes import choose_precision
@@ -20,6 +20,7 @@ from ..utils.packages import first_line, missing, remedy
 from .plan_report import propose
 
 SMALLEST_CARD = 8e9  # bytes; the smallest card the default budget of 6.5 GB suits
+UNKNOWN = "of unknown version"
 NO_ROOM = "Close other programs that use the card, and ask again."
 NEEDED = ("transformers", "tokenizers", "safetensors")
 WANTED = {  # the module that is used, its package, and what is not there without it
@@ -68,9 +69,9 @@ def _wanted(module: str, package: str, purpose: str) -> Finding:
 
 def _version(package: str) -> str:
     try:
-        return metadata.version(package) or "of unknown version"
+        return metadata.version(package) or UNKNOWN
     except Exception:  # it imports, but its metadata are missing or damaged
-        return "of unknown version"
+        return UNKNOWN
 
 
 def _devices() -> Iterator[Finding]:
@@ -96,7 +97,7 @@ def _devices() -> Iterator[Finding]:
             precision = _precision(torch.device("cuda", index), f"precision, GPU {index}")
             yield precision
             yield _budget(index, scaled=precision.state == "ok")
-    yield _wanted("triton", "triton", "the fast kernels need it")
+    yield _triton(torch.device("cuda", 0))
     yield _bitsandbytes(torch.device("cuda", 0))
 
 
@@ -153,6 +154,17 @@ def _budget(index: int, *, scaled: bool) -> Finding:
         return Finding(name, "note", f"it cannot be planned: {first_line(error)}")
 
 
+def _triton(device: torch.device) -> Finding:
+    """Triton, by either name; without it, which kernels run."""
+    why = missing("triton")
+    if why is None:
+        windows = _version("triton-windows")
+        return Finding("triton", "ok", _version("triton") if windows == UNKNOWN else f"triton-windows {windows}")
+    declined = compiled_declined(device)
+    runs = "`exact` draws with kernels in CUDA C" if declined is None else f"kernels in CUDA C: {declined}"
+    return Finding("triton", "note", f"{why}; {runs}; `fast` needs it", remedy("triton"))
+
+
 def _bitsandbytes(device: torch.device) -> Finding:
     try:
         declined = bitsandbytes_declined(device)
@@ -160,6 +172,8 @@ def _bitsandbytes(device: torch.device) -> Finding:
         return Finding("NF4", "note", "no room to try it", NO_ROOM)
     if declined is None:
         return Finding("NF4", "ok", f"bitsandbytes {_version('bitsandbytes')} decodes on {device}")
+    if device.type == "cuda" and compiled_declined(device) is None:
+        return Finding("NF4", "ok", f"our own kernel decodes on {device}; bitsandbytes: {declined}")
     detail = f"plain torch, slower; bitsandbytes on {device}: {declined}"
     return Finding("NF4", "note", detail, "pip install --upgrade bitsandbytes")
 

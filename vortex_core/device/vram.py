@@ -154,7 +154,7 @@ def graph_memory(device: torch.device) -> int:
 
 def _driver(name: str, device: torch.device, *arguments: Any) -> None:
     """Call the driver where torch has no function for it. That only observes and tidies, so a failure is no error."""
-    library = _driver_library()
+    library = driver_library()
     if library is None:
         return
     handle = ctypes.c_int(0)
@@ -166,7 +166,8 @@ def _driver(name: str, device: torch.device, *arguments: Any) -> None:
 
 
 @cache
-def _driver_library() -> Any:
+def driver_library() -> Any:
+    """The CUDA driver's library, or None where it does not load."""
     try:
         return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
     except OSError as error:

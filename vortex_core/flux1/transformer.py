@@ -143,9 +143,9 @@ class Transformer(nn.Module):
             linear.use(precision)
 
     @property
-    def fused(self) -> bool:
-        """Whether the kernels are Triton's, which allocate nothing in a step."""
-        return self.kernels is not reference
+    def on_card(self) -> bool:
+        """Whether the weights lie on a CUDA device."""
+        return self.img_in.weight.is_cuda
 
     def linears(self) -> Iterator[NF4Linear]:
         """Every quantized linear."""

@@ -1,8 +1,9 @@
 """Functions on raw tensors: what a step computes besides matrix products, and what the VAE's decoder computes.
 
-Two modules have the same functions: `reference` in plain torch, which runs anywhere and is the oracle, and `fused`
-in Triton. They write into given memory: `fused` allocates nothing, `reference` no more than its functions tell. It also
-describes shapes and meaning.
+Several modules have the same functions. `reference`, in plain torch, runs anywhere and is the oracle; it also describes
+shapes and meaning. A card gets the first of these that works there: `fused` in Triton; `compiled` in CUDA C; `library`,
+torch's own functions, with those of comfy-kitchen in their place where they agree (`kitchen`). They write into given
+memory, and allocate no more than their functions ending in `_bytes` tell.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from functools import cache
-from typing import Protocol
+from types import SimpleNamespace
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
 from ..utils.packages import first_line, missing
-from . import reference
+from . import kitchen, library, reference
 from .scaled_tensor import TILE, Heads, Moments, ScaledTensor, Window, empty_heads, most_parts
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "Window",
     "attends_in_fp8",
     "choose_kernels",
+    "compiled_declined",
     "fused_declined",
     "most_parts",
     "reference",
@@ -66,6 +69,9 @@ class Kernels(Protocol):
         self, x: Tensor, taps: Tensor, bias: Tensor, out: Tensor, moments: Moments | None = None
     ) -> None: ...
     def attend(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None: ...
+    def step_bytes(self, hidden: int) -> int: ...
+    def strip_bytes(self, inside: int, outside: int, width: int, itemsize: int, *, doubled: bool = False) -> int: ...
+    def attention_bytes(self, tokens: int, channels: int, itemsize: int) -> int: ...
 
 
 def fused_declined(device: torch.device) -> str | None:
@@ -153,18 +159,68 @@ def _heads_broken(device: torch.device) -> str | None:
     return None if off < 0.1 else "attention in fp8 is wrong on a sample"
 
 
+def compiled_declined(device: torch.device) -> str | None:
+    """Why the kernels in CUDA C cannot run on `device`, or None."""
+    if device.type != "cuda":
+        return f"they need CUDA, not {device.type}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "they need compute capability 8.0"
+    return _compiled_broken(device)
+
+
+@cache
+def _compiled_broken(device: torch.device) -> str | None:
+    """Why the kernels in CUDA C fail on samples, or None: builds of torch may lack NVRTC."""
+    packed = torch.arange(256, dtype=torch.uint8, device=device).view(4, 64)
+    absmax = torch.linspace(0.5, 2, 8, device=device).view(4, 2)
+    decoded = torch.empty(2, 4, 128, device=device, dtype=torch.bfloat16)
+    draw = torch.Generator(device).manual_seed(0)
+    x = torch.randn(1, 128, 18, 18, generator=draw, device=device).bfloat16().to(memory_format=torch.channels_last)
+    samples = []
+    try:
+        from . import compiled
+
+        for kernels, out in zip((compiled, reference), decoded, strict=True):
+            kernels.dequantize(packed, absmax, out)
+            steps = (kitchen.sample(getattr(kernels, name), name, device) for name in ("residual_modulate", "rotate"))
+            samples.append([tensor for step in steps for tensor in step] + [_normal(kernels, x)])
+    except torch.OutOfMemoryError:  # says nothing about the kernels, and must not be cached
+        raise
+    except Exception as error:  # of any kind: these kernels do not work here
+        return f"NVRTC does not run ({first_line(error)})"
+    near = all((a.float() - b.float()).norm() < 0.01 * b.float().norm() for a, b in zip(*samples, strict=True))
+    return None if torch.equal(*decoded) and near else "a sample differs from the reference"
+
+
+def _normal(kernels: Kernels, x: Tensor) -> Tensor:
+    """The group norm and SiLU of a map, with a border."""
+    moments = Moments(torch.empty(3, 32, 100, device=x.device))
+    kernels.group_moments(x, moments)
+    terms = torch.empty(2, 128, device=x.device)
+    kernels.norm_terms(moments, x[0, :, 0, 0].contiguous(), x[0, :, 0, 1].contiguous(), reference.EPSILON, terms)
+    out = x.new_empty(1, 20, 20, 128).permute(0, 3, 1, 2)
+    kernels.norm_silu(Window(None, x, None), terms[0], terms[1], out)
+    return out
+
+
 def choose_kernels(device: torch.device) -> Kernels:
-    """The fastest kernels that run on `device`. Logs which, and why the fused ones were declined."""
+    """The fastest kernels that run on `device`. Logs which, and why faster ones were declined."""
     declined = fused_declined(device)
     if declined is None:
         from . import fused
 
         log.info("Kernels: Triton. The first picture on a machine compiles them, which takes up to half a minute.")
         return fused
-    log.log(
-        logging.WARNING if device.type == "cuda" else logging.INFO,
-        "Kernels: plain torch; fused ones declined on %s: %s",
-        device,
-        declined,
-    )
-    return reference
+    if device.type != "cuda":
+        log.info("Kernels: plain torch; fused ones declined on %s: %s", device, declined)
+        return reference
+    reasons = f"Triton's declined on {device}: {declined}"
+    declined = compiled_declined(device)
+    if declined is None:
+        from . import compiled
+
+        log.info("Kernels: CUDA C, compiled by NVRTC; %s", reasons)
+        return compiled
+    functions, words = kitchen.taken(device)
+    log.warning("Kernels: torch's own functions; %s; those in CUDA C: %s; %s", reasons, declined, words)
+    return cast(Kernels, SimpleNamespace(**{name: getattr(library, name) for name in library.__all__} | functions))

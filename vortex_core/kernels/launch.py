@@ -7,19 +7,16 @@ bits idling is a smaller share, and a step at 1024 x 1024 took 0.8 % longer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import wraps
-from typing import ParamSpec
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .card import card
+from .on_device import on_device
 from .scaled_tensor import FP8
 
-P = ParamSpec("P")
+__all__ = ["early", "follow", "on_device"]
 
 
 @triton.jit
@@ -37,29 +34,3 @@ def early(operand: Tensor) -> dict[str, bool]:
     """Arguments of a kernel that calls `follow`: early where that pays, if `operand` (read or written) has 8 bits."""
     pays = operand.dtype in (FP8, torch.int8) and card(operand.device).early
     return {"EARLY": True, "launch_pdl": True} if pays else {"EARLY": False}
-
-
-def on_device(function: Callable[P, None]) -> Callable[P, None]:
-    """`function`, called with the device of its first tensor argument (maybe inside a tuple) as the current one.
-
-    Triton launches on the current device, wherever the tensors are. Only CUDA devices are switched.
-    """
-
-    @wraps(function)
-    def launched(*args: P.args, **kwargs: P.kwargs) -> None:
-        first = _first_tensor((*args, *kwargs.values()))
-        if first is None or not first.is_cuda or first.get_device() == torch.cuda.current_device():
-            function(*args, **kwargs)
-            return
-        with torch.cuda.device(first.device):
-            function(*args, **kwargs)
-
-    return launched
-
-
-def _first_tensor(values: Iterable[object]) -> Tensor | None:
-    for value in values:
-        found = _first_tensor(value) if isinstance(value, tuple) else value
-        if isinstance(found, Tensor):
-            return found
-    return None

@@ -1,4 +1,4 @@
-"""Ways to dequantize NF4: by Triton, bitsandbytes or plain torch. One is chosen at load, and the log says why."""
+"""Ways to dequantize NF4: Triton, CUDA C, bitsandbytes, plain torch. One is chosen at load, and the log says why."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import nf4
 from ..errors import VortexInputError, quoted
-from ..kernels import fused_declined, reference
+from ..kernels import compiled_declined, fused_declined, reference
 from ..nf4 import BLOCK, NF4Weight
 from ..utils.packages import first_line, missing
 
@@ -27,6 +27,7 @@ class Backend(ABC):
     """
 
     name: str
+    working_bytes = 0  # that it allocates at most to dequantize into given memory
 
     def __init__(self) -> None:
         self._scratch: tuple[Tensor, ...] = ()
@@ -75,6 +76,7 @@ class ReferenceBackend(Backend):
     """Plain torch; the oracle, and the fallback that runs wherever torch runs."""
 
     name = "reference"
+    working_bytes = nf4.DEQUANTIZE_BYTES
 
     def write(self, packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None) -> None:
         """See `Backend.write`."""
@@ -99,6 +101,18 @@ class TritonBackend(Backend):
         fused.row_scales(packed, absmax, out, dtype)
 
 
+class NvrtcBackend(Backend):
+    """Vortex' kernel in CUDA C, as fast; for cards without Triton, and to 16 and 32 bits only."""
+
+    name = "nvrtc"
+
+    def write(self, packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None) -> None:
+        """See `Backend.write`."""
+        from ..kernels import compiled
+
+        compiled.dequantize(packed, absmax, out, row_scale)
+
+
 class BitsAndBytesBackend(Backend):
     """bitsandbytes' kernels, to 16 and 32 bits only."""
 
@@ -116,8 +130,9 @@ class BitsAndBytesBackend(Backend):
             out.copy_(torch.ops.bitsandbytes.dequantize_4bit.default(*arguments))
 
 
-_KINDS = {kind.name: kind for kind in (TritonBackend, BitsAndBytesBackend, ReferenceBackend)}
+_KINDS = {kind.name: kind for kind in (TritonBackend, NvrtcBackend, BitsAndBytesBackend, ReferenceBackend)}
 BACKENDS = tuple(_KINDS)  # the fastest first
+_CHOICE = "'triton', 'nvrtc', 'bitsandbytes' or 'reference'"
 
 
 def choose_backend(device: torch.device, name: str | None = None) -> Backend:
@@ -127,7 +142,7 @@ def choose_backend(device: torch.device, name: str | None = None) -> Backend:
     Raises `VortexInputError` for an unknown name, or for a named backend that does not work on this machine.
     """
     if name not in (None, *BACKENDS):
-        raise VortexInputError(f"Unknown backend {quoted(name)}; choose 'triton', 'bitsandbytes' or 'reference'.")
+        raise VortexInputError(f"Unknown backend {quoted(name)}; choose {_CHOICE}.")
     reasons: list[str] = []
     fastest = BACKENDS if device.type == "cuda" else BACKENDS[-1:]
     for candidate in fastest if name is None else (name,):
@@ -136,6 +151,8 @@ def choose_backend(device: torch.device, name: str | None = None) -> Backend:
             why = "asked for" if name else "; ".join(reasons) or "the fastest"
             slow = bool(reasons) and candidate == "reference"
             log.log(logging.WARNING if slow else logging.INFO, "NF4 backend: %s on %s (%s)", candidate, device, why)
+            if candidate == "reference":
+                nf4.pairs_of(device)  # now: it stays, and a capture could not make it
             return _KINDS[candidate]()
         reasons.append(f"{candidate} declined: {declined}")
     raise VortexInputError(f"The {name} backend does not work on {device}: {declined}")
@@ -145,6 +162,8 @@ def backend_declined(name: str, device: torch.device) -> str | None:
     """Why a backend cannot dequantize on `device`, or None."""
     if name == "triton":
         return fused_declined(device)
+    if name == "nvrtc":
+        return compiled_declined(device)
     return bitsandbytes_declined(device) if name == "bitsandbytes" else None
 
 

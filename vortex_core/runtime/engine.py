@@ -96,8 +96,9 @@ class Engine(Turns):
         the mode is `"exact"` (16-bit products), and the log says why. `"int8"` and `"fp8"` ask for one by name, and are
         refused where it cannot run; on the CPU they run in plain torch, slowly. `quantization`: `"nf4"`, or `"none"` to
         keep 16-bit weights. `dtype`: that of the products; default bf16 on CUDA, fp32 on the CPU. `backend`:
-        `"triton"`, `"bitsandbytes"` or `"reference"`; default the fastest that works. `cache_dir`: where quantized
-        weights are kept; default `$VORTEX_CACHE` or the user's cache folder. `on_progress(done, total)` gets bytes.
+        `"triton"`, `"nvrtc"`, `"bitsandbytes"` or `"reference"`; default the fastest that works. `cache_dir`: where
+        quantized weights are kept; default `$VORTEX_CACHE` or the user's cache folder. `on_progress(done, total)` gets
+        bytes.
 
         Raises `VortexInputError`, `VortexDeviceError` and `VortexCheckpointError` before it takes device memory, and
         `VortexInitializationError` (with figures) when memory runs out; then nothing stays in memory.

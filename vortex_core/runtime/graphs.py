@@ -6,7 +6,8 @@ stream, a step is cut around each of them, and the host fetches their weights be
 
 A graph is valid while its addresses are: those of the arena (step buffers, staging buffers, dequantized weights), of
 the weights and of cuBLAS' workspaces. They are part of its key and are read again at each step, so that a graph that is
-no longer valid is never found. What the library's attention allocates lies in one pool, which all graphs share.
+no longer valid is never found. What is allocated inside lies in one pool, which all graphs share: the library's
+attention, and kernels that are the library's.
 """
 
 from __future__ import annotations
@@ -117,14 +118,19 @@ class PiecewiseGraph:
 
 
 class GraphCache:
-    """The graphs of the latest sizes. `reserved`: bytes that torch has reserved for them besides the arena."""
+    """The graphs of the latest sizes.
 
-    def __init__(self, transformer: Transformer, device: torch.device) -> None:
+    `reserved`: bytes that torch has reserved for them besides the arena; `planned`: those that a graph in the pool was
+    planned to keep.
+    """
+
+    def __init__(self, transformer: Transformer, device: torch.device, allocates: int = 0) -> None:
+        """`allocates`: bytes that a step takes besides its buffers and attention."""
         self.reserved = 0
-        self._transformer, self._device = transformer, device
+        self._transformer, self._device, self._allocates = transformer, device, allocates
         self._graphs: OrderedDict[tuple[Size, Address], PiecewiseGraph] = OrderedDict()
         self._pool: Any = None
-        self._largest = 0  # bytes that a graph in the pool was planned to keep
+        self.planned = 0
 
     @property
     def sizes(self) -> tuple[Size, ...]:
@@ -134,7 +140,7 @@ class GraphCache:
     @property
     def nbytes(self) -> int:
         """Bytes that they keep: reserved by torch, or by the driver, which does not tell for whom."""
-        return self.reserved + min(graph_memory(self._device), self._largest)
+        return self.reserved + min(graph_memory(self._device), self.planned)
 
     def open(
         self,
@@ -146,8 +152,8 @@ class GraphCache:
     ) -> Velocity:
         """The velocity function for pictures of `size`, and for fewer at a time, with buffers from `region`.
 
-        `prefetcher` brings the blocks that stream. `address`: where weights and workspaces lie now. With fused kernels
-        the first call of a size is captured, and later ones replay it. What is not replayed runs inside `lend`.
+        `prefetcher` brings the blocks that stream. `address`: where weights and workspaces lie now. On a card the
+        first call of a size is captured, and later ones replay it. What is not replayed runs inside `lend`.
         """
         transformer, start = self._transformer, region.used
         weight = transformer.img_in.weight
@@ -165,7 +171,7 @@ class GraphCache:
                 return steps[size](img, txt, modulation, pe, graph)
             with lend():
                 found = steps[size](img, txt, modulation, pe)  # compiles kernels, too
-            if transformer.fused:
+            if transformer.on_card:
                 self._capture(size, place, steps[size], prefetcher)
             return found
 
@@ -174,8 +180,9 @@ class GraphCache:
     def _capture(self, size: Size, place: Address, step: BoundStep, prefetcher: Prefetcher) -> None:
         transformer = self._transformer
         dtype = transformer.img_in.weight.dtype
-        needed = round_up(attention_bytes(transformer.spec, size, dtype, transformer.precision), POOL)
-        if needed > self._largest or any(other != place for _, other in self._graphs):
+        attention = attention_bytes(transformer.spec, size, dtype, transformer.precision)
+        needed = round_up(attention + self._allocates, POOL)
+        if needed > self.planned or any(other != place for _, other in self._graphs):
             self.clear()  # the pool is made for the largest graph, and graphs of other places are not valid any more
             hand_back(self._device)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
@@ -186,7 +193,7 @@ class GraphCache:
             self.clear()  # with the pool, which the failed capture may have broken
             raise
         self.reserved += max(0, counters(self._device).reserved - before)
-        self._largest = max(self._largest, needed)
+        self.planned = max(self.planned, needed)
         if len(self._graphs) > KEPT:
             self._graphs.popitem(last=False)
         log.info("Captured the step of %d x (%d + %d) tokens", *size)
@@ -203,7 +210,7 @@ class GraphCache:
     def clear(self) -> None:
         """Drop every graph; `hand_back` then frees what they kept."""
         self._graphs.clear()
-        self._pool, self.reserved, self._largest = None, 0, 0
+        self._pool, self.reserved, self.planned = None, 0, 0
 
 
 def inputs(spec: FluxSpec, size: Size, dtype: torch.dtype) -> dict[str, Shape]:

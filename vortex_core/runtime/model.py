@@ -22,7 +22,6 @@ from ..kernels import Kernels, reference
 from ..memory.arena import Shape, aligned, laid_out, round_up
 from ..memory.offload import WeightGroup
 from ..memory.planner import BLOCKS, SLACK, MemoryRequirements, StepRequirements, WeightGroupSize
-from ..nf4 import DEQUANTIZE_BYTES
 from ..quant.backends import Backend
 from ..quant.linear import NF4Linear
 from ..quant.precision import EXACT, Precision
@@ -42,8 +41,8 @@ class Model:
     """The modules of one FLUX.1-schnell: `groups` in the order they run, and their `sizes` for the planner.
 
     Linears are NF4 where there is a `backend`. Products are in `dtype`, those of blocks in `precision`. `fused`: plan
-    for Triton's kernels, which allocate nothing in a captured step; default: if `kernels` are those. `cuda_streams`:
-    those that products run on, besides the default one.
+    for Triton's kernels, which allocate nothing, whatever `kernels` are. `allocates`: the bytes that a step takes
+    besides its buffers and attention. `cuda_streams`: those that products run on, besides the default one.
     """
 
     def __init__(
@@ -55,13 +54,16 @@ class Model:
         streams: Streams | None = None,
         precision: Precision = EXACT,
         *,
-        fused: bool | None = None,
+        fused: bool = False,
     ) -> None:
         self.flux, self.vae, self.dtype = spec.flux, spec.vae, dtype
         self.precision = precision
-        self.fused = kernels is not reference if fused is None else fused
-        self._vae_fused = self.fused and self.vae.powers_of_two
-        self.cuda_streams = (streams.capture, streams.side)[: 1 + precision.scaled] if streams and self.fused else ()
+        self.captured = fused or streams is not None
+        self._vae_kernels = kernels if self.vae.powers_of_two else reference
+        self._fused = fused
+        # Triton's kernels are launched faster than they run; the library's convolutions are not
+        self.captures_decodes = streams is not None and self._vae_kernels.strip_bytes(8, 8, 8, 2) > 0
+        self.cuda_streams = (streams.capture, streams.side)[: 1 + precision.scaled] if streams else ()
         self.clip, self.t5 = Clip(spec.clip), T5(spec.t5)
         with torch.device("meta"):
             self.transformer, self.modulation = Transformer(self.flux), Modulation(self.flux)
@@ -78,15 +80,15 @@ class Model:
                 pack(module, prefix, backend)
         side = streams.side if streams and precision.scaled else None
         self.transformer.use(kernels, precision, side=side)
-        if self._vae_fused:
-            self.decoder.use(kernels)
+        self.decoder.use(self._vae_kernels)
         self.origins: dict[str, tuple[Origin, ...]] = {}
         self.groups = list(self._groups())
         self.sizes = tuple(self._size(group) for group in self.groups)
         self.scratch = self._scratch()
-        # plain torch allocates to dequantize, and cudaMallocAsync leaves up to 0.17 GB between its small tensors (H200)
-        self._plain = DEQUANTIZE_BYTES if self.scratch and not self.fused else 0
-        self._slack = SLACK if self.fused else SLACK + 5 * POOL
+        # to dequantize; cudaMallocAsync leaves up to 0.17 GB between the small tensors that are allocated (H200)
+        self._plain = 0 if fused or backend is None else backend.working_bytes
+        self.allocates = 0 if fused else kernels.step_bytes(self.flux.hidden) + self._plain
+        self._slack = SLACK + 5 * POOL if self.allocates else SLACK
         self._known: dict[tuple[int, ...], MemoryRequirements] = {}
 
     def _scratch(self) -> tuple[int, ...]:
@@ -165,7 +167,7 @@ class Model:
         at_once = sorted({min(MOST_AT_ONCE, -(-batch // parts)) for parts in (1, 2, 4, 8, batch)}, reverse=True)
         latent = (height // 8, width // 8)
         rows, decode = self._strips(*latent)
-        decoder = library_bytes(self.vae, *latent, self.dtype, fused=self._vae_fused)
+        decoder = self.decoder_bytes(*latent)
         self._known[key] = MemoryRequirements(
             height,
             width,
@@ -190,17 +192,24 @@ class Model:
     def decode_requirements(self, height: int, width: int, batch: int, blas: int = 0) -> MemoryRequirements:
         """The memory of decoding latents `[batch, 16, height, width]`."""
         asked = self.requirements(8 * height, 8 * width, batch, blas=blas)
-        return replace(asked, scratch=0, steps=(StepRequirements(1),))
+        return replace(asked, scratch=0, steps=(StepRequirements(1, graph=self._decoder_graph(height, width)),))
+
+    def decoder_bytes(self, height: int, width: int) -> int:
+        """Bytes that torch allocates at most while latents of this size are decoded, besides the maps."""
+        return library_bytes(self.vae, height, width, self.dtype, None if self._fused else self._vae_kernels)
+
+    def _decoder_graph(self, height: int, width: int) -> int:
+        return round_up(self.decoder_bytes(height, width), POOL) if self.captures_decodes else 0
 
     def _steps(self, height: int, width: int, tokens: int, batch: int) -> StepRequirements:
         size = (batch, tokens, sampling.image_tokens(height, width))
-        attention = attention_bytes(self.flux, size, self.dtype, self.precision)
+        library = attention_bytes(self.flux, size, self.dtype, self.precision) + self.allocates
         return StepRequirements(
             batch,
             buffers=step_bytes(self.flux, size, self.dtype, self.precision)
             + laid_out(self.call_inputs(height, width, tokens).values()),
-            library=attention if self.fused else attention + reference.step_bytes(self.flux.hidden) + self._plain,
-            graph=round_up(attention, POOL) if self.fused else 0,
+            library=library,
+            graph=self._decoder_graph(height // 8, width // 8) + (round_up(library, POOL) if self.captured else 0),
         )
 
     def _strips(self, height: int, width: int) -> tuple[int | None, int]:

@@ -1,0 +1,135 @@
+// The kernels of a step, and of NF4, in CUDA C; kernels/compiled.py launches them. `reference.py` says what each one
+// computes. Arithmetic is fp32, rounded once. `value` is the type of activations: see VALUE in values.cuh.
+// Legend: B pictures, T tokens, D hidden, H heads, C channels of a head.
+
+// Words of 8 codes, the first value of a byte in its high half, to 8 values each; every 8 words share a scale.
+extern "C" __global__ void decode(const unsigned *packed, const float *absmax, value *out, long long words)
+{
+    __shared__ float level[16];  // in 16 banks: no two lanes wait for each other
+    const float levels[16] = {LEVELS};
+    if (threadIdx.x == 0)
+        for (int i = 0; i < 16; i++) level[i] = levels[i];
+    __syncthreads();
+    const long long first = (long long)blockIdx.x * blockDim.x * 4 + threadIdx.x;
+    unsigned word[4];
+    float scale[4];
+#pragma unroll
+    for (int k = 0; k < 4; k++) {  // all loads before the first use
+        const long long i = first + k * blockDim.x;
+        word[k] = i < words ? packed[i] : 0;
+        scale[k] = i < words ? absmax[i / 8] : 0;
+    }
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        const long long i = first + k * blockDim.x;
+        float v[8];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const unsigned byte = word[k] >> (8 * j) & 255;
+            v[2 * j] = level[byte >> 4] * scale[k];
+            v[2 * j + 1] = level[byte & 15] * scale[k];
+        }
+        if (i < words) store8(out + 8 * i, v, 8);
+    }
+}
+
+// adaLN of a token by a block. With `y`, `x += gate * y` first, in place. `_b` and `_t` are strides. A thread takes TURNS
+// times 8 columns, so that few threads have to meet.
+#define TURNS 3
+extern "C" __global__ void __launch_bounds__(512) modulate(
+    value *x, long long x_b, long long x_t, const value *y, long long y_b, long long y_t, const value *gate,
+    const value *shift, const value *scale, value *out, long long out_b, long long out_t, int tokens, int width)
+{
+    const long long picture = blockIdx.x / tokens, token = blockIdx.x % tokens;
+    value *row = x + picture * x_b + token * x_t;
+    value *to = out + picture * out_b + token * out_t;
+    float v[TURNS][8], other[8], factor[8], sum = 0;
+    Eight scales[TURNS], shifts[TURNS];
+#pragma unroll
+    for (int k = 0; k < TURNS; k++) {  // all loads early: two sums follow, for which all threads wait
+        const int column = 8 * (k * blockDim.x + threadIdx.x);
+        load8(v[k], row + column, width - column);
+        scales[k] = raw8(scale + column, width - column);
+        shifts[k] = raw8(shift + column, width - column);
+    }
+    if (y) {
+        const value *branch = y + picture * y_b + token * y_t;
+#pragma unroll
+        for (int k = 0; k < TURNS; k++) {
+            const int column = 8 * (k * blockDim.x + threadIdx.x);
+            load8(other, branch + column, width - column);
+            load8(factor, gate + column, width - column);
+#pragma unroll
+            for (int i = 0; i < 8; i++) v[k][i] += other[i] * factor[i];
+            round8(v[k]);
+            store8(row + column, v[k], width - column);
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < TURNS; k++)
+#pragma unroll
+        for (int i = 0; i < 8; i++) sum += v[k][i];
+    const float mean = block_sum(sum) / width;
+    sum = 0;
+#pragma unroll
+    for (int k = 0; k < TURNS; k++) {
+        const int column = 8 * (k * blockDim.x + threadIdx.x);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            v[k][i] = column + i < width ? v[k][i] - mean : 0;
+            sum += v[k][i] * v[k][i];
+        }
+    }
+    const float inverse = rsqrtf(block_sum(sum) / width + EPSILON);
+#pragma unroll
+    for (int k = 0; k < TURNS; k++) {
+        const int column = 8 * (k * blockDim.x + threadIdx.x);
+#pragma unroll
+        for (int i = 0; i < 8; i++) v[k][i] = v[k][i] * inverse * (1 + wide(scales[k].at[i])) + wide(shifts[k].at[i]);
+        store8(to + column, v[k], width - column);
+    }
+}
+
+// RMS norm and rotary embedding in place, of the queries (blockIdx.y 0) or keys of a token: a warp for HEADS heads at a
+// time. A lane takes 4 channels, which are two pairs; their number is a multiple of 4, and at most 128.
+#define HEADS 3
+extern "C" __global__ void __launch_bounds__(256) rotate(
+    value *qkv, long long stride_b, long long stride_t, const value *query_norm, const value *key_norm,
+    const float *cosine, const float *sine, int tokens, int heads, int channels)
+{
+    const long long picture = blockIdx.x / tokens, token = blockIdx.x % tokens;
+    const int channel = threadIdx.x % 32 * 4, warps = blockDim.x / 32;
+    const bool inside = channel < channels;
+    value *place = qkv + picture * stride_b + token * stride_t + (long long)blockIdx.y * heads * channels + channel;
+    float weight[4], c[2], s[2];
+    if (inside) {
+        load4(weight, (blockIdx.y ? key_norm : query_norm) + channel);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            c[i] = cosine[(token * channels + channel) / 2 + i];
+            s[i] = sine[(token * channels + channel) / 2 + i];
+        }
+    }
+    for (int first = threadIdx.x / 32; first < heads; first += HEADS * warps) {
+        float v[HEADS][4] = {};
+#pragma unroll
+        for (int h = 0; h < HEADS; h++)  // all loads before the first use
+            if (inside && first + h * warps < heads) load4(v[h], place + (long long)(first + h * warps) * channels);
+#pragma unroll
+        for (int h = 0; h < HEADS; h++) {
+            float sum = 0;
+#pragma unroll
+            for (int i = 0; i < 4; i++) sum += v[h][i] * v[h][i];
+            const float inverse = rsqrtf(warp_sum(sum) / channels + EPSILON);
+            if (!inside || first + h * warps >= heads) continue;
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const float even = v[h][2 * i] * inverse * weight[2 * i];
+                const float odd = v[h][2 * i + 1] * inverse * weight[2 * i + 1];
+                v[h][2 * i] = even * c[i] - odd * s[i];
+                v[h][2 * i + 1] = even * s[i] + odd * c[i];
+            }
+            store4(place + (long long)(first + h * warps) * channels, v[h]);
+        }
+    }
+}
