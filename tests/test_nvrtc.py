@@ -118,7 +118,7 @@ def test_what_nvrtc_refuses_is_said_with_its_log(driver: Driver) -> None:
     compiler = nvrtc._nvrtc()
     assert nvrtc.compiled("text", "sm_86") == b"code of text"
     assert compiler.told == ["--gpu-architecture=sm_86", "destroyed"]
-    with pytest.raises(nvrtc.CompileError, match="NVRTC, compiling for sm_86: line 1: no$"):
+    with pytest.raises(nvrtc.CompileError, match=r"NVRTC, compiling for sm_86: line 1: no$"):
         nvrtc.compiled("error", "sm_86")
     assert compiler.told[-1] == "destroyed"
 

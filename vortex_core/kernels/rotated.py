@@ -58,4 +58,3 @@ def in_order(x):
     """`[B, 64]` with columns as the shuffled table has them, 8 t + 2 c + i, in their own order, 16 c + 2 t + i."""
     x = tl.permute(tl.reshape(x, [x.shape[0], 8, 4, 2]), [0, 2, 1, 3])
     return tl.reshape(x, [x.shape[0], HALF])
-
