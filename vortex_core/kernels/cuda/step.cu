@@ -39,34 +39,10 @@ extern "C" __global__ void __launch_bounds__(1024) modulate(
     const value *shift, const value *scale, value *out, long long out_b, long long out_t, int tokens, int width)
 {
     const long long picture = blockIdx.x / tokens, token = blockIdx.x % tokens;
-    const int column = 8 * threadIdx.x, count = width - column;
-    value *row = x + picture * x_b + token * x_t + column;
-    float v[8], other[8], factor[8];
-    load8(v, row, count);
-    if (y) {
-        load8(other, y + picture * y_b + token * y_t + column, count);
-        load8(factor, gate + column, count);
-#pragma unroll
-        for (int i = 0; i < 8; i++) v[i] += other[i] * factor[i];
-        round8(v);
-        store8(row, v, count);
-    }
-    float sum = 0;
-#pragma unroll
-    for (int i = 0; i < 8; i++) sum += v[i];
-    const float mean = block_sum(sum) / width;
-    sum = 0;
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-        v[i] = i < count ? v[i] - mean : 0;
-        sum += v[i] * v[i];
-    }
-    const float inverse = rsqrtf(block_sum(sum) / width + EPSILON);
-    load8(factor, scale + column, count);
-    load8(other, shift + column, count);
-#pragma unroll
-    for (int i = 0; i < 8; i++) v[i] = v[i] * inverse * (1 + factor[i]) + other[i];
-    store8(out + picture * out_b + token * out_t + column, v, count);
+    const int column = 8 * threadIdx.x;
+    float v[8];
+    adaln(v, x + picture * x_b + token * x_t, y ? y + picture * y_b + token * y_t : y, gate, shift, scale, width);
+    store8(out + picture * out_b + token * out_t + column, v, width - column);
 }
 
 // RMS norm and rotary embedding in place, of the queries (blockIdx.y 0) or keys of a token: a warp for each head.

@@ -119,3 +119,35 @@ __device__ __forceinline__ float block_sum(float x)
     __syncthreads();
     return warp_sum(threadIdx.x % 32 < blockDim.x / 32 ? part[threadIdx.x % 32] : 0);
 }
+
+// adaLN of the row `x` by a block, 8 values a thread, to `v`. With `y`, `x += gate * y` first, in place.
+__device__ __forceinline__ void adaln(
+    float *v, value *x, const value *y, const value *gate, const value *shift, const value *scale, int width)
+{
+    const int column = 8 * threadIdx.x, count = width - column;
+    float other[8], factor[8];
+    load8(v, x + column, count);
+    if (y) {
+        load8(other, y + column, count);
+        load8(factor, gate + column, count);
+#pragma unroll
+        for (int i = 0; i < 8; i++) v[i] += other[i] * factor[i];
+        round8(v);
+        store8(x + column, v, count);
+    }
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) sum += v[i];
+    const float mean = block_sum(sum) / width;
+    sum = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        v[i] = i < count ? v[i] - mean : 0;
+        sum += v[i] * v[i];
+    }
+    const float inverse = rsqrtf(block_sum(sum) / width + EPSILON);
+    load8(factor, scale + column, count);
+    load8(other, shift + column, count);
+#pragma unroll
+    for (int i = 0; i < 8; i++) v[i] = v[i] * inverse * (1 + factor[i]) + other[i];
+}

@@ -1,0 +1,92 @@
+"""The int8 kernels in CUDA C (the folder `cuda`): rotated decode, rows in rotated int8, and the product.
+
+They allocate nothing. Decode and row scales are equal to the reference's, bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import rotation
+from .card import card
+from .nvrtc import Long, launch
+from .scaled_tensor import ScaledTensor
+
+THREADS = 256
+BLOCKS = 2  # of a kernel that a multiprocessor runs at once: what registers and shared memory are made for
+CHUNKS = 4  # of 8 values of a row, that a thread takes at most; in rows8.cu, too
+WIDEST = 8 * CHUNKS * 1024
+TILE, PRODUCT_THREADS = 128, 128
+
+
+def dequantize(packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor) -> None:
+    """See `reference.dequantize`. All contiguous."""
+    n, k = out.shape
+    width = rotation.block(k)
+    halves = n * k // rotation.HALF
+    blocks = min(-(-halves // THREADS), BLOCKS * card(out.device).processors)
+    launch(
+        "decode_rotated", (blocks, 1), THREADS, out.device, torch.bfloat16,
+        packed, absmax, row_scale, out, halves, k // rotation.HALF, _joined(k), width**0.5, module="int8",
+    )  # fmt: skip
+
+
+def row_scales(packed: Tensor, absmax: Tensor, out: Tensor) -> None:
+    """See `reference.row_scales`, for int8. All contiguous."""
+    n, k = len(packed), packed.shape[1] * 2
+    blocks = min(-(-n // (THREADS // 32)), BLOCKS * card(out.device).processors)
+    launch(
+        "rotated_scales", (blocks, 1), THREADS, out.device, torch.bfloat16,
+        packed, absmax, out, n, k // rotation.HALF, _joined(k), rotation.unit(k), module="int8",
+    )  # fmt: skip
+
+
+def modulate(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, out: ScaledTensor
+) -> None:
+    """See `reference.modulate`, and `residual_modulate` with `y` and `gate`. A row has at most 8192 values."""
+    batch, tokens, width = x.shape
+    launch(
+        "modulate_rotated", (batch * tokens, 1), 32 * -(-width // 256), x.device, x.dtype,
+        *strided(x), *strided(y), gate, shift, scale, *strided(out.values), *strided(out.scale), tokens,
+        width, _joined(width), rotation.unit(width), module="int8",
+    )  # fmt: skip
+
+
+def narrow(x: Tensor, out: ScaledTensor, before: Tensor | None, *, gelu: bool) -> None:
+    """See `reference.gelu` and, without `gelu`, `reference.quantize`. A row has at most `WIDEST` values."""
+    batch, tokens, width = out.values.shape
+    first = width - x.shape[2]
+    launch(
+        "narrow_rotated", (batch * tokens, 1), 32 * -(-width // (256 * CHUNKS)), x.device, x.dtype,
+        *strided(before), *strided(x), *strided(out.values), *strided(out.scale), tokens,
+        first, width, int(gelu), _joined(width), rotation.unit(width), module="int8",
+    )  # fmt: skip
+
+
+def multiply_int8(
+    x: Tensor, x_scale: Tensor, weight: Tensor, row_scale: Tensor, bias: Tensor | None, out: Tensor
+) -> None:
+    """See `reference.multiply_int8`. Rows of `x` and `weight` start at multiples of 16 bytes, and K is one of 64.
+
+    Tiles are half as tall where whole ones would leave multiprocessors idle.
+    """
+    (m, k), n = x.shape, len(weight)
+    assert k % rotation.HALF == 0
+    across = -(-n // TILE)
+    tall = TILE if across * -(-m // TILE) >= BLOCKS * card(out.device).processors else TILE // 2
+    launch(
+        f"product_{tall}", (across * -(-m // tall), 1), PRODUCT_THREADS, out.device, out.dtype,
+        x, Long(x.stride(0)), x_scale, weight, Long(weight.stride(0)), row_scale, bias, out, Long(out.stride(0)),
+        m, n, k, module="int8",
+    )  # fmt: skip
+
+
+def strided(x: Tensor | None) -> tuple[Tensor | None, Long, Long]:
+    """A tensor with the strides of its pictures and tokens."""
+    return (None, Long(0), Long(0)) if x is None else (x, Long(x.stride(0)), Long(x.stride(1)))
+
+
+def _joined(k: int) -> int:
+    return int(rotation.block(k) != rotation.HALF)
