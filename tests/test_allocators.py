@@ -30,9 +30,9 @@ class Backend:
         self.engine, self.inside, self.kept, self.total = engine, inside, 0, 8 * 10**9
         self.told: list[object] = []
         model = painter_of(engine).model
-        monkeypatch.setattr(model, "fused", True)
+        monkeypatch.setattr(model, "captured", True)
         monkeypatch.setattr(model, "_known", {})
-        monkeypatch.setattr(Transformer, "fused", property(lambda transformer: True))
+        monkeypatch.setattr(Transformer, "on_card", property(lambda transformer: True))
         monkeypatch.setattr(GraphCache, "_record", lambda cache, step, prefetcher: self.record(step))
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
         for module in (memory_manager, graphs):

@@ -116,9 +116,9 @@ def test_nothing_is_read_that_this_call_has_not_written(
         poison("steps", held.arena)
         return found
 
-    def decoded(decoder: Any, latents: Tensor, pictures: Tensor, rows: int | None, maps: Tensor) -> Tensor:
+    def decoded(decoder: Any, latents: Tensor, pictures: Tensor, rows: int | None, maps: Tensor, *how: Any) -> Tensor:
         poison("decode", maps)
-        return decode(decoder, latents, pictures, rows, maps)
+        return decode(decoder, latents, pictures, rows, maps, *how)
 
     poison("before", held.arena), poison("before", held.library)
     assert torch.equal(draw(roomy, batch_size=batch), expected)

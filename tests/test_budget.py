@@ -77,7 +77,7 @@ def test_every_placement_draws_the_same_bit_for_bit(roomy: Engine, monkeypatch: 
     for streamed in (*tried, *reversed(tried)):
         with monkeypatch.context() as context:
             context.setattr(
-                memory_manager, "make_plan", lambda p, request, limit, keep, s=streamed: MemoryPlan(p, request, s, 1)
+                memory_manager, "make_plan", lambda p, request, limit, *now, s=streamed: MemoryPlan(p, request, s, 1)
             )
             forget_prompts(roomy)
             painter_of(roomy).memory.budget += 1  # so that it is planned anew

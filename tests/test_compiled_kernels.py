@@ -37,7 +37,7 @@ def test_decode_is_bit_exact(compiled: Kernels, shape: tuple[int, int], dtype: t
     assert torch.equal(ours, nf4.dequantize(weight, dtype))
 
 
-@pytest.mark.parametrize("width", [64, 100, 192, 3072, 9000])
+@pytest.mark.parametrize("width", [64, 100, 192, 3072, 25000])
 @pytest.mark.parametrize("dtype", ALL)
 @pytest.mark.parametrize("residual", [False, True])
 def test_modulate(compiled: Kernels, width: int, dtype: torch.dtype, residual: bool) -> None:
@@ -54,7 +54,7 @@ def test_modulate(compiled: Kernels, width: int, dtype: torch.dtype, residual: b
     assert_same(*results)
 
 
-@pytest.mark.parametrize(("heads", "channels"), [(2, 128), (3, 16), (24, 128), (9, 72), (1, 256), (1, 512)])
+@pytest.mark.parametrize(("heads", "channels"), [(2, 128), (3, 16), (24, 128), (9, 72), (2, 30), (1, 256), (1, 512)])
 @pytest.mark.parametrize("dtype", ALL)
 def test_rotate_leaves_values_alone(compiled: Kernels, heads: int, channels: int, dtype: torch.dtype) -> None:
     qkv = draw(2, 7, 3, heads, channels, dtype=dtype)
@@ -114,6 +114,7 @@ def test_convolutions(
     chunk: int,
 ) -> None:
     monkeypatch.setattr("vortex_core.kernels.scaled_tensor.CHUNK", chunk)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # the library convolves, and its choice differs
     check_convolution(compiled, shape, dtype, kind)
 
 

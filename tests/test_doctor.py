@@ -1,6 +1,7 @@
 """The doctor's findings on machines that are not this one."""
 
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], to
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (free, total))
     monkeypatch.setattr(doctor, "bitsandbytes_declined", lambda device: None)
+    monkeypatch.setattr(doctor, "compiled_declined", lambda device: None)
 
 
 @pytest.mark.parametrize(
@@ -99,3 +101,55 @@ def test_a_card_without_room_to_try(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(doctor, "bitsandbytes_declined", full)
     assert findings()["NF4"].detail == "no room to try it"
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "installs"),
+    [
+        ("2.6.0", "triton-windows<3.3"),
+        ("2.11.0+cu130", "triton-windows<3.7"),
+        ("2.13.1+cu130", "triton-windows<3.8"),
+        ("2.99.0", "triton-windows"),  # nobody knows yet
+        ("3.6.0", "triton-windows"),
+    ],
+)
+def test_windows_is_told_the_triton_of_its_torch(
+    monkeypatch: pytest.MonkeyPatch, torch_version: str, installs: str
+) -> None:
+    pretend_gpu(monkeypatch, (8, 6), 12e9, 12e9)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(doctor.platform, "system", lambda: "Windows")
+    monkeypatch.setattr(torch, "__version__", torch_version)
+    found = findings()["triton"]
+    assert (found.state, found.fix) == ("note", f'pip install "{installs}"')
+    assert found.detail.endswith("`exact` draws with kernels in CUDA C; `fast` needs it")
+
+
+def test_without_triton_the_doctor_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpu(monkeypatch, (8, 6), 12e9, 12e9)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(doctor.platform, "system", lambda: "Linux")
+    assert findings()["triton"].fix.endswith("triton")
+    monkeypatch.setattr(doctor, "bitsandbytes_declined", lambda device: "no kernel")
+    assert findings()["NF4"] == doctor.Finding("NF4", "ok", "our own kernel decodes on cuda:0; bitsandbytes: no kernel")
+    monkeypatch.setattr(doctor, "compiled_declined", lambda device: "NVRTC does not run (no such file)")
+    found = findings()
+    assert "kernels in CUDA C: NVRTC does not run (no such file)" in found["triton"].detail
+    assert found["NF4"].state == "note"
+
+
+@pytest.mark.parametrize(
+    ("versions", "says"),
+    [
+        ({"triton": "3.6.0"}, "3.6.0"),
+        ({"triton-windows": "3.6.0.post24"}, "triton-windows 3.6.0.post24"),
+        ({}, "of unknown version"),
+    ],
+)
+def test_triton_is_recognized_by_either_name(
+    monkeypatch: pytest.MonkeyPatch, versions: dict[str, str], says: str
+) -> None:
+    pretend_gpu(monkeypatch, (8, 6), 12e9, 12e9)
+    monkeypatch.setitem(sys.modules, "triton", ModuleType("triton"))
+    monkeypatch.setattr(doctor, "_version", lambda package: versions.get(package, doctor.UNKNOWN))
+    assert findings()["triton"] == doctor.Finding("triton", "ok", says)

@@ -130,7 +130,7 @@ def test_a_fused_step_in_16_bits_is_as_near_to_32_as_the_reference_is(quantizati
     velocities = []
     for device, dtype in (("cpu", torch.float32), ("cpu", torch.bfloat16), ("cuda", torch.bfloat16)):
         with load_flux_schnell("tiny", device=device, dtype=dtype, quantization=quantization, mode="exact") as engine:
-            assert painter_of(engine).model.transformer.fused == (device == "cuda")
+            assert painter_of(engine).model.transformer.on_card == (device == "cuda")
             *tensors, pe = request(engine, 128, 80, 2)
             placed = (tensor.to(device, dtype) for tensor in tensors)
             velocity = painter_of(engine).model.transformer(*placed, tuple(table.to(device) for table in pe))

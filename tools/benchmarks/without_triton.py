@@ -149,9 +149,9 @@ def decoder(triton: bool) -> None:
                     taken.append(1e3 * (time.perf_counter() - started))
                 key = f"decoder {side}, strips of {rows}, {name}"
                 note(f"{key}, ms", min(taken))
+                note(f"{key}, library MB", (torch.cuda.max_memory_allocated() - before) / 1e6)
                 note(f"{key}, captured, ms", replayed(call) / 1e3)
                 limit = library_bytes(spec, side // 8, side // 8, torch.bfloat16, way)
-                note(f"{key}, library MB", (torch.cuda.max_memory_allocated() - before) / 1e6)
                 note(f"{key}, said MB", limit / 1e6)
                 note(f"{key}, mean off of 255", float((out - expected[side]).abs().mean() * 255))
 
@@ -205,7 +205,7 @@ def steps(triton: bool) -> None:
                 note(f"{key}, ms", statistics.median(taken))
                 note(f"{key}, replay equals launched", bool(torch.equal(eager, first)))
                 note(f"{key}, off", float((first - expected).norm() / expected.norm()))
-                note(f"{key}, graph MB of planned", [graphs.nbytes / 1e6, graphs._largest / 1e6])
+                note(f"{key}, graph MB of planned", [graphs.nbytes / 1e6, graphs.planned / 1e6])
                 graphs.clear()
                 torch.cuda.empty_cache()
 

@@ -101,7 +101,7 @@ class Contest:
         self.device, self.samples = device, samples
         self.pipe = _pipeline(model, device)
         self.config = dict(self.pipe.transformer.config)
-        self.jobs = [_job(self.config, height, width, device, self.pipe.vae.dtype) for height, width in sizes]
+        self.jobs = [job_of(self.config, height, width, device, self.pipe.vae.dtype) for height, width in sizes]
         spec = describe("transformer", *part_of(self.pipe, "transformer", "transformer"))
         self.result = Result(machine(device).as_dict(), {f"{h} x {w}": card(spec, h, w) for h, w in sizes})
         self.on_row: Callable[[Row], None] = lambda row: None
@@ -269,7 +269,8 @@ def _pipeline(model: str | Path | None, device: torch.device) -> FluxPipeline:
     return pipe
 
 
-def _job(config: dict[str, Any], height: int, width: int, device: torch.device, dtype: torch.dtype) -> Job:
+def job_of(config: dict[str, Any], height: int, width: int, device: torch.device, dtype: torch.dtype) -> Job:
+    """A picture with random embeddings, as large as diffusers' `config` of the transformer says."""
     draw = torch.Generator().manual_seed(height + width)
     txt = torch.randn(1, T5_TOKENS, config["joint_attention_dim"], generator=draw) / 4
     pooled = torch.randn(1, config["pooled_projection_dim"], generator=draw)

@@ -234,34 +234,54 @@ def _swap(tensors: tuple[Tensor, ...], swapped: bool) -> list[Tensor]:
     return [torch.cat(t.chunk(2)[::-1]) if swapped else t for t in tensors]
 
 
-def comfy_velocity(tree: Path, config: dict[str, Any], state: dict[str, Tensor], device: torch.device) -> Velocity:
-    """The velocity of ComfyUI's own Flux forward, from `tree`, in bf16 over diffusers' `state`."""
-    sys.path.insert(0, str(tree))
-    # by name, from the user's tree: Vortex itself never imports ComfyUI
-    flux, ops = import_module("comfy.ldm.flux.model"), import_module("comfy.ops").disable_weight_init
+def comfy_module(tree: Path, name: str) -> Any:
+    """A module of the user's ComfyUI `tree`, by name: Vortex itself never imports ComfyUI."""
+    if str(tree) not in sys.path:
+        sys.path.insert(0, str(tree))
+    if not torch.cuda.is_available():
+        import_module("comfy.cli_args").args.cpu = True  # its memory manager looks for a GPU as it is imported
+    return import_module(name)
 
+
+def comfy_flux(tree: Path, config: dict[str, Any], operations: Any, device: torch.device | None = None) -> nn.Module:
+    """ComfyUI's own Flux, from `tree`, in bf16, without weights; `config` is diffusers'."""
+    flux = comfy_module(tree, "comfy.ldm.flux.model")
     heads = config["num_attention_heads"]
     newer: dict[str, Any] = {"txt_ids_dims": []}  # arguments that only newer versions know
     known = {field.name for field in fields(flux.FluxParams)}
-    with torch.device("meta"):
-        model = flux.Flux(
-            **{name: value for name, value in newer.items() if name in known},
-            in_channels=config["in_channels"] // 4, out_channels=config["in_channels"] // 4, patch_size=2,
-            vec_in_dim=config["pooled_projection_dim"], context_in_dim=config["joint_attention_dim"],
-            hidden_size=heads * config["attention_head_dim"], mlp_ratio=4.0, num_heads=heads,
-            depth=config["num_layers"], depth_single_blocks=config["num_single_layers"],
-            axes_dim=list(config["axes_dims_rope"]), theta=10_000, qkv_bias=True, guidance_embed=False,
-            dtype=torch.bfloat16, operations=ops,
-        )  # fmt: skip
-    for name, parameter in list(model.named_parameters()):
-        pieces = [state[source] for source in flux_sources(name)]
-        value = torch.cat(_swap(tuple(pieces), name.startswith(SWAPPED)))
-        owner = model.get_submodule(name.rpartition(".")[0])
-        tensor = value.to(device, torch.bfloat16).view(parameter.shape)
-        setattr(owner, name.rpartition(".")[2], nn.Parameter(tensor, requires_grad=False))
+    return flux.Flux(
+        **{name: value for name, value in newer.items() if name in known},
+        in_channels=config["in_channels"] // 4, out_channels=config["in_channels"] // 4, patch_size=2,
+        vec_in_dim=config["pooled_projection_dim"], context_in_dim=config["joint_attention_dim"],
+        hidden_size=heads * config["attention_head_dim"], mlp_ratio=4.0, num_heads=heads,
+        depth=config["num_layers"], depth_single_blocks=config["num_single_layers"],
+        axes_dim=list(config["axes_dims_rope"]), theta=10_000, qkv_bias=True, guidance_embed=False,
+        dtype=torch.bfloat16, device=device, operations=operations,
+    )  # fmt: skip
+
+
+def flux_velocity(model: nn.Module) -> Velocity:
+    """The velocity of ComfyUI's Flux."""
 
     def velocity(job: Job, img: Tensor, t: Tensor) -> Tensor:
         latents = sampling.unpack(img, job.height, job.width)
         return sampling.pack(model(latents, t, job.txt, job.pooled, guidance=None))
 
     return velocity
+
+
+def comfy_velocity(tree: Path, config: dict[str, Any], state: dict[str, Tensor], device: torch.device) -> Velocity:
+    """The velocity of ComfyUI's own Flux forward, from `tree`, in bf16 over diffusers' `state`."""
+    with torch.device("meta"):
+        model = comfy_flux(tree, config, comfy_module(tree, "comfy.ops").disable_weight_init)
+    for name, parameter in list(model.named_parameters()):
+        owner = model.get_submodule(name.rpartition(".")[0])
+        tensor = flux_tensor(state, name).to(device, torch.bfloat16).view(parameter.shape)
+        setattr(owner, name.rpartition(".")[2], nn.Parameter(tensor, requires_grad=False))
+    return flux_velocity(model)
+
+
+def flux_tensor(state: dict[str, Tensor], name: str) -> Tensor:
+    """A tensor of ComfyUI's Flux by its `name` there, from diffusers' `state`."""
+    pieces = tuple(state[source] for source in flux_sources(name))
+    return torch.cat(_swap(pieces, name.startswith(SWAPPED)))

@@ -11,10 +11,13 @@ import torch
 
 from ..checkpoint.bundle import open_bundle
 from ..device.select import device_words, other_accelerator
+from ..kernels import compiled_declined
 from ..quant.backends import bitsandbytes_declined
 from ..utils.packages import first_line, missing, remedy
 
 SMALLEST_CARD = 8e9  # bytes; the smallest card the default budget of 6.5 GB suits
+TRITON = {6: 2, 7: 3, 8: 4, 9: 5, 10: 6, 11: 6, 12: 7, 13: 7}  # 3.x, by torch 2.x: what torch asks for on Linux
+UNKNOWN = "of unknown version"
 NEEDED = ("transformers", "tokenizers", "safetensors")
 WANTED = {  # the module that is used, its package, and what is not there without it
     "diffusers": ("diffusers", "only Engine.from_pipeline and `vortex bench compare` need it"),
@@ -62,9 +65,9 @@ def _wanted(module: str, package: str, purpose: str) -> Finding:
 
 def _version(package: str) -> str:
     try:
-        return metadata.version(package) or "of unknown version"
+        return metadata.version(package) or UNKNOWN
     except Exception:  # it imports, but its metadata are missing or damaged
-        return "of unknown version"
+        return UNKNOWN
 
 
 def _devices() -> Iterator[Finding]:
@@ -84,7 +87,7 @@ def _devices() -> Iterator[Finding]:
         except Exception as error:
             fix = "Update the NVIDIA driver, or install a torch build that fits it."
             yield Finding(f"GPU {index}", "fault", f"it does not answer: {first_line(error)}", fix)
-    yield _wanted("triton", "triton", "the fast kernels need it")
+    yield _triton(torch.device("cuda", 0))
     yield _bitsandbytes(torch.device("cuda", 0))
 
 
@@ -107,6 +110,25 @@ def _gpu(index: int) -> Finding:
     return Finding(name, "ok", detail)
 
 
+def _triton(device: torch.device) -> Finding:
+    """Triton, by either name; without it, which kernels run."""
+    why = missing("triton")
+    if why is None:
+        windows = _version("triton-windows")
+        return Finding("triton", "ok", _version("triton") if windows == UNKNOWN else f"triton-windows {windows}")
+    declined = compiled_declined(device)
+    runs = "`exact` draws with kernels in CUDA C" if declined is None else f"kernels in CUDA C: {declined}"
+    fix = f'pip install "{triton_windows()}"' if platform.system() == "Windows" else remedy("triton")
+    return Finding("triton", "note", f"{why}; {runs}; `fast` needs it", fix)
+
+
+def triton_windows() -> str:
+    """What to install on Windows, with the bound that suits this torch: a later Triton may not work with it."""
+    major, minor = (int(part) for part in torch.__version__.split(".")[:2])
+    suits = TRITON.get(minor) if major == 2 else None
+    return "triton-windows" if suits is None else f"triton-windows<3.{suits + 1}"
+
+
 def _bitsandbytes(device: torch.device) -> Finding:
     try:
         declined = bitsandbytes_declined(device)
@@ -114,6 +136,8 @@ def _bitsandbytes(device: torch.device) -> Finding:
         return Finding("NF4", "note", "no room to try it", "Close other programs that use the card, and ask again.")
     if declined is None:
         return Finding("NF4", "ok", f"bitsandbytes {_version('bitsandbytes')} decodes on {device}")
+    if device.type == "cuda" and compiled_declined(device) is None:
+        return Finding("NF4", "ok", f"our own kernel decodes on {device}; bitsandbytes: {declined}")
     detail = f"plain torch, slower; bitsandbytes on {device}: {declined}"
     return Finding("NF4", "note", detail, "pip install --upgrade bitsandbytes")
 

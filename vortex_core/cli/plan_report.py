@@ -33,7 +33,7 @@ WORDS = {
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A part of the model in bytes: all of it, what stays on the card, what streams."""
+    """A part of the model in bytes: all of it, what it takes on the card, what streams."""
 
     name: str
     nbytes: int
@@ -53,9 +53,10 @@ class Proposal:
         """The parts of the model; the first ones are placed on the card first."""
         rows = []
         for part in (BLOCKS, *ALWAYS, *PROMPT):
-            sizes = {group.name: group.nbytes for group in self.plan.groups if group.part == part}
-            streamed = sum(size for name, size in sizes.items() if name in self.plan.streamed)
-            rows.append(Row(WORDS[part], sum(sizes.values()), sum(sizes.values()) - streamed, streamed))
+            groups = [group for group in self.plan.groups if group.part == part]
+            streamed = sum(group.nbytes for group in groups if group.name in self.plan.streamed)
+            resident = sum(self.plan.held(group) for group in groups if group.name not in self.plan.streamed)
+            rows.append(Row(WORDS[part], sum(group.nbytes for group in groups), resident, streamed))
         return rows
 
     @property
@@ -72,6 +73,18 @@ class Proposal:
             f"{plan.peak / GB:6.2f} GB  predicted peak of torch reserved, of {self.budget / GB:g} GB; "
             "the CUDA context comes on top",
             f"{plan.hosted / GB:6.2f} GB  pinned host memory",
+            *self._copies,
+        ]
+
+    @property
+    def _copies(self) -> list[str]:
+        plan = self.plan
+        if not plan.copies:
+            return []
+        blocks = sum(group.part == BLOCKS for group in plan.groups)
+        return [
+            f"{plan.kept / GB:6.2f} GB  host memory for the packed weights of {len(plan.copies)} of {blocks} blocks, "
+            f"which stay decoded to 8 bits: each step moves {plan.saved / GB:.1f} GB less"
         ]
 
     def costs(self, rate: float, step_ms: float) -> dict[str, float]:
@@ -92,6 +105,9 @@ class Proposal:
             "strip_rows": plan.requirements.rows,
             "pinned": plan.hosted,
             "streamed": sorted(plan.streamed),
+            "copies": sorted(plan.copies),
+            "kept": plan.kept,
+            "saved": plan.saved,
             "parts": [asdict(row) for row in self.rows],
         }
 

@@ -7,7 +7,8 @@ which flux1/decoder_memory.py computes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from einops import rearrange
@@ -217,11 +218,8 @@ class Decoder(nn.Module):
             if parameter.ndim == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
-    def forward(self, memory: DecoderMemory) -> Iterator[Tensor]:
-        """Decode `memory.latent`, in the model's scale, to strips `[1, 3, rows, W]` in about -1..1, top to bottom.
-
-        The latent is overwritten. The strips are valid until the next picture is decoded.
-        """
+    def forward(self, memory: DecoderMemory) -> None:
+        """Decode `memory.latent`, in the model's scale, to `colours(memory)`. The latent is overwritten."""
         latent = memory.latent.div_(self.spec.scale).add_(self.spec.shift)
         lowest, between = memory.lowest()
         lowest.strips[0].copy_(self.conv_in(latent))
@@ -230,31 +228,46 @@ class Decoder(nn.Module):
         for k, level in enumerate(reversed(self.up)):
             x = level(x, k, memory)
         norm = Norm(self.norm_out, x, memory)
-        colours = memory.other(len(self.up) - 1, channels=3)
-        for window, strip in zip(memory.windows(x.strips), colours.strips, strict=True):
+        for window, strip in zip(memory.windows(x.strips), self.colours(memory), strict=True):
             self.conv_out.strip(norm(window), strip)
-            yield strip
+
+    def colours(self, memory: DecoderMemory) -> Sequence[Tensor]:
+        """Where `forward` writes the picture: strips `[1, 3, rows, W]` in about -1..1, top to bottom.
+
+        They are valid until the next picture is decoded.
+        """
+        return memory.other(len(self.up) - 1, channels=3).strips
 
 
 def decode(
-    decoder: Decoder, latents: Tensor, out: Tensor, rows: int | None = None, memory: Tensor | None = None
+    decoder: Decoder,
+    latents: Tensor,
+    out: Tensor,
+    rows: int | None = None,
+    memory: Tensor | None = None,
+    launch: Callable[[Callable[[], None]], None] | None = None,
 ) -> Tensor:
     """Write pictures into `out`, float32 `[B, H, W, 3]` in 0..1, and return it.
 
     `latents`: fp32 `[B, 16, H/8, W/8]`, neither in `memory` nor in `out`. `rows`: of a strip, at most; None: one strip.
     `memory`: uint8, one dimension, at least `DecoderLayout.nbytes`, on the decoder's device; None: allocated for the
-    call. Raises `ValueError` where it is too small. Pictures are decoded one by one: a batch would take B times the
-    memory and gain little.
+    call. Raises `ValueError` where it is too small. `launch`: calls the function that decodes one picture, or has the
+    device do the same. Pictures are decoded one by one: a batch would take B times the memory and gain little.
     """
     weight = decoder.conv_in.weight
     layout = DecoderLayout(decoder.spec, latents.shape[2], latents.shape[3], rows, weight.dtype)
     if memory is None:
         memory = torch.empty(layout.nbytes, dtype=torch.uint8, device=weight.device)
     places = DecoderMemory(layout, memory)
+    strips = decoder.colours(places)
     for picture, latent in zip(out, latents, strict=True):
         places.latent[0].copy_(latent)
+        if launch is None:
+            decoder(places)
+        else:
+            launch(partial(decoder, places))
         top = 0
-        for strip in decoder(places):
+        for strip in strips:
             colours = picture[top : top + strip.shape[2]]
             colours.copy_(rearrange(strip, "1 c h w -> h w c")).mul_(0.5).add_(0.5).clamp_(0, 1)
             top += len(colours)

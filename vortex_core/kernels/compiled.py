@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import compiled_int8, reference
-from .compiled_int8 import strided
+from .compiled_int8 import WIDEST_ADALN, adaln_threads, strided
 from .nvrtc import Long, launch
 from .on_device import on_device
 from .reference import attend, attend_heads, attention_bytes, pack_heads
@@ -42,7 +42,6 @@ __all__ = [
 ]
 
 THREADS = 256
-WIDEST = 8 * 1024  # of a row: a block has at most 1024 threads
 LONGEST = 256  # channels of a head
 
 
@@ -74,7 +73,7 @@ multiply_int8 = on_device(compiled_int8.multiply_int8)
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, out: ScaledTensor) -> None:
     """See `reference.modulate`."""
-    if _no_kernel(out) or x.shape[2] > WIDEST:
+    if _no_kernel(out) or x.shape[2] > WIDEST_ADALN:
         reference.modulate(x, shift, scale, out)
     else:
         _modulate(x, None, None, shift, scale, out)
@@ -82,7 +81,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, out: ScaledTensor) -> None
 
 def residual_modulate(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, out: ScaledTensor) -> None:
     """See `reference.residual_modulate`."""
-    if _no_kernel(out) or x.shape[2] > WIDEST:
+    if _no_kernel(out) or x.shape[2] > WIDEST_ADALN:
         reference.residual_modulate(x, y, gate, shift, scale, out)
     else:
         _modulate(x, y, gate, shift, scale, out)
@@ -118,9 +117,8 @@ def _modulate(
         compiled_int8.modulate(x, y, gate, shift, scale, out)
         return
     batch, tokens, width = x.shape
-    threads = 32 * -(-width // 256)
     launch(
-        "modulate", (batch * tokens, 1), threads, x.device, x.dtype,
+        "modulate", (batch * tokens, 1), adaln_threads(width), x.device, x.dtype,
         *strided(x), *strided(y), gate, shift, scale, *strided(out.values), tokens, width,
     )  # fmt: skip
 
@@ -129,7 +127,7 @@ def _modulate(
 def rotate(qkv: Tensor, query_norm: Tensor, key_norm: Tensor, cos: Tensor, sin: Tensor) -> None:
     """See `reference.rotate`. `qkv[b, t]` and the tables are contiguous."""
     batch, tokens, _, heads, channels = qkv.shape
-    if channels > LONGEST:
+    if channels > LONGEST or channels % 4:
         reference.rotate(qkv, query_norm, key_norm, cos, sin)
         return
     launch(

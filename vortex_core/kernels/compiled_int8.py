@@ -17,6 +17,8 @@ THREADS = 256
 BLOCKS = 2  # of a kernel that a multiprocessor runs at once: what registers and shared memory are made for
 CHUNKS = 4  # of 8 values of a row, that a thread takes at most; in rows8.cu, too
 WIDEST = 8 * CHUNKS * 1024
+TURNS = 3  # as CHUNKS, of adaLN; in values.cuh, too
+WIDEST_ADALN = 8 * TURNS * 1024
 TILE, PRODUCT_THREADS = 128, 128
 
 
@@ -45,10 +47,10 @@ def row_scales(packed: Tensor, absmax: Tensor, out: Tensor) -> None:
 def modulate(
     x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, out: ScaledTensor
 ) -> None:
-    """See `reference.modulate`, and `residual_modulate` with `y` and `gate`. A row has at most 8192 values."""
+    """See `reference.modulate`, and `residual_modulate` with `y` and `gate`. A row has at most `WIDEST_ADALN` values."""
     batch, tokens, width = x.shape
     launch(
-        "modulate_rotated", (batch * tokens, 1), 32 * -(-width // 256), x.device, x.dtype,
+        "modulate_rotated", (batch * tokens, 1), adaln_threads(width), x.device, x.dtype,
         *strided(x), *strided(y), gate, shift, scale, *strided(out.values), *strided(out.scale), tokens,
         width, _joined(width), rotation.unit(width), module="int8",
     )  # fmt: skip
@@ -70,17 +72,22 @@ def multiply_int8(
 ) -> None:
     """See `reference.multiply_int8`. Rows of `x` and `weight` start at multiples of 16 bytes, and K is one of 64.
 
-    Tiles are half as tall where whole ones would leave multiprocessors idle.
+    Tiles are half as wide where whole ones would leave multiprocessors idle.
     """
     (m, k), n = x.shape, len(weight)
     assert k % rotation.HALF == 0
-    across = -(-n // TILE)
-    tall = TILE if across * -(-m // TILE) >= BLOCKS * card(out.device).processors else TILE // 2
+    down, across = -(-m // TILE), -(-n // TILE)
+    wide = TILE if down * across >= card(out.device).processors else TILE // 2
     launch(
-        f"product_{tall}", (across * -(-m // tall), 1), PRODUCT_THREADS, out.device, out.dtype,
+        f"product_{wide}", (down * -(-n // wide), 1), PRODUCT_THREADS, out.device, out.dtype,
         x, Long(x.stride(0)), x_scale, weight, Long(weight.stride(0)), row_scale, bias, out, Long(out.stride(0)),
         m, n, k, module="int8",
     )  # fmt: skip
+
+
+def adaln_threads(width: int) -> int:
+    """Threads of a block that takes a row of so many values."""
+    return 32 * -(-width // (32 * 8 * TURNS))
 
 
 def strided(x: Tensor | None) -> tuple[Tensor | None, Long, Long]:

@@ -24,7 +24,7 @@ Long = ctypes.c_longlong
 Argument = Tensor | ctypes.c_longlong | int | float | None
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # VALUE in cuda/values.cuh
-PAIRS = 4  # of a head's channels that a lane takes at most
+PARTS = 2  # of 4 channels of a head that a lane takes at most
 MODULES = {  # what is compiled at once: a picture in 16 bits needs the first alone
     "step": ("values.cuh", "step.cu", "decoder.cu"),
     "int8": ("values.cuh", "rotation.cuh", "rotated.cu", "rows8.cu", "product.cu"),
@@ -73,7 +73,7 @@ def source(dtype: torch.dtype, module: str = "step") -> str:
     """The text of a module's kernels for activations in `dtype`."""
     levels, halves = (", ".join(f"{level!r}f" for level in found) for found in (LEVELS, _half_levels()))
     constants = {
-        "VALUE": TYPES[dtype], "PAIRS": PAIRS, "EPSILON": f"{EPSILON!r}f", "LEVELS": levels, "HALF_LEVELS": halves
+        "VALUE": TYPES[dtype], "PARTS": PARTS, "EPSILON": f"{EPSILON!r}f", "LEVELS": levels, "HALF_LEVELS": halves
     }  # fmt: skip
     lines = [f"#define {name} {value}" for name, value in constants.items()]
     folder = Path(__file__).with_name("cuda")

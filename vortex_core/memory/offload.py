@@ -1,7 +1,8 @@
 """Where weights live: on the device, or in pinned host memory and streamed through a pair of staging buffers.
 
 A weight group is a module (or a few) whose tensors are views of one flat buffer, so that moving it is one copy. A
-resident group's buffer is on the device, a streamed group's is in host memory. A `Prefetcher` copies a streamed group
+resident group's buffer is on the device, a streamed group's is in host memory. A group that is resident as a copy has
+its packed weights in host memory, and what they decode to on the device. A `Prefetcher` copies a streamed group
 to one of two device buffers just before it runs, on a stream of its own, while the group before it computes. Results
 are the same, bit for bit.
 """
@@ -11,13 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from ..device.streams import streams_of
-from .arena import Region, aligned
+from .arena import Region, Shape, aligned, laid_out
 from .host_memory import HostMemory
 
 Act = Callable[[], None]
@@ -28,19 +29,31 @@ def nbytes(*modules: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for module in modules for t in _tensors(module))
 
 
+@runtime_checkable
+class Expandable(Protocol):
+    """A module whose `packing` can be in host memory while it computes with what that decodes to."""
+
+    @property
+    def packing(self) -> tuple[Tensor, ...]: ...
+    @property
+    def decoded(self) -> Shape | None: ...
+    def expand(self, out: Tensor | None) -> None: ...
+
+
 class WeightGroup:
     """Modules that move together, and the flat buffer that their tensors are views of.
 
     `device` is the buffer on the device, while the group is resident; `host` that in host memory. A group that has been
-    streamed (`streams`) keeps `host`: weights do not change, so it can leave the device again without a copy.
+    streamed (`streams`) keeps `host`: weights do not change, so it can leave the device again without a copy. So does
+    one that is resident as a copy (`expanded`).
     """
 
     def __init__(self, name: str, part: str, *modules: nn.Module) -> None:
         self.name, self.part, self.modules = name, part, modules
         self.device: Tensor | None = None
         self.host: Tensor | None = None
-        self.streams = False
-        self.nbytes = 0
+        self.streams = self.expanded = False
+        self.nbytes = self.copied = 0  # of the packed weights, and of a copy; 0 where there can be none
         self._slots: list[tuple[Tensor, int, tuple[int, ...]]] = []  # tensor, offset, strides
 
     def measure(self) -> int:
@@ -51,7 +64,16 @@ class WeightGroup:
                 strides = torch.empty_like(tensor, device="meta").stride()  # dense, channels last if it was
                 self._slots.append((tensor, self.nbytes, strides))
                 self.nbytes += aligned(tensor.numel() * tensor.element_size())
+        decoded = [part.decoded for part in self._expandable()]
+        rest = [(tuple(tensor.shape), tensor.dtype) for tensor in self._unpacked()]
+        shapes = [shape for shape in decoded if shape is not None]
+        self.copied = laid_out([*shapes, *rest]) if shapes and len(shapes) == len(decoded) else 0
         return self.nbytes
+
+    @property
+    def held(self) -> int:
+        """Bytes of a resident group on the device."""
+        return self.copied if self.expanded else self.nbytes
 
     def settle(self, *, device: Tensor | None = None, host: Tensor | None = None) -> None:
         """Move the modules' tensors into the buffer that is given, on the device or in host memory."""
@@ -74,10 +96,11 @@ class WeightGroup:
             yield tensor, span.view(tensor.dtype).as_strided(tensor.shape, strides)
 
     def to_device(self, device: torch.device) -> None:
-        """Make the group resident. Raises torch's `OutOfMemoryError`, and nothing has changed."""
+        """Make the group resident, packed. Raises torch's `OutOfMemoryError`, and nothing has changed."""
         assert self.host is not None
         buffer = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
         buffer.copy_(self.host)
+        self._collapse()
         self.bind(buffer)
         self.device = buffer
         if not self.streams:
@@ -85,14 +108,51 @@ class WeightGroup:
 
     def to_host(self, memory: HostMemory | None = None) -> None:
         """Leave the device: for `memory`, to stream from there, or without one until `to_device` brings it back."""
-        buffer = self.host if self.device is None else self.device
+        buffer = self.host if self.device is None or self.expanded else self.device
         if self.host is None or (memory is not None and not self.streams):
             self.streams = memory is not None
             self.host = torch.empty(self.nbytes, dtype=torch.uint8) if memory is None else memory.take(self.nbytes)
             assert buffer is not None
             self.host.copy_(buffer)
+        self._collapse()
         self.bind(self.host)
         self.device = None
+
+    def expand(self, device: torch.device) -> None:
+        """Make the group resident as a copy: weights are decoded once, and the packed ones stay in host memory.
+
+        Raises torch's `OutOfMemoryError`, and nothing has changed.
+        """
+        buffer = torch.empty(self.copied, dtype=torch.uint8, device=device)
+        if self.device is None:
+            assert self.host is not None
+            self.bind(self.host.to(device))
+        if self.host is None:
+            self.host = self.device.to("cpu", copy=True)  # type: ignore[union-attr]
+        region = Region(buffer)
+        for part in self._expandable():
+            assert part.decoded is not None
+            part.expand(region.take(*part.decoded))
+        unpacked = {id(tensor) for tensor in self._unpacked()}
+        for tensor, view in self._views(self.host):
+            if id(tensor) in unpacked:
+                tensor.data = region.take(tuple(tensor.shape), tensor.dtype).copy_(tensor.data)
+            else:
+                tensor.data = view
+        self.device, self.expanded = buffer, True
+
+    def _collapse(self) -> None:
+        for part in self._expandable() if self.expanded else ():
+            part.expand(None)
+        self.expanded = False
+
+    def _expandable(self) -> Iterator[Expandable]:
+        parts = (part for module in self.modules for part in module.modules())
+        return (part for part in parts if isinstance(part, Expandable))
+
+    def _unpacked(self) -> list[Tensor]:
+        packed = {id(tensor) for part in self._expandable() for tensor in part.packing}
+        return [tensor for module in self.modules for tensor in _tensors(module) if id(tensor) not in packed]
 
 
 class CopyStream:

@@ -2,14 +2,15 @@
 
 Weights are cut into groups, each resident or streamed from host memory. Placements are tried from the richest to the
 poorest: first T5 streams, then CLIP, modulation, and step-time blocks one by one. The first whose peak fits the budget
-is the plan. The peak is a sum: weights, the arena (memory/arena.py), what libraries allocate by themselves, cuBLAS'
-workspaces, captured steps, the finished pictures. All sizes in bytes.
+is the plan. Where nothing streams and there is room left, blocks stay decoded to 8 bits in place of their packed
+weights, as many as fit: that saves decoding them in each step. The peak is a sum: weights, the arena (memory/arena.py),
+what libraries allocate by themselves, cuBLAS' workspaces, captured steps, the finished pictures. All sizes in bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from .arena import MIB, round_up
@@ -19,15 +20,20 @@ BLOCKS = "blocks"
 PROMPT = ("modulation", "clip", "t5")  # parts of prompt time; the last streams first
 GRAIN = 2 * MIB  # torch's allocators round large tensors up to this at most
 SLACK = 48 * MIB  # what allocators round further, and keep of earlier calls
+DECODED = 25 / 7  # bytes that decoding moves in each step, for each byte that a copy takes more: 9/16 + 1 over 1 - 9/16
 
 
 @dataclass(frozen=True, slots=True)
 class WeightGroupSize:
-    """The size of a weight group: `name` such as `single_blocks.7`, `part` one of the names above."""
+    """The size of a weight group: `name` such as `single_blocks.7`, `part` one of the names above.
+
+    `copied`: with its weights decoded to 8 bits; 0 where they cannot be.
+    """
 
     name: str
     part: str
     nbytes: int
+    copied: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +77,15 @@ class MemoryRequirements:
 
 @dataclass(frozen=True)  # without slots: what follows is computed once
 class MemoryPlan:
-    """Which groups stream, how many pictures are drawn at once (`slice`), and the peak that follows."""
+    """Which groups stream, how many pictures are drawn at once (`slice`), which groups are resident as `copies` in 8
+    bits, and the peak that follows.
+    """
 
     groups: tuple[WeightGroupSize, ...]
     requirements: MemoryRequirements
     streamed: frozenset[str]
     slice: int
+    copies: frozenset[str] = frozenset()
 
     @property
     def resident(self) -> tuple[WeightGroupSize, ...]:
@@ -116,17 +125,31 @@ class MemoryPlan:
     @cached_property
     def peak(self) -> int:
         """The most that torch, and for captured steps the driver, will have reserved."""
-        weights = sum(round_up(group.nbytes, GRAIN) for group in self.resident)
+        weights = sum(round_up(self.held(group), GRAIN) for group in self.resident)
         held = self.requirements.blas + self.arena + self.library + self.step.graph
         return weights + held + round_up(self.requirements.pictures, GRAIN) + self.requirements.slack
 
     @property
     def breakdown(self) -> dict[str, int]:
         """The peak by component; adds up to it."""
-        parts = by_part((group.part, group.nbytes) for group in self.resident)
+        parts = by_part((group.part, self.held(group)) for group in self.resident)
         parts |= {"arena": self.arena, "libraries": self.library, "cuBLAS": self.requirements.blas}
         parts |= {"graphs": self.step.graph, "pictures": self.requirements.pictures}
         return parts | {"rounding and slack": self.peak - sum(parts.values())}
+
+    def held(self, group: WeightGroupSize) -> int:
+        """Bytes that a resident group takes on the device."""
+        return group.copied if group.name in self.copies else group.nbytes
+
+    @property
+    def kept(self) -> int:
+        """Bytes of ordinary host memory for the packed weights of groups that are resident as copies."""
+        return sum(group.nbytes for group in self.groups if group.name in self.copies)
+
+    @property
+    def saved(self) -> int:
+        """Bytes that each step moves less in the device's memory, thanks to copies."""
+        return int(DECODED * sum(group.copied - group.nbytes for group in self.groups if group.name in self.copies))
 
     @property
     def hosted(self) -> int:
@@ -148,11 +171,13 @@ def make_plan(
     requirements: MemoryRequirements,
     budget: float,
     keep: frozenset[str] | None = None,
+    copies: frozenset[str] | None = None,
 ) -> MemoryPlan | None:
     """The richest placement whose peak fits `budget`, with as many pictures at once as fit; None where none fits.
 
     `keep` is what streams now. That placement stays if it fits, and all its blocks are resident or the request has no
-    steps, since moving weights costs more than it gains.
+    steps, since moving weights costs more than it gains. `copies`: those that there are, which stay if they fit, and
+    none is added; None: as many as fit.
     """
     candidates = placements(groups)
     steps = any(step.buffers for step in requirements.steps)
@@ -161,8 +186,25 @@ def make_plan(
     for streamed in candidates:
         plans = [MemoryPlan(groups, requirements, streamed, step.pictures) for step in requirements.steps]
         if plans[-1].peak <= budget:
-            return next(plan for plan in plans if plan.peak <= budget)
+            plan = next(plan for plan in plans if plan.peak <= budget)
+            return plan if streamed else _with_copies(plan, budget, copies)
     return None
+
+
+def _with_copies(plan: MemoryPlan, budget: float, copies: frozenset[str] | None) -> MemoryPlan:
+    """The plan with as many copies as fit; of the smaller kind of block first, since those fill the budget best.
+
+    Of double blocks a copy saves less, too: the text's weights are decoded while the image is multiplied.
+    """
+    able = [group for group in plan.groups if group.copied and (copies is None or group.name in copies)]
+    chosen: list[str] = []
+    room = budget - plan.peak
+    for group in sorted(able, key=lambda group: group.copied):
+        room -= round_up(group.copied, GRAIN) - round_up(group.nbytes, GRAIN)
+        if room < 0:
+            break
+        chosen.append(group.name)
+    return replace(plan, copies=frozenset(chosen))
 
 
 def smallest_budget(groups: Sequence[WeightGroupSize], requirements: MemoryRequirements) -> int:

@@ -18,14 +18,15 @@ log = logging.getLogger(__name__)
 class Placement:
     """The weight groups of an engine, on its device or in host memory.
 
-    `streamed` names the groups that stream; it is None while all are offloaded. `prompt` and `steps` prefetch them, at
-    prompt time and at step time.
+    `streamed` names the groups that stream; it is None while all are offloaded. `copies` names those that are resident
+    as copies in 8 bits. `prompt` and `steps` prefetch what streams, at prompt time and at step time.
     """
 
     def __init__(self, groups: Sequence[WeightGroup], device: torch.device) -> None:
         self.groups = list(groups)
         self.device = device
         self.streamed: frozenset[str] | None = None
+        self.copies: frozenset[str] = frozenset()
         self.addresses: tuple[int, ...] = ()  # of groups on the device; 0 for those that stream
         self.prompt = self.steps = Prefetcher([], device)
         self._host: list[HostMemory] = []
@@ -33,7 +34,7 @@ class Placement:
     @property
     def resident_bytes(self) -> dict[str, int]:
         """Bytes on the device by part."""
-        return by_part((group.part, group.nbytes) for group in self.groups if group.device is not None)
+        return by_part((group.part, group.held) for group in self.groups if group.device is not None)
 
     @property
     def pinned_bytes(self) -> int:
@@ -46,12 +47,17 @@ class Placement:
         self._host.append(memory)
         return memory
 
-    def place(self, streamed: frozenset[str]) -> None:
-        """Have exactly `streamed` stream. On torch's `OutOfMemoryError` some groups are not on the device yet."""
-        if streamed == self.streamed:
+    def place(self, streamed: frozenset[str], copies: frozenset[str] = frozenset()) -> None:
+        """Have exactly `streamed` stream, and `copies` be resident as copies.
+
+        On torch's `OutOfMemoryError` some groups are not on the device yet.
+        """
+        if (streamed, copies) == (self.streamed, self.copies):
             return
         leaving = [group for group in self.groups if group.name in streamed and group.device is not None]
-        arriving = [group for group in self.groups if group.name not in streamed and group.device is None]
+        packed = [group for group in self.groups if group.name not in streamed | copies]
+        arriving = [group for group in packed if group.device is None or group.expanded]
+        expanding = [group for group in self.groups if group.name in copies and not group.expanded]
         self._stop()
         if leaving or arriving:
             sizes = (sum(group.nbytes for group in groups) / 1e9 for groups in (leaving, arriving))
@@ -65,14 +71,19 @@ class Placement:
             hand_back(self.device)
         for group in arriving:
             group.to_device(self.device)
-        self.start(streamed)
+        if expanding:
+            log.info("Decoding %d blocks to 8 bits, once for all steps", len(expanding))
+        for group in expanding:
+            group.expand(self.device)
+            hand_back(self.device)  # its packed weights: together they would not fit
+        self.start(streamed, copies)
 
-    def start(self, streamed: frozenset[str]) -> None:
+    def start(self, streamed: frozenset[str], copies: frozenset[str] = frozenset()) -> None:
         """Prefetch `streamed` from now on. Groups must already lie where that wants them."""
         groups = [group for group in self.groups if group.name in streamed]
         self.prompt = Prefetcher([group for group in groups if group.part in PROMPT], self.device)
         self.steps = Prefetcher([group for group in groups if group.part == BLOCKS], self.device)
-        self.streamed = streamed
+        self.streamed, self.copies = streamed, copies
         self.addresses = tuple(0 if group.device is None else group.device.data_ptr() for group in self.groups)
 
     def offload(self) -> None:
@@ -85,4 +96,4 @@ class Placement:
     def _stop(self) -> None:
         self.prompt.close()
         self.steps.close()
-        self.streamed = None
+        self.streamed, self.copies = None, frozenset()

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import ScaledTensor
+from ..memory.arena import Shape
 from ..nf4 import BLOCK, NF4Weight
 from .backends import Backend
 from .precision import EXACT, Precision
@@ -35,6 +36,7 @@ class NF4Linear(nn.Module):
         self.register_buffer("packed", weight.packed)
         self.register_buffer("absmax", weight.absmax)
         self.register_buffer("row_scale", None)
+        self._copy: Tensor | None = None
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.backend = backend
         self.precision: Precision = EXACT
@@ -58,9 +60,32 @@ class NF4Linear(nn.Module):
 
     def use(self, precision: Precision) -> None:
         """Multiply in `precision`. In 8 bits that needs what each row of the weight is divided by: 4 bytes a row."""
-        self.precision, self.row_scale = precision, None
+        self.precision, self.row_scale, self._copy = precision, None, None
         if precision.operand is not None:
             self.row_scale = self.backend.row_scales(self.packed, self.absmax, precision.operand)
+
+    @property
+    def packing(self) -> tuple[Tensor, ...]:
+        """What a product does not need where the weight is expanded."""
+        return self.packed, self.absmax
+
+    @property
+    def decoded(self) -> Shape | None:
+        """Shape and type of the weight in 8 bits; None where products are in 16."""
+        return None if self.precision.operand is None else (self.shape, self.precision.operand)
+
+    def expand(self, out: Tensor | None) -> None:
+        """Decode the weight into `out`, for all products to come; None: decode it for each again."""
+        if out is not None:
+            self.backend.write(self.packed, self.absmax, out, self.row_scale)
+        self._copy = out
+
+    def operand(self, dtype: torch.dtype, scratch: int) -> Tensor:
+        """The weight `[N, K]` as `multiply` takes it; in `dtype` where products are exact."""
+        if self._copy is not None:
+            return self._copy
+        dtype = self.precision.operand or dtype
+        return self.backend.dequantize(self.packed, self.absmax, dtype, self.row_scale, scratch)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., K]` to `[..., N]`."""
@@ -90,8 +115,7 @@ def multiply(
     xs, outs = [x] if isinstance(x, ScaledTensor) else x, [out] if isinstance(out, Tensor) else out
     if isinstance(linear, NF4Linear):
         precision, row_scale = linear.precision, linear.row_scale
-        dtype = precision.operand or xs[0].values.dtype
-        weight = linear.backend.dequantize(linear.packed, linear.absmax, dtype, row_scale, scratch)
+        weight = linear.operand(xs[0].values.dtype, scratch)
     else:
         assert isinstance(linear, nn.Linear)
         precision, row_scale, weight = EXACT, None, linear.weight

@@ -118,7 +118,11 @@ class PiecewiseGraph:
 
 
 class GraphCache:
-    """The graphs of the latest sizes. `reserved`: bytes that torch has reserved for them besides the arena."""
+    """The graphs of the latest sizes.
+
+    `reserved`: bytes that torch has reserved for them besides the arena; `planned`: those that a graph in the pool was
+    planned to keep.
+    """
 
     def __init__(self, transformer: Transformer, device: torch.device, allocates: int = 0) -> None:
         """`allocates`: bytes that a step takes besides its buffers and attention."""
@@ -126,7 +130,7 @@ class GraphCache:
         self._transformer, self._device, self._allocates = transformer, device, allocates
         self._graphs: OrderedDict[tuple[Size, Address], PiecewiseGraph] = OrderedDict()
         self._pool: Any = None
-        self._largest = 0  # bytes that a graph in the pool was planned to keep
+        self.planned = 0
 
     @property
     def sizes(self) -> tuple[Size, ...]:
@@ -136,7 +140,7 @@ class GraphCache:
     @property
     def nbytes(self) -> int:
         """Bytes that they keep: reserved by torch, or by the driver, which does not tell for whom."""
-        return self.reserved + min(graph_memory(self._device), self._largest)
+        return self.reserved + min(graph_memory(self._device), self.planned)
 
     def open(
         self,
@@ -178,7 +182,7 @@ class GraphCache:
         dtype = transformer.img_in.weight.dtype
         attention = attention_bytes(transformer.spec, size, dtype, transformer.precision)
         needed = round_up(attention + self._allocates, POOL)
-        if needed > self._largest or any(other != place for _, other in self._graphs):
+        if needed > self.planned or any(other != place for _, other in self._graphs):
             self.clear()  # the pool is made for the largest graph, and graphs of other places are not valid any more
             hand_back(self._device)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
@@ -189,7 +193,7 @@ class GraphCache:
             self.clear()  # with the pool, which the failed capture may have broken
             raise
         self.reserved += max(0, counters(self._device).reserved - before)
-        self._largest = max(self._largest, needed)
+        self.planned = max(self.planned, needed)
         if len(self._graphs) > KEPT:
             self._graphs.popitem(last=False)
         log.info("Captured the step of %d x (%d + %d) tokens", *size)
@@ -206,7 +210,7 @@ class GraphCache:
     def clear(self) -> None:
         """Drop every graph; `hand_back` then frees what they kept."""
         self._graphs.clear()
-        self._pool, self.reserved, self._largest = None, 0, 0
+        self._pool, self.reserved, self.planned = None, 0, 0
 
 
 def inputs(spec: FluxSpec, size: Size, dtype: torch.dtype) -> dict[str, Shape]:

@@ -204,6 +204,7 @@ def _place(model: Model, sources: Sources, target: Target, plan: MemoryPlan, pla
         mark(group.part)
     placement.start(plan.streamed)
     hand_back(target.device)
+    placement.place(plan.streamed, plan.copies)
 
 
 def out_of_memory(message: str, device: torch.device, plan: MemoryPlan | None) -> VortexInitializationError:

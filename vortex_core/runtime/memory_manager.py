@@ -24,6 +24,7 @@ from ..errors import GB, MemoryPressureError, MemoryPressureWarning
 from ..memory.arena import Region, Views, block
 from ..memory.planner import MemoryPlan, MemoryRequirements, make_plan, smallest_budget
 from ..memory.weights import Placement
+from .decoder_graphs import DecoderGraphs
 from .graphs import GraphCache, Velocity
 from .loading import ResolvedConfig
 from .model import Model
@@ -31,6 +32,7 @@ from .model import Model
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+Launcher = Callable[[Callable[[], None]], None]
 MOST_VIEWS = 4096  # views of the arena that are kept; one size has about 30
 SPARE = 0.25 * GB  # what a card should have left at the peak; with less, some drivers start to swap
 
@@ -45,9 +47,11 @@ class MemoryManager:
         self.model, self.plan = model, first
         self.placement = Placement(model.groups, setup.device)
         self.graphs = GraphCache(model.transformer, setup.device, model.allocates)
+        self.decodes = DecoderGraphs(setup.device)
         self.arena = self.library = block(0, setup.device)  # what calls work in; what libraries get
         self.views: Views = {}  # of the arena
         self._blas, self._streams = blas_of(setup.device), model.cuda_streams
+        self._settled = True  # weights stay where they are if they can; not after another budget was named
         self._within = 0.0  # the budget that `plan` was made for
         self._room = 0.0  # and what the card had left for it
         self._others: int | None = None  # what the process had reserved when it was capped
@@ -63,6 +67,7 @@ class MemoryManager:
 
     def limit(self, budget: float) -> None:
         """Keep within another budget from the next call on; a cap moves with it."""
+        self._settled = self._settled and budget == self.budget
         self.budget = float(budget)
         if self._others is not None:
             cap_process(self.device, self._others + int(budget))
@@ -112,7 +117,7 @@ class MemoryManager:
         plan = self.plan
         if not (
             (requirements, within) == (plan.requirements, self._within)
-            and plan.streamed == self.placement.streamed
+            and (plan.streamed, plan.copies) == (self.placement.streamed, self.placement.copies)
             and self.arena.numel() >= plan.arena
             and self.library.numel() >= plan.library
             and plan.peak + self._excess(plan) <= within
@@ -129,7 +134,9 @@ class MemoryManager:
         room = available(self.device, sum(self.components.values()))
         self._within, self._room = within, math.inf if room is None else room
         limit = min(self._within, self._room)
-        plan = make_plan(self.model.sizes, requirements, limit, keep=self.placement.streamed)
+        here = self.placement if self._settled and self.placement.streamed is not None else None
+        keep, copies = (None, None) if here is None else (here.streamed, here.copies)
+        plan = make_plan(self.model.sizes, requirements, limit, keep, copies)
         if plan is None:
             poorest = make_plan(self.model.sizes, requirements, smallest_budget(self.model.sizes, requirements))
             assert poorest is not None
@@ -145,16 +152,19 @@ class MemoryManager:
         except torch.OutOfMemoryError as error:
             self.offload()
             raise self._pressure("Memory ran out", plan, limit) from error.with_traceback(None)
-        self.plan = plan
+        self.plan, self._settled = plan, True
 
     def _apply(self, plan: MemoryPlan, limit: float) -> None:
-        moves = self.arena.numel() < plan.arena or plan.streamed != self.placement.streamed
+        placement = self.placement
+        moves = (
+            self.arena.numel() < plan.arena or plan.streamed != placement.streamed or plan.copies != placement.copies
+        )
         if moves or plan.peak + self._excess(plan) > limit:
             self.release()
         elif self.library.numel() < plan.library:
             self.library = block(0, self.device)
             hand_back(self.device)
-        self.placement.place(plan.streamed)
+        placement.place(plan.streamed, plan.copies)
         memory = counters(self.device)
         others = memory.allocated - sum(self.components.values())
         if memory.reserved - others > plan.peak:  # pictures of other sizes, which callers no longer hold
@@ -167,13 +177,14 @@ class MemoryManager:
     def release(self) -> None:
         """Give back the arena, the libraries' block and the graphs; weights stay."""
         self.graphs.clear()
+        self.decodes.clear()
         self.views.clear()
         self.arena = self.library = block(0, self.device)
         hand_back(self.device)
 
     def _excess(self, plan: MemoryPlan) -> int:
         """Bytes that are held for larger pictures and that this plan does not need."""
-        held = (self.arena.numel(), self.library.numel(), self.graphs.nbytes)
+        held = (self.arena.numel(), self.library.numel(), self.graph_bytes)
         needed = (plan.arena, plan.library, plan.step.graph)
         return sum(max(0, has - needs) for has, needs in zip(held, needed, strict=True))
 
@@ -217,9 +228,16 @@ class MemoryManager:
         return {**self.placement.resident_bytes, **blocks, "cuBLAS": self.blas}
 
     @property
+    def graph_bytes(self) -> int:
+        """Bytes that graphs keep: reserved by torch, or by the driver, which does not tell for whom."""
+        kept = (self.graphs, self.decodes)
+        outside = min(graph_memory(self.device), sum(graphs.planned for graphs in kept))
+        return sum(graphs.reserved for graphs in kept) + outside
+
+    @property
     def nbytes(self) -> int:
         """Bytes that offloading frees: the components without cuBLAS, and what graphs keep."""
-        return sum(self.components.values()) - self.blas + self.graphs.nbytes
+        return sum(self.components.values()) - self.blas + self.graph_bytes
 
     @property
     def ledger(self) -> Ledger:
@@ -227,7 +245,8 @@ class MemoryManager:
         memory, outside = counters(self.device), graph_memory(self.device)
         components = self.components if self.device.type == "cuda" else {}
         pinned = {"streamed weights": self.placement.pinned_bytes}
-        return Ledger(components, memory.allocated, memory.reserved, self.graphs.reserved + outside, outside, pinned)
+        graphs = self.graphs.reserved + self.decodes.reserved + outside
+        return Ledger(components, memory.allocated, memory.reserved, graphs, outside, pinned)
 
     def offload(self) -> None:
         """Move everything to host memory and give the VRAM back to the driver."""
@@ -277,6 +296,14 @@ class Place:
             velocity = memory.graphs.open(size, region, prefetcher, memory.address, self.libraries)
             inputs = memory.model.call_inputs(height, width, tokens)
             yield velocity, {name: region.take(shape, kind) for name, (shape, kind) in inputs.items()}
+
+    def launcher(self, height: int, width: int) -> Launcher | None:
+        """What launches the decode of latents of this size, captured; None where it is launched as it is."""
+        memory, rows = self._memory, self.plan.requirements.rows
+        if not memory.model.captures_decodes:
+            return None
+        key = (height, width, rows, self.maps.data_ptr(), *memory.address())
+        return lambda run: memory.decodes.launch(key, run, memory.model.decoder_bytes(height, width))
 
     def latents(self, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
         """fp32 tensors of these shapes, uninitialized; they keep their place through the steps and the VAE."""

@@ -58,9 +58,11 @@ class Model:
     ) -> None:
         self.flux, self.vae, self.dtype = spec.flux, spec.vae, dtype
         self.precision = precision
-        self._captured = fused or streams is not None
+        self.captured = fused or streams is not None
         self._vae_kernels = kernels if self.vae.powers_of_two else reference
         self._fused = fused
+        # Triton's kernels are launched faster than they run; the library's convolutions are not
+        self.captures_decodes = streams is not None and self._vae_kernels.strip_bytes(8, 8, 8, 2) > 0
         self.cuda_streams = (streams.capture, streams.side)[: 1 + precision.scaled] if streams else ()
         self.clip, self.t5 = Clip(spec.clip), T5(spec.t5)
         with torch.device("meta"):
@@ -81,7 +83,7 @@ class Model:
         self.decoder.use(self._vae_kernels)
         self.origins: dict[str, tuple[Origin, ...]] = {}
         self.groups = list(self._groups())
-        self.sizes = tuple(WeightGroupSize(group.name, group.part, group.measure()) for group in self.groups)
+        self.sizes = tuple(self._size(group) for group in self.groups)
         self.scratch = self._scratch()
         # to dequantize; cudaMallocAsync leaves up to 0.17 GB between the small tensors that are allocated (H200)
         self._plain = 0 if fused or backend is None else backend.working_bytes
@@ -127,6 +129,10 @@ class Model:
         for path in blocks:
             yield self._group(path, BLOCKS, {("transformer", f"{path}."): transformer.get_submodule(path)})
 
+    @staticmethod
+    def _size(group: WeightGroup) -> WeightGroupSize:
+        return WeightGroupSize(group.name, group.part, group.measure(), group.copied)
+
     def _group(self, name: str, part: str, modules: Mapping[Origin, nn.Module]) -> WeightGroup:
         self.origins[name] = tuple(modules)
         return WeightGroup(name, part, *modules.values())
@@ -161,7 +167,7 @@ class Model:
         at_once = sorted({min(MOST_AT_ONCE, -(-batch // parts)) for parts in (1, 2, 4, 8, batch)}, reverse=True)
         latent = (height // 8, width // 8)
         rows, decode = self._strips(*latent)
-        decoder = library_bytes(self.vae, *latent, self.dtype, None if self._fused else self._vae_kernels)
+        decoder = self.decoder_bytes(*latent)
         self._known[key] = MemoryRequirements(
             height,
             width,
@@ -186,7 +192,14 @@ class Model:
     def decode_requirements(self, height: int, width: int, batch: int, blas: int = 0) -> MemoryRequirements:
         """The memory of decoding latents `[batch, 16, height, width]`."""
         asked = self.requirements(8 * height, 8 * width, batch, blas=blas)
-        return replace(asked, scratch=0, steps=(StepRequirements(1),))
+        return replace(asked, scratch=0, steps=(StepRequirements(1, graph=self._decoder_graph(height, width)),))
+
+    def decoder_bytes(self, height: int, width: int) -> int:
+        """Bytes that torch allocates at most while latents of this size are decoded, besides the maps."""
+        return library_bytes(self.vae, height, width, self.dtype, None if self._fused else self._vae_kernels)
+
+    def _decoder_graph(self, height: int, width: int) -> int:
+        return round_up(self.decoder_bytes(height, width), POOL) if self.captures_decodes else 0
 
     def _steps(self, height: int, width: int, tokens: int, batch: int) -> StepRequirements:
         size = (batch, tokens, sampling.image_tokens(height, width))
@@ -196,7 +209,7 @@ class Model:
             buffers=step_bytes(self.flux, size, self.dtype, self.precision)
             + laid_out(self.call_inputs(height, width, tokens).values()),
             library=library,
-            graph=round_up(library, POOL) if self._captured else 0,
+            graph=self._decoder_graph(height // 8, width // 8) + (round_up(library, POOL) if self.captured else 0),
         )
 
     def _strips(self, height: int, width: int) -> tuple[int | None, int]:

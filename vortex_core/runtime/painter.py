@@ -174,7 +174,8 @@ class Painter:
 
     def _develop(self, place: Place, latents: Tensor, pictures: Tensor, what: str) -> Tensor:
         with place.libraries():
-            decode(self.model.decoder, latents, pictures, place.plan.requirements.rows, place.maps)
+            launch = place.launcher(*latents.shape[2:])
+            decode(self.model.decoder, latents, pictures, place.plan.requirements.rows, place.maps, launch)
             self._verdicts.check(pictures, what)
         return pictures
 

@@ -198,9 +198,9 @@ extern "C" __global__ void __launch_bounds__(128, 2) product_128(
     product<4, 8, 2, 2>(x, x_stride, x_scale, weight, weight_stride, row_scale, bias, out, out_stride, m, n, k);
 }
 
-extern "C" __global__ void __launch_bounds__(128, 2) product_64(
+extern "C" __global__ void __launch_bounds__(128, 4) product_64(
     const signed char *x, long long x_stride, const float *x_scale, const signed char *weight, long long weight_stride,
     const float *row_scale, const value *bias, value *out, long long out_stride, int m, int n, int k)
 {
-    product<2, 8, 2, 2>(x, x_stride, x_scale, weight, weight_stride, row_scale, bias, out, out_stride, m, n, k);
+    product<4, 4, 2, 2>(x, x_stride, x_scale, weight, weight_stride, row_scale, bias, out, out_stride, m, n, k);
 }

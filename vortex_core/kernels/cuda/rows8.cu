@@ -61,9 +61,9 @@ extern "C" __global__ void __launch_bounds__(1024) modulate_rotated(
     long long scale_b, long long scale_t, int tokens, int width, int joined, float unit)
 {
     const long long picture = blockIdx.x / tokens, token = blockIdx.x % tokens;
-    float v[1][8];
-    adaln(v[0], x + picture * x_b + token * x_t, y ? y + picture * y_b + token * y_t : y, gate, shift, scale, width);
-    write_rotated<1>(
+    float v[TURNS][8];
+    adaln(v, x + picture * x_b + token * x_t, y ? y + picture * y_b + token * y_t : y, gate, shift, scale, width);
+    write_rotated<TURNS>(
         v, out + picture * out_b + token * out_t, out_scale + picture * scale_b + token * scale_t, width, joined, unit);
 }
 

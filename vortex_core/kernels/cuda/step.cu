@@ -39,49 +39,60 @@ extern "C" __global__ void __launch_bounds__(1024) modulate(
     const value *shift, const value *scale, value *out, long long out_b, long long out_t, int tokens, int width)
 {
     const long long picture = blockIdx.x / tokens, token = blockIdx.x % tokens;
-    const int column = 8 * threadIdx.x;
-    float v[8];
+    value *to = out + picture * out_b + token * out_t;
+    float v[TURNS][8];
     adaln(v, x + picture * x_b + token * x_t, y ? y + picture * y_b + token * y_t : y, gate, shift, scale, width);
-    store8(out + picture * out_b + token * out_t + column, v, width - column);
+#pragma unroll
+    for (int k = 0; k < TURNS; k++) {
+        const int column = 8 * (k * blockDim.x + threadIdx.x);
+        store8(to + column, v[k], width - column);
+    }
 }
 
-// RMS norm and rotary embedding in place, of the queries (blockIdx.y 0) or keys of a token: a warp for each head.
+// RMS norm and rotary embedding in place, of the queries (blockIdx.y 0) or keys of a token: a warp for each head at a
+// time. A lane takes PARTS times 4 channels, which are two pairs; their number is a multiple of 4.
 extern "C" __global__ void __launch_bounds__(256) rotate(
     value *qkv, long long stride_b, long long stride_t, const value *query_norm, const value *key_norm,
     const float *cosine, const float *sine, int tokens, int heads, int channels)
 {
     const long long picture = blockIdx.x / tokens, token = blockIdx.x % tokens;
-    const int lane = threadIdx.x % 32, pairs = channels / 2;
+    const int lane = threadIdx.x % 32;
     const value *norm = blockIdx.y ? key_norm : query_norm;
     value *place = qkv + picture * stride_b + token * stride_t + (long long)blockIdx.y * heads * channels;
-    float weight[PAIRS][2], c[PAIRS], s[PAIRS];
+    float weight[PARTS][4], c[PARTS][2], s[PARTS][2];
 #pragma unroll
-    for (int j = 0; j < PAIRS; j++) {
-        const int pair = lane + 32 * j;
-        const bool inside = pair < pairs;
-        weight[j][0] = inside ? wide(norm[2 * pair]) : 0;
-        weight[j][1] = inside ? wide(norm[2 * pair + 1]) : 0;
-        c[j] = inside ? cosine[token * pairs + pair] : 0;
-        s[j] = inside ? sine[token * pairs + pair] : 0;
+    for (int j = 0; j < PARTS; j++) {
+        const int channel = 4 * (lane + 32 * j);
+        if (channel >= channels) break;
+        load4(weight[j], norm + channel);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            c[j][i] = cosine[(token * channels + channel) / 2 + i];
+            s[j][i] = sine[(token * channels + channel) / 2 + i];
+        }
     }
     for (int head = threadIdx.x / 32; head < heads; head += blockDim.x / 32) {
-        value *x = place + (long long)head * channels;
-        float v[PAIRS][2], sum = 0;
+        value *x = place + (long long)head * channels + 4 * lane;
+        float v[PARTS][4], sum = 0;
 #pragma unroll
-        for (int j = 0; j < PAIRS; j++) {
-            const int pair = lane + 32 * j;
-            v[j][0] = v[j][1] = 0;
-            if (pair < pairs) load2(v[j], x + 2 * pair);
-            sum += v[j][0] * v[j][0] + v[j][1] * v[j][1];
+        for (int j = 0; j < PARTS; j++) {
+            if (4 * (lane + 32 * j) >= channels) break;
+            load4(v[j], x + 128 * j);
+#pragma unroll
+            for (int i = 0; i < 4; i++) sum += v[j][i] * v[j][i];
         }
         const float inverse = rsqrtf(warp_sum(sum) / channels + EPSILON);
 #pragma unroll
-        for (int j = 0; j < PAIRS; j++) {
-            const int pair = lane + 32 * j;
-            const float even = v[j][0] * inverse * weight[j][0], odd = v[j][1] * inverse * weight[j][1];
-            v[j][0] = even * c[j] - odd * s[j];
-            v[j][1] = even * s[j] + odd * c[j];
-            if (pair < pairs) store2(x + 2 * pair, v[j]);
+        for (int j = 0; j < PARTS; j++) {
+            if (4 * (lane + 32 * j) >= channels) break;
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const float even = v[j][2 * i] * inverse * weight[j][2 * i];
+                const float odd = v[j][2 * i + 1] * inverse * weight[j][2 * i + 1];
+                v[j][2 * i] = even * c[j][i] - odd * s[j][i];
+                v[j][2 * i + 1] = even * s[j][i] + odd * c[j][i];
+            }
+            store4(x + 128 * j, v[j]);
         }
     }
 }

@@ -77,28 +77,29 @@ __device__ __forceinline__ void round8(float *v)
     for (int i = 0; i < 8; i++) v[i] = wide(narrow(v[i]));
 }
 
-union Two {
+union Four {
 #if VALUE == 0
-    unsigned long long whole;
+    uint4 whole;
 #else
-    unsigned whole;
+    uint2 whole;
 #endif
-    value at[2];
+    value at[4];
 };
 
-__device__ __forceinline__ void load2(float *v, const value *from)
+// 4 neighbours that lie at a multiple of their size.
+__device__ __forceinline__ void load4(float *v, const value *from)
 {
-    Two raw;
+    Four raw;
     raw.whole = *(const decltype(raw.whole) *)from;
-    v[0] = wide(raw.at[0]);
-    v[1] = wide(raw.at[1]);
+#pragma unroll
+    for (int i = 0; i < 4; i++) v[i] = wide(raw.at[i]);
 }
 
-__device__ __forceinline__ void store2(value *to, const float *v)
+__device__ __forceinline__ void store4(value *to, const float *v)
 {
-    Two raw;
-    raw.at[0] = narrow(v[0]);
-    raw.at[1] = narrow(v[1]);
+    Four raw;
+#pragma unroll
+    for (int i = 0; i < 4; i++) raw.at[i] = narrow(v[i]);
     *(decltype(raw.whole) *)to = raw.whole;
 }
 
@@ -120,34 +121,52 @@ __device__ __forceinline__ float block_sum(float x)
     return warp_sum(threadIdx.x % 32 < blockDim.x / 32 ? part[threadIdx.x % 32] : 0);
 }
 
-// adaLN of the row `x` by a block, 8 values a thread, to `v`. With `y`, `x += gate * y` first, in place.
+// adaLN of the row `x` by a block, to `v`. With `y`, `x += gate * y` first, in place. A thread takes TURNS times 8
+// columns, so that few threads have to meet.
+#define TURNS 3
 __device__ __forceinline__ void adaln(
-    float *v, value *x, const value *y, const value *gate, const value *shift, const value *scale, int width)
+    float (*v)[8], value *x, const value *y, const value *gate, const value *shift, const value *scale, int width)
 {
-    const int column = 8 * threadIdx.x, count = width - column;
-    float other[8], factor[8];
-    load8(v, x + column, count);
-    if (y) {
-        load8(other, y + column, count);
-        load8(factor, gate + column, count);
+    float other[8], factor[8], sum = 0;
 #pragma unroll
-        for (int i = 0; i < 8; i++) v[i] += other[i] * factor[i];
-        round8(v);
-        store8(x + column, v, count);
+    for (int k = 0; k < TURNS; k++) {
+        const int column = 8 * (k * blockDim.x + threadIdx.x);
+        load8(v[k], x + column, width - column);
     }
-    float sum = 0;
+    if (y) {
 #pragma unroll
-    for (int i = 0; i < 8; i++) sum += v[i];
+        for (int k = 0; k < TURNS; k++) {
+            const int column = 8 * (k * blockDim.x + threadIdx.x);
+            load8(other, y + column, width - column);
+            load8(factor, gate + column, width - column);
+#pragma unroll
+            for (int i = 0; i < 8; i++) v[k][i] += other[i] * factor[i];
+            round8(v[k]);
+            store8(x + column, v[k], width - column);
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < TURNS; k++)
+#pragma unroll
+        for (int i = 0; i < 8; i++) sum += v[k][i];
     const float mean = block_sum(sum) / width;
     sum = 0;
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-        v[i] = i < count ? v[i] - mean : 0;
-        sum += v[i] * v[i];
+    for (int k = 0; k < TURNS; k++) {
+        const int column = 8 * (k * blockDim.x + threadIdx.x);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            v[k][i] = column + i < width ? v[k][i] - mean : 0;
+            sum += v[k][i] * v[k][i];
+        }
     }
     const float inverse = rsqrtf(block_sum(sum) / width + EPSILON);
-    load8(factor, scale + column, count);
-    load8(other, shift + column, count);
 #pragma unroll
-    for (int i = 0; i < 8; i++) v[i] = v[i] * inverse * (1 + factor[i]) + other[i];
+    for (int k = 0; k < TURNS; k++) {
+        const int column = 8 * (k * blockDim.x + threadIdx.x);
+        load8(factor, scale + column, width - column);
+        load8(other, shift + column, width - column);
+#pragma unroll
+        for (int i = 0; i < 8; i++) v[k][i] = v[k][i] * inverse * (1 + factor[i]) + other[i];
+    }
 }
