@@ -91,6 +91,20 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector)
     return found;
 }
 
+// fp8 (e4m3), to nearest even; the largest is 448.
+inline unsigned fp8(float x)
+{
+    if (x != x) return 127;
+    const float size = std::fmin(std::fabs(x), 448.0f);
+    int exponent;
+    std::frexp(size, &exponent);
+    exponent = size < std::ldexp(1.0f, -6) ? -6 : exponent - 1;
+    const int steps = (int)std::nearbyint(std::ldexp(size, 3 - exponent));  // of 8 in a power of two
+    return (x < 0 ? 128 : 0) + (exponent + 6) * 8 + steps;
+}
+
+inline unsigned two_fp8(float a, float b) { return fp8(a) | fp8(b) << 8; }
+
 // The copies, matrix loads and tensor cores of product.cu. A copy arrives at once.
 inline void copies_end() {}
 inline void copies_wait() {}

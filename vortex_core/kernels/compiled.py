@@ -1,7 +1,7 @@
 """The kernels in CUDA C (the folder `cuda`), for cards without Triton. `reference` says what each one computes.
 
 Those of a step allocate nothing. The decoder's surround the library's convolutions: `strip_bytes` says what those take.
-Those for int8 are in `compiled_int8`. For fp8 there are none: functions are the reference's, and nobody asks for them.
+Those in 8 bits are in `compiled8`. Attention in fp8 is the reference's here, and nobody asks for it.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import compiled_int8, reference
-from .compiled_int8 import WIDEST_ADALN, adaln_threads, strided
+from . import compiled8, reference
+from .compiled8 import WIDEST_ADALN, adaln_threads, strided
 from .nvrtc import Long, launch
 from .on_device import on_device
 from .reference import attend, attend_heads, attention_bytes, pack_heads
-from .scaled_tensor import VALUES, Moments, ScaledTensor, Window, chunk_rows
+from .scaled_tensor import FP8, VALUES, Moments, ScaledTensor, Window, chunk_rows
 
 __all__ = [
     "attend",
@@ -41,6 +41,7 @@ __all__ = [
     "strip_bytes",
 ]
 
+EIGHT = (torch.int8, FP8)
 THREADS = 256
 LONGEST = 256  # channels of a head
 
@@ -48,11 +49,9 @@ LONGEST = 256  # channels of a head
 @on_device
 def dequantize(packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None = None) -> None:
     """See `reference.dequantize`."""
-    if out.dtype == torch.int8 and row_scale is not None:
-        compiled_int8.dequantize(packed, absmax, out, row_scale)
-        return
     if row_scale is not None:
-        reference.dequantize(packed, absmax, out, row_scale)
+        way = compiled8.dequantize if out.dtype in EIGHT else reference.dequantize
+        way(packed, absmax, out, row_scale)
         return
     words = packed.numel() // 4
     grid = (-(-words // (4 * THREADS)), 1)
@@ -63,12 +62,12 @@ def dequantize(packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | 
 def row_scales(packed: Tensor, absmax: Tensor, out: Tensor, dtype: torch.dtype) -> None:
     """See `reference.row_scales`, which is used for fp8."""
     if dtype == torch.int8:
-        compiled_int8.row_scales(packed, absmax, out)
+        compiled8.row_scales(packed, absmax, out)
     else:
         reference.row_scales(packed, absmax, out, dtype)
 
 
-multiply_int8 = on_device(compiled_int8.multiply_int8)
+multiply_int8 = on_device(compiled8.multiply_int8)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, out: ScaledTensor) -> None:
@@ -90,23 +89,23 @@ def residual_modulate(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: 
 @on_device
 def gelu(x: Tensor, out: ScaledTensor, before: Tensor | None = None) -> None:
     """See `reference.gelu`. `before` has a multiple of 8 values."""
-    if _no_kernel(out) or out.values.shape[2] > compiled_int8.WIDEST:
+    if _no_kernel(out) or out.values.shape[2] > compiled8.WIDEST:
         reference.gelu(x, out, before)
     else:
-        compiled_int8.narrow(x, out, before, gelu=True)
+        compiled8.narrow(x, out, before, gelu=True)
 
 
 @on_device
 def quantize(x: Tensor, out: ScaledTensor) -> None:
     """See `reference.quantize`."""
-    if _no_kernel(out) or out.values.shape[2] > compiled_int8.WIDEST:
+    if _no_kernel(out) or out.values.shape[2] > compiled8.WIDEST:
         reference.quantize(x, out)
     else:
-        compiled_int8.narrow(x, out, None, gelu=False)
+        compiled8.narrow(x, out, None, gelu=False)
 
 
 def _no_kernel(out: ScaledTensor) -> bool:
-    return out.scale is not None and out.values.dtype != torch.int8
+    return out.scale is not None and out.values.dtype not in EIGHT
 
 
 @on_device
@@ -114,7 +113,7 @@ def _modulate(
     x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, out: ScaledTensor
 ) -> None:
     if out.scale is not None:
-        compiled_int8.modulate(x, y, gate, shift, scale, out)
+        compiled8.modulate(x, y, gate, shift, scale, out)
         return
     batch, tokens, width = x.shape
     launch(

@@ -27,7 +27,7 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # VALUE in cuda
 PARTS = 2  # of 4 channels of a head that a lane takes at most
 MODULES = {  # what is compiled at once: a picture in 16 bits needs the first alone
     "step": ("values.cuh", "step.cu", "decoder.cu"),
-    "int8": ("values.cuh", "rotation.cuh", "rotated.cu", "rows8.cu", "product.cu"),
+    "eight": ("values.cuh", "eight.cuh", "decode8.cu", "rows8.cu", "product.cu"),
 }
 NO_CONTEXT = 201  # of the driver: this thread has not used the card yet
 

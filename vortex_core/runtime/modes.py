@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import VortexInputError
 from ..kernels import Kernels, attends_in_fp8, fused_declined, reference
 from ..kernels.scaled_tensor import FP8, ScaledTensor
-from ..quant.backends import Backend
+from ..quant.backends import Backend, ReferenceBackend
 from ..quant.precision import EXACT, Fp8, Int8, Precision
 from ..utils.packages import first_line
 from ..utils.timing import Stopwatch, mark
@@ -37,7 +37,7 @@ def choose_precision(
     if mode == "fast" and device.type != "cuda":
         log.info("Precision: exact; products in 8 bits gain nothing on %s", device.type)
         return EXACT
-    declined = {name: precision_declined(name, device, dtype, backend) for name in ("int8", "fp8")}
+    declined = {name: precision_declined(name, device, dtype, backend, kernels) for name in ("int8", "fp8")}
     if mode != "fast":
         if declined[mode] is not None:
             raise VortexInputError(
@@ -58,31 +58,33 @@ def choose_precision(
     return _made(name, device, kernels)
 
 
-def precision_declined(name: str, device: torch.device, dtype: torch.dtype, backend: Backend | None) -> str | None:
+def precision_declined(
+    name: str, device: torch.device, dtype: torch.dtype, backend: Backend | None, kernels: Kernels
+) -> str | None:
     """Why `int8` or `fp8` cannot run, or None. On the CPU both run in plain torch, to compare."""
     if backend is None:
         return "it multiplies NF4 weights, and these are not"
     if device.type != "cuda":
         return None
-    if backend.name != "triton":
-        return fused_declined(device) or f"only the triton backend decodes to 8 bits, and it is {backend.name}"
+    if not backend.eight:
+        why = fused_declined(device)
+        only = f"only the triton and nvrtc backends decode to 8 bits, and it is {backend.name}"
+        return only if why is None else f"{only}; Triton's kernels: {why}"
     if dtype != torch.bfloat16:
         return f"products in 8 bits end in bf16, and {dtype} was asked for"
-    return int8_declined(device) if name == "int8" else fp8_declined(device)  # last, since they compile kernels
+    if name == "fp8":
+        declined = fp8_declined(device)
+        if declined is not None or backend.name == "triton":  # a sample would have Triton compile for seconds
+            return declined
+    return _sample_broken(name, device, backend, kernels)  # last, since it compiles kernels
 
 
 def fp8_declined(device: torch.device) -> str | None:
     """Why products in fp8 cannot run on a CUDA device, or None."""
-    declined = fused_declined(device)
-    if declined is None and torch.cuda.get_device_capability(device) < (8, 9):
-        major, minor = torch.cuda.get_device_capability(device)
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (8, 9):
         return f"fp8 needs compute capability 8.9, and this card has {major}.{minor}"
-    return declined or _fp8_broken(device)
-
-
-def int8_declined(device: torch.device) -> str | None:
-    """Why products in int8 cannot run on a CUDA device, or None."""
-    return fused_declined(device) or _int8_broken(device)
+    return _fp8_broken(device)
 
 
 def faster(device: torch.device, kernels: Kernels) -> str:
@@ -131,34 +133,30 @@ def _fp8_broken(device: torch.device) -> str | None:
     return None if bool((out == 64).all()) else "a sample product is wrong"
 
 
-@cache
-def _int8_broken(device: torch.device) -> str | None:
-    """Why the kernels fail on a sample in int8, or None: a weight and tokens are rotated, rounded and multiplied."""
+def _sample_broken(name: str, device: torch.device, backend: Backend, kernels: Kernels) -> str | None:
+    """Why a precision fails on a sample, or None: a weight is decoded, tokens are rounded, and both multiplied."""
     draw = torch.Generator(device).manual_seed(0)
     packed = torch.randint(0, 256, (160, 128), dtype=torch.uint8, generator=draw, device=device)
     absmax = torch.rand(160, 4, generator=draw, device=device) + 0.5
     x = torch.randn(1, 40, 256, generator=draw, device=device).bfloat16()
     try:
-        from ..kernels import fused
-
-        found = _sample(fused, x, packed, absmax)
+        found = _sample(name, backend, kernels, x, packed, absmax)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of any kind: these kernels do not work here
-        return f"Triton does not run products in int8 ({first_line(error)})"
-    expected = _sample(reference, x, packed, absmax).float()
+        return f"its kernels do not run ({first_line(error)})"
+    expected = _sample(name, ReferenceBackend(), reference, x, packed, absmax).float()
     off = float((found.float() - expected).norm() / expected.norm())
-    return None if off < 0.01 else "a product in int8 differs from the reference on a sample"
+    return None if off < 0.01 else f"a product in {name} differs from the reference on a sample"
 
 
-def _sample(kernels: Kernels, x: Tensor, packed: Tensor, absmax: Tensor) -> Tensor:
-    rows, tokens, width = len(packed), x.shape[1], x.shape[2]
-    scales, weight = x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, width, dtype=torch.int8)
-    kernels.row_scales(packed, absmax, scales, torch.int8)
-    kernels.dequantize(packed, absmax, weight, scales)
-    operand = ScaledTensor(torch.empty_like(x, dtype=torch.int8), x.new_empty(1, tokens, dtype=torch.float32))
+def _sample(name: str, backend: Backend, kernels: Kernels, x: Tensor, packed: Tensor, absmax: Tensor) -> Tensor:
+    precision = Int8(kernels) if name == "int8" else Fp8()
+    kind, out = precision.operand, x.new_empty(x.shape[1], len(packed))
+    scales = backend.row_scales(packed, absmax, kind)
+    weight = backend.dequantize(packed, absmax, kind, scales)
+    operand = ScaledTensor(torch.empty_like(x, dtype=kind), x.new_empty(x.shape[:2], dtype=torch.float32))
     kernels.quantize(x, operand)
     assert operand.scale is not None
-    out = x.new_empty(tokens, rows)
-    kernels.multiply_int8(operand.values[0], operand.scale[0], weight, scales, x[0, 0, :rows], out)
+    precision.product(operand.values[0], operand.scale[0], weight, scales, x[0, 0, : len(packed)], out)
     return out

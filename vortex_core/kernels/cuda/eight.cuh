@@ -1,7 +1,8 @@
-// The rotation of kernels/rotation.py in CUDA C: sums and differences, so nothing is multiplied by +-1. What all kernels
-// in 8 bits share. Index bits of a value in its block of 64 are i0 to i5, and i6 says which half of 128 it is in.
+// What the kernels in 8 bits share. The rotation of kernels/rotation.py is made of sums and differences. Bits of a value's
+// index in its block are i0 to i5, and i6 says which half of a block of 128 it is in.
 #define ROUND 12582912.0f  // 1.5 * 2**23: added to a small number, it leaves the nearest integer in the lowest bits
 #define SMALLEST 1e-12f
+#define FP8_MAX 448.0f
 
 // int8 nearest to x * factor, ties to even, in the lowest byte. The product is rounded before, as in the reference.
 __device__ __forceinline__ unsigned rounded(float x, float factor)
@@ -12,6 +13,29 @@ __device__ __forceinline__ unsigned rounded(float x, float factor)
 __device__ __forceinline__ unsigned four(unsigned a, unsigned b, unsigned c, unsigned d)
 {
     return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
+}
+
+#ifdef __CUDACC__
+// Two values to fp8 (e4m3), the first in the low byte. Nobody asks a card for it that has none.
+__device__ __forceinline__ unsigned two_fp8(float a, float b)
+{
+    unsigned short pair = 0;
+#if __CUDA_ARCH__ >= 890
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(b), "f"(a));
+#endif
+    return pair;
+}
+#endif
+
+__device__ __forceinline__ uint2 eight_fp8(const float *v, float factor)
+{
+    unsigned word[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+        word[i] = two_fp8(v[4 * i] * factor, v[4 * i + 1] * factor) |
+                  two_fp8(v[4 * i + 2] * factor, v[4 * i + 3] * factor) << 16;
+    const uint2 whole = {word[0], word[1]};
+    return whole;
 }
 
 // The larger of two that are not negative; NaN is the largest.

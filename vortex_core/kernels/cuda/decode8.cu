@@ -1,5 +1,6 @@
-// NF4 to rotated int8, and the scale of each row for that. Levels are those of fp16: their sums are exact in fp32 in any
-// order, so results are equal to the reference's, bit for bit. A thread rotates the 64 values of a scale, a "half".
+// NF4 to rotated int8, and the scale of each row for that; NF4 to fp8. Levels for int8 are those of fp16: their sums are
+// exact in fp32 in any order, so results are equal to the reference's, bit for bit. A thread rotates the 64 values of a
+// scale, a "half".
 #define REPLICAS 16  // of the table: each lane of half a warp has its own banks
 #define BLOCK 256
 
@@ -122,5 +123,33 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 2) rotated_scales(
         }
         largest = warp_largest(largest);
         if (lane == 0) out[row] = largest * unit;
+    }
+}
+
+// Words of 8 codes to fp8, divided by `row_scale`. As `decode` in step.cu.
+extern "C" __global__ void __launch_bounds__(BLOCK) decode_fp8(
+    const unsigned *packed, const float *absmax, const float *row_scale, uint2 *out, long long words, int words_a_row)
+{
+    __shared__ float level[16];
+    const float levels[16] = {LEVELS};
+    if (threadIdx.x == 0)
+        for (int i = 0; i < 16; i++) level[i] = levels[i];
+    __syncthreads();
+    const long long first = (long long)blockIdx.x * BLOCK * 4 + threadIdx.x;
+    unsigned word[4];
+    float scale[4];
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        const long long i = first + k * BLOCK;
+        word[k] = i < words ? packed[i] : 0;
+        scale[k] = i < words ? absmax[i / 8] / row_scale[i / words_a_row] : 0;
+    }
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        const long long i = first + k * BLOCK;
+        float v[8];
+#pragma unroll
+        for (int j = 0; j < 8; j++) v[j] = level[word[k] >> 4 * (j ^ 1) & 15];
+        if (i < words) out[i] = eight_fp8(v, scale[k]);
     }
 }
