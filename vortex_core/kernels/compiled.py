@@ -43,7 +43,7 @@ __all__ = [
 
 EIGHT = (torch.int8, FP8)
 THREADS = 256
-LONGEST = 256  # channels of a head
+LONGEST = 128  # channels of a head
 
 
 @on_device
@@ -213,9 +213,10 @@ def convolve_doubled(x: Tensor, taps: Tensor, bias: Tensor, out: Tensor, moments
         place = out[:, :, 2 * top : 2 * (top + rows)]
         for corner in range(4):
             lower, right = corner // 2, corner % 2
-            part = found[:, corner * wide :][:, :wide, lower : lower + rows, right : right + width]
+            own, down, across = slice(corner * wide, (corner + 1) * wide), lower + rows, right + width
+            part = found[:, own, lower:down, right:across]
             _finish(part, bias, place[:, :, lower::2, right::2], add=False)
-        del found
+        del found, part  # before the next chunk is made
     if moments is not None:
         group_moments(out, moments)
 

@@ -18,7 +18,7 @@ BLOCKS = 2  # of a kernel that a multiprocessor runs at once: what registers and
 CHUNKS = 4  # of 8 values of a row, that a thread takes at most; in rows8.cu, too
 WIDEST = 8 * CHUNKS * 1024
 TURNS = 3  # as CHUNKS, of adaLN; in values.cuh, too
-WIDEST_ADALN = 8 * TURNS * 1024
+WIDEST_ADALN = 8 * TURNS * 512
 TILE, PRODUCT_THREADS = 128, 128
 
 

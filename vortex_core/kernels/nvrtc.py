@@ -24,7 +24,6 @@ Long = ctypes.c_longlong
 Argument = Tensor | ctypes.c_longlong | int | float | None
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # VALUE in cuda/values.cuh
-PARTS = 2  # of 4 channels of a head that a lane takes at most
 MODULES = {  # what is compiled at once: a picture in 16 bits needs the first alone
     "step": ("values.cuh", "step.cu", "decoder.cu"),
     "eight": ("values.cuh", "eight.cuh", "decode8.cu", "rows8.cu", "product.cu"),
@@ -72,9 +71,7 @@ def _c(argument: Argument) -> Any:
 def source(dtype: torch.dtype, module: str = "step") -> str:
     """The text of a module's kernels for activations in `dtype`."""
     levels, halves = (", ".join(f"{level!r}f" for level in found) for found in (LEVELS, _half_levels()))
-    constants = {
-        "VALUE": TYPES[dtype], "PARTS": PARTS, "EPSILON": f"{EPSILON!r}f", "LEVELS": levels, "HALF_LEVELS": halves
-    }  # fmt: skip
+    constants = {"VALUE": TYPES[dtype], "EPSILON": f"{EPSILON!r}f", "LEVELS": levels, "HALF_LEVELS": halves}
     lines = [f"#define {name} {value}" for name, value in constants.items()]
     folder = Path(__file__).with_name("cuda")
     return "\n".join([*lines, *((folder / name).read_text(encoding="utf-8") for name in MODULES[module])])
@@ -94,8 +91,8 @@ class _Functions:
     """The functions of one module on one card, by name. It stays loaded until the process ends."""
 
     def __init__(self, index: int, dtype: torch.dtype, module: str) -> None:
-        major, minor = torch.cuda.get_device_capability(index)
-        code = compiled(source(dtype, module), f"sm_{major}{minor}")
+        card = torch.cuda.get_device_properties(index)
+        code = compiled(source(dtype, module), f"sm_{card.major}{card.minor}")
         self._module, self._found = ctypes.c_void_p(), dict[str, ctypes.c_void_p]()
         torch.cuda.current_stream(index).query()  # the card's context is this thread's from here on
         _checked(_driver().cuModuleLoadData(ctypes.byref(self._module), code), "loading kernels")
@@ -110,7 +107,7 @@ class _Functions:
 
 
 def compiled(text: str, arch: str) -> bytes:
-    """Machine code of CUDA C for `arch`, such as `sm_86`. Raises `CompileError`, and `OSError` without NVRTC."""
+    """Machine code of CUDA C for `arch`, such as `sm_86`, or PTX for `compute_86` and later. Raises `CompileError`, and `OSError` without NVRTC."""
     nvrtc, program = _nvrtc(), ctypes.c_void_p()
 
     def told(code: int, what: str, log: str = "") -> None:
@@ -124,7 +121,7 @@ def compiled(text: str, arch: str) -> bytes:
         told(
             code, f"compiling for {arch}", _read(nvrtc, program, "ProgramLog").decode(errors="replace") if code else ""
         )
-        return _read(nvrtc, program, "CUBIN")
+        return _read(nvrtc, program, "CUBIN" if arch.startswith("sm") else "PTX")
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 

@@ -65,7 +65,7 @@ __device__ __forceinline__ void write_eight(
 }
 
 // As `modulate`. `scale_b` is a stride of `out_scale`, whose tokens follow each other.
-extern "C" __global__ void __launch_bounds__(1024) modulate8(
+extern "C" __global__ void __launch_bounds__(512) modulate8(
     value *x, long long x_b, long long x_t, const value *y, long long y_b, long long y_t, const value *gate,
     const value *shift, const value *scale, signed char *out, long long out_b, long long out_t, float *out_scale,
     long long scale_b, long long scale_t, int tokens, int width, int kind, float unit)

@@ -41,19 +41,25 @@ union Eight {
     value at[8];
 };
 
-// 8 neighbours, of which `count` or more exist; in loads of 16 bytes where they lie so.
-__device__ __forceinline__ void load8(float *v, const value *from, int count)
+// 8 neighbours, of which `count` or more exist; the others are 0. In loads of 16 bytes where they lie so.
+__device__ __forceinline__ Eight raw8(const value *from, int count)
 {
+    Eight raw;
     if (count >= 8 && (size_t)from % 16 == 0) {
-        Eight raw;
 #pragma unroll
         for (int i = 0; i < (int)sizeof(value) / 2; i++) raw.whole[i] = ((const uint4 *)from)[i];
-#pragma unroll
-        for (int i = 0; i < 8; i++) v[i] = wide(raw.at[i]);
     } else {
 #pragma unroll
-        for (int i = 0; i < 8; i++) v[i] = i < count ? wide(from[i]) : 0;
+        for (int i = 0; i < 8; i++) raw.at[i] = i < count ? from[i] : 0;
     }
+    return raw;
+}
+
+__device__ __forceinline__ void load8(float *v, const value *from, int count)
+{
+    const Eight raw = raw8(from, count);
+#pragma unroll
+    for (int i = 0; i < 8; i++) v[i] = wide(raw.at[i]);
 }
 
 __device__ __forceinline__ void store8(value *to, const float *v, int count)
@@ -128,10 +134,13 @@ __device__ __forceinline__ void adaln(
     float (*v)[8], value *x, const value *y, const value *gate, const value *shift, const value *scale, int width)
 {
     float other[8], factor[8], sum = 0;
+    Eight scales[TURNS], shifts[TURNS];
 #pragma unroll
-    for (int k = 0; k < TURNS; k++) {
+    for (int k = 0; k < TURNS; k++) {  // all loads early: two sums follow, for which all threads wait
         const int column = 8 * (k * blockDim.x + threadIdx.x);
         load8(v[k], x + column, width - column);
+        scales[k] = raw8(scale + column, width - column);
+        shifts[k] = raw8(shift + column, width - column);
     }
     if (y) {
 #pragma unroll
@@ -162,11 +171,7 @@ __device__ __forceinline__ void adaln(
     }
     const float inverse = rsqrtf(block_sum(sum) / width + EPSILON);
 #pragma unroll
-    for (int k = 0; k < TURNS; k++) {
-        const int column = 8 * (k * blockDim.x + threadIdx.x);
-        load8(factor, scale + column, width - column);
-        load8(other, shift + column, width - column);
+    for (int k = 0; k < TURNS; k++)
 #pragma unroll
-        for (int i = 0; i < 8; i++) v[k][i] = v[k][i] * inverse * (1 + factor[i]) + other[i];
-    }
+        for (int i = 0; i < 8; i++) v[k][i] = v[k][i] * inverse * (1 + wide(scales[k].at[i])) + wide(shifts[k].at[i]);
 }
