@@ -107,7 +107,10 @@ class _Functions:
 
 
 def compiled(text: str, arch: str) -> bytes:
-    """Machine code of CUDA C for `arch`, such as `sm_86`, or PTX for `compute_86` and later. Raises `CompileError`, and `OSError` without NVRTC."""
+    """Machine code of CUDA C for `arch`, such as `sm_86`; for `compute_86`, PTX for it and all later cards.
+
+    Raises `CompileError`, and `OSError` without NVRTC.
+    """
     nvrtc, program = _nvrtc(), ctypes.c_void_p()
 
     def told(code: int, what: str, log: str = "") -> None:
