@@ -2,8 +2,11 @@
 
 A block of 64 codes is rotated by one small product of its levels, in fp16, with the table of +-1: its sums are exact in
 fp32, so they are the same on every card. Then each block has its scale, and the two blocks of a wide rotation are added
-and subtracted. They are decoded apart, so that threads exchange nothing for it. No two operations are fused into one
-rounding: results are equal to the reference's, bit for bit.
+and subtracted. No two operations are fused into one rounding: results are equal to the reference's, bit for bit.
+
+A program is one warp, which waits for no other. Its threads look levels up in each other's registers, and each has codes
+of the blocks whose sums it gets: the rows of the table are in the order in which the codes lie. A program goes through
+many tiles of 16 blocks, two at once, so that the table is read seldom.
 """
 
 from __future__ import annotations
@@ -15,110 +18,132 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..nf4 import LEVELS
+from ..nf4 import BLOCK, LEVELS
 from . import rotation
+from .card import card
 from .launch import early, follow
+from .rotated import HALF, in_order, load_table, rounded
 from .scaled_tensor import SMALLEST
 
-_HALF = tl.constexpr(rotation.HALF)
 _SMALLEST = tl.constexpr(SMALLEST)
-_ROUND = tl.constexpr(1.5 * 2**23)  # added to a small number, it leaves the nearest integer in the lowest bits
-BLOCKS = 64  # rotated by a program that decodes
-ROW_BLOCKS = 32  # of a row, that are rotated at once to find its scale
-WARPS = 4
+_TILE = tl.constexpr(16)  # blocks of 64 in a tile
+PROGRAMS = 14  # of a multiprocessor, at once
+REGISTERS = 144  # of a thread; compilers for 8.6 and 8.9 take fewer by themselves, and spill
 
 
 @triton.jit
-def rounded(x):
-    """int8 nearest to fp32 `x`, ties to even; `x` is below 2**22."""
-    return (x + _ROUND).to(tl.int32, bitcast=True).to(tl.int8)
+def _blocks(tile, half: tl.constexpr, N, K: tl.constexpr, WIDE: tl.constexpr):
+    """The indices of 8 blocks of a tile, and whether they exist.
+
+    Where pairs of blocks are rotated together, the first of each pair, or the second; else the first 8, or the others.
+    """
+    ACROSS: tl.constexpr = (K // HALF + _TILE - 1) // _TILE
+    tile, index = tl.zeros([8], tl.int32) + tile, tl.arange(0, 8)
+    row = tile // ACROSS
+    block = tile % ACROSS * _TILE + (index * 2 + half if WIDE else index + half * 8)
+    return row * (K // HALF) + block, (row < N) & (block < K // HALF)
 
 
 @triton.jit
-def _halves(packed, absmax, levels, table, block, mask, part: tl.constexpr, PARTS: tl.constexpr):
-    """fp32 `[BLOCKS, 64]`: half `part` of each block, rotated and scaled. `mask` is of blocks."""
-    half = block * PARTS + part
-    word = half[:, None] * (_HALF // 8) + tl.arange(0, _HALF // 8)[None, :]
-    codes = tl.load(packed + word, mask=mask[:, None], other=0)
-    scale = tl.load(absmax + half, mask=mask, other=0.0)
-    # bytes are little endian and the first value of a byte is its high nibble: 4, 0, 12, 8, ...
-    shift = (tl.arange(0, 8) ^ 1) * 4
-    code = (codes[:, :, None] >> shift[None, None, :]) & 15
+def _levels_of(packed, levels, tile, N, K: tl.constexpr, WIDE: tl.constexpr):
+    """The levels of a tile's codes, fp16 `[16, 64]`: both halves of `_blocks`, values in the order of the table's rows."""
+    first, some = _blocks(tile, 0, N, K, WIDE)
+    second, others = _blocks(tile, 1, N, K, WIDE)
+    word = tl.arange(0, 4)[None, :]  # of 64 bits, 16 codes
+    first = tl.load(packed + first[:, None] * 4 + word, mask=some[:, None], other=0)
+    second = tl.load(packed + second[:, None] * 4 + word, mask=others[:, None], other=0)
+    words = tl.join(first, second)
+    # bytes are little endian and the first value of a byte is its high nibble
+    code = tl.join(words.to(tl.int32), (words >> 32).to(tl.int32))
+    code = tl.join(code, code >> 16)
+    code = tl.join(code, code >> 8)
+    code = tl.join(code >> 4, code) & 15
     value = tl.gather(levels, tl.reshape(code, [code.numel]), 0)
-    return tl.dot(tl.reshape(value, [block.shape[0], _HALF]), table) * scale[:, None]
+    value = tl.permute(tl.reshape(value, [8, 4, 2, 4, 4]), [2, 0, 3, 1, 4])
+    return tl.reshape(value, [_TILE, HALF])
 
 
 @triton.jit
-def _rotated(packed, absmax, levels, table, block, mask, PARTS: tl.constexpr):
-    """The halves of rotated blocks, without 1 / sqrt(width); of narrow blocks twice the same."""
-    first = _halves(packed, absmax, levels, table, block, mask, 0, PARTS)
-    second = first
-    if PARTS == 2:
-        odd = _halves(packed, absmax, levels, table, block, mask, 1, PARTS)
-        first, second = first + odd, first - odd
+def _two(a, b):
+    return tl.reshape(tl.permute(tl.join(a, b), [2, 0, 1]), [2 * a.shape[0], a.shape[1]])
+
+
+@triton.jit
+def _apart(x):
+    """The upper and the lower half of the rows."""
+    return tl.split(tl.permute(tl.reshape(x, [2, x.shape[0] // 2, x.shape[1]]), [1, 2, 0]))
+
+
+@triton.jit
+def _rotated(product, absmax, factor, tile, N, K: tl.constexpr, WIDE: tl.constexpr):
+    """A tile's blocks, two times `[8, 64]`, without 1 / sqrt(width)."""
+    block, some = _blocks(tile, 0, N, K, WIDE)
+    other, others = _blocks(tile, 1, N, K, WIDE)
+    first, second = _apart(product)
+    first *= (tl.load(absmax + block, mask=some, other=0.0) * factor)[:, None]
+    second *= (tl.load(absmax + other, mask=others, other=0.0) * factor)[:, None]
+    if WIDE:
+        first, second = first + second, first - second
     return first, second
 
 
 @triton.jit
-def _table(levels, table):
-    """The 16 levels, and the table `[64, 64]`."""
-    index = tl.arange(0, _HALF)
-    return tl.load(levels + tl.arange(0, 16)), tl.load(table + index[:, None] * _HALF + index[None, :])
+def _write(product, absmax, row_scale, out, tile, N, K: tl.constexpr, ROOT: tl.constexpr, WIDE: tl.constexpr):
+    block, some = _blocks(tile, 0, N, K, WIDE)
+    other, others = _blocks(tile, 1, N, K, WIDE)
+    factor = tl.div_rn(1.0, tl.load(row_scale + block // (K // HALF), mask=some, other=1.0) * ROOT)
+    first, second = _rotated(product, absmax, factor, tile, N, K, WIDE)
+    column = tl.arange(0, HALF)[None, :]
+    tl.store(out + block.to(tl.int64)[:, None] * HALF + column, in_order(rounded(first)), mask=some[:, None])
+    tl.store(out + other.to(tl.int64)[:, None] * HALF + column, in_order(rounded(second)), mask=others[:, None])
 
 
 @triton.jit
 def _dequantize(
-    packed, absmax, row_scale, levels, table, out, blocks, ROOT: tl.constexpr,
-    BLOCKS_A_ROW: tl.constexpr, PARTS: tl.constexpr, BLOCKS: tl.constexpr, EARLY: tl.constexpr,
+    packed, absmax, row_scale, levels, table, out, N, K: tl.constexpr, ROOT: tl.constexpr, WIDE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    levels, table = _table(levels, table)
-    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
-    mask = block < blocks
-    factor = tl.div_rn(1.0, tl.load(row_scale + block // BLOCKS_A_ROW, mask=mask, other=1.0) * ROOT)
-    first, second = _rotated(packed, absmax, levels, table, block, mask, PARTS)
-    place = out + block.to(tl.int64)[:, None] * (PARTS * _HALF) + tl.arange(0, _HALF)[None, :]
-    follow(EARLY)  # only now: what is read before, weights, was there already
-    tl.store(place, rounded(first * factor[:, None]), mask=mask[:, None])
-    if PARTS == 2:
-        tl.store(place + _HALF, rounded(second * factor[:, None]), mask=mask[:, None])
+    ACROSS: tl.constexpr = (K // HALF + _TILE - 1) // _TILE
+    levels, table = tl.load(levels + tl.arange(0, 16)), load_table(table)
+    follow(EARLY)
+    for pair in tl.range(tl.program_id(0), tl.cdiv(N * ACROSS, 2), tl.num_programs(0), num_stages=1):
+        tile = pair * 2
+        values = _two(_levels_of(packed, levels, tile, N, K, WIDE), _levels_of(packed, levels, tile + 1, N, K, WIDE))
+        first, second = _apart(tl.dot(values, table))
+        _write(first, absmax, row_scale, out, tile, N, K, ROOT, WIDE)
+        _write(second, absmax, row_scale, out, tile + 1, N, K, ROOT, WIDE)
 
 
 @triton.jit
-def _row_scales(
-    packed, absmax, levels, table, out, UNIT: tl.constexpr,
-    BLOCKS_A_ROW: tl.constexpr, PARTS: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
-    levels, table = _table(levels, table)
-    row = tl.program_id(0)
-    largest = tl.zeros([BLOCKS], tl.float32)
-    for start in range(0, BLOCKS_A_ROW, BLOCKS):
-        block = start + tl.arange(0, BLOCKS)
-        mask = block < BLOCKS_A_ROW
-        first, second = _rotated(packed, absmax, levels, table, row * BLOCKS_A_ROW + block, mask, PARTS)
-        largest = tl.maximum(largest, tl.max(tl.maximum(tl.abs(first), tl.abs(second)), 1))
-    tl.store(out + row, tl.maximum(tl.max(largest, 0), _SMALLEST) * UNIT)
+def _row_scales(packed, absmax, levels, table, out, N, K: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr):
+    ACROSS: tl.constexpr = (K // HALF + _TILE - 1) // _TILE
+    levels, table = tl.load(levels + tl.arange(0, 16)), load_table(table)
+    for row in tl.range(tl.program_id(0), N, tl.num_programs(0), num_stages=1):
+        largest = tl.zeros([8, HALF], tl.float32)
+        for tile in tl.range(row * ACROSS, (row + 1) * ACROSS, num_stages=1):
+            product = tl.dot(_levels_of(packed, levels, tile, N, K, WIDE), table)
+            first, second = _rotated(product, absmax, 1.0, tile, N, K, WIDE)
+            largest = tl.maximum(largest, tl.maximum(tl.abs(first), tl.abs(second)))
+        tl.store(out + row, tl.maximum(tl.max(tl.max(largest, 1), 0), _SMALLEST) * UNIT)
 
 
 def dequantize(packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor) -> None:
     """See `reference.dequantize`. All contiguous."""
     n, k = out.shape
-    width = rotation.block(k)
-    blocks = n * k // width
-    _dequantize[(triton.cdiv(blocks, BLOCKS),)](
-        packed.view(torch.int32), absmax, row_scale, *_tables(packed.device), out, blocks, ROOT=width**0.5,
-        BLOCKS_A_ROW=k // width, PARTS=width // rotation.HALF, BLOCKS=BLOCKS,
-        num_warps=WARPS, enable_fp_fusion=False, **early(out),
+    pairs = triton.cdiv(n * triton.cdiv(k // BLOCK, _TILE.value), 2)
+    _dequantize[(min(pairs, PROGRAMS * card(out.device).processors),)](
+        packed.view(torch.int64), absmax, row_scale, *_tables(packed.device), out, n, K=k,
+        ROOT=rotation.block(k) ** 0.5, WIDE=rotation.block(k) > BLOCK,
+        num_warps=1, maxnreg=REGISTERS, enable_fp_fusion=False, **early(out),
     )  # fmt: skip
 
 
 def row_scales(packed: Tensor, absmax: Tensor, out: Tensor) -> None:
     """See `reference.row_scales`, for int8. All contiguous."""
-    k = packed.shape[1] * 2
-    width = rotation.block(k)
-    _row_scales[(len(out),)](
-        packed.view(torch.int32), absmax, *_tables(packed.device), out, UNIT=rotation.unit(k),
-        BLOCKS_A_ROW=k // width, PARTS=width // rotation.HALF, BLOCKS=ROW_BLOCKS,
-        num_warps=WARPS, enable_fp_fusion=False,
+    n, k = len(out), packed.shape[1] * 2
+    _row_scales[(min(n, PROGRAMS * card(out.device).processors),)](
+        packed.view(torch.int64), absmax, *_tables(packed.device), out, n, K=k, UNIT=rotation.unit(k),
+        WIDE=rotation.block(k) > BLOCK, num_warps=1, maxnreg=REGISTERS, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -128,4 +153,4 @@ def _levels(device: torch.device) -> Tensor:
 
 
 def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
-    return _levels(device), rotation.table(device, torch.float16)
+    return _levels(device), rotation.shuffled_table(device, torch.float16, rows=True)

@@ -41,6 +41,21 @@ def table(device: torch.device, dtype: torch.dtype) -> Tensor:
     return (1 - 2 * ((bent[:, None] + hadamard) % 2)).to(device, dtype)
 
 
+@cache
+def shuffled_table(device: torch.device, dtype: torch.dtype, *, rows: bool = False) -> Tensor:
+    """`table` with columns, and if asked rows, in the order in which fused kernels have them in registers.
+
+    Columns: see `rotated.in_order`; rows: `rotated_decode`.
+    """
+    found = table(device, dtype)[:, _order(8, 4, 2).to(device)]
+    return (found[_order(4, 4, 4).to(device)] if rows else found).contiguous()
+
+
+def _order(outer: int, threads: int, inner: int) -> Tensor:
+    """The index of what is at each of 64 places, where a thread's values follow each other, `inner` at a time."""
+    return torch.arange(HALF).view(threads, outer, inner).transpose(0, 1).flatten()
+
+
 def sums(x: Tensor, scale: Tensor | None = None) -> Tensor:
     """fp32 `[..., K]` times R and the root of its width; `scale` `[..., K/64]` is applied to the halves.
 

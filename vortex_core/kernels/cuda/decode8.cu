@@ -29,7 +29,7 @@ struct Half {
     }
 };
 
-// A half, rotated and scaled. If `joined`, joined with that of the lane beside it: an odd lane has the negative.
+// A half, rotated and scaled. If `joined`, the sum with that of the lane beside it, or for odd lanes the difference.
 __device__ __forceinline__ void rotate_half(float *v, const Half &half, const float2 *table, bool joined)
 {
     const unsigned words[8] = {half.codes[0].x, half.codes[0].y, half.codes[0].z, half.codes[0].w,
@@ -55,7 +55,7 @@ __device__ __forceinline__ void rotate_half(float *v, const Half &half, const fl
     if (joined) {
         const float sign = threadIdx.x & 1 ? -1 : 1;
 #pragma unroll
-        for (int i = 0; i < 64; i++) v[i] = fmaf(sign, __shfl_xor_sync(0xffffffffu, v[i], 1), v[i]);
+        for (int i = 0; i < 64; i++) v[i] = fmaf(sign, v[i], __shfl_xor_sync(0xffffffffu, v[i], 1));
     }
 }
 
@@ -78,17 +78,17 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 2) decode_rotated(
         next.load(packed, absmax, after, after < halves);
         const int row = (first + lane) / halves_a_row;
         const float unit = first + lane < halves ? row_scale[row] : 1;
+        half.scale = __fmul_rn(half.scale, 1 / __fmul_rn(unit, root));
         float v[64];
         rotate_half(v, half, table, joined);
-        const float factor = (joined && lane & 1 ? -1.0f : 1.0f) / __fmul_rn(unit, root);
 #pragma unroll
         for (int c = 0; c < 4; c++) {  // through shared memory, so that a warp writes neighbours
             unsigned word[4];
 #pragma unroll
             for (int k = 0; k < 4; k++) {
                 const float *four_of = v + 16 * c + 4 * k;
-                word[k] = four(rounded(four_of[0], factor), rounded(four_of[1], factor),
-                               rounded(four_of[2], factor), rounded(four_of[3], factor));
+                word[k] = four(rounded(four_of[0]), rounded(four_of[1]),
+                               rounded(four_of[2]), rounded(four_of[3]));
             }
             const uint4 whole = {word[0], word[1], word[2], word[3]};
             mine[lane * 4 + (c ^ (lane >> 1 & 3))] = whole;

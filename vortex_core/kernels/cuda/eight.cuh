@@ -4,10 +4,10 @@
 #define SMALLEST 1e-12f
 #define FP8_MAX 448.0f
 
-// int8 nearest to x * factor, ties to even, in the lowest byte. The product is rounded before, as in the reference.
-__device__ __forceinline__ unsigned rounded(float x, float factor)
+// int8 nearest to x, ties to even, in the lowest byte.
+__device__ __forceinline__ unsigned rounded(float x)
 {
-    return __float_as_uint(__fadd_rn(__fmul_rn(x, factor), ROUND));
+    return __float_as_uint(__fadd_rn(x, ROUND));
 }
 
 __device__ __forceinline__ unsigned four(unsigned a, unsigned b, unsigned c, unsigned d)

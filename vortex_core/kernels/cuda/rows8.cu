@@ -55,7 +55,7 @@ __device__ __forceinline__ void write_eight(
         if (kind) {
             unsigned n[8];
 #pragma unroll
-            for (int i = 0; i < 8; i++) n[i] = rounded(v[c][i], factor);
+            for (int i = 0; i < 8; i++) n[i] = rounded(__fmul_rn(v[c][i], factor));
             const uint2 whole = {four(n[0], n[1], n[2], n[3]), four(n[4], n[5], n[6], n[7])};
             *(uint2 *)(out + column) = whole;
         } else {
