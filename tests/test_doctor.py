@@ -13,6 +13,7 @@ from vortex_core.kernels import reference
 from vortex_core.quant.backends import ReferenceBackend
 from vortex_core.quant.precision import EXACT, Int8
 from vortex_core.runtime.modes import Choice, Declined
+from vortex_core.utils import packages
 
 
 def findings() -> dict[str, doctor.Finding]:
@@ -195,6 +196,7 @@ def test_a_card_without_room_to_try(monkeypatch: pytest.MonkeyPatch) -> None:
         ("2.13.1+cu130", "triton-windows<3.8"),
         ("2.99.0", "triton-windows"),  # nobody knows yet
         ("3.6.0", "triton-windows"),
+        ("nightly", "triton-windows"),
     ],
 )
 def test_windows_is_told_the_triton_of_its_torch(
@@ -202,17 +204,17 @@ def test_windows_is_told_the_triton_of_its_torch(
 ) -> None:
     pretend_gpu(monkeypatch, (8, 6), 12e9, 12e9)
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.setattr(doctor.platform, "system", lambda: "Windows")
-    monkeypatch.setattr(torch, "__version__", torch_version)
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(packages.metadata, "version", lambda package: torch_version)
     found = findings()["triton"]
-    assert (found.state, found.fix) == ("note", f'pip install "{installs}"')
+    assert (found.state, found.fix) == ("note", f'pip install -U "{installs}"')
     assert found.detail.endswith("kernels in CUDA C run instead, not as fast")
 
 
 def test_without_triton_the_doctor_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpu(monkeypatch, (8, 6), 12e9, 12e9)
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.setattr(doctor.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(sys, "platform", "linux")
     assert findings()["triton"].fix.endswith("triton")
     monkeypatch.setattr(doctor, "bitsandbytes_declined", lambda device: "no kernel")
     assert findings()["NF4"] == doctor.Finding("NF4", "ok", "our own kernel decodes on cuda:0; bitsandbytes: no kernel")

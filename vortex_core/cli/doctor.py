@@ -20,7 +20,6 @@ from ..utils.packages import first_line, missing, remedy
 from .plan_report import propose
 
 SMALLEST_CARD = 8e9  # bytes; the smallest card the default budget of 6.5 GB suits
-TRITON = {6: 2, 7: 3, 8: 4, 9: 5, 10: 6, 11: 6, 12: 7, 13: 7}  # 3.x, by torch 2.x: what torch asks for on Linux
 UNKNOWN = "of unknown version"
 NO_ROOM = "Close other programs that use the card, and ask again."
 NEEDED = ("transformers", "tokenizers", "safetensors")
@@ -121,25 +120,6 @@ def _gpu(index: int) -> Finding:
     return Finding(name, "ok", detail)
 
 
-def _triton(device: torch.device) -> Finding:
-    """Triton, by either name; without it, which kernels run."""
-    why = missing("triton")
-    if why is None:
-        windows = _version("triton-windows")
-        return Finding("triton", "ok", _version("triton") if windows == UNKNOWN else f"triton-windows {windows}")
-    declined = compiled_declined(device)
-    runs = "kernels in CUDA C run instead, not as fast" if declined is None else f"kernels in CUDA C: {declined}"
-    fix = f'pip install "{triton_windows()}"' if platform.system() == "Windows" else remedy("triton")
-    return Finding("triton", "note", f"{why}; {runs}", fix)
-
-
-def triton_windows() -> str:
-    """What to install on Windows, with the bound that suits this torch: a later Triton may not work with it."""
-    major, minor = (int(part) for part in torch.__version__.split(".")[:2])
-    suits = TRITON.get(minor) if major == 2 else None
-    return "triton-windows" if suits is None else f"triton-windows<3.{suits + 1}"
-
-
 def _precision(device: torch.device, name: str) -> Finding:
     """Which precision `fast` gets on `device`, why, and what would make it faster. Compiles and tries kernels."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -172,6 +152,17 @@ def _budget(index: int, *, scaled: bool) -> Finding:
         return Finding(name, "ok", detail, f"For speed, name up to {most:g} GB as `vram_budget`: {', '.join(gains)}.")
     except Exception as error:  # of torch or of the plan
         return Finding(name, "note", f"it cannot be planned: {first_line(error)}")
+
+
+def _triton(device: torch.device) -> Finding:
+    """Triton, by either name; without it, which kernels run."""
+    why = missing("triton")
+    if why is None:
+        windows = _version("triton-windows")
+        return Finding("triton", "ok", _version("triton") if windows == UNKNOWN else f"triton-windows {windows}")
+    declined = compiled_declined(device)
+    runs = "kernels in CUDA C run instead, not as fast" if declined is None else f"kernels in CUDA C: {declined}"
+    return Finding("triton", "note", f"{why}; {runs}", remedy("triton"))
 
 
 def _bitsandbytes(device: torch.device) -> Finding:

@@ -88,7 +88,9 @@ def _read(before, x, start: tl.constexpr, A: tl.constexpr, W: tl.constexpr, CHUN
 
 
 @triton.jit
-def _finish(value, table, start: tl.constexpr, A: tl.constexpr, GELU: tl.constexpr, FAST: tl.constexpr, PARTS: tl.constexpr):
+def _finish(
+    value, table, start: tl.constexpr, A: tl.constexpr, GELU: tl.constexpr, FAST: tl.constexpr, PARTS: tl.constexpr
+):
     """What `_read` has read, after GELU where that is due, rotated."""
     if GELU and start + value.numel > A:
         active = value.to(tl.float32)
@@ -141,9 +143,7 @@ def _gelu(
         _store(g, h, factor, out, 3 * CHUNK, A + W, PARTS)
 
 
-def modulate(
-    x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, out: ScaledTensor
-) -> None:
+def modulate(x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, out: ScaledTensor) -> None:
     """`reference.modulate`, or `residual_modulate` where `y` is given."""
     batch, tokens, width = x.shape
     _modulate[(batch * tokens,)](

@@ -7,7 +7,6 @@ was measured. On other cards a product of each is timed.
 from __future__ import annotations
 
 import logging
-import sys
 from functools import cache
 from typing import NamedTuple
 
@@ -132,7 +131,7 @@ def _triton_declined(device: torch.device) -> Declined | None:
     why = fused_declined(device)
     if why is None or missing("triton") is None:
         return _unless(why, "Triton needs a C compiler (gcc) and an NVIDIA driver of its time. Install or update them.")
-    return Declined(why, "pip install -U triton-windows" if sys.platform == "win32" else remedy("triton"))
+    return Declined(why, remedy("triton"))
 
 
 def _unless(

@@ -13,7 +13,7 @@ extern "C" __global__ void bordered(
     float v[8] = {0, 0, 0, 0, 0, 0, 0, 0};
     const value *from = row < 0 ? above : row < height ? strip + (long long)row * width * channels : below;
     if (from && column >= 0 && column < width) {
-        wide8(v, raw8<true>(from + (long long)column * channels + first, 8));
+        load8(v, from + (long long)column * channels + first, 8);
         if (scale) {
 #pragma unroll
             for (int k = 0; k < 8; k++) {
@@ -22,23 +22,12 @@ extern "C" __global__ void bordered(
             }
         }
     }
-    store8<true>(out + 8 * i, v, 8);
+    store8(out + 8 * i, v, 8);
 }
 
 // `out = found + bias`, with `add` `out += found + bias`. Pixel (r, c) of `[height, width]` goes to row `r * row_step` and
 // column `c * column_step` of `out`, and comes from (r, c) of `found`; pitches are in values. The last channels may be no
 // multiple of 8.
-template <bool WHOLE>
-__device__ void finish_eight(const value *found, const value *bias, value *out, int count, int add)
-{
-    const Eight first = raw8<WHOLE>(found, count), second = raw8<WHOLE>(bias, count);
-    const Eight before = raw8<WHOLE>(out, add ? count : 0);
-    float v[8];
-#pragma unroll
-    for (int k = 0; k < 8; k++) v[k] = wide(first.at[k]) + wide(second.at[k]) + wide(before.at[k]);
-    store8<WHOLE>(out, v, count);
-}
-
 extern "C" __global__ void finish(
     const value *found, long long row_pitch, long long pitch, const value *bias, value *out, long long out_row,
     long long out_column, int height, int width, int channels, int add)
@@ -47,12 +36,18 @@ extern "C" __global__ void finish(
     const long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x, pixel = i / lanes;
     const int row = pixel / width, column = pixel % width, first = i % lanes * 8, count = channels - first;
     if (row >= height) return;
-    const value *from = found + row * row_pitch + column * pitch + first;
+    float v[8], other[8];
+    load8(v, found + row * row_pitch + column * pitch + first, count);
+    load8(other, bias + first, count);
+#pragma unroll
+    for (int k = 0; k < 8; k++) v[k] += other[k];
     value *to = out + row * out_row + column * out_column + first;
-    if (channels % 8 == 0 && ((size_t)from | (size_t)to | (size_t)(bias + first)) % 16 == 0)
-        finish_eight<true>(from, bias + first, to, count, add);
-    else
-        finish_eight<false>(from, bias + first, to, count, add);
+    if (add) {
+        load8(other, to, count);
+#pragma unroll
+        for (int k = 0; k < 8; k++) v[k] += other[k];
+    }
+    store8(to, v, count);
 }
 
 // Count, mean and sum of squares about the mean of each group, of 64 * blockDim.x values: a part for each block. The
@@ -69,22 +64,20 @@ extern "C" __global__ void __launch_bounds__(256) moments(
     const long long start = (long long)blockIdx.x * blockDim.x * 64;
     const long long left = (values - start < blockDim.x * 64 ? values - start : blockDim.x * 64) / channels;
     const float count = (float)left * width;  // of a group
-    Eight raw[8];
-    float v[8], sum[8];
+    float v[8][8], sum[8];
 #pragma unroll
     for (int k = 0; k < 8; k++) {
         const long long i = start + 8LL * (k * blockDim.x + threadIdx.x);
-        raw[k] = raw8<true>(x + i, i < values ? 8 : 0);
+        load8(v[k], x + i, i < values ? 8 : 0);
     }
     for (int turn = 0; turn < 2; turn++) {  // the sums; then those of squares about the mean
         for (int k = 0; k < 8; k++) sum[k] = 0;
 #pragma unroll
         for (int k = 0; k < 8; k++) {
             if (start + 8LL * (k * blockDim.x + threadIdx.x) >= values) continue;
-            wide8(v, raw[k]);
 #pragma unroll
             for (int j = 0; j < 8; j++) {
-                const float off = turn ? v[j] - group_mean[(first + j) / width] : v[j];
+                const float off = turn ? v[k][j] - group_mean[(first + j) / width] : v[k][j];
                 sum[j] += turn ? off * off : off;
             }
         }

@@ -71,29 +71,10 @@ extern "C" __global__ void __launch_bounds__(512) modulate8(
     long long scale_b, long long scale_t, int tokens, int width, int kind, float unit)
 {
     const long long picture = blockIdx.x / tokens, token = blockIdx.x % tokens;
-    value *row = x + picture * x_b + token * x_t;
-    const value *branch = y ? y + picture * y_b + token * y_t : y;
     float v[TURNS][8];
-    if (((size_t)row | (size_t)branch | (size_t)gate | (size_t)shift | (size_t)scale) % 16 == 0)
-        adaln<true>(v, row, branch, gate, shift, scale, width);
-    else
-        adaln<false>(v, row, branch, gate, shift, scale, width);
+    adaln(v, x + picture * x_b + token * x_t, y ? y + picture * y_b + token * y_t : y, gate, shift, scale, width);
     write_eight<TURNS>(
         v, out + picture * out_b + token * out_t, out_scale + picture * scale_b + token * scale_t, width, kind, unit);
-}
-
-template <bool WHOLE>
-__device__ __forceinline__ void narrow_read(
-    float (*v)[8], const value *__restrict__ before, const value *__restrict__ x, int first, int width)
-{
-    Eight raw[CHUNKS];
-#pragma unroll
-    for (int c = 0; c < CHUNKS; c++) {
-        const int column = 8 * (c * blockDim.x + threadIdx.x);
-        raw[c] = raw8<WHOLE>(column < first ? before + column : x + (column - first), width - column);
-    }
-#pragma unroll
-    for (int c = 0; c < CHUNKS; c++) wide8(v[c], raw[c]);
 }
 
 // `first` values of `before` as they are, then `x`, with `gelu` after GELU (tanh form): `width` in all.
@@ -103,20 +84,22 @@ extern "C" __global__ void __launch_bounds__(1024) narrow8(
     int tokens, int first, int width, int gelu, int kind, float unit)
 {
     const long long picture = blockIdx.x / tokens, token = blockIdx.x % tokens;
-    const value *left = before + picture * before_b + token * before_t, *right = x + picture * x_b + token * x_t;
     float v[CHUNKS][8];
-    if (((size_t)left | (size_t)right) % 16 == 0)
-        narrow_read<true>(v, left, right, first, width);
-    else
-        narrow_read<false>(v, left, right, first, width);
 #pragma unroll
-    for (int c = 0; c < CHUNKS; c++)
-        if (gelu && 8 * (int)(c * blockDim.x + threadIdx.x) >= first)
+    for (int c = 0; c < CHUNKS; c++) {
+        const int column = 8 * (c * blockDim.x + threadIdx.x);
+        if (column < first) {
+            load8(v[c], before + picture * before_b + token * before_t + column, 8);
+            continue;
+        }
+        load8(v[c], x + picture * x_b + token * x_t + column - first, width - column);
+        if (gelu)
 #pragma unroll
             for (int i = 0; i < 8; i++) {  // x * (1 + tanh(u)) / 2 is x / (1 + exp(-2 u)): exact for small results, too
                 const float u = v[c][i] * (0.7978845608028654f + 0.035677408136300125f * v[c][i] * v[c][i]);
                 v[c][i] = __fdividef(v[c][i], 1 + __expf(-2 * u));
             }
+    }
     write_eight<CHUNKS>(
         v, out + picture * out_b + token * out_t, out_scale + picture * scale_b + token * scale_t, width, kind, unit);
 }

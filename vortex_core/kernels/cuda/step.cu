@@ -29,36 +29,24 @@ extern "C" __global__ void decode(const unsigned *packed, const float *absmax, v
             v[2 * j] = level[byte >> 4] * scale[k];
             v[2 * j + 1] = level[byte & 15] * scale[k];
         }
-        store8<true>(out + 8 * i, v, i < words ? 8 : 0);
+        if (i < words) store8(out + 8 * i, v, 8);
     }
 }
 
-template <bool WHOLE>
-__device__ void modulate_row(
-    value *x, const value *y, const value *gate, const value *shift, const value *scale, value *__restrict__ out, int width)
-{
-    float v[TURNS][8];
-    adaln<WHOLE>(v, x, y, gate, shift, scale, width);
-#pragma unroll
-    for (int k = 0; k < TURNS; k++) {
-        const int column = 8 * (k * blockDim.x + threadIdx.x);
-        store8<WHOLE>(out + column, v[k], width - column);
-    }
-}
-
-// adaLN of a token by a block. `_b` and `_t` are strides. Where rows are whole and aligned, so is everything that they are added to.
+// adaLN of a token by a block. With `y`, `x += gate * y` first, in place. `_b` and `_t` are strides.
 extern "C" __global__ void __launch_bounds__(512) modulate(
     value *x, long long x_b, long long x_t, const value *y, long long y_b, long long y_t, const value *gate,
     const value *shift, const value *scale, value *out, long long out_b, long long out_t, int tokens, int width)
 {
     const long long picture = blockIdx.x / tokens, token = blockIdx.x % tokens;
-    value *row = x + picture * x_b + token * x_t, *to = out + picture * out_b + token * out_t;
-    const value *branch = y ? y + picture * y_b + token * y_t : y;
-    const size_t places = (size_t)row | (size_t)branch | (size_t)gate | (size_t)shift | (size_t)scale | (size_t)to;
-    if (places % 16 == 0 && width % 8 == 0)
-        modulate_row<true>(row, branch, gate, shift, scale, to, width);
-    else
-        modulate_row<false>(row, branch, gate, shift, scale, to, width);
+    value *to = out + picture * out_b + token * out_t;
+    float v[TURNS][8];
+    adaln(v, x + picture * x_b + token * x_t, y ? y + picture * y_b + token * y_t : y, gate, shift, scale, width);
+#pragma unroll
+    for (int k = 0; k < TURNS; k++) {
+        const int column = 8 * (k * blockDim.x + threadIdx.x);
+        store8(to + column, v[k], width - column);
+    }
 }
 
 // RMS norm and rotary embedding in place, of the queries (blockIdx.y 0) or keys of a token: a warp for HEADS heads at a

@@ -41,15 +41,13 @@ union Eight {
     value at[8];
 };
 
-// 8 neighbours, of which `count` or more exist; the others are 0. WHOLE: all exist or none, at a multiple of 16 bytes. Such
-// loads have no branch between them, so a card starts many before it waits for the first.
-template <bool WHOLE> __device__ __forceinline__ Eight raw8(const value *from, int count)
+// 8 neighbours, of which `count` or more exist; the others are 0. In loads of 16 bytes where they lie so.
+__device__ __forceinline__ Eight raw8(const value *from, int count)
 {
-    Eight raw = {};
-    if (WHOLE) {
-        if (count > 0)
+    Eight raw;
+    if (count >= 8 && (size_t)from % 16 == 0) {
 #pragma unroll
-            for (int i = 0; i < (int)sizeof(value) / 2; i++) raw.whole[i] = ((const uint4 *)from)[i];
+        for (int i = 0; i < (int)sizeof(value) / 2; i++) raw.whole[i] = ((const uint4 *)from)[i];
     } else {
 #pragma unroll
         for (int i = 0; i < 8; i++) raw.at[i] = i < count ? from[i] : 0;
@@ -57,26 +55,26 @@ template <bool WHOLE> __device__ __forceinline__ Eight raw8(const value *from, i
     return raw;
 }
 
-template <bool WHOLE> __device__ __forceinline__ void store8(value *to, const float *v, int count)
+__device__ __forceinline__ void load8(float *v, const value *from, int count)
 {
-    if (WHOLE) {
+    const Eight raw = raw8(from, count);
+#pragma unroll
+    for (int i = 0; i < 8; i++) v[i] = wide(raw.at[i]);
+}
+
+__device__ __forceinline__ void store8(value *to, const float *v, int count)
+{
+    if (count >= 8 && (size_t)to % 16 == 0) {
         Eight raw;
 #pragma unroll
         for (int i = 0; i < 8; i++) raw.at[i] = narrow(v[i]);
-        if (count > 0)
 #pragma unroll
-            for (int i = 0; i < (int)sizeof(value) / 2; i++) ((uint4 *)to)[i] = raw.whole[i];
+        for (int i = 0; i < (int)sizeof(value) / 2; i++) ((uint4 *)to)[i] = raw.whole[i];
     } else {
 #pragma unroll
         for (int i = 0; i < 8; i++)
             if (i < count) to[i] = narrow(v[i]);
     }
-}
-
-__device__ __forceinline__ void wide8(float *v, const Eight &raw)
-{
-#pragma unroll
-    for (int i = 0; i < 8; i++) v[i] = wide(raw.at[i]);
 }
 
 __device__ __forceinline__ void round8(float *v)
@@ -129,46 +127,45 @@ __device__ __forceinline__ float block_sum(float x)
     return warp_sum(threadIdx.x % 32 < blockDim.x / 32 ? part[threadIdx.x % 32] : 0);
 }
 
-// adaLN of a row by a block, to `v`. With `y`, `x += gate * y` first, in place. A thread takes TURNS times 8 columns, so that
-// few threads have to meet, and loads before it stores or waits.
+// adaLN of the row `x` by a block, to `v`. With `y`, `x += gate * y` first, in place. A thread takes TURNS times 8
+// columns, so that few threads have to meet.
 #define TURNS 3
-template <bool WHOLE>
 __device__ __forceinline__ void adaln(
-    float (*v)[8], value *__restrict__ x, const value *__restrict__ y, const value *__restrict__ gate,
-    const value *__restrict__ shift, const value *__restrict__ scale, int width)
+    float (*v)[8], value *x, const value *y, const value *gate, const value *shift, const value *scale, int width)
 {
-    Eight own[TURNS], first[TURNS], second[TURNS];
-    float sum = 0;
+    float other[8], factor[8], sum = 0;
+    Eight scales[TURNS], shifts[TURNS];
 #pragma unroll
-    for (int k = 0; k < TURNS; k++) {
-        const int column = 8 * (k * blockDim.x + threadIdx.x), count = width - column;
-        own[k] = raw8<WHOLE>(x + column, count);
-        first[k] = raw8<WHOLE>(y + column, y ? count : 0);
-        second[k] = raw8<WHOLE>(gate + column, y ? count : 0);
+    for (int k = 0; k < TURNS; k++) {  // all loads early: two sums follow, for which all threads wait
+        const int column = 8 * (k * blockDim.x + threadIdx.x);
+        load8(v[k], x + column, width - column);
+        scales[k] = raw8(scale + column, width - column);
+        shifts[k] = raw8(shift + column, width - column);
+    }
+    if (y) {
+#pragma unroll
+        for (int k = 0; k < TURNS; k++) {
+            const int column = 8 * (k * blockDim.x + threadIdx.x);
+            load8(other, y + column, width - column);
+            load8(factor, gate + column, width - column);
+#pragma unroll
+            for (int i = 0; i < 8; i++) v[k][i] += other[i] * factor[i];
+            round8(v[k]);
+            store8(x + column, v[k], width - column);
+        }
     }
 #pragma unroll
-    for (int k = 0; k < TURNS; k++) {
-        const int column = 8 * (k * blockDim.x + threadIdx.x), count = width - column;
-        wide8(v[k], own[k]);
-        if (y) {
-#pragma unroll
-            for (int i = 0; i < 8; i++) v[k][i] += wide(first[k].at[i]) * wide(second[k].at[i]);
-            round8(v[k]);
-            store8<WHOLE>(x + column, v[k], count);
-        }
-        first[k] = raw8<WHOLE>(scale + column, count);
-        second[k] = raw8<WHOLE>(shift + column, count);
+    for (int k = 0; k < TURNS; k++)
 #pragma unroll
         for (int i = 0; i < 8; i++) sum += v[k][i];
-    }
     const float mean = block_sum(sum) / width;
     sum = 0;
 #pragma unroll
     for (int k = 0; k < TURNS; k++) {
-        const int count = width - 8 * (k * blockDim.x + threadIdx.x);
+        const int column = 8 * (k * blockDim.x + threadIdx.x);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            v[k][i] = i < count ? v[k][i] - mean : 0;
+            v[k][i] = column + i < width ? v[k][i] - mean : 0;
             sum += v[k][i] * v[k][i];
         }
     }
@@ -176,6 +173,5 @@ __device__ __forceinline__ void adaln(
 #pragma unroll
     for (int k = 0; k < TURNS; k++)
 #pragma unroll
-        for (int i = 0; i < 8; i++)
-            v[k][i] = v[k][i] * inverse * (1 + wide(first[k].at[i])) + wide(second[k].at[i]);
+        for (int i = 0; i < 8; i++) v[k][i] = v[k][i] * inverse * (1 + wide(scales[k].at[i])) + wide(shifts[k].at[i]);
 }
