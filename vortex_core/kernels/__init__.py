@@ -123,10 +123,10 @@ def _samples(kernels: Kernels, x: Tensor, weight: Tensor) -> tuple[Tensor, Tenso
 
 
 def attends_in_fp8(device: torch.device) -> bool:
-    """Whether attention in fp8 works on `device`, which must multiply in fp8, and is faster there. Logs why not."""
+    """Whether attention in fp8, which needs Triton, works on `device` and is faster there. Logs why not."""
     major, minor = torch.cuda.get_device_capability(device)
     other = f"it was measured on compute capability 9.0 alone, and this card has {major}.{minor}"
-    declined = _heads_broken(device) if (major, minor) == (9, 0) else other
+    declined = fused_declined(device) or _heads_broken(device) if (major, minor) == (9, 0) else other
     if declined is not None:
         log.info("Attention: the library's; fp8 declined: %s", declined)
     return declined is None
