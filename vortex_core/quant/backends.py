@@ -142,11 +142,16 @@ class NvrtcBackend(Backend):
 
         compiled.dequantize(packed, absmax, out, row_scale)
 
-    def measure(self, packed: Tensor, absmax: Tensor, out: Tensor, dtype: torch.dtype) -> None:
-        """See `Backend.measure`."""
+    def row_scales(
+        self, packed: Tensor, absmax: Tensor, out: Tensor, dtype: torch.dtype, adapter: Adapter | None = None
+    ) -> None:
+        """See `Backend.row_scales`."""
         from ..kernels import compiled
 
-        compiled.row_scales(packed, absmax, out, dtype)
+        if adapter is None:
+            compiled.row_scales(packed, absmax, out, dtype)
+        else:
+            super().row_scales(packed, absmax, out, dtype, adapter)
 
 
 class BitsAndBytesBackend(Backend):

@@ -199,7 +199,8 @@ def _sample_broken(name: str, device: torch.device, backend: Backend, kernels: K
 def _sample(name: str, backend: Backend, kernels: Kernels, x: Tensor, packed: Tensor, absmax: Tensor) -> Tensor:
     precision = Int8(kernels) if name == "int8" else Fp8()
     kind, out = precision.operand, x.new_full((x.shape[1], len(packed)), torch.nan)
-    scales = backend.row_scales(packed, absmax, kind)
+    scales = x.new_full((len(packed),), torch.nan, dtype=torch.float32)
+    backend.row_scales(packed, absmax, scales, kind)
     weight = backend.dequantize(packed, absmax, kind, scales)
     operand = ScaledTensor(torch.empty_like(x, dtype=kind), x.new_empty(x.shape[:2], dtype=torch.float32))
     kernels.quantize(x, operand)
