@@ -197,6 +197,19 @@ def test_alphas_in_pefts_config(tmp_path: Path) -> None:
     assert torch.equal(changes(read_lora(path, MINI))["img_in"], deltas(made)["img_in"] / 2)
 
 
+def test_a_whole_lokr_is_scaled_by_a_config_alone(tmp_path: Path) -> None:
+    """PEFT scales a LoKr whose sides are whole, LyCORIS does not. A `diff` has no alpha."""
+    sides = {"lokr_w1": torch.ones(8, 8), "lokr_w2": torch.ones(16, 16)}
+    state = {f"base_model.model.transformer_blocks.0.attn.to_out.0.{end}": tensor for end, tensor in sides.items()}
+    state["base_model.model.x_embedder.diff"] = torch.ones(D, 16)
+    path = lora_parts.save(tmp_path / "adapter_model.safetensors", state)
+    assert changes(read_lora(path, MINI))["double_blocks.0.img_attn.proj"].unique().tolist() == [1.0]
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LOKR", "r": 900, "alpha": 450}))
+    found = changes(read_lora(path, MINI))
+    assert found["double_blocks.0.img_attn.proj"].unique().tolist() == [0.5]
+    assert found["img_in"].unique().tolist() == [1.0]
+
+
 @pytest.mark.parametrize("alpha", ["x", [], 1e300, True])
 def test_an_alpha_that_is_none(tmp_path: Path, alpha: object) -> None:
     metadata = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": alpha})}
