@@ -109,7 +109,9 @@ def _transformer(spec: FluxSpec) -> Iterator[tuple[str, Place]]:
         module, _, kind = name.rpartition(".")
         if kind == "bias":
             continue
-        yield module, Place("transformer", module, shape, slice(0, shape[0]))
+        yield module, _whole("transformer", module, shape)
+        if kind == "scale":
+            yield name, _whole("transformer", module, shape)  # older ComfyUI: `query_norm.scale.set_weight`
         start = 0
         for source, rows in source_rows(flux_sources(name), shape[0]):
             stop = start + rows
