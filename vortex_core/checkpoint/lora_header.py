@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..errors import VortexCheckpointError, quoted
 from ..flux1.spec import ModelSpec
+from ..nf4 import UNQUANTIZED
 from ..storage.files import PICKLES, SAFETENSORS, Raw, SafetensorsFiles, open_file
 from ..storage.refused_formats import format_of
 from ..storage.tensors import AGAIN, FLOATS
@@ -51,6 +52,12 @@ class LoraHeader:
         """The distinct ranks."""
         return tuple(sorted({layer.rank for layer in self.layers if layer.rank is not None}))
 
+    @property
+    def whole(self) -> tuple[str, ...]:
+        """The matrices that are kept in 4 bits and change as a whole, by no low-rank update."""
+        places = (one.place for one in self.layers if one.copied)
+        return tuple(sorted({place.module for place in places if in_four_bits(place.part, place.module)}))
+
 
 @dataclass(slots=True)
 class _Keys:
@@ -61,6 +68,11 @@ class _Keys:
     ignored: dict[str, str] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
     tables: dict[str, dict[str, str]] = field(default_factory=dict)
+
+
+def in_four_bits(part: str, module: str) -> bool:
+    """Whether a linear is kept in NF4."""
+    return part == "t5" or (part == "transformer" and not module.startswith(UNQUANTIZED))
 
 
 def open_lora(path: str | Path, spec: ModelSpec) -> LoraHeader:
