@@ -40,7 +40,7 @@ GROUP = 8  # tiles that follow each other and share a weight
 
 @triton.jit
 def _place(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """The first row and column of a tile. Those at work at the same time share few operands, which stay in the cache."""
+    """The first row and column of a tile. Tiles that are made together share operands, which stay in the cache."""
     across = tl.cdiv(N, BLOCK_N)
     group = tile // (across * GROUP)
     rows = tl.minimum(tl.cdiv(M, BLOCK_M) - group * GROUP, GROUP)
@@ -125,7 +125,7 @@ def multiply_int8(
 
 def choose(m: int, n: int, known: Card) -> Tile:
     """The tile for a product `[M, K]` by `[N, K]`: of which all programs need the fewest rounds."""
-    if not known.copies:
+    if not known.copies or known.shared < FLOWING.share * _bytes(FLOWING):
         return LOADED
     if _count(m, n, FEWEST) <= known.processors:
         return FEWEST
@@ -141,6 +141,11 @@ def rows_first(m: int, n: int, known: Card) -> int:
     if not tile.flows or rounds == 0 or not 0 < left <= slots // 4:
         return m
     return rounds * slots // -(-n // tile.n) * tile.m
+
+
+def _bytes(tile: Tile) -> int:
+    """Of shared memory, for the operands of all stages."""
+    return tile.stages * (tile.m + tile.n) * tile.k
 
 
 def _count(m: int, n: int, tile: Tile) -> int:

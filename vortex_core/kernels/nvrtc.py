@@ -121,9 +121,8 @@ def compiled(text: str, arch: str) -> bytes:
     try:
         options = (ctypes.c_char_p * 2)(f"--gpu-architecture={arch}".encode(), b"--std=c++17")
         code = nvrtc.nvrtcCompileProgram(program, len(options), options)
-        told(
-            code, f"compiling for {arch}", _read(nvrtc, program, "ProgramLog").decode(errors="replace") if code else ""
-        )
+        log = _read(nvrtc, program, "ProgramLog").decode(errors="replace").rstrip("\0") if code else ""
+        told(code, f"compiling for {arch}", log)
         return _read(nvrtc, program, "CUBIN" if arch.startswith("sm") else "PTX")
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))

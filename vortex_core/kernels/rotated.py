@@ -1,8 +1,8 @@
 """What Triton kernels share that rotate: the product with the table, and how its results are put in order.
 
-A block of 128 is two rows of that product, its halves, since one table of 64 x 64 does for both widths. Rows and columns
-are arranged so that a thread ends up with both halves of a block, and with 16 neighbours of each. Then threads exchange
-nothing, and store 16 bytes: all that is permuted here are names of registers.
+A block of 128 is two rows of that product, its halves, since one table of 64 x 64 does for both widths. Rows and
+columns are arranged so that a thread ends up with both halves of a block, and with 16 neighbours of each. Then threads
+exchange nothing, and store 16 bytes: all that is permuted here are names of registers.
 """
 
 from __future__ import annotations

@@ -3,10 +3,6 @@
 A block of 64 codes is rotated by one small product of its levels, in fp16, with the table of +-1: its sums are exact in
 fp32, so they are the same on every card. Then each block has its scale, and the two blocks of a wide rotation are added
 and subtracted. No two operations are fused into one rounding: results are equal to the reference's, bit for bit.
-
-A program is one warp, which waits for no other. Its threads look levels up in each other's registers, and each has codes
-of the blocks whose sums it gets: the rows of the table are in the order in which the codes lie. A program goes through
-many tiles of 16 blocks, two at once, so that the table is read seldom.
 """
 
 from __future__ import annotations
@@ -18,132 +14,95 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..nf4 import BLOCK, LEVELS
+from ..nf4 import LEVELS
 from . import rotation
-from .card import card
 from .launch import early, follow
-from .rotated import HALF, in_order, load_table, rounded
+from .rotated import HALF, halves, in_order, load_table, rounded, rows_of
 from .scaled_tensor import SMALLEST
 
 _SMALLEST = tl.constexpr(SMALLEST)
-_TILE = tl.constexpr(16)  # blocks of 64 in a tile
-PROGRAMS = 14  # of a multiprocessor, at once
-REGISTERS = 144  # of a thread; compilers for 8.6 and 8.9 take fewer by themselves, and spill
+_ACROSS = tl.constexpr(8)  # blocks of a row of the weight, that are rotated at once
+ROWS = 4  # of the weight, in a program
+STEPS = 3  # of a program along a row
+WARPS = 4
 
 
 @triton.jit
-def _blocks(tile, half: tl.constexpr, N, K: tl.constexpr, WIDE: tl.constexpr):
-    """The indices of 8 blocks of a tile, and whether they exist.
-
-    Where pairs of blocks are rotated together, the first of each pair, or the second; else the first 8, or the others.
-    """
-    ACROSS: tl.constexpr = (K // HALF + _TILE - 1) // _TILE
-    tile, index = tl.zeros([8], tl.int32) + tile, tl.arange(0, 8)
-    row = tile // ACROSS
-    block = tile % ACROSS * _TILE + (index * 2 + half if WIDE else index + half * 8)
-    return row * (K // HALF) + block, (row < N) & (block < K // HALF)
-
-
-@triton.jit
-def _levels_of(packed, levels, tile, N, K: tl.constexpr, WIDE: tl.constexpr):
-    """The levels of a tile's codes, fp16 `[16, 64]`: both halves of `_blocks`, values in the order of the table's rows."""
-    first, some = _blocks(tile, 0, N, K, WIDE)
-    second, others = _blocks(tile, 1, N, K, WIDE)
-    word = tl.arange(0, 4)[None, :]  # of 64 bits, 16 codes
-    first = tl.load(packed + first[:, None] * 4 + word, mask=some[:, None], other=0)
-    second = tl.load(packed + second[:, None] * 4 + word, mask=others[:, None], other=0)
-    words = tl.join(first, second)
-    # bytes are little endian and the first value of a byte is its high nibble
-    code = tl.join(words.to(tl.int32), (words >> 32).to(tl.int32))
-    code = tl.join(code, code >> 16)
+def _rotated(packed, absmax, levels, table, factor, start, N, K: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr):
+    """The first and second halves of rotated blocks, `[ROWS * 8, 64]`: of each row those from block `start` on."""
+    BLOCKS: tl.constexpr = K // (PARTS * HALF)  # of a row
+    tile = tl.arange(0, ROWS * _ACROSS)
+    row, block = tl.program_id(0) * ROWS + tile // _ACROSS, start + tile % _ACROSS
+    word = (row * BLOCKS + block)[:, None] * (PARTS * HALF // 8) + tl.arange(0, PARTS * HALF // 8)[None, :]
+    codes = tl.load(packed + word, mask=((row < N) & (block < BLOCKS))[:, None], other=0)
+    # bytes are little endian and the first value of a byte is its high nibble; a thread keeps the codes of its words
+    code = tl.join(codes, codes >> 16)
     code = tl.join(code, code >> 8)
     code = tl.join(code >> 4, code) & 15
     value = tl.gather(levels, tl.reshape(code, [code.numel]), 0)
-    value = tl.permute(tl.reshape(value, [8, 4, 2, 4, 4]), [2, 0, 3, 1, 4])
-    return tl.reshape(value, [_TILE, HALF])
-
-
-@triton.jit
-def _two(a, b):
-    return tl.reshape(tl.permute(tl.join(a, b), [2, 0, 1]), [2 * a.shape[0], a.shape[1]])
-
-
-@triton.jit
-def _apart(x):
-    """The upper and the lower half of the rows."""
-    return tl.split(tl.permute(tl.reshape(x, [2, x.shape[0] // 2, x.shape[1]]), [1, 2, 0]))
-
-
-@triton.jit
-def _rotated(product, absmax, factor, tile, N, K: tl.constexpr, WIDE: tl.constexpr):
-    """A tile's blocks, two times `[8, 64]`, without 1 / sqrt(width)."""
-    block, some = _blocks(tile, 0, N, K, WIDE)
-    other, others = _blocks(tile, 1, N, K, WIDE)
-    first, second = _apart(product)
-    first *= (tl.load(absmax + block, mask=some, other=0.0) * factor)[:, None]
-    second *= (tl.load(absmax + other, mask=others, other=0.0) * factor)[:, None]
-    if WIDE:
-        first, second = first + second, first - second
-    return first, second
-
-
-@triton.jit
-def _write(product, absmax, row_scale, out, tile, N, K: tl.constexpr, ROOT: tl.constexpr, WIDE: tl.constexpr):
-    block, some = _blocks(tile, 0, N, K, WIDE)
-    other, others = _blocks(tile, 1, N, K, WIDE)
-    factor = tl.div_rn(1.0, tl.load(row_scale + block // (K // HALF), mask=some, other=1.0) * ROOT)
-    first, second = _rotated(product, absmax, factor, tile, N, K, WIDE)
-    column = tl.arange(0, HALF)[None, :]
-    tl.store(out + block.to(tl.int64)[:, None] * HALF + column, in_order(rounded(first)), mask=some[:, None])
-    tl.store(out + other.to(tl.int64)[:, None] * HALF + column, in_order(rounded(second)), mask=others[:, None])
+    product = tl.dot(rows_of(value, PARTS), table)
+    tile = tl.arange(0, ROWS * _ACROSS * PARTS)
+    row, block = tl.program_id(0) * ROWS + tile // (_ACROSS * PARTS), start + tile % _ACROSS
+    unit = absmax + (row * BLOCKS + block) * PARTS + tile // _ACROSS % PARTS
+    unit = tl.load(unit, mask=(row < N) & (block < BLOCKS), other=0.0) * factor
+    return halves(product * unit[:, None], PARTS)
 
 
 @triton.jit
 def _dequantize(
-    packed, absmax, row_scale, levels, table, out, N, K: tl.constexpr, ROOT: tl.constexpr, WIDE: tl.constexpr,
-    EARLY: tl.constexpr,
+    packed, absmax, row_scale, levels, table, out, N, K: tl.constexpr, ROOT: tl.constexpr,
+    PARTS: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    ACROSS: tl.constexpr = (K // HALF + _TILE - 1) // _TILE
+    BLOCKS: tl.constexpr = K // (PARTS * HALF)
     levels, table = tl.load(levels + tl.arange(0, 16)), load_table(table)
-    follow(EARLY)
-    for pair in tl.range(tl.program_id(0), tl.cdiv(N * ACROSS, 2), tl.num_programs(0), num_stages=1):
-        tile = pair * 2
-        values = _two(_levels_of(packed, levels, tile, N, K, WIDE), _levels_of(packed, levels, tile + 1, N, K, WIDE))
-        first, second = _apart(tl.dot(values, table))
-        _write(first, absmax, row_scale, out, tile, N, K, ROOT, WIDE)
-        _write(second, absmax, row_scale, out, tile + 1, N, K, ROOT, WIDE)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS * _ACROSS * PARTS) // (_ACROSS * PARTS)
+    factor = tl.div_rn(1.0, tl.load(row_scale + row, mask=row < N, other=1.0) * ROOT)
+    tile = tl.arange(0, ROWS * _ACROSS)
+    row = tl.program_id(0) * ROWS + tile // _ACROSS
+    follow(EARLY)  # only now: what is read before, weights, was there already
+    for step in range(STEPS):
+        start = (tl.program_id(1) * STEPS + step) * _ACROSS
+        first, second = _rotated(packed, absmax, levels, table, factor, start, N, K, PARTS, ROWS)
+        block = start + tile % _ACROSS
+        mask = ((row < N) & (block < BLOCKS))[:, None]
+        place = (row.to(tl.int64) * BLOCKS + block)[:, None] * (PARTS * HALF) + tl.arange(0, HALF)[None, :]
+        tl.store(out + place, in_order(rounded(first)), mask=mask)
+        if PARTS == 2:
+            tl.store(out + place + HALF, in_order(rounded(second)), mask=mask)
 
 
 @triton.jit
-def _row_scales(packed, absmax, levels, table, out, N, K: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr):
-    ACROSS: tl.constexpr = (K // HALF + _TILE - 1) // _TILE
+def _row_scales(
+    packed, absmax, levels, table, out, N, K: tl.constexpr, UNIT: tl.constexpr,
+    PARTS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     levels, table = tl.load(levels + tl.arange(0, 16)), load_table(table)
-    for row in tl.range(tl.program_id(0), N, tl.num_programs(0), num_stages=1):
-        largest = tl.zeros([8, HALF], tl.float32)
-        for tile in tl.range(row * ACROSS, (row + 1) * ACROSS, num_stages=1):
-            product = tl.dot(_levels_of(packed, levels, tile, N, K, WIDE), table)
-            first, second = _rotated(product, absmax, 1.0, tile, N, K, WIDE)
-            largest = tl.maximum(largest, tl.maximum(tl.abs(first), tl.abs(second)))
-        tl.store(out + row, tl.maximum(tl.max(tl.max(largest, 1), 0), _SMALLEST) * UNIT)
+    largest = tl.zeros([ROWS], tl.float32)
+    for start in range(0, K // (PARTS * HALF), _ACROSS):
+        first, second = _rotated(packed, absmax, levels, table, 1.0, start, N, K, PARTS, ROWS)
+        now = tl.max(tl.maximum(tl.abs(first), tl.abs(second)), 1)
+        largest = tl.maximum(largest, tl.max(tl.reshape(now, [ROWS, _ACROSS]), 1))
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    tl.store(out + row, tl.maximum(largest, _SMALLEST) * UNIT, mask=row < N)
 
 
 def dequantize(packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor) -> None:
     """See `reference.dequantize`. All contiguous."""
     n, k = out.shape
-    pairs = triton.cdiv(n * triton.cdiv(k // BLOCK, _TILE.value), 2)
-    _dequantize[(min(pairs, PROGRAMS * card(out.device).processors),)](
-        packed.view(torch.int64), absmax, row_scale, *_tables(packed.device), out, n, K=k,
-        ROOT=rotation.block(k) ** 0.5, WIDE=rotation.block(k) > BLOCK,
-        num_warps=1, maxnreg=REGISTERS, enable_fp_fusion=False, **early(out),
+    width = rotation.block(k)
+    grid = triton.cdiv(n, ROWS), triton.cdiv(k // width, STEPS * _ACROSS.value)
+    _dequantize[grid](
+        packed.view(torch.int32), absmax, row_scale, *_tables(packed.device), out, n, K=k, ROOT=width**0.5,
+        PARTS=width // rotation.HALF, ROWS=ROWS, STEPS=STEPS, num_warps=WARPS, enable_fp_fusion=False, **early(out),
     )  # fmt: skip
 
 
 def row_scales(packed: Tensor, absmax: Tensor, out: Tensor) -> None:
     """See `reference.row_scales`, for int8. All contiguous."""
     n, k = len(out), packed.shape[1] * 2
-    _row_scales[(min(n, PROGRAMS * card(out.device).processors),)](
-        packed.view(torch.int64), absmax, *_tables(packed.device), out, n, K=k, UNIT=rotation.unit(k),
-        WIDE=rotation.block(k) > BLOCK, num_warps=1, maxnreg=REGISTERS, enable_fp_fusion=False,
+    _row_scales[(triton.cdiv(n, ROWS),)](
+        packed.view(torch.int32), absmax, *_tables(packed.device), out, n, K=k, UNIT=rotation.unit(k),
+        PARTS=rotation.block(k) // rotation.HALF, ROWS=ROWS, num_warps=WARPS, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -153,4 +112,4 @@ def _levels(device: torch.device) -> Tensor:
 
 
 def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
-    return _levels(device), rotation.shuffled_table(device, torch.float16, rows=True)
+    return _levels(device), rotation.shuffled_table(device, torch.float16)

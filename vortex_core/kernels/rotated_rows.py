@@ -11,6 +11,7 @@ from typing import Any
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
 from . import rotation
 from .launch import early, follow
@@ -22,7 +23,7 @@ _INT8_MAX = tl.constexpr(rotation.INT8_MAX)
 _HALF = tl.constexpr(rotation.HALF)
 _SMALLEST = tl.constexpr(SMALLEST)
 MOST = 4  # chunks of a row
-WARPS = 4  # each has 16 rows of a product, 1024 values
+FEW, MANY = 4, 8  # warps of a program: many where a row is wide, and no more of it is empty than with few
 
 
 @triton.jit
@@ -149,7 +150,7 @@ def modulate(x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor, sc
     _modulate[(batch * tokens,)](
         *strided(x), *strided(y), gate, shift, scale, *strided(out.values), *strided(out.scale), tokens,
         **_rotation(x, width), D=width, BLOCK=max(FEWEST, triton.next_power_of_2(width)), RESIDUAL=y is not None,
-        num_warps=4, **early(out.values),
+        num_warps=warps_of(width), **early(out.values),
     )  # fmt: skip
 
 
@@ -163,13 +164,14 @@ def gelu(x: Tensor, out: ScaledTensor, before: Tensor | None, *, gelu: bool) -> 
     _gelu[(batch * tokens,)](
         *strided(before), *strided(x), *strided(out.values), *strided(out.scale), tokens,
         **_rotation(x, first + width), A=first, W=width, CHUNK=chunk, CHUNKS=triton.cdiv(first + width, chunk),
-        GELU=gelu, FAST=x.is_cuda, num_warps=warps, **early(out.values),
+        GELU=gelu, FAST=isinstance(_gelu, JITFunction), num_warps=warps, **early(out.values),
     )  # fmt: skip
 
 
 def warps_of(width: int) -> int:
     """Warps of a program that rotates a row of `width` values."""
-    return WARPS
+    few, many = (warps * -(-width // (warps * FEWEST)) for warps in (FEW, MANY))
+    return MANY if width > FEW * FEWEST and many <= few else FEW
 
 
 def _rotation(x: Tensor, width: int) -> dict[str, Any]:

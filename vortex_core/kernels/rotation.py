@@ -42,18 +42,10 @@ def table(device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 @cache
-def shuffled_table(device: torch.device, dtype: torch.dtype, *, rows: bool = False) -> Tensor:
-    """`table` with columns, and if asked rows, in the order in which fused kernels have them in registers.
-
-    Columns: see `rotated.in_order`; rows: `rotated_decode`.
-    """
-    found = table(device, dtype)[:, _order(8, 4, 2).to(device)]
-    return (found[_order(4, 4, 4).to(device)] if rows else found).contiguous()
-
-
-def _order(outer: int, threads: int, inner: int) -> Tensor:
-    """The index of what is at each of 64 places, where a thread's values follow each other, `inner` at a time."""
-    return torch.arange(HALF).view(threads, outer, inner).transpose(0, 1).flatten()
+def shuffled_table(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """`table` with columns in the order in which fused kernels have results in registers: see `rotated.in_order`."""
+    columns = torch.arange(HALF).view(4, 8, 2).transpose(0, 1).flatten()
+    return table(device, dtype)[:, columns.to(device)].contiguous()
 
 
 def sums(x: Tensor, scale: Tensor | None = None) -> Tensor:

@@ -13,6 +13,7 @@ _EPSILON = tl.constexpr(EPSILON)
 
 @triton.jit
 def row_of(pointer, stride_b, stride_t, T):
+    """The program's token in a matrix `[B, T, ...]`."""
     token = tl.program_id(0).to(tl.int64)
     return pointer + token // T * stride_b + token % T * stride_t
 
