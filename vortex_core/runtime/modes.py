@@ -169,7 +169,7 @@ def _fp8_broken(device: torch.device) -> str | None:
     """Why this torch cannot multiply a sample in fp8 with a scale a row, or None."""
     x, weight = (torch.ones(rows, 64, device=device).to(FP8) for rows in (16, 32))
     scales = [torch.ones(rows, device=device) for rows in (16, 32)]
-    out = torch.empty(16, 32, dtype=torch.bfloat16, device=device)
+    out = torch.full((16, 32), torch.nan, dtype=torch.bfloat16, device=device)
     try:
         Fp8().product(x, scales[0], weight, scales[1], torch.zeros_like(out[0]), out)
     except torch.OutOfMemoryError:  # says nothing about this torch, and must not be cached
@@ -198,7 +198,7 @@ def _sample_broken(name: str, device: torch.device, backend: Backend, kernels: K
 
 def _sample(name: str, backend: Backend, kernels: Kernels, x: Tensor, packed: Tensor, absmax: Tensor) -> Tensor:
     precision = Int8(kernels) if name == "int8" else Fp8()
-    kind, out = precision.operand, x.new_empty(x.shape[1], len(packed))
+    kind, out = precision.operand, x.new_full((x.shape[1], len(packed)), torch.nan)
     scales = backend.row_scales(packed, absmax, kind)
     weight = backend.dequantize(packed, absmax, kind, scales)
     operand = ScaledTensor(torch.empty_like(x, dtype=kind), x.new_empty(x.shape[:2], dtype=torch.float32))
