@@ -99,6 +99,32 @@ WORKFLOWS: dict[str, Workflow] = {
         11,
         "1024 x 1024 is the size that FLUX draws best.",
     ),
+    "lora": Workflow(
+        {
+            1: loader(),
+            2: Node(
+                "VortexSchnellSampler",
+                (400, Y + 190),
+                (420, 490),
+                {
+                    "model": (4, "model"),
+                    "prompt": "a lime star on a black background",
+                    "width": TINY_SIDE,
+                    "height": TINY_SIDE,
+                    "seed": 7,
+                },
+            ),
+            3: save("lora"),
+            4: Node("VortexLoRA", (400, Y), (420, 130), {"model": (1, "model"), "lora_name": "tiny-outlines"}),
+        },
+        columns("1. The model", "2. A LoRA, and the picture", "3. The result", height=780),
+        "## With a LoRA\n\nPress **Run**. tiny-outlines comes with Vortex: a LoRA for tiny-schnell. The miniature then "
+        "draws outlines, and knows one more colour, lime.\n\n"
+        "Set **strength** to 0, and run again: that is the miniature without it. A LoRA or a strength that you change "
+        "loads nothing again.\n\n"
+        "With a real checkpoint: put LoRAs for FLUX.1 into **models/loras** and press **R**. Several Vortex LoRA nodes "
+        "in a row add up.",
+    ),
     "batch-vram-monitor": Workflow(
         {
             1: loader(),
