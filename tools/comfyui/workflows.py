@@ -104,8 +104,8 @@ WORKFLOWS: dict[str, Workflow] = {
             1: loader(),
             2: Node(
                 "VortexSchnellSampler",
-                (400, Y + 190),
-                (420, 490),
+                (800, Y),
+                PICTURE_SIZE,
                 {
                     "model": (4, "model"),
                     "prompt": "a lime star on a black background",
@@ -114,10 +114,15 @@ WORKFLOWS: dict[str, Workflow] = {
                     "seed": 7,
                 },
             ),
-            3: save("lora"),
-            4: Node("VortexLoRA", (400, Y), (420, 130), {"model": (1, "model"), "lora_name": "tiny-outlines"}),
+            3: Node("SaveImage", (1280, Y), RESULT_SIZE, {"images": (2, "image"), "filename_prefix": "vortex/lora"}),
+            4: Node("VortexLoRA", (400, Y), (340, 110), {"model": (1, "model"), "lora_name": "tiny-outlines"}),
         },
-        columns("1. The model", "2. A LoRA, and the picture", "3. The result", height=780),
+        (
+            ("1. The model", -20, 0, 380, 680),
+            ("2. A LoRA", 380, 0, 380, 680),
+            ("3. The picture", 780, 0, 460, 680),
+            ("4. The result", 1260, 0, 480, 680),
+        ),
         "## With a LoRA\n\nPress **Run**. tiny-outlines comes with Vortex: a LoRA for tiny-schnell. The miniature then "
         "draws outlines, and knows one more colour, lime.\n\n"
         "Set **strength** to 0, and run again: that is the miniature without it. A LoRA or a strength that you change "
