@@ -24,7 +24,7 @@ def kernels_of(dtype: torch.dtype) -> tuple[Any, dict[str, list[str]]]:
     """The library, and the types of each kernel's parameters."""
     text = nvrtc.source(dtype)
     signatures = {
-        name: [re.sub(r"\w+$", "", part.strip()).strip() for part in parameters.split(",")]
+        name: [re.sub(r"\w+$", "", part.strip()).strip() for part in parameters.replace("__restrict__", "").split(",")]
         for name, parameters in KERNEL.findall(text)
     }
     entries = [

@@ -13,7 +13,7 @@ from vortex_core.kernels.scaled_tensor import FP8_MAX
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
-SHAPES = [(64, 64, 16), (192, 128, 16), (128, 320, 48), (64, 640, 32)]
+SHAPES = [(64, 64, 16), (192, 128, 16), (128, 320, 48), (64, 640, 32), (192, 64, 192)]
 
 
 def made(n: int, k: int, ranks: int, dtype: torch.dtype) -> tuple[nf4.NF4Weight, Adapter, Tensor]:
@@ -22,13 +22,12 @@ def made(n: int, k: int, ranks: int, dtype: torch.dtype) -> tuple[nf4.NF4Weight,
     parts = 2 if n > 64 else 1
     up, down = draw(n, ranks, dtype=dtype) / 4, draw(parts, ranks, k, dtype=dtype) / 4
     part = torch.arange(n // 64, device=DEVICE, dtype=torch.int32) % parts
-    owner = torch.randint(0, 3, (parts, ranks), device=DEVICE, dtype=torch.int32)
-    strengths = torch.tensor([0.75, -0.5, 0.0], device=DEVICE)
+    scale = torch.tensor([0.75, -0.5, 0.0], device=DEVICE)[torch.randint(0, 3, (parts, ranks), device=DEVICE)]
     update = torch.empty(n, k, dtype=torch.float64, device=DEVICE)
     for row in range(n):
         p = int(part[row // 64])
-        update[row] = (up[row].double() * strengths.double()[owner[p].long()]) @ down[p].double()
-    return weight, Adapter(up, down, part, owner, strengths), update
+        update[row] = (up[row].double() * scale[p].double()) @ down[p].double()
+    return weight, Adapter(up, down, part, scale), update
 
 
 def rotated(adapter: Adapter) -> Adapter:
@@ -103,7 +102,7 @@ def test_an_update_can_be_added_to_what_was_decoded(dtype: torch.dtype) -> None:
 
 def test_without_strength_nothing_changes(kernels: Kernels) -> None:
     weight, adapter, _ = made(192, 128, 16, torch.float32)
-    still = adapter._replace(strengths=torch.zeros_like(adapter.strengths))
+    still = adapter._replace(scale=torch.zeros_like(adapter.scale))
     out, expected = (torch.full((192, 128), torch.nan, device=DEVICE) for _ in range(2))
     kernels.dequantize(weight.packed, weight.absmax, out, None, still)
     kernels.dequantize(weight.packed, weight.absmax, expected)

@@ -175,7 +175,7 @@ STRANGERS = {
     "Stable Diffusion 3": "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight",
     "Chroma": "distilled_guidance_layer.in_proj.weight",
     r"FLUX\.2": "double_stream_modulation_img.lin.weight",
-    "LoRA, which Vortex does not apply": "lora_unet_double_blocks_0_img_attn_proj.lora_down.weight",
+    "LoRA, not a model: Vortex adds it to one": "lora_unet_double_blocks_0_img_attn_proj.lora_down.weight",
     r"FLUX\.1-dev checkpoint, or one made from it, such as Kontext": "guidance_in.in_layer.weight",
 }
 

@@ -241,10 +241,11 @@ def test_fast_is_exact_where_it_cannot_be_and_says_why(
     engine: Engine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert (engine.mode, engine.precision) == ("exact", "exact")
+    assert engine.precision_reason == "products in 8 bits gain nothing on cpu"
     caplog.set_level(logging.INFO, "vortex_core")
     with load_flux_schnell("tiny", device="cpu"):
         pass
-    assert "Precision: exact; products in 8 bits gain nothing on cpu" in caplog.text
+    assert "Precision: exact (products in 8 bits gain nothing on cpu)" in caplog.text
     with monkeypatch.context() as context:
         context.setattr(loading, "choose_kernels", out_of_memory)
         with pytest.raises(VortexInitializationError, match="no room to try the kernels on cpu"):

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_parts import DEVICE, GPU, TYPES, assert_same, draw, part
+from kernel_parts import DEVICE, GPU, HALF, TYPES, assert_same, draw, part
 from torch import Tensor
 
 from vortex_core import nf4
 from vortex_core.kernels import ScaledTensor, reference, rotation
+from vortex_core.kernels.card import Card
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
 POISON = 0x55
-SHAPES = [(1, 64), (37, 192), (5, 128), (130, 320), (67, 384)] + [(70, 15360)] * GPU
+SHAPES = [(1, 64), (5, 192), (3, 128), (3, 2240), (2, 2432)] + [(70, 15360), (130, 320), (1001, 3072)] * GPU
 
 
 def matrix(k: int) -> Tensor:
@@ -154,6 +155,32 @@ PRODUCTS += [(1, 3072, 9216), (43, 1152, 320), (513, 15360, 3072), (1280, 3072, 
 @pytest.mark.parametrize("biased", [False, True])
 def test_product(fused, copies: bool, m: int, k: int, n: int, dtype: torch.dtype, biased: bool) -> None:
     check_product(fused, m, k, n, dtype, biased)
+
+
+@pytest.mark.parametrize("tile", ["LOADED", "FLOWING", "FEWER", "FEWEST"])
+def test_product_with_every_tile(fused, monkeypatch: pytest.MonkeyPatch, tile: str) -> None:
+    from vortex_core.kernels import int8_product
+
+    if GPU and tile != "LOADED" and not int8_product.card(DEVICE).copies:
+        pytest.skip("NOT RUN, tiles by the copy engine: this card has none")
+    monkeypatch.setattr(int8_product, "choose", lambda m, n, known: getattr(int8_product, tile))
+    check_product(fused, 200, 192, 320, HALF, biased=True)
+
+
+def test_the_tile_is_one_that_needs_few_rounds(fused) -> None:
+    from vortex_core.kernels import int8_product as product
+
+    hopper = Card(132, 227 * 1024, copies=True, early=True)
+    for m, n, tile in (
+        (4352, 21504, product.FLOWING), (1280, 3072, product.FLOWING), (1024, 3072, product.FEWER),
+        (256, 12288, product.FEWER), (256, 3072, product.FEWEST), (1, 3072, product.FEWEST),
+    ):  # fmt: skip
+        assert product.choose(m, n, hopper) == tile
+    # a last round of 24 tiles: its 128 rows are multiplied apart, in more programs
+    assert [product.rows_first(m, 3072, hopper) for m in (1280, 4096, 4224, 4352)] == [1280, 4096, 4224, 4224]
+    for other in (Card(28, 99 * 1024, copies=False, early=False), Card(70, 99 * 1024, copies=True, early=False)):
+        assert product.choose(4352, 3072, other) == product.LOADED
+        assert product.rows_first(4352, 3072, other) == 4352
 
 
 @pytest.mark.parametrize("biased", [False, True])

@@ -99,7 +99,7 @@ def test_xlabs(tmp_path: Path, prefix: str) -> None:
     made = factors(rank=4)
     file = read(tmp_path, {prefix + key: tensor for key, tensor in lora_parts.xlabs(made).items()})
     found, expected = changes(file), deltas(made)
-    attention = [name for name in expected if "attn" in name or ".linear" in name and name.startswith("single")]
+    attention = [name for name in expected if "attn" in name or (".linear" in name and name.startswith("single"))]
     assert found.keys() == set(attention)
     for name in attention:
         delta = expected[name]

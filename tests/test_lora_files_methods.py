@@ -281,7 +281,7 @@ def test_a_mid_is_multiplied_in(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("state", "words"),
     [
-        ({"x_embedder.lora_A.weight": torch.ones(2, 16), "x_embedder.lora_B.weight": torch.ones(D, 2), "x_embedder.reshape_weight": torch.tensor([128, 32])}, "reshape_weight"),
+        ({"x_embedder.lora_A.weight": torch.ones(2, 16), "x_embedder.reshape_weight": torch.ones(2)}, "reshape_weight"),
         ({"diffusion_model.img_in.set_weight": torch.ones(D, 16)}, "a whole weight"),
         ({f"{key(PROJ)}.on_input": torch.tensor(1), f"{key(PROJ)}.weight": torch.ones(D)}, "IA3"),
         ({"transformer.transformer_blocks.0.attn.to_q.oft_R.weight": torch.ones(8, 120)}, "OFT of PEFT"),

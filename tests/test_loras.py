@@ -15,7 +15,7 @@ from vortex_core.memory.planner import BLOCKS, smallest_budget
 from vortex_core.nf4 import NF4Weight, dequantize
 from vortex_core.quant.adapters import Full, LoraFile, LoraPart, LowRank, LowRankInput, Magnitude, NormChange
 from vortex_core.quant.linear import NF4Linear
-from vortex_core.quant.low_rank import adapter_of, bucket
+from vortex_core.quant.low_rank import adapter_of, bucket, scale_of
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -68,7 +68,9 @@ def bare(shared: Engine) -> Iterator[Engine]:
 
 
 def use(engine: Engine, *chosen: tuple[LoraFile, float]) -> None:
+    """As `engine.set_loras`, of files that are in memory alone."""
     engine._run(lambda painter: painter.use_loras(chosen))
+    engine._loras = chosen
 
 
 def drawn(engine: Engine) -> Tensor:
@@ -294,11 +296,12 @@ def test_ranks_lie_in_buckets_side_by_side() -> None:
     assert [bucket(rank) for rank in (0, 1, 16, 17, 48, 64, 65, 128, 129, 256)] == [
         16, 16, 16, 32, 48, 64, 128, 128, 192, 256
     ]  # fmt: skip
-    strengths = torch.ones(4)
     one, two = low((0, 64), 128, 5, size=1e-3), low((64, 192), 128, 9)
     two = LowRank(two.rows, two.up * 1e-6, two.down * 1e6)
     for dtype, near in ((torch.float32, 1e-6), (torch.float16, 2e-3)):
-        adapter = adapter_of([[one], [two, low((128, 192), 128, 3)]], (192, 128), strengths, dtype)
+        updates = [[one], [two, low((128, 192), 128, 3)]]
+        adapter = adapter_of(updates, (192, 128), torch.device("cpu"), dtype)
+        adapter.scale.copy_(scale_of(updates, 192, (1.0, 1.0)))
         assert adapter.up.shape == (192, 16)
         assert adapter.down.shape == (3, 16, 128)
         for update in (one, two):
@@ -306,4 +309,4 @@ def test_ranks_lie_in_buckets_side_by_side() -> None:
             expected = update.delta()[: rows.stop - rows.start]
             assert (adapter.rows(rows.start, rows.stop) - expected).norm() < near * expected.norm()
     with pytest.raises(VortexCheckpointError, match="begins at row 10 of"):
-        adapter_of([[low((10, 64), 128)]], (192, 128), strengths, torch.float32)
+        adapter_of([[low((10, 64), 128)]], (192, 128), torch.device("cpu"), torch.float32)

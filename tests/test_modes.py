@@ -41,7 +41,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def chosen(mode: str, backend: Backend | None = None, dtype: torch.dtype = BF16) -> Precision:
-    return choose_precision(mode, CARD, dtype, backend or TritonBackend(), reference)
+    return choose_precision(mode, CARD, dtype, backend or TritonBackend(), reference).precision
 
 
 @pytest.mark.parametrize(
@@ -78,12 +78,14 @@ def test_what_is_left_is_taken_and_the_log_says_why(card: dict[str, Any], caplog
     caplog.set_level(logging.INFO, "vortex_core")
     card["int8"], card["capability"] = "Triton is moody", (8, 9)
     assert chosen("fast").name == "fp8"
-    assert "Precision: fp8; int8 declined: Triton is moody" in caplog.text
+    assert "Precision: fp8 (the only one in 8 bits that runs here; int8 declined: Triton is moody)" in caplog.text
     card["capability"] = (8, 6)
     assert chosen("fast") is EXACT
-    assert (
-        "Precision: exact; int8 declined: Triton is moody; fp8 declined: fp8 needs compute capability 8.9, and this"
-        in (caplog.text)
+    told = caplog.records[-1]
+    assert told.levelno == logging.WARNING
+    assert told.getMessage() == (
+        "Precision: exact (nothing in 8 bits runs here; int8 declined: Triton is moody; "
+        "fp8 declined: fp8 needs compute capability 8.9, and this card has 8.6)"
     )
     card["capability"], card["fp8"] = (9, 0), "no such product"
     assert chosen("fast") is EXACT
@@ -109,7 +111,7 @@ def test_8_bits_need_nf4_the_triton_backend_and_bf16(card: dict[str, Any], name:
     ):
         with pytest.raises(VortexInputError, match=words):
             choose_precision(name, CARD, dtype, backend, reference)
-        assert choose_precision("fast", CARD, dtype, backend, reference) is EXACT
+        assert choose_precision("fast", CARD, dtype, backend, reference).precision is EXACT
     card["fused"] = "Triton is not installed"
     with pytest.raises(VortexInputError, match="Triton is not installed"):
         choose_precision(name, CARD, BF16, ReferenceBackend(), reference)
@@ -118,10 +120,10 @@ def test_8_bits_need_nf4_the_triton_backend_and_bf16(card: dict[str, Any], name:
 def test_on_the_cpu_fast_is_exact_and_8_bits_run_by_name(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "vortex_core")
     backend = ReferenceBackend()
-    assert choose_precision("fast", CPU, torch.float32, backend, reference) is EXACT
-    assert "Precision: exact; products in 8 bits gain nothing on cpu" in caplog.text
-    assert choose_precision("int8", CPU, torch.float32, backend, reference) == Int8(reference)
-    assert choose_precision("fp8", CPU, torch.float32, backend, reference) == Fp8(fp8_attention=True)
+    assert choose_precision("fast", CPU, torch.float32, backend, reference).precision is EXACT
+    assert "Precision: exact (products in 8 bits gain nothing on cpu)" in caplog.text
+    assert choose_precision("int8", CPU, torch.float32, backend, reference).precision == Int8(reference)
+    assert choose_precision("fp8", CPU, torch.float32, backend, reference).precision == Fp8(fp8_attention=True)
     with pytest.raises(VortexInputError, match="it multiplies NF4 weights"):
         choose_precision("int8", CPU, torch.float32, None, reference)
 
@@ -193,13 +195,46 @@ def test_the_sample_product_is_on_the_device_that_is_asked_about(monkeypatch: py
 
 def test_fp8_needs_a_card_that_has_it_and_a_torch_that_multiplies(card: dict[str, Any]) -> None:
     card["fused"], card["capability"], card["fp8"] = "no compiler", (8, 8), "torch does not"
-    assert modes.fp8_declined(CARD) == modes.int8_declined(CARD) == "no compiler"
-    card["fused"] = None
-    assert modes.fp8_declined(CARD) == "fp8 needs compute capability 8.9, and this card has 8.8"
+    assert modes.fp8_declined(CARD) == ("fp8 needs compute capability 8.9, and this card has 8.8", "")
     card["capability"] = (8, 9)
-    assert modes.fp8_declined(CARD) == "torch does not"
+    for declined in (modes.fp8_declined(CARD), modes.int8_declined(CARD)):
+        assert declined is not None
+        assert declined.why == "no compiler"
+    card["fused"] = None
+    declined = modes.fp8_declined(CARD)
+    assert declined is not None
+    assert declined.why == "torch does not"
     card["fp8"] = None
-    assert modes.fp8_declined(CARD) is None
+    assert modes.fp8_declined(CARD) is modes.int8_declined(CARD) is None
+
+
+@pytest.mark.parametrize(
+    ("missing", "fix"),
+    [("is not there", "pip install triton"), (None, "a C compiler")],
+)
+def test_a_choice_says_what_would_make_it_faster(
+    card: dict[str, Any], monkeypatch: pytest.MonkeyPatch, missing: str | None, fix: str
+) -> None:
+    monkeypatch.setattr(modes, "missing", lambda module: missing)
+    monkeypatch.setattr(modes, "remedy", lambda module: f"pip install {module}")
+    card["fused"] = "Triton does not run"
+    choice = choose_precision("fast", CARD, BF16, ReferenceBackend(), reference)
+    assert choice.precision is EXACT
+    assert fix in choice.declined["int8"].fix
+    assert choice.reason.startswith("nothing in 8 bits runs here; int8 declined: Triton does not run; fp8 declined: ")
+
+
+def test_a_choice_says_why_it_is_the_fastest(card: dict[str, Any]) -> None:
+    def because(capability: tuple[int, int]) -> str:
+        card["capability"] = capability
+        return choose_precision("fast", CARD, BF16, TritonBackend(), reference).because
+
+    card["ms"] = {"int8": 0.5, "fp8": 0.9}
+    assert because((8, 6)) == "the only one in 8 bits that runs here"
+    assert because((8, 9)) == "the fastest on compute capability 8.9, by its rates"
+    assert because((9, 0)) == "the fastest that was measured on compute capability 9.0"
+    assert because((12, 0)) == "the fastest here: a product takes 0.500 ms in int8, 0.900 ms in fp8"
+    assert choose_precision("int8", CARD, BF16, TritonBackend(), reference).reason == "asked for"
 
 
 def spoil_row_scales(packed: Tensor, absmax: Tensor, out: Tensor, dtype: torch.dtype) -> None:

@@ -6,7 +6,7 @@
 
 A page has a pair of marks for each table: `<!-- table: NAME -->` and `<!-- /table -->`. The names:
 `budget measured` (needs the files of tools/benchmarks/vram_contract.py), `budget planned`, `speed`, `speed in short`,
-`goals`, `parts` and `both allocators`.
+`goals`, `parts`, `both allocators`, `predicted` and `predicted and measured`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ GB = 1e9
 PAGES = ("README.md", "docs/vram.md", "docs/performance.md")
 MEASURED, PLANNED, SPEED, SHORT = "budget measured", "budget planned", "speed", "speed in short"
 GOALS, PARTS, BOTH = "goals", "parts", "both allocators"
+PREDICTED, CHECKED = "predicted", "predicted and measured"
 REPORTS = {"native": "speed", "cudaMallocAsync": "speed-async"}  # below docs/reports, by torch's allocator
 BUDGETS = (11.0, 6.5, 5.5, 4.5)  # GB, of the planned table
 SIDE = 1024  # pixels, of the planned table
+SIDES = (512, 1024)  # of the predicted tables
+CARDS = ("RTX 3060", "RTX 4070")  # of the predicted table
 PCIE = 12e9  # bytes a second, of the planned table
 CONTENDERS = {
     "Vortex fast": "**Vortex `fast`**",
@@ -177,6 +180,42 @@ def both_allocators(reports: dict[str, Row]) -> str:
     return table(("", *(f"{side}, {what}" for side in sides for what in (*reports, "ratio"))), lines)
 
 
+def predicted() -> str:
+    """What `vortex plan --card` predicts, by part, in seconds."""
+    from vortex_core.bench.cards import get
+    from vortex_core.bench.roofline import PICTURE, predict
+    from vortex_core.flux1.spec import ModelSpec
+
+    lines = []
+    for name in CARDS:
+        for side in SIDES:
+            for precision in ("int8", "exact"):
+                found = predict(get(name), ModelSpec(), side, side, precision)
+                times = [found.parts[part].seconds for part in PICTURE]
+                cells = [f"{seconds:.2f}" for seconds in (*times, found.picture.seconds, found.picture.floor)]
+                cells[-2] = f"**{cells[-2]}**"
+                lines.append((name, str(side), f"`{precision}`", *cells))
+    head = ("predicted, seconds", "size", "precision", *PICTURE, "a picture", "at full rates")
+    return table(head, lines)
+
+
+def checked(report: Row) -> str:
+    """The same prediction for the card of a report, beside what was measured."""
+    from vortex_core.bench.cards import get
+    from vortex_core.bench.roofline import predict
+    from vortex_core.flux1.spec import ModelSpec
+
+    card, lines = get(report["machine"]["device"]), []
+    for mode, precision in (("fast", "fp8"), ("exact", "exact")):
+        for side in SIDES:
+            rows = (row for row in report["rows"] if row["contender"] == f"Vortex {mode}")
+            took = median(next(row for row in rows if int(row["height"]) == side))
+            seconds = predict(card, ModelSpec(), side, side, precision).picture.seconds
+            cells = (f"{seconds * 1e3:.0f} ms", f"{took * 1e3:.0f} ms", f"{seconds / took:.2f}")
+            lines.append((f"{card.name}, {side}, `{precision}`", *cells))
+    return table(("a picture", "predicted", "measured", "ratio"), lines)
+
+
 def kept(report: Row, start: str) -> float:
     """The finding for the promise that starts so."""
     return next(float(row["found"]) for row in report["promises"] if row["promise"].startswith(start))
@@ -201,6 +240,8 @@ def made_here() -> dict[str, str]:
         GOALS: goals(reports),
         PARTS: parts(reports),
         BOTH: both_allocators(reports),
+        PREDICTED: predicted(),
+        CHECKED: checked(native),
     }
 
 

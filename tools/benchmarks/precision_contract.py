@@ -2,6 +2,7 @@
 
     python tools/benchmarks/full_size.py build /dev/shm/random-schnell
     python tools/benchmarks/precision_contract.py /dev/shm/random-schnell --json precision.json
+    python tools/benchmarks/precision_contract.py random --only speed --only budget    # without files: in a minute
     python tools/benchmarks/precision_contract.py tiny --device cpu --size 64 --samples 2        # rehearsal
 
 Parts: `rounding` (a product, a step, and a block whose activations have outliers, each against the same NF4 weights in
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from random_engine import random_engine
 from speed_contract import in_fp32
 from torch import Tensor
 
@@ -80,7 +82,10 @@ class Contract:
             torch.cuda.empty_cache()
 
     def engine(self, mode: str, **options: Any) -> Engine:
-        return Engine.load(self.model, device=self.device, mode=mode, **{"vram_budget": DEFAULT} | options)
+        options = {"vram_budget": DEFAULT, "mode": mode} | options
+        if self.model == "random":
+            return random_engine(str(self.device), **options)
+        return Engine.load(self.model, device=self.device, **options)
 
     # --- rounding -------------------------------------------------------------------------------------------------
 
@@ -304,7 +309,9 @@ def parts(contract: Contract, names: list[str]) -> Iterator[Callable[[], None]]:
 def main() -> None:
     """Parse arguments and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a diffusers folder of FLUX.1-schnell; tiny: the bundled miniature")
+    parser.add_argument(
+        "model", help="a diffusers folder of FLUX.1-schnell; random: its sizes, in no file; tiny: the bundled miniature"
+    )
     parser.add_argument("--only", action="append", default=[], choices=("rounding", "latents", "speed", "budget"))
     parser.add_argument("--device")
     parser.add_argument("--size", type=int, action="append", help="sides (default 512 and 1024)")

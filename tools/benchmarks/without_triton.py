@@ -1,8 +1,7 @@
 """Measures what draws where Triton is missing, part by part and whole.
 
-    python tools/benchmarks/without_triton.py kernels decoder steps      # random weights, half a minute
-    python tools/benchmarks/full_size.py build /dev/shm/random-schnell
-    python tools/benchmarks/without_triton.py /dev/shm/random-schnell    # pictures, each way in a process of its own
+    python tools/benchmarks/without_triton.py kernels decoder steps     # half a minute
+    python tools/benchmarks/without_triton.py random                    # pictures, each way in a process of its own
 
 `kernels`: each way of a step's functions, in CUDA graphs. `decoder`: the VAE. `steps`: whole steps in `exact`. The
 import of Triton is refused, except where its kernels are measured beside the others (`--triton`). Ways of pictures:
@@ -26,6 +25,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from random_engine import random_engine
 
 from vortex_core.bench.allocator import ALLOCATORS, environment
 
@@ -227,7 +227,11 @@ def picture(model: str, way: str, cache: str | None) -> None:
     if way != "kitchen":
         refuse("comfy_kitchen")
     backend = way if way in ("nvrtc", "bitsandbytes", "reference") else "bitsandbytes"
-    engine = Engine.load(model, device="cuda", backend=backend, cache_dir=cache, vram_budget=6.5)
+    options: dict[str, Any] = {"backend": backend, "vram_budget": 6.5, "mode": "exact"}
+    if model == "random":
+        engine = random_engine("cuda", **options)
+    else:
+        engine = Engine.load(model, device="cuda", cache_dir=cache, **options)
     for side in SIDES:
         torch.cuda.reset_peak_memory_stats()
         draw = partial(engine.generate, "a red circle", seed=1, height=side, width=side)
@@ -284,7 +288,7 @@ def pictures(model: str, asked: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", help="kernels, decoder, steps, or a full-size model")
+    parser.add_argument("what", nargs="+", help="kernels, decoder, steps, a model, or random")
     parser.add_argument("--triton", action="store_true", help="measure Triton's kernels, too")
     parser.add_argument("--ways", default=",".join(WAYS[:4]), help=f"of whole pictures: {', '.join(WAYS)}")
     parser.add_argument("--allocators", default=",".join(ALLOCATORS), help="torch's, of whole pictures")

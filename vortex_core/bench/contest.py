@@ -25,6 +25,7 @@ from ..flux1 import sampling
 from ..flux1.spec import DEFAULT_STEPS, T5_TOKENS, FluxSpec
 from ..runtime.engine import Engine
 from ..utils.timing import Latency, Stopwatch, summarize
+from . import roofline
 from .machine import machine
 from .peers import (
     Contender,
@@ -236,17 +237,13 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 def card(spec: FluxSpec, height: int, width: int) -> dict[str, float]:
     """What a step takes at least: floating-point operations, and bytes of weights read."""
-    tokens = sampling.image_tokens(height, width) + T5_TOKENS
-    hidden, mlp = spec.hidden, spec.mlp
-    block = 4 * hidden * hidden + 2 * hidden * mlp  # weights of one stream of a double block, and of a single block
-    products = 2 * tokens * block * (spec.double_blocks + spec.single_blocks)
-    attention = 4 * tokens * tokens * hidden * (spec.double_blocks + spec.single_blocks)
-    weights = block * (2 * spec.double_blocks + spec.single_blocks)
+    work = list(roofline.step_work(spec, height, width))
+    weights = roofline.block_weights(spec)
     return {
-        "step_flops": products + attention,
-        "attention_flops": attention,
-        "nf4_bytes": weights * 0.5625,
-        "bf16_bytes": weights * 2.0,
+        "step_flops": sum(one.operations for one in work),
+        "attention_flops": sum(one.operations for one in work if one.part == roofline.ATTENTION),
+        "nf4_bytes": weights * roofline.NF4,
+        "bf16_bytes": weights * roofline.BF16,
     }
 
 

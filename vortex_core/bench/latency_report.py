@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -104,13 +105,17 @@ def run(
     targets: Mapping[float, float] | None = None,
     on_picture: Callable[[int, int], None] | None = None,
     on_sample: Callable[[Sample], None] | None = None,
+    patience: float = math.inf,
 ) -> LatencyReport:
-    """Measure a workload. After Ctrl-C the report has what was measured so far, and `interrupted` is True."""
+    """Measure a workload; `patience` as in `measure`.
+
+    After Ctrl-C the report has what was measured so far, and `interrupted` is True.
+    """
     when = now()
     samples: list[Sample] = []
     interrupted = False
     try:
-        for sample in measure(engine, workload, on_picture):
+        for sample in measure(engine, workload, on_picture, patience=patience):
             samples.append(sample)
             if on_sample is not None:
                 on_sample(sample)

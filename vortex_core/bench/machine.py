@@ -17,10 +17,11 @@ import torch
 
 from .. import __version__
 from ..device import nvml
+from ..utils.packages import missing
 
 T = TypeVar("T")
 
-PACKAGES = ("bitsandbytes", "transformers", "triton")
+PACKAGES = ("bitsandbytes", "comfy-kitchen", "transformers", "triton", "triton-windows")
 REASON = "nvmlClocksEventReason"
 NO_REASON = ("All", "None", "GpuIdle")  # a card that has just finished is idle
 
@@ -49,6 +50,18 @@ class Machine:
     def as_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
         return asdict(self) | {"fingerprint": self.fingerprint}
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """What a report for others says besides `Machine`. Sizes in bytes; None where nothing tells."""
+
+    capability: str | None
+    vram: int | None
+    system: str
+    processor: str
+    cores: int | None
+    memory: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +106,19 @@ def machine(device: torch.device) -> Machine:
         packages=packages,
         threads=torch.get_num_threads(),
         vortex=__version__,
+    )
+
+
+def hardware(device: torch.device) -> Hardware:
+    """The card, the system and the host."""
+    cuda = device.type == "cuda"
+    return Hardware(
+        capability="{}.{}".format(*torch.cuda.get_device_capability(device)) if cuda else None,
+        vram=torch.cuda.mem_get_info(device)[1] if cuda else None,
+        system=f"{_system()}, {platform.release()}, {platform.machine()}",
+        processor=_processor(),
+        cores=os.cpu_count(),
+        memory=_memory(),
     )
 
 
@@ -142,6 +168,24 @@ def now() -> str:
 def _driver() -> str | None:
     version = nvml.ask(lambda pynvml: pynvml.nvmlSystemGetDriverVersion())
     return version.decode() if isinstance(version, bytes) else version and str(version)
+
+
+def _system() -> str:
+    with suppress(Exception):  # not Linux, or one that does not say
+        return platform.freedesktop_os_release()["PRETTY_NAME"]
+    return platform.system()
+
+
+def _memory() -> int | None:
+    """Bytes of the host's memory."""
+    if missing("psutil") is None:
+        import psutil
+
+        with suppress(Exception):
+            return int(psutil.virtual_memory().total)
+    with suppress(AttributeError, OSError, ValueError):  # Windows has none of it
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
 
 
 def _processor() -> str:

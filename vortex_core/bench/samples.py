@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import statistics
 import time
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..runtime.engine import Engine
+
+FEWEST = 5  # pictures, however long they take
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +62,16 @@ def draw(engine: Engine, prompt: str, seed: int, **options: Any) -> Tensor:
 
 
 def measure(
-    engine: Engine, workload: Workload, on_picture: Callable[[int, int], None] | None = None, **options: Any
+    engine: Engine,
+    workload: Workload,
+    on_picture: Callable[[int, int], None] | None = None,
+    *,
+    patience: float = math.inf,
+    **options: Any,
 ) -> Iterator[Sample]:
     """Draw the workload, and yield each picture that counts once it is drawn. `options` go to `Engine.generate`.
 
+    After `patience` seconds, and `FEWEST` pictures of cached prompts, the rest of those is left out.
     `on_picture(done, total)` is called after every picture, warm-up included, outside the timed span. It may raise to
     cancel.
     """
@@ -74,6 +83,8 @@ def measure(
     for i in range(workload.total):
         index = i - workload.warmup
         cold = index >= workload.iterations
+        if not cold and index >= FEWEST and time.perf_counter() - begun > patience:
+            continue
         prompt = workload.prompts[i % len(workload.prompts)]
         if cold:
             prompt = f"{prompt}, {secrets.token_hex(4)}"

@@ -16,6 +16,7 @@ PROMPTS = (
 )
 MAX_PROMPTS = 16  # all of them must stay in the engine's cache of conditionings
 ITERATIONS, WARMUP, COLD = 50, 3, 10
+REPORTED, MINUTES = 30, 3.0  # of a report for an issue: pictures of each size, and how long it draws
 
 
 @dataclass(frozen=True, slots=True)

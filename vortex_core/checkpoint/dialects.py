@@ -146,7 +146,9 @@ def _refuse_strangers(raw: Raw) -> None:
             )
     if any(name.endswith(LORA) for name in raw.names()):
         raise VortexCheckpointError(
-            f"{raw.where} is a LoRA, which Vortex does not apply. Point it at a FLUX.1-schnell model.", path=raw.where
+            f"{raw.where} is a LoRA, not a model: Vortex adds it to one. Point it at a FLUX.1-schnell model, and give "
+            "the LoRA as `loras`.",
+            path=raw.where,
         )
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 from ..errors import VortexCheckpointError, quoted
@@ -15,8 +13,8 @@ from ..storage.refused_formats import format_of
 from ..storage.tensors import AGAIN, FLOATS
 from ..utils.paths import expanded
 from .lora_alphas import Alphas, read_alphas
-from .lora_layers import NONE, TURN, Layer, Misfit, axis, layer, trimmed, turns_halves
-from .lora_places import Place, Places
+from .lora_layers import NONE, TURN, Layer, Misfit, layer, trimmed, turns_halves
+from .lora_places import Place, Places, places_of
 from .lora_roles import is_lora, method, split
 from .lora_strangers import by_depth, by_names, by_widths
 
@@ -83,17 +81,16 @@ def header_of(raw: Raw, spec: ModelSpec) -> LoraHeader:
     """What `raw` is, as a LoRA for a model of these sizes. Raises as `open_lora`."""
     names = list(raw.names())
     _check_kind(raw, names)
-    places = Places(spec)
+    places = places_of(spec)
     found, refused, ignored, unknown = _sorted(names, places)
     if unknown:
         stranger = by_names(names) or by_depth(unknown, spec.flux)
         if stranger is not None:
             raise _error(raw, f"is {stranger}; Vortex draws with FLUX.1-schnell. Give a LoRA of FLUX.1.")
         shown = ", ".join(quoted(name) for name in unknown[:SHOWN])
-        raise _error(
-            raw, f"holds {len(unknown)} tensors that Vortex does not understand, such as {shown}. It was not applied."
-        )
-    layers = tuple(_layers(raw, places, found, refused))
+        what = f"{len(unknown)} tensors" if len(unknown) > 1 else "1 tensor"
+        raise _error(raw, f"holds {what} that Vortex does not understand, such as {shown}. It was not applied.")
+    layers = tuple(_layers(raw, found, refused))
     _check_fit(raw, layers, spec)
     _check_overlap(raw, layers)
     for one in layers:
@@ -113,7 +110,7 @@ def _check_kind(raw: Raw, names: list[str]) -> None:
     words = format_of(names, raw.metadata)
     if words is not None:
         raise _error(raw, f"is {words}, which Vortex does not read. Use the LoRA in 16 or 32 bits.")
-    if not is_lora(names) and not any((role := split(name)) and role[1] in ("diff_b", "set") for name in names):
+    if not is_lora(names):
         stranger = by_names(names)
         what = f" It is {stranger}." if stranger else ""
         raise _error(raw, f"is not a LoRA: no tensor in it is a factor of an update.{what}")
@@ -146,9 +143,7 @@ def _sorted(
     return found, refused, ignored, unknown
 
 
-def _layers(
-    raw: Raw, places: Places, found: Mapping[str, tuple[Place, dict[str, str]]], refused: dict[str, str]
-) -> Iterator[Layer]:
+def _layers(raw: Raw, found: Mapping[str, tuple[Place, dict[str, str]]], refused: dict[str, str]) -> Iterator[Layer]:
     for stem, (place, roles) in found.items():
         why = _refusal(place, roles)
         if why is not None:
@@ -159,8 +154,6 @@ def _layers(
                 raise _error(raw, f"is damaged: {quoted(key)} is {raw.dtype(key)}; expected {' or '.join(FLOATS)}.")
         try:
             one = layer(stem, place, roles, {role: raw.shape(key) for role, key in roles.items()})
-            if "dora" in roles:
-                axis(trimmed(raw.shape(roles["dora"])), (place.count, place.shape[1]))
         except Misfit as error:
             raise _error(raw, f"does not fit together: {quoted(stem)} {error}. {AGAIN}") from error
         if one.form == TURN and place.swapped and not turns_halves(trimmed(raw.shape(roles["blocks"]))):
@@ -209,16 +202,6 @@ def _check_overlap(raw: Raw, layers: tuple[Layer, ...]) -> None:
                     raw, f"says two things of {one.place.module}: {quoted(other.stem)} and {quoted(one.stem)}. {AGAIN}"
                 )
         others.append(one)
-
-
-def counts(header: LoraHeader) -> Counter[tuple[str, str]]:
-    """How many layers there are, by part and form."""
-    return Counter((one.place.part, one.form) for one in header.layers)
-
-
-def values(raw: Raw, one: Layer) -> int:
-    """How many values a layer has in the file."""
-    return sum(prod(raw.shape(key)) for key in one.keys.values())
 
 
 def _error(raw: Raw, what: str) -> VortexCheckpointError:

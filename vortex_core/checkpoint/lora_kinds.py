@@ -51,7 +51,8 @@ def kind_of(header: LoraHeader) -> str:
 
 def methods(header: LoraHeader) -> list[str]:
     """The methods of its layers, the most frequent first."""
-    return [name for name, _ in Counter(layer.label for layer in header.layers).most_common()]
+    counts = Counter(layer.label for layer in header.layers)
+    return sorted(counts, key=lambda label: (-counts[label], label))
 
 
 def trainer_of(header: LoraHeader) -> str | None:
@@ -77,3 +78,8 @@ def _adapter_base(header: LoraHeader) -> str:
         return " ".join(str(value) for key, value in table.items() if key.endswith("base_model_name_or_path"))
     except (ValueError, RecursionError, AttributeError):
         return ""
+
+
+def acts_at_prompt_time(part: str, module: str) -> bool:
+    """Whether a matrix is used once for a prompt: of the text encoders, or for the modulation table."""
+    return part != "transformer" or "mod" in module or module.startswith(("time_in.", "vector_in."))

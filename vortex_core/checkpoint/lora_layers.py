@@ -28,7 +28,8 @@ class Misfit(ValueError):
 class Layer:
     """A module of a file. `keys` by role; `form`: what it becomes.
 
-    `size`: `(N, K)` as its factors say; K is 0 for OFT, which takes any.
+    `size`: `(N, K)` as its factors say; K is 0 for OFT, which takes any. `rank`: in the file; `product`: of the update,
+    0 where it has none. `copied`: the matrix needs a copy in 16 bits.
     """
 
     stem: str
@@ -38,6 +39,8 @@ class Layer:
     form: str
     rank: int | None
     size: tuple[int, int]
+    product: int = 0
+    copied: bool = False
 
     @property
     def label(self) -> str:
@@ -73,10 +76,12 @@ def layer(stem: str, place: Place, keys: Mapping[str, str], shapes: Shapes) -> L
     for role in ("diff_b", "up_bias"):
         if role in shapes and prod(shapes[role]) != outline.size[0]:
             raise Misfit(f"has a bias of {prod(shapes[role])} values for {outline.size[0]} rows")
-    form = outline.form
-    if form == LOW and name != "LoRA" and not is_useful(_product(name, shapes), outline.size):
-        form = DENSE
-    return Layer(stem, place, keys, name, form, outline.rank, outline.size)
+    form, product = outline.form, _product(name, shapes, outline.rank)
+    if form == LOW and name != "LoRA" and not is_useful(product, outline.size):
+        form, product = DENSE, 0
+    columns = "dora" in shapes and axis(shapes["dora"], (place.count, place.shape[1])) == "input"
+    copied = form in (DENSE, TURN) or columns
+    return Layer(stem, place, keys, name, form, outline.rank, outline.size, product, copied)
 
 
 def trimmed(shape: Shape) -> Shape:
@@ -240,10 +245,10 @@ METHODS = {
 }
 
 
-def _product(name: str, shapes: Shapes) -> int:
-    """The rank of LoHa's and LoKr's product as one pair of factors."""
+def _product(name: str, shapes: Shapes, rank: int | None) -> int:
+    """The rank of a method's update as one pair of factors."""
     if name == "LoHa":
-        ranks = (shapes[role][0] for role in ("w1_b", "w2_b"))
-    else:
-        ranks = (min(n, k) if r is None else min(n, k, r) for n, k, r in kron_sides(shapes))
-    return prod(ranks)
+        return prod(shapes[role][0] for role in ("w1_b", "w2_b"))
+    if name == "LoKr":
+        return prod(min(n, k) if r is None else min(n, k, r) for n, k, r in kron_sides(shapes))
+    return (rank or 0) * (2 if name == "GLoRA" else 1)

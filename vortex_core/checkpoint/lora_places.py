@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 from ..flux1.spec import ClipSpec, FluxSpec, ModelSpec, T5Spec
 from .key_maps import SWAPPED, flux_sources, modulation_shapes, source_rows, step_shapes
@@ -52,6 +53,12 @@ class Place:
     def is_norm(self) -> bool:
         """Whether it is the scale of a norm."""
         return len(self.shape) == 1
+
+
+@cache
+def places_of(spec: ModelSpec) -> Places:
+    """The places of a model, made once."""
+    return Places(spec)
 
 
 class Places:

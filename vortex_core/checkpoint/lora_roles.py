@@ -32,27 +32,37 @@ OTHERS = {
     ".vera_lambda_b": "VeRA", ".vera_lambda_d": "VeRA", ".hra_u": "HRA", ".fourierft_spectrum": "FourierFT",
     ".lora_embedding_A": "a LoRA of an embedding table", ".lora_embedding_B": "a LoRA of an embedding table",
 }  # methods that are refused by name  # fmt: skip
-FACTORS = ("up", "down", "w1_a", "w1_b", "k1", "k2", "k1_a", "k2_a", "a1", "blocks", "diff")
+OWN = ("up", "down", "w1_a", "w1_b", "k1", "k2", "k1_a", "k2_a", "a1", "blocks", "diff", "diff_b")
 # `lora_A.default.weight`: PEFT puts the adapter's name in the middle while it trains, and some trainers save that
 NAMED = re.compile(r"\.(lora_A|lora_B|lora_magnitude_vector)\.(?!weight$|bias$)[^.]{1,64}(\.weight|\.bias|)$")
 
 
+ENDINGS = sorted(ROLES, key=len, reverse=True)
+ANY, OTHER = tuple(ENDINGS), tuple(OTHERS)  # for `endswith`, which takes many at once
+
+
 def split(key: str) -> tuple[str, str] | None:
     """A key's module and role; None where the end of the name is not known."""
-    key = NAMED.sub(r".\1\2", key)
-    return next(((key.removesuffix(end), ROLES[end]) for end in ENDINGS if key.endswith(end)), None)
+    key = _unnamed(key)
+    if not key.endswith(ANY):
+        return None
+    end = next(end for end in ENDINGS if key.endswith(end))
+    return key.removesuffix(end), ROLES[end]
 
 
 def method(key: str) -> str | None:
     """The method that Vortex does not apply, in words, which a key belongs to."""
     if key.startswith("bundle_emb"):
         return "a learned embedding"
-    return next((words for end, words in OTHERS.items() if NAMED.sub(r".\1\2", key).endswith(end)), None)
+    key = _unnamed(key)
+    return next(OTHERS[end] for end in OTHERS if key.endswith(end)) if key.endswith(OTHER) else None
+
+
+def _unnamed(key: str) -> str:
+    """A key without the adapter's name."""
+    return NAMED.sub(r".\1\2", key) if ".lora_" in key else key
 
 
 def is_lora(names: Iterable[str]) -> bool:
     """Whether names are a LoRA file's, and not a model's."""
-    return any((found := split(name)) is not None and found[1] in FACTORS for name in names)
-
-
-ENDINGS = sorted(ROLES, key=len, reverse=True)
+    return any((found := split(name)) is not None and found[1] in OWN for name in names)

@@ -31,6 +31,7 @@ from .bench_options import (
     grouped,
 )
 from .bench_output import picture_count, write_folder
+from .bench_report import report
 from .compare import compare
 from .terminal import Size, check_number, grid, path_option, plain_errors, progress_bars
 
@@ -42,6 +43,10 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Measure latency and memory, and judge them.", no_args_is_help=True)
 app.add_typer(baseline, name="baseline")
 app.command()(compare)
+app.command(
+    epilog="Examples:\n\n  vortex bench report --model ~/models/FLUX.1-schnell\n\n"
+    "  vortex bench report --model ~/models/FLUX.1-schnell --mode exact -o exact"
+)(report)
 
 Target = Annotated[float | None, typer.Option(help="The most seconds that this percentile may take.", min=0)]
 

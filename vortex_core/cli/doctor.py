@@ -11,13 +11,17 @@ import torch
 
 from ..checkpoint.bundle import open_bundle
 from ..device.select import device_words, other_accelerator
-from ..kernels import compiled_declined
-from ..quant.backends import bitsandbytes_declined
+from ..errors import GB
+from ..kernels import choose_kernels, compiled_declined
+from ..quant.backends import bitsandbytes_declined, choose_backend
+from ..runtime.loading import CONTEXT, check_budget
+from ..runtime.modes import choose_precision
 from ..utils.packages import first_line, missing, remedy
+from .plan_report import propose
 
 SMALLEST_CARD = 8e9  # bytes; the smallest card the default budget of 6.5 GB suits
-TRITON = {6: 2, 7: 3, 8: 4, 9: 5, 10: 6, 11: 6, 12: 7, 13: 7}  # 3.x, by torch 2.x: what torch asks for on Linux
 UNKNOWN = "of unknown version"
+NO_ROOM = "Close other programs that use the card, and ask again."
 NEEDED = ("transformers", "tokenizers", "safetensors")
 WANTED = {  # the module that is used, its package, and what is not there without it
     "diffusers": ("diffusers", "only Engine.from_pipeline and `vortex bench compare` need it"),
@@ -40,7 +44,7 @@ class Finding:
 
 
 def examine() -> Iterator[Finding]:
-    """Look at Python, torch, the GPU, bitsandbytes, packages and the bundled model. Loads no weights.
+    """Look at Python, torch, the GPU, its precision, bitsandbytes, packages and the bundled model. Loads no weights.
 
     A part that raises anything is a finding, too.
     """
@@ -80,13 +84,19 @@ def _devices() -> Iterator[Finding]:
         fix += "Update the NVIDIA driver." if built else "With an NVIDIA card, install a CUDA build of torch."
         yield Finding("GPU", "note", detail, fix)
         yield _bitsandbytes(torch.device("cpu"))
+        yield _precision(torch.device("cpu"), "precision")
         return
     for index in range(torch.cuda.device_count()):
         try:
-            yield _gpu(index)
+            found = _gpu(index)
         except Exception as error:
             fix = "Update the NVIDIA driver, or install a torch build that fits it."
-            yield Finding(f"GPU {index}", "fault", f"it does not answer: {first_line(error)}", fix)
+            found = Finding(f"GPU {index}", "fault", f"it does not answer: {first_line(error)}", fix)
+        yield found
+        if found.state != "fault":
+            precision = _precision(torch.device("cuda", index), f"precision, GPU {index}")
+            yield precision
+            yield _budget(index, scaled=precision.state == "ok")
     yield _triton(torch.device("cuda", 0))
     yield _bitsandbytes(torch.device("cuda", 0))
 
@@ -110,6 +120,40 @@ def _gpu(index: int) -> Finding:
     return Finding(name, "ok", detail)
 
 
+def _precision(device: torch.device, name: str) -> Finding:
+    """Which precision `fast` gets on `device`, why, and what would make it faster. Compiles and tries kernels."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    try:
+        choice = choose_precision("fast", device, dtype, choose_backend(device), choose_kernels(device))
+    except torch.OutOfMemoryError:
+        return Finding(name, "note", "no room to try it", NO_ROOM)
+    except Exception as error:
+        return Finding(name, "note", f"it cannot be tried: {first_line(error)}", "Update torch and the NVIDIA driver.")
+    slow = device.type == "cuda" and not choice.precision.scaled
+    fixes = dict.fromkeys(declined.fix for declined in choice.declined.values() if declined.fix)
+    detail = f"`fast` means {choice.precision} here: {choice.reason}"
+    return Finding(name, "note" if slow else "ok", detail, " ".join(fixes))
+
+
+def _budget(index: int, *, scaled: bool) -> Finding:
+    """What the default budget leaves in host memory, and what a larger one buys on this card; more if in 8 bits."""
+    name = f"budget, GPU {index}"
+    try:
+        total = torch.cuda.mem_get_info(index)[1]
+        default, most = (check_budget(None, total) or 0) / GB, int((total - CONTEXT) / GB * 10) / 10
+        usual = propose(default, None, None, 1, None, {})
+        detail = f"{default:g} GB by default; FLUX.1-schnell then has {usual.plan.hosted / GB:.1f} GB in host memory"
+        if most <= default:
+            return Finding(name, "ok", detail)
+        richest = propose(most, None, None, 1, None, {})
+        gains = [f"{(usual.plan.hosted - richest.plan.hosted) / GB:.1f} GB less to copy for a new prompt"]
+        if richest.plan.copies and scaled:
+            gains.append(f"{len(richest.plan.copies)} blocks decoded to 8 bits once, not in each step")
+        return Finding(name, "ok", detail, f"For speed, name up to {most:g} GB as `vram_budget`: {', '.join(gains)}.")
+    except Exception as error:  # of torch or of the plan
+        return Finding(name, "note", f"it cannot be planned: {first_line(error)}")
+
+
 def _triton(device: torch.device) -> Finding:
     """Triton, by either name; without it, which kernels run."""
     why = missing("triton")
@@ -118,22 +162,14 @@ def _triton(device: torch.device) -> Finding:
         return Finding("triton", "ok", _version("triton") if windows == UNKNOWN else f"triton-windows {windows}")
     declined = compiled_declined(device)
     runs = "`exact` draws with kernels in CUDA C" if declined is None else f"kernels in CUDA C: {declined}"
-    fix = f'pip install "{triton_windows()}"' if platform.system() == "Windows" else remedy("triton")
-    return Finding("triton", "note", f"{why}; {runs}; `fast` needs it", fix)
-
-
-def triton_windows() -> str:
-    """What to install on Windows, with the bound that suits this torch: a later Triton may not work with it."""
-    major, minor = (int(part) for part in torch.__version__.split(".")[:2])
-    suits = TRITON.get(minor) if major == 2 else None
-    return "triton-windows" if suits is None else f"triton-windows<3.{suits + 1}"
+    return Finding("triton", "note", f"{why}; {runs}; `fast` needs it", remedy("triton"))
 
 
 def _bitsandbytes(device: torch.device) -> Finding:
     try:
         declined = bitsandbytes_declined(device)
     except torch.OutOfMemoryError:
-        return Finding("NF4", "note", "no room to try it", "Close other programs that use the card, and ask again.")
+        return Finding("NF4", "note", "no room to try it", NO_ROOM)
     if declined is None:
         return Finding("NF4", "ok", f"bitsandbytes {_version('bitsandbytes')} decodes on {device}")
     if device.type == "cuda" and compiled_declined(device) is None:

@@ -161,7 +161,8 @@ def generate(
 
 @app.command(
     epilog="Examples:\n\n  vortex plan --vram 8 --size 1024x1024\n\n"
-    "  vortex plan --vram 4.5 --size 512x512 --step-ms 180"
+    "  vortex plan --vram 4.5 --size 512x512 --step-ms 180\n\n"
+    '  vortex plan --card "RTX 3060" --size 512x512'
 )
 def plan(
     vram: Annotated[float, typer.Option("--vram", help="VRAM budget in GB (10^9 bytes).")] = 6.5,
@@ -176,30 +177,42 @@ def plan(
     tokenizers: Tokenizers = None,
     pcie: Annotated[float, typer.Option(help="GB/s from pinned host memory to the card.")] = 12.0,
     step_ms: Annotated[
-        float, typer.Option(help="Milliseconds of a step with all weights on the card; copies run meanwhile.")
+        float,
+        typer.Option(
+            help="Milliseconds of a step with all weights on the card; copies run meanwhile. With --card, what is "
+            "predicted counts where this is 0."
+        ),
     ] = 0.0,
+    card: Annotated[
+        str | None,
+        typer.Option(help="Also predict times on a card, such as 'RTX 3060'; another name lists those that are known."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say where weights would live on any card, the peak of VRAM, and what streaming costs. Needs no GPU."""
+    """Say where weights would live on any card, the peak of VRAM, and what streaming costs. Needs no GPU.
+
+    With --card also what a picture takes there, in parts: a roofline of operations and bytes with the shares of full
+    rates that were measured on Hopper. That is a prediction.
+    """
     with plain_errors():
         check_number("--vram", vram, **BUDGETS)
         check_number("--pcie", pcie, above=0)
         check_number("--step-ms", step_ms, least=0)
         width, height = parse_size(size)
         Request(0, height or MIN_SIZE, width or MIN_SIZE, DEFAULT_STEPS, batch)
-        from .plan_report import propose
+        from .plan_report import known_card, parts_table, prediction_table, propose
 
+        known = None if card is None else known_card(card, vram)
         others = {"clip": clip, "t5": t5, "vae": vae, "tokenizers": tokenizers}
         made = propose(vram, height, width, batch, None if model is None else _model(model), others)
+        predictions = [] if known is None else made.predictions(known)
+        step_ms = step_ms or (1e3 * predictions[0].step if predictions else 0)
         costs = made.costs(pcie * 1e9, step_ms)
         if as_json:
-            typer.echo(json.dumps(made.figures | costs))
+            told = {"predictions": [found.figures() for found in predictions]} if predictions else {}
+            typer.echo(json.dumps(made.figures | costs | told))
             return
-        table = grid("part", "size", "on the card", "streams")
-        for row in made.rows:
-            sizes = (row.nbytes, row.resident, row.streamed)
-            table.add_row(row.name, *(f"{size / 1e9:6.2f} GB" if size else "" for size in sizes))
-        out().print(table)
+        out().print(parts_table(made))
         for sentence in made.sentences:
             out().say(sentence)
         bound = "" if step_ms else "at most "
@@ -207,6 +220,8 @@ def plan(
             f"streaming at {pcie:g} GB/s adds {bound}{costs['prompt_ms']:.0f} ms to a new prompt, "
             f"{bound}{costs['picture_ms']:.0f} ms to a picture of {DEFAULT_STEPS} steps"
         )
+        if predictions:
+            out().print(prediction_table(predictions, made.plan.slice))
 
 
 @app.command()
@@ -237,7 +252,7 @@ def doctor(
 @app.command()
 def inspect(
     path: Annotated[
-        Path, typer.Argument(help="A file or folder.", parser=user_path, metavar="PATH", show_default=False)
+        Path, typer.Argument(help="A file or folder; a LoRA too.", parser=user_path, metavar="PATH", show_default=False)
     ],
     clip: Clip = None,
     t5: T5 = None,
@@ -246,13 +261,21 @@ def inspect(
     budget: Annotated[float, typer.Option(help="VRAM budget in GB (10^9 bytes) to compare with.")] = 6.5,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what a model file is, what it lacks, and what it takes on the GPU. Reads headers only."""
+    """Say what a model file or a LoRA is, what it lacks, and what it takes on the GPU. Reads headers only."""
     from dataclasses import asdict
 
     with plain_errors():
         check_number("--budget", budget, **BUDGETS)
         from .inspection import inspect as look
+        from .lora_inspection import inspect_lora, show
 
+        lora = inspect_lora(path)
+        if lora is not None:
+            if as_json:
+                typer.echo(json.dumps({"lora": asdict(lora) | {"path": str(path)}}))
+            else:
+                show(lora)
+            return
         seen = look(path, {"clip": clip, "t5": t5, "vae": vae}, tokenizers)
         if as_json:
             typer.echo(json.dumps(asdict(seen) | {"path": str(path), "resident": seen.resident}))

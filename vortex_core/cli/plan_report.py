@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..bench import cards, roofline
+from ..bench.cards import Card
+from ..bench.roofline import Prediction
 from ..checkpoint.bundle import open_bundle
 from ..errors import GB, VortexInputError
 from ..flux1.request import Request
@@ -16,9 +19,13 @@ from ..flux1.spec import DEFAULT_STEPS, ModelSpec
 from ..memory.arena import MIB
 from ..memory.planner import ALWAYS, BLOCKS, PROMPT, MemoryPlan, cost, make_plan, smallest_budget
 from ..quant.backends import ReferenceBackend
-from ..quant.precision import Fp8
+from ..quant.precision import Int8
 from ..runtime.loading import check_budget
 from ..runtime.model import Model
+from .terminal import grid
+
+if TYPE_CHECKING:
+    from .console import Grid
 
 BLAS = 3 * 33 * MIB  # cuBLAS' workspaces on three streams of a Hopper card; earlier cards take a quarter
 WORDS = {
@@ -47,6 +54,7 @@ class Proposal:
 
     plan: MemoryPlan
     budget: int
+    spec: ModelSpec
 
     @property
     def rows(self) -> list[Row]:
@@ -92,6 +100,15 @@ class Proposal:
         found = cost(self.plan, rate, DEFAULT_STEPS, step_ms)
         return dict(zip(("prompt_ms", "picture_ms"), found, strict=True))
 
+    def predictions(self, card: Card) -> list[Prediction]:
+        """The times of one slice on `card`, in each precision that it can run, that of `fast` first."""
+        plan, size = self.plan, (self.plan.requirements.height, self.plan.requirements.width)
+
+        def predict(name: str) -> Prediction:
+            return roofline.predict(card, self.spec, *size, name, pictures=plan.slice, copied=plan.share_copied)
+
+        return [predict(name) for name in card.precisions]
+
     @property
     def figures(self) -> dict[str, Any]:
         """Everything as numbers, for JSON."""
@@ -127,7 +144,8 @@ def propose(
     budget = check_budget(vram, None)
     assert budget is not None
     spec = ModelSpec() if model is None else open_bundle(model, **others).spec
-    whole = Model(spec, torch.bfloat16, ReferenceBackend(), precision=Fp8(fp8_attention=True), fused=True)
+    # of the precisions the one that takes the most: 8 bits with the library's attention
+    whole = Model(spec, torch.bfloat16, ReferenceBackend(), precision=Int8(), fused=True)
     side = whole.vae.sample_size
     request = Request(0, side if height is None else height, side if width is None else width, DEFAULT_STEPS, batch)
     asked = whole.requirements(request.height, request.width, batch, blas=BLAS)
@@ -137,4 +155,39 @@ def propose(
             f"{budget / GB:g} GB are too little for {batch} of {request.width} x {request.height}, even with "
             f"all weights in host memory; the smallest budget is {smallest_budget(whole.sizes, asked) / GB:.2f} GB."
         )
-    return Proposal(plan, budget)
+    return Proposal(plan, budget, spec)
+
+
+def known_card(name: str, vram: float) -> Card:
+    """The figures of a card. Raises `VortexInputError` for one that is not known, or has less than `vram` GB."""
+    card = cards.get(name)
+    if vram * GB > card.vram:
+        raise VortexInputError(f"--vram is {vram:g} GB, but the {card.name} has {card.vram / GB:.1f} GB.")
+    return card
+
+
+def parts_table(made: Proposal) -> Grid:
+    """Where the parts of the model are."""
+    table = grid("part", "size", "on the card", "streams")
+    for row in made.rows:
+        sizes = (row.nbytes, row.resident, row.streamed)
+        table.add_row(row.name, *(f"{size / GB:6.2f} GB" if size else "" for size in sizes))
+    return table
+
+
+def prediction_table(predictions: Sequence[Prediction], pictures: int) -> Grid:
+    """What is predicted for a card, a column for each precision; the first one is that of `fast`."""
+    first = predictions[0]
+    batch = f" of {pictures} pictures at once" if pictures > 1 else ""
+    title = f"{first.card.name}, PREDICTED, not measured: {first.steps} steps{batch}"
+    made = grid("part", *(f"{p.precision} (fast)" if p is first else p.precision for p in predictions), title=title)
+
+    def row(part: str, times: Iterable[float]) -> None:
+        made.add_row(part, *(f"{seconds:6.2f} s" for seconds in times))
+
+    for part in roofline.PICTURE:
+        row(part, (p.parts[part].seconds for p in predictions))
+    row("in all", (p.picture.seconds for p in predictions))
+    row("at least, at the card's full rates", (p.picture.floor for p in predictions))
+    row(f"{roofline.PROMPT} adds, without streaming", (p.parts[roofline.PROMPT].seconds for p in predictions))
+    return made

@@ -1,12 +1,14 @@
 """NF4 with the low-rank update of LoRAs, to 16 bits, fp8 or rotated int8: both are added in fp32, and rounded once.
 
-A program takes 64 rows of a weight, and goes along some blocks of K: it looks up their levels, and adds a small product
-of the rows' factors. So an update moves no activation and no decoded weight, and costs R / M of a product's operations.
+A program takes some rows of a weight, all of one part, and goes along some blocks of K: it looks up their levels, and
+adds a small product of the rows' factors. So an update moves no activation and no decoded weight, and costs R / M of a
+product's operations.
 """
 
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,17 +17,26 @@ from torch import Tensor
 
 from ..nf4 import BLOCK, LEVELS
 from . import rotation
-from .adapter import LEAST, ROWS, Adapter
+from .adapter import ROWS, Adapter
 from .launch import early, follow
 from .scaled_tensor import FP8_MAX, SMALLEST
 
 _BLOCK, _ROWS = tl.constexpr(BLOCK), tl.constexpr(ROWS)
-_LEAST = tl.constexpr(LEAST)
 _SMALLEST = tl.constexpr(SMALLEST)
 _ROUND = tl.constexpr(1.5 * 2**23)  # added to a small number, it leaves the nearest integer in the lowest bits
-STEPS = 4  # blocks, or pairs of them where they are rotated, of a program along a row
 FEW = 16  # rows of a program that looks for the largest value
 WARPS = 4
+
+
+class Tile(NamedTuple):
+    """Rows of a program, at most 64; blocks along a row, or pairs of them where they are rotated; warps."""
+
+    rows: int
+    steps: int
+    warps: int
+
+
+PLAIN, ROTATED = Tile(64, 4, 4), Tile(64, 4, 4)
 
 
 @triton.jit
@@ -46,51 +57,63 @@ def _block(packed, absmax, levels, table, row, block, K: tl.constexpr, N, ROTATE
 
 
 @triton.jit
-def _update(up, down, owner, strengths, row, part, column, N, R, K: tl.constexpr):
-    """The update of 64 columns of each row, fp32 `[rows, 64]`."""
-    rank = tl.arange(0, _LEAST)
-    columns = column + tl.arange(0, _BLOCK)
-    found = tl.zeros([row.shape[0], _BLOCK], tl.float32)
-    for start in range(0, R, _LEAST):
-        r = start + rank
-        strength = tl.load(strengths + tl.load(owner + part * R + r))
-        left = tl.load(up + row[:, None] * R + r[None, :], mask=(row < N)[:, None], other=0.0)
-        right = tl.load(down + (part * R + r).to(tl.int64)[:, None] * K + columns[None, :])
-        right = (right.to(tl.float32) * strength[:, None]).to(left.dtype)
-        found = tl.dot(left, right, found, input_precision="ieee")
+def _left(up, scale, row, part, start, N, R, RANKS: tl.constexpr):
+    """Some ranks of the rows' own factors, times their strengths, `[rows, RANKS]`."""
+    r = start + tl.arange(0, RANKS)
+    left = tl.load(up + row[:, None] * R + r[None, :], mask=(row < N)[:, None] & (r < R)[None, :], other=0.0)
+    strength = tl.load(scale + part * R + r, mask=r < R, other=0.0)
+    return (left.to(tl.float32) * strength[None, :]).to(left.dtype)
+
+
+@triton.jit
+def _right(down, part, start, column, R, K: tl.constexpr, RANKS: tl.constexpr):
+    """Those ranks of the other factor, at 64 columns, `[RANKS, 64]`."""
+    r = start + tl.arange(0, RANKS)
+    place = (part * R + r).to(tl.int64)[:, None] * K + column + tl.arange(0, _BLOCK)[None, :]
+    return tl.load(down + place, mask=(r < R)[:, None], other=0.0)
+
+
+@triton.jit
+def _update(left, up, down, scale, row, part, column, N, R, K: tl.constexpr, RANKS: tl.constexpr):
+    """The update of 64 columns of each row, fp32 `[rows, 64]`; `left` has the first ranks, often all."""
+    found = tl.dot(left, _right(down, part, 0, column, R, K, RANKS), input_precision="ieee")
+    for start in range(RANKS, R, RANKS):
+        more = _left(up, scale, row, part, start, N, R, RANKS)
+        found = tl.dot(more, _right(down, part, start, column, R, K, RANKS), found, input_precision="ieee")
     return found
 
 
 @triton.jit
 def _adapted(
-    packed, absmax, levels, table, up, down, owner, strengths, row, part, block, N, R,
-    K: tl.constexpr, PARTS: tl.constexpr, ROTATED: tl.constexpr, ROOT: tl.constexpr,
+    packed, absmax, levels, table, left, up, down, scale, row, part, block, N, R,
+    K: tl.constexpr, RANKS: tl.constexpr, PARTS: tl.constexpr, ROTATED: tl.constexpr, ROOT: tl.constexpr,
 ):  # fmt: skip
     """Block `block` of each row with its update: its two halves, of a block of 64 twice the same."""
     even = _block(packed, absmax, levels, table, row, block * PARTS, K, N, ROTATED)
-    update = _update(up, down, owner, strengths, row, part, block * PARTS * _BLOCK, N, R, K)
+    update = _update(left, up, down, scale, row, part, block * PARTS * _BLOCK, N, R, K, RANKS)
     first = even * ROOT + update
     second = first
     if PARTS == 2:
         odd = _block(packed, absmax, levels, table, row, block * PARTS + 1, K, N, ROTATED)
         first = (even + odd) * ROOT + update
-        second = _update(up, down, owner, strengths, row, part, (block * PARTS + 1) * _BLOCK, N, R, K)
+        second = _update(left, up, down, scale, row, part, (block * PARTS + 1) * _BLOCK, N, R, K, RANKS)
         second += (even - odd) * ROOT
     return first, second
 
 
 @triton.jit(do_not_specialize=["R"])
 def _decode(
-    packed, absmax, row_scale, levels, table, out, up, down, part, owner, strengths, N, R,
-    K: tl.constexpr, PARTS: tl.constexpr, SCALED: tl.constexpr, ROTATED: tl.constexpr, ROOT: tl.constexpr,
-    STEPS: tl.constexpr, EARLY: tl.constexpr,
+    packed, absmax, row_scale, levels, table, out, up, down, part, scale, N, R,
+    K: tl.constexpr, RANKS: tl.constexpr, PARTS: tl.constexpr, SCALED: tl.constexpr, ROTATED: tl.constexpr,
+    ROOT: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * _ROWS + tl.arange(0, _ROWS)
-    levels, mine = tl.load(levels + tl.arange(0, 16)), tl.load(part + tl.program_id(0))
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    levels, mine = tl.load(levels + tl.arange(0, 16)), tl.load(part + tl.program_id(0) * ROWS // _ROWS)
     if ROTATED:
         index = tl.arange(0, _BLOCK)
         table = tl.load(table + index[:, None] * _BLOCK + index[None, :])
-    factor = tl.full([_ROWS], 1.0, tl.float32)
+    left = _left(up, scale, row, mine, 0, N, R, RANKS)
+    factor = tl.full([ROWS], 1.0, tl.float32)
     if SCALED:
         factor = 1 / tl.load(row_scale + row, mask=row < N, other=1.0)
     follow(EARLY)  # only now: what is read before, weights, was there already
@@ -98,8 +121,8 @@ def _decode(
         block = tl.program_id(1) * STEPS + step
         if block < K // (PARTS * _BLOCK):
             first, second = _adapted(
-                packed, absmax, levels, table, up, down, owner, strengths, row, mine, block, N, R,
-                K, PARTS, ROTATED, ROOT,
+                packed, absmax, levels, table, left, up, down, scale, row, mine, block, N, R,
+                K, RANKS, PARTS, ROTATED, ROOT,
             )  # fmt: skip
             place = row.to(tl.int64)[:, None] * K + block * (PARTS * _BLOCK) + tl.arange(0, _BLOCK)[None, :]
             first, second = first * factor[:, None], second * factor[:, None]
@@ -114,19 +137,22 @@ def _decode(
 
 @triton.jit(do_not_specialize=["R"])
 def _largest(
-    packed, absmax, levels, table, out, up, down, part, owner, strengths, N, R, UNIT: tl.constexpr,
-    K: tl.constexpr, PARTS: tl.constexpr, ROTATED: tl.constexpr, ROOT: tl.constexpr, FEW: tl.constexpr,
+    packed, absmax, levels, table, out, up, down, part, scale, N, R, UNIT: tl.constexpr,
+    K: tl.constexpr, RANKS: tl.constexpr, PARTS: tl.constexpr, ROTATED: tl.constexpr, ROOT: tl.constexpr,
+    FEW: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * FEW + tl.arange(0, FEW)
     levels, mine = tl.load(levels + tl.arange(0, 16)), tl.load(part + tl.program_id(0) * FEW // _ROWS)
     if ROTATED:
         index = tl.arange(0, _BLOCK)
         table = tl.load(table + index[:, None] * _BLOCK + index[None, :])
+    left = _left(up, scale, row, mine, 0, N, R, RANKS)
     largest = tl.zeros([FEW], tl.float32)
     for block in range(K // (PARTS * _BLOCK)):
         first, second = _adapted(
-            packed, absmax, levels, table, up, down, owner, strengths, row, mine, block, N, R, K, PARTS, ROTATED, ROOT
-        )
+            packed, absmax, levels, table, left, up, down, scale, row, mine, block, N, R,
+            K, RANKS, PARTS, ROTATED, ROOT,
+        )  # fmt: skip
         largest = tl.maximum(largest, tl.max(tl.maximum(tl.abs(first), tl.abs(second)), 1))
     tl.store(out + row, tl.maximum(largest, _SMALLEST) * UNIT, mask=row < N)
 
@@ -136,11 +162,12 @@ def dequantize(packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | 
     n, k = out.shape
     rotated = out.dtype == torch.int8
     width = rotation.block(k) if rotated else BLOCK
-    grid = triton.cdiv(n, ROWS), triton.cdiv(k // width, STEPS)
+    tile = ROTATED if rotated else PLAIN
+    grid = triton.cdiv(n, tile.rows), triton.cdiv(k // width, tile.steps)
     _decode[grid](
         packed.view(torch.int32), absmax, row_scale, *_tables(packed.device), out, *adapter, n, adapter.up.shape[1],
-        K=k, PARTS=width // BLOCK, SCALED=row_scale is not None, ROTATED=rotated,
-        ROOT=width**-0.5 if rotated else 1.0, STEPS=STEPS, num_warps=WARPS, **early(out),
+        K=k, RANKS=_ranks(adapter), PARTS=width // BLOCK, SCALED=row_scale is not None, ROTATED=rotated,
+        ROOT=width**-0.5 if rotated else 1.0, ROWS=tile.rows, STEPS=tile.steps, num_warps=tile.warps, **early(out),
     )  # fmt: skip
 
 
@@ -151,9 +178,14 @@ def row_scales(packed: Tensor, absmax: Tensor, out: Tensor, dtype: torch.dtype, 
     width = rotation.block(k) if rotated else BLOCK
     _largest[(triton.cdiv(n, FEW),)](
         packed.view(torch.int32), absmax, *_tables(packed.device), out, *adapter, n, adapter.up.shape[1],
-        UNIT=1 / (rotation.INT8_MAX if rotated else FP8_MAX), K=k, PARTS=width // BLOCK, ROTATED=rotated,
-        ROOT=width**-0.5 if rotated else 1.0, FEW=FEW, num_warps=WARPS,
+        UNIT=1 / (rotation.INT8_MAX if rotated else FP8_MAX), K=k, RANKS=_ranks(adapter), PARTS=width // BLOCK,
+        ROTATED=rotated, ROOT=width**-0.5 if rotated else 1.0, FEW=FEW, num_warps=WARPS,
     )  # fmt: skip
+
+
+def _ranks(adapter: Adapter) -> int:
+    """Ranks that are added at once: all, or 64."""
+    return min(64, triton.next_power_of_2(adapter.up.shape[1]))
 
 
 @cache

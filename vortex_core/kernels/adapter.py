@@ -16,17 +16,16 @@ LEAST = 16  # ranks that are added at once
 
 
 class Adapter(NamedTuple):
-    """Row n of a weight `[N, K]` gets the sum over r of `strengths[owner[p, r]] * up[n, r] * down[p, r]`, p its part.
+    """Row n of a weight `[N, K]` gets the sum over r of `scale[p, r] * up[n, r] * down[p, r]`, p its part.
 
-    `up` `[N, R]`, `down` `[P, R, K]`, R a multiple of 16; `part` int32 `[N / 64]`, `owner` int32 `[P, R]`, `strengths`
-    fp32. For products in int8 `down` is rotated, as operands are.
+    `up` `[N, R]`, `down` `[P, R, K]`, R a multiple of 16; `part` int32 `[N / 64]`; `scale` fp32 `[P, R]`: strengths.
+    For products in int8 `down` is rotated, as operands are.
     """
 
     up: Tensor
     down: Tensor
     part: Tensor
-    owner: Tensor
-    strengths: Tensor
+    scale: Tensor
 
     def rows(self, start: int, stop: int) -> Tensor:
         """The update of some rows, fp32 `[rows, K]`, in plain torch."""
@@ -34,14 +33,13 @@ class Adapter(NamedTuple):
         for first in range(start - start % ROWS, stop, ROWS):
             last = min(first + ROWS, stop)
             part = int(self.part[first // ROWS])
-            up = self.up[max(first, start) : last].float() * self.strengths[self.owner[part].long()]
+            up = self.up[max(first, start) : last].float() * self.scale[part]
             found.append(up @ self.down[part].float())
         return torch.cat(found)
 
     def add_to(self, weight: Tensor) -> None:
         """Add the update to a weight in 16 or 32 bits, in place; rounded once more, and without waiting for a card."""
-        for part in range(len(self.down)):
-            down = (self.down[part].float() * self.strengths[self.owner[part].long()][:, None]).to(weight.dtype)
+        for part, (down, scale) in enumerate(zip(self.down, self.scale, strict=True)):
             # rows of other parts add zeros
             mine = (self.part == part).repeat_interleave(ROWS)[: len(weight), None]
-            weight.addmm_((self.up * mine).to(weight.dtype), down)
+            weight.addmm_((self.up * scale * mine).to(weight.dtype), down.to(weight.dtype))

@@ -40,8 +40,8 @@ __all__ = [
 ]
 
 THREADS = 256
-WIDEST = 3 * 8 * 1024  # of a row: a block has at most 1024 threads, which take 3 times 8 values each
-LONGEST = 256  # channels of a head
+WIDEST = 3 * 8 * 512  # of a row: a block has at most 512 threads, which take 3 times 8 values each
+LONGEST = 128  # channels of a head
 
 
 @on_device
@@ -176,9 +176,10 @@ def convolve_doubled(x: Tensor, taps: Tensor, bias: Tensor, out: Tensor, moments
         place = out[:, :, 2 * top : 2 * (top + rows)]
         for corner in range(4):
             lower, right = corner // 2, corner % 2
-            part = found[:, corner * wide :][:, :wide, lower : lower + rows, right : right + width]
+            own, down, across = slice(corner * wide, (corner + 1) * wide), lower + rows, right + width
+            part = found[:, own, lower:down, right:across]
             _finish(part, bias, place[:, :, lower::2, right::2], add=False)
-        del found
+        del found, part  # before the next chunk is made
     if moments is not None:
         group_moments(out, moments)
 

@@ -24,7 +24,6 @@ Long = ctypes.c_longlong
 Argument = Tensor | ctypes.c_longlong | int | float | None
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # VALUE in cuda/values.cuh
-PARTS = 2  # of 4 channels of a head that a lane takes at most
 TEXTS = ("values.cuh", "step.cu", "decoder.cu")
 NO_CONTEXT = 201  # of the driver: this thread has not used the card yet
 
@@ -63,7 +62,7 @@ def _c(argument: Argument) -> Any:
 def source(dtype: torch.dtype) -> str:
     """The text of all kernels for activations in `dtype`."""
     levels = ", ".join(f"{level!r}f" for level in LEVELS)
-    constants = {"VALUE": TYPES[dtype], "PARTS": PARTS, "EPSILON": f"{EPSILON!r}f", "LEVELS": levels}
+    constants = {"VALUE": TYPES[dtype], "EPSILON": f"{EPSILON!r}f", "LEVELS": levels}
     lines = [f"#define {name} {value}" for name, value in constants.items()]
     folder = Path(__file__).with_name("cuda")
     return "\n".join([*lines, *((folder / name).read_text(encoding="utf-8") for name in TEXTS)])

@@ -45,9 +45,9 @@ def dequantize(
         return
     if out.dtype == torch.int8:
         assert row_scale is not None
-        factor = 1 / (row_scale * rotation.block(out.shape[1]) ** 0.5)
-        for rows, place, each in zip(_rotated_rows(packed, absmax), *_in_parts(out, factor), strict=True):
-            place.copy_(rows.mul_(each[:, None]).round_())
+        absmax = absmax * (1 / (row_scale * rotation.block(out.shape[1]) ** 0.5))[:, None]
+        for rows, place in zip(_rotated_rows(packed, absmax), *_in_parts(out), strict=True):
+            place.copy_(rows.round_())
         return
     if row_scale is not None:
         absmax = absmax / row_scale[:, None]

@@ -46,6 +46,13 @@ def rotated(x: Tensor) -> Tensor:
     return sums(x) * block(x.shape[-1]) ** -0.5
 
 
+@cache
+def shuffled_table(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """`table` with columns in the order in which fused kernels have results in registers: see `rotated.in_order`."""
+    columns = torch.arange(HALF).view(4, 8, 2).transpose(0, 1).flatten()
+    return table(device, dtype)[:, columns.to(device)].contiguous()
+
+
 def sums(x: Tensor, scale: Tensor | None = None) -> Tensor:
     """fp32 `[..., K]` times R and the root of its width; `scale` `[..., K/64]` is applied to the halves.
 

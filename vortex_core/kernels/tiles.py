@@ -21,5 +21,5 @@ def load(x, row, column, limit, stride, ROWS: tl.constexpr, COLUMNS: tl.constexp
 
 
 def source(x: Tensor, rows: int, columns: int, *, copies: bool) -> Tensor | TensorDescriptor:
-    """A contiguous matrix as `load` takes it, for tiles of `rows` x `columns`."""
+    """A matrix with contiguous rows as `load` takes it, for tiles of `rows` x `columns`."""
     return TensorDescriptor.from_tensor(x, [rows, columns]) if copies else x

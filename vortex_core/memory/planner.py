@@ -147,6 +147,11 @@ class MemoryPlan:
         return sum(group.nbytes for group in self.groups if group.name in self.copies)
 
     @property
+    def share_copied(self) -> float:
+        """The share of step-time blocks, by weight, that are resident as copies."""
+        return self.kept / (sum(group.nbytes for group in self.groups if group.part == BLOCKS) or 1)
+
+    @property
     def saved(self) -> int:
         """Bytes that each step moves less in the device's memory, thanks to copies."""
         return int(DECODED * sum(group.copied - group.nbytes for group in self.groups if group.name in self.copies))

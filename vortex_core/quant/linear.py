@@ -18,7 +18,7 @@ from ..nf4 import BLOCK, NF4Weight
 from .backends import Backend
 from .precision import EXACT, Precision
 
-FACTORS = Adapter._fields[:-1]  # what an update has for a weight alone
+FACTORS = Adapter._fields
 
 
 class NF4Linear(nn.Module):
@@ -35,7 +35,7 @@ class NF4Linear(nn.Module):
     up: Tensor | None
     down: Tensor | None
     part: Tensor | None
-    owner: Tensor | None
+    scale: Tensor | None
 
     def __init__(self, weight: NF4Weight, bias: Tensor | None, backend: Backend) -> None:
         super().__init__()
@@ -44,7 +44,6 @@ class NF4Linear(nn.Module):
         self.register_buffer("row_scale", None)
         for name in FACTORS:  # buffers, so that they move with the weight
             self.register_buffer(name, None)
-        self._strengths: Tensor | None = None
         self._copy: Tensor | None = None
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.backend = backend
@@ -78,14 +77,13 @@ class NF4Linear(nn.Module):
         """Add an update to the weight from now on, in place of another one; None: none. In 8 bits `rescale` it then."""
         for name in FACTORS:
             setattr(self, name, None if adapter is None else getattr(adapter, name))
-        self._strengths = None if adapter is None else adapter.strengths
 
     @property
     def adapter(self) -> Adapter | None:
         """The update that is added to the weight, where its factors lie now."""
-        if self.up is None or self.down is None or self.part is None or self.owner is None or self._strengths is None:
+        if self.up is None or self.down is None or self.part is None or self.scale is None:
             return None
-        return Adapter(self.up, self.down, self.part, self.owner, self._strengths)
+        return Adapter(self.up, self.down, self.part, self.scale)
 
     def rescale(self) -> None:
         """In 8 bits: find what each row of the weight with its update is divided by."""
@@ -97,8 +95,7 @@ class NF4Linear(nn.Module):
     @property
     def packing(self) -> tuple[Tensor, ...]:
         """What a product does not need where the weight is expanded."""
-        factors = self.adapter or ()
-        return (self.packed, self.absmax, *factors[:-1])
+        return (self.packed, self.absmax, *(self.adapter or ()))
 
     @property
     def decoded(self) -> Shape | None:

@@ -24,9 +24,9 @@ Updates = Sequence[Sequence[LowRank]]  # of each file, for one matrix
 
 
 def adapter_of(
-    updates: Updates, shape: tuple[int, int], strengths: Tensor, dtype: torch.dtype, *, rotated: bool = False
+    updates: Updates, shape: tuple[int, int], device: torch.device, dtype: torch.dtype, *, rotated: bool = False
 ) -> Adapter:
-    """The adapter of a weight of `shape` `[N, K]`, with factors in `dtype`, where `strengths` are: one for each file.
+    """The adapter of a weight of `shape` `[N, K]`, with factors in `dtype`; `scale_of` gives its strengths, now 0.
 
     `rotated`: for products in int8. On `meta` only shapes count. Raises `VortexCheckpointError` for rows that no part
     can begin with.
@@ -34,22 +34,30 @@ def adapter_of(
     n, k = shape
     spans = list(_spans(updates, n))
     ranks = bucket(max((sum(one.rank for _, one in inside) for *_, inside in spans), default=0))
-    device = strengths.device
     up = torch.zeros(n, ranks, dtype=dtype, device=device)
     down = torch.zeros(len(spans), ranks, k, dtype=dtype, device=device)
-    owner = torch.zeros(len(spans), ranks, dtype=torch.int32, device=device)
+    scale = torch.zeros(len(spans), ranks, device=device)
     part = torch.zeros(-(-n // ROWS), dtype=torch.int32, device=device)
     for p, (start, stop, inside) in enumerate(spans if device.type != "meta" else ()):
         part[start // ROWS : -(-stop // ROWS)] = p
         first = 0
-        for file, update in inside:
+        for _, update in inside:
             last, rows = first + update.rank, slice(start - update.rows.start, stop - update.rows.start)
             left, right = _balanced(update.up.to(device).float(), update.down.to(device).float())
             up[start:stop, first:last] = left[rows]
             down[p, first:last] = rotation.rotated(right) if rotated else right
-            owner[p, first:last] = file
             first = last
-    return Adapter(up, down, part, owner, strengths)
+    return Adapter(up, down, part, scale)
+
+
+def scale_of(updates: Updates, n: int, strengths: Sequence[float]) -> Tensor:
+    """`Adapter.scale` for these strengths, one for each file, in host memory."""
+    spans = list(_spans(updates, n))
+    rows = [[strengths[file] for file, update in inside for _ in range(update.rank)] for *_, inside in spans]
+    scale = torch.zeros(len(rows), bucket(max(map(len, rows), default=0)))
+    for place, row in zip(scale, rows, strict=True):
+        place[: len(row)] = torch.tensor(row)
+    return scale
 
 
 def bucket(rank: int) -> int:

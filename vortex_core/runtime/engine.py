@@ -51,17 +51,19 @@ class Engine(Turns):
     thread. Calls may come from any number of threads and are served in the order of arrival.
 
     Attributes: `name`, `device`, `dtype`, `quantization`, `mode` (the one in use), `precision` (what that means here:
-    `"exact"`, `"int8"` or `"fp8"`), `native_size` (the side in pixels that the model was trained at), `last_seed`.
+    `"exact"`, `"int8"` or `"fp8"`), `precision_reason` (why that one and no other), `native_size` (the side in pixels
+    that the model was trained at), `spec` (all sizes of the model), `last_seed`.
     """
 
     def __init__(self, bundle: Bundle, setup: ResolvedConfig, painter: Painter, worker: Worker) -> None:
         """Not for callers: use `Engine.load` or `Engine.from_pipeline`."""
         super().__init__(painter, worker)
-        self.name, self.mode, self.precision = bundle.name, setup.mode, setup.precision.name
+        self.name, self.mode = bundle.name, setup.mode
+        self.precision, self.precision_reason = setup.precision.name, setup.choice.reason
         self.device, self.dtype, self.quantization = setup.device, setup.dtype, setup.quantization
         self.native_size = bundle.spec.vae.sample_size
         self.last_seed: int | None = None
-        self._spec = bundle.spec.flux
+        self.spec, self._spec = bundle.spec, bundle.spec.flux
         self._lora_files = LoraFiles(bundle.spec)
         self._loras: Chosen = ()
         self._budgeted = setup.budget is not None

@@ -27,7 +27,7 @@ from ..storage.materialize import Target
 from ..utils.numeric import finite
 from ..utils.timing import Stopwatch, mark
 from .model import Model, Sources
-from .modes import choose_precision
+from .modes import Choice, choose_precision
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ CONTEXT = 1 * GB  # what a card needs for the CUDA context and the desktop
 class ResolvedConfig:
     """The options of a load, checked. `backend` None: 16-bit weights. `budget` None: a device without VRAM.
 
-    `mode` is the one that will run, in `precision`; the caller may have asked for another.
+    `mode` is the one that will run, in `precision`; the caller may have asked for another. `choice` says why.
     """
 
     device: torch.device
@@ -51,7 +51,12 @@ class ResolvedConfig:
     budget: int | None
     mode: str
     kernels: Kernels
-    precision: Precision
+    choice: Choice
+
+    @property
+    def precision(self) -> Precision:
+        """How products are computed."""
+        return self.choice.precision
 
     @classmethod
     def check(
@@ -70,11 +75,11 @@ class ResolvedConfig:
         try:
             chosen = choose_backend(where, backend) if quantization == "nf4" else None
             kernels = choose_kernels(where)
-            precision = choose_precision(mode, where, dtype, chosen, kernels)
+            choice = choose_precision(mode, where, dtype, chosen, kernels)
         except torch.OutOfMemoryError as error:
             raise out_of_memory("There is no room to try the kernels", where, None) from error.with_traceback(None)
-        mode = mode if precision.scaled else "exact"
-        return cls(where, quantization, dtype, chosen, budget, mode, kernels, precision)
+        mode = mode if choice.precision.scaled else "exact"
+        return cls(where, quantization, dtype, chosen, budget, mode, kernels, choice)
 
 
 def check_options(

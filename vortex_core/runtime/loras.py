@@ -19,7 +19,7 @@ from ..memory.offload import WeightGroup
 from ..nf4 import NF4Weight, dequantize
 from ..quant.adapters import LoraFile, LoraPart, LowRank, Magnitude
 from ..quant.linear import NF4Linear
-from ..quant.low_rank import adapter_of
+from ..quant.low_rank import adapter_of, scale_of
 from .memory_manager import MemoryManager
 from .model import Model
 
@@ -36,7 +36,7 @@ class Loras:
     def __init__(self, model: Model, memory: MemoryManager) -> None:
         self.chosen: Chosen = ()
         self._model, self._memory, self._device = model, memory, memory.device
-        self._strengths = torch.zeros(MOST, device=self._device)  # where adapters read them, and captured steps, too
+        self._wanted: dict[NF4Linear, list[list[LowRank]]] = {}  # what each linear's factors are made of
         self._factor_type = torch.float32 if model.dtype == torch.float32 else torch.float16
         self._originals: dict[tuple[str, str], Tensor] = {}  # by part, and name of a tensor; in host memory
         self._gains: dict[NF4Linear, tuple[Tensor, list[Tensor | None]]] = {}  # absmax as it was; of each file
@@ -55,8 +55,6 @@ class Loras:
         self._memory.pack()
         if files != before:
             self._attach(chosen)
-        self._strengths.zero_()
-        self._strengths[: len(chosen)] = torch.tensor([strength for _, strength in chosen])
         self._write(chosen)
         self.chosen = chosen
         log.info("LoRAs: %s", ", ".join(f"{file.path} x {strength:g}" for file, strength in chosen) or "none")
@@ -108,6 +106,7 @@ class Loras:
         self._gains.clear()
         wanted = self._updates(chosen)
         changed = self._resize(wanted)
+        self._wanted = wanted
         try:
             for group in self._model.groups:
                 self._fill(group, wanted, anew=group in changed)
@@ -155,7 +154,7 @@ class Loras:
 
     def _resize(self, wanted: Mapping[NF4Linear, list[list[LowRank]]]) -> list[WeightGroup]:
         """Plan for the new factors, before any is made; the groups whose layout changes."""
-        nowhere, changed = self._strengths.to("meta"), []
+        nowhere, changed = torch.device("meta"), []
         before = {linear: linear.adapter for group in self._model.groups for linear in _linears(group)}
         for group in self._model.groups:
             for linear in _linears(group):
@@ -172,19 +171,19 @@ class Loras:
 
     def _fill(self, group: WeightGroup, wanted: Mapping[NF4Linear, list[list[LowRank]]], *, anew: bool) -> None:
         for linear in _linears(group):
-            made = self._made(linear, wanted[linear], self._strengths) if linear in wanted else None
+            made = self._made(linear, wanted[linear], self._device) if linear in wanted else None
             kept = linear.adapter
             if anew or made is None or kept is None:
                 linear.adapt(made)
             else:
-                for place, factor in zip(kept[:-1], made[:-1], strict=True):
+                for place, factor in zip(kept, made, strict=True):
                     place.copy_(factor)
         if anew:
             self._memory.placement.relayout([group])
 
     def _fall_back(self) -> None:
         """After an error half-way: no LoRA at all."""
-        self.chosen = ()
+        self.chosen, self._wanted = (), {}
         for group in self._model.groups:
             if any(linear.adapter is not None for linear in _linears(group)):
                 for linear in _linears(group):
@@ -193,15 +192,18 @@ class Loras:
         self._memory.resize(self._model.measure())
         self._write(())
 
-    def _made(self, linear: NF4Linear, updates: Sequence[Sequence[LowRank]], strengths: Tensor) -> Adapter:
+    def _made(self, linear: NF4Linear, updates: Sequence[Sequence[LowRank]], device: torch.device) -> Adapter:
         rotated = linear.precision.operand == torch.int8
-        return adapter_of(updates, linear.shape, strengths, self._factor_type, rotated=rotated)
+        return adapter_of(updates, linear.shape, device, self._factor_type, rotated=rotated)
 
     # --- what is written in place ---------------------------------------------------------------------------------
 
     def _write(self, chosen: Chosen) -> None:
-        """What depends on strengths: gains, biases, norms, plain weights, and in 8 bits the scales of rows."""
+        """What depends on strengths: of ranks, gains, biases, norms, plain weights; in 8 bits the scales of rows."""
         strengths = [strength for _, strength in chosen]
+        for linear, updates in self._wanted.items():
+            assert linear.scale is not None
+            linear.scale.copy_(scale_of(updates, linear.shape[0], strengths))
         for linear, (absmax, gains) in self._gains.items():
             rows = torch.ones(len(absmax))
             for strength, gain in zip(strengths, gains, strict=False):
@@ -251,4 +253,4 @@ def _linears(group: WeightGroup) -> Iterator[NF4Linear]:
 
 
 def _shapes(adapter: Adapter | None) -> tuple[torch.Size, ...]:
-    return () if adapter is None else tuple(factor.shape for factor in adapter[:-1])
+    return () if adapter is None else tuple(factor.shape for factor in adapter)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,79 +18,121 @@ from ..kernels import Kernels, attends_in_fp8, fused_declined, reference
 from ..kernels.scaled_tensor import FP8, ScaledTensor
 from ..quant.backends import Backend
 from ..quant.precision import EXACT, Fp8, Int8, Precision
-from ..utils.packages import first_line
+from ..utils.packages import first_line, missing, remedy
 from ..utils.timing import Stopwatch, mark
 
 log = logging.getLogger(__name__)
 
+NAMES = ("int8", "fp8")  # of the precisions in 8 bits
+MEASURED = (9, 0)  # the compute capability on which both were timed; older cards go by their vendor's figures
 TIMED = (1280, 3072, 12288)  # rows, K and N of the product that is timed: the MLP's at 512 x 512
+
+
+class Declined(NamedTuple):
+    """Why a precision cannot run, and what to do about it; `fix` is empty where nothing helps."""
+
+    why: str
+    fix: str = ""
+
+
+class Choice(NamedTuple):
+    """A precision, why it was taken, and the others in 8 bits, by name, that were declined."""
+
+    precision: Precision
+    because: str
+    declined: dict[str, Declined]
+
+    @property
+    def reason(self) -> str:
+        """Why it is this one, and why no other, in words."""
+        others = (f"{name} declined: {declined.why}" for name, declined in self.declined.items())
+        return "; ".join((self.because, *others))
 
 
 def choose_precision(
     mode: str, device: torch.device, dtype: torch.dtype, backend: Backend | None, kernels: Kernels
-) -> Precision:
-    """The precision of `mode`. Where none of 8 bits can run, `fast` gets `exact`; the log says why.
+) -> Choice:
+    """The precision of `mode`. Where none of 8 bits can run, `fast` gets `exact`. Logs the choice and why.
 
     Raises `VortexInputError` where `fp8` or `int8` is asked for by name and cannot run.
     """
+    choice = _chosen(mode, device, dtype, backend, kernels)
+    slow = mode == "fast" and device.type == "cuda" and choice.precision is EXACT
+    log.log(logging.WARNING if slow else logging.INFO, "Precision: %s (%s)", choice.precision, choice.reason)
+    return choice
+
+
+def _chosen(mode: str, device: torch.device, dtype: torch.dtype, backend: Backend | None, kernels: Kernels) -> Choice:
     if mode == "exact":
-        return EXACT
+        return Choice(EXACT, "asked for", {})
     if mode == "fast" and device.type != "cuda":
-        log.info("Precision: exact; products in 8 bits gain nothing on %s", device.type)
-        return EXACT
-    declined = {name: precision_declined(name, device, dtype, backend) for name in ("int8", "fp8")}
+        return Choice(EXACT, f"products in 8 bits gain nothing on {device.type}", {})
+    tried = {name: precision_declined(name, device, dtype, backend) for name in NAMES if mode in ("fast", name)}
+    declined = {name: found for name, found in tried.items() if found is not None}
     if mode != "fast":
-        if declined[mode] is not None:
+        if mode in declined:
+            why, fix = declined[mode]
             raise VortexInputError(
-                f"mode '{mode}' does not work here: {declined[mode]}. 'fast' takes the fastest mode that does."
+                f"mode '{mode}' does not work here: {why}. 'fast' takes the fastest mode that does. {fix}".rstrip()
             )
-        return _made(mode, device, kernels)
-    capability = torch.cuda.get_device_capability(device)
-    names = [name for name in ("fp8", "int8") if declined[name] is None]
-    reasons = "; ".join(f"{name} declined: {why}" for name, why in declined.items() if why is not None)
+        return Choice(_made(mode, device, kernels), "asked for", {})
+    names = [name for name in tried if name not in declined]
     if not names:
-        log.warning("Precision: exact; %s", reasons)
-        return EXACT
-    if len(names) == 1 or capability == (9, 0):
-        name = names[0]
-    else:
-        name = "int8" if capability < (9, 0) else faster(device, kernels)
-    log.info("Precision: %s%s", name, f"; {reasons}" if reasons else "")
-    return _made(name, device, kernels)
+        return Choice(EXACT, "nothing in 8 bits runs here", declined)
+    name, because = _fastest(names, device, kernels)
+    return Choice(_made(name, device, kernels), because, declined)
 
 
-def precision_declined(name: str, device: torch.device, dtype: torch.dtype, backend: Backend | None) -> str | None:
+def _fastest(names: list[str], device: torch.device, kernels: Kernels) -> tuple[str, str]:
+    """The one of `names` that is the fastest on a CUDA device, and how that is known."""
+    if len(names) == 1:
+        return names[0], "the only one in 8 bits that runs here"
+    major, minor = capability = torch.cuda.get_device_capability(device)
+    if capability == MEASURED:
+        return "fp8", f"the fastest that was measured on compute capability {major}.{minor}"
+    if capability < MEASURED:
+        return "int8", f"the fastest on compute capability {major}.{minor}, by its rates"
+    times = {name: _time(_made(name, device, kernels), device) for name in names}
+    took = ", ".join(f"{ms:.3f} ms in {name}" for name, ms in times.items())
+    return min(times, key=lambda name: times[name]), f"the fastest here: a product takes {took}"
+
+
+def precision_declined(name: str, device: torch.device, dtype: torch.dtype, backend: Backend | None) -> Declined | None:
     """Why `int8` or `fp8` cannot run, or None. On the CPU both run in plain torch, to compare."""
     if backend is None:
-        return "it multiplies NF4 weights, and these are not"
+        return Declined("it multiplies NF4 weights, and these are not", "Leave `quantization` at 'nf4'.")
     if device.type != "cuda":
         return None
     if backend.name != "triton":
-        return fused_declined(device) or f"only the triton backend decodes to 8 bits, and it is {backend.name}"
+        other = f"only the triton backend decodes to 8 bits, and it is {backend.name}"
+        return _triton_declined(device) or Declined(other, "Leave the backend to Vortex.")
     if dtype != torch.bfloat16:
-        return f"products in 8 bits end in bf16, and {dtype} was asked for"
+        return Declined(f"products in 8 bits end in bf16, and {dtype} was asked for", "Leave the dtype at bf16.")
     return int8_declined(device) if name == "int8" else fp8_declined(device)  # last, since they compile kernels
 
 
-def fp8_declined(device: torch.device) -> str | None:
+def fp8_declined(device: torch.device) -> Declined | None:
     """Why products in fp8 cannot run on a CUDA device, or None."""
-    declined = fused_declined(device)
-    if declined is None and torch.cuda.get_device_capability(device) < (8, 9):
-        major, minor = torch.cuda.get_device_capability(device)
-        return f"fp8 needs compute capability 8.9, and this card has {major}.{minor}"
-    return declined or _fp8_broken(device)
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (8, 9):
+        return Declined(f"fp8 needs compute capability 8.9, and this card has {major}.{minor}")
+    return _triton_declined(device) or _unless(_fp8_broken(device))
 
 
-def int8_declined(device: torch.device) -> str | None:
+def int8_declined(device: torch.device) -> Declined | None:
     """Why products in int8 cannot run on a CUDA device, or None."""
-    return fused_declined(device) or _int8_broken(device)
+    return _triton_declined(device) or _unless(_int8_broken(device))
 
 
-def faster(device: torch.device, kernels: Kernels) -> str:
-    """The name of the precision whose product is faster on a card that nobody measured."""
-    found = {name: _time(_made(name, device, kernels), device) for name in ("int8", "fp8")}
-    log.info("A product takes %s on this card", ", ".join(f"{ms:.3f} ms in {name}" for name, ms in found.items()))
-    return min(found, key=lambda name: found[name])
+def _triton_declined(device: torch.device) -> Declined | None:
+    why = fused_declined(device)
+    if why is None or missing("triton") is None:
+        return _unless(why, "Triton needs a C compiler (gcc) and an NVIDIA driver of its time. Install or update them.")
+    return Declined(why, remedy("triton"))
+
+
+def _unless(why: str | None, fix: str = "Update torch and Triton.") -> Declined | None:
+    return None if why is None else Declined(why, fix)
 
 
 def _made(name: str, device: torch.device, kernels: Kernels) -> Precision:

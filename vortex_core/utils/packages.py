@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from ..errors import SHOWN, VortexError
 
 EXTRAS = {"gguf": "gguf", "matplotlib": "plots", "scipy": "stats"}  # by package, as in pyproject.toml
+TRITON = {6: 2, 7: 3, 8: 4, 9: 5, 10: 6, 11: 6, 12: 7, 13: 7}  # 3.x, by torch 2.x: what torch asks for on Linux
 PACKAGES = {"PIL": "pillow", "pynvml": "nvidia-ml-py"}  # by module, where the names differ
 
 # Why modules do not import, until the process ends. A second try would take as long, and may fail in another way.
@@ -56,11 +57,23 @@ def remedy(module: str) -> str:
     In ComfyUI it is not: there the folder itself is loaded.
     """
     top, package = module.partition(".")[0], _package(module)
+    if package == "triton" and sys.platform == "win32":
+        return f'pip install -U "{_triton_windows()}"'
     if sys.modules.get(top) is not None or find_spec(top) is not None:
         return f"pip install --upgrade {package}"  # it is there, but broken or too old
     if package in EXTRAS and _is_installed():
         return f"pip install 'vortex-flux[{EXTRAS[package]}]'"
     return f"pip install {package}"
+
+
+def _triton_windows() -> str:
+    """The package on Windows, with the bound that suits this torch: a later Triton may not work with it."""
+    try:
+        major, minor = (int(part) for part in metadata.version("torch").split(".")[:2])
+    except (metadata.PackageNotFoundError, ValueError):
+        return "triton-windows"
+    suits = TRITON.get(minor) if major == 2 else None
+    return "triton-windows" if suits is None else f"triton-windows<3.{suits + 1}"
 
 
 def first_line(error: BaseException) -> str:

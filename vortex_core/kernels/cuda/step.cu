@@ -36,7 +36,7 @@ extern "C" __global__ void decode(const unsigned *packed, const float *absmax, v
 // adaLN of a token by a block. With `y`, `x += gate * y` first, in place. `_b` and `_t` are strides. A thread takes TURNS
 // times 8 columns, so that few threads have to meet.
 #define TURNS 3
-extern "C" __global__ void __launch_bounds__(1024) modulate(
+extern "C" __global__ void __launch_bounds__(512) modulate(
     value *x, long long x_b, long long x_t, const value *y, long long y_b, long long y_t, const value *gate,
     const value *shift, const value *scale, value *out, long long out_b, long long out_t, int tokens, int width)
 {
@@ -44,10 +44,13 @@ extern "C" __global__ void __launch_bounds__(1024) modulate(
     value *row = x + picture * x_b + token * x_t;
     value *to = out + picture * out_b + token * out_t;
     float v[TURNS][8], other[8], factor[8], sum = 0;
+    Eight scales[TURNS], shifts[TURNS];
 #pragma unroll
-    for (int k = 0; k < TURNS; k++) {
+    for (int k = 0; k < TURNS; k++) {  // all loads early: two sums follow, for which all threads wait
         const int column = 8 * (k * blockDim.x + threadIdx.x);
         load8(v[k], row + column, width - column);
+        scales[k] = raw8(scale + column, width - column);
+        shifts[k] = raw8(shift + column, width - column);
     }
     if (y) {
         const value *branch = y + picture * y_b + token * y_t;
@@ -81,58 +84,52 @@ extern "C" __global__ void __launch_bounds__(1024) modulate(
 #pragma unroll
     for (int k = 0; k < TURNS; k++) {
         const int column = 8 * (k * blockDim.x + threadIdx.x);
-        load8(factor, scale + column, width - column);
-        load8(other, shift + column, width - column);
 #pragma unroll
-        for (int i = 0; i < 8; i++) v[k][i] = v[k][i] * inverse * (1 + factor[i]) + other[i];
+        for (int i = 0; i < 8; i++) v[k][i] = v[k][i] * inverse * (1 + wide(scales[k].at[i])) + wide(shifts[k].at[i]);
         store8(to + column, v[k], width - column);
     }
 }
 
-// RMS norm and rotary embedding in place, of the queries (blockIdx.y 0) or keys of a token: a warp for each head at a
-// time. A lane takes PARTS times 4 channels, which are two pairs; their number is a multiple of 4.
+// RMS norm and rotary embedding in place, of the queries (blockIdx.y 0) or keys of a token: a warp for HEADS heads at a
+// time. A lane takes 4 channels, which are two pairs; their number is a multiple of 4, and at most 128.
+#define HEADS 3
 extern "C" __global__ void __launch_bounds__(256) rotate(
     value *qkv, long long stride_b, long long stride_t, const value *query_norm, const value *key_norm,
     const float *cosine, const float *sine, int tokens, int heads, int channels)
 {
     const long long picture = blockIdx.x / tokens, token = blockIdx.x % tokens;
-    const int lane = threadIdx.x % 32;
-    const value *norm = blockIdx.y ? key_norm : query_norm;
-    value *place = qkv + picture * stride_b + token * stride_t + (long long)blockIdx.y * heads * channels;
-    float weight[PARTS][4], c[PARTS][2], s[PARTS][2];
-#pragma unroll
-    for (int j = 0; j < PARTS; j++) {
-        const int channel = 4 * (lane + 32 * j);
-        if (channel >= channels) break;
-        load4(weight[j], norm + channel);
+    const int channel = threadIdx.x % 32 * 4, warps = blockDim.x / 32;
+    const bool inside = channel < channels;
+    value *place = qkv + picture * stride_b + token * stride_t + (long long)blockIdx.y * heads * channels + channel;
+    float weight[4], c[2], s[2];
+    if (inside) {
+        load4(weight, (blockIdx.y ? key_norm : query_norm) + channel);
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            c[j][i] = cosine[(token * channels + channel) / 2 + i];
-            s[j][i] = sine[(token * channels + channel) / 2 + i];
+            c[i] = cosine[(token * channels + channel) / 2 + i];
+            s[i] = sine[(token * channels + channel) / 2 + i];
         }
     }
-    for (int head = threadIdx.x / 32; head < heads; head += blockDim.x / 32) {
-        value *x = place + (long long)head * channels + 4 * lane;
-        float v[PARTS][4], sum = 0;
+    for (int first = threadIdx.x / 32; first < heads; first += HEADS * warps) {
+        float v[HEADS][4] = {};
 #pragma unroll
-        for (int j = 0; j < PARTS; j++) {
-            if (4 * (lane + 32 * j) >= channels) break;
-            load4(v[j], x + 128 * j);
+        for (int h = 0; h < HEADS; h++)  // all loads before the first use
+            if (inside && first + h * warps < heads) load4(v[h], place + (long long)(first + h * warps) * channels);
 #pragma unroll
-            for (int i = 0; i < 4; i++) sum += v[j][i] * v[j][i];
-        }
-        const float inverse = rsqrtf(warp_sum(sum) / channels + EPSILON);
+        for (int h = 0; h < HEADS; h++) {
+            float sum = 0;
 #pragma unroll
-        for (int j = 0; j < PARTS; j++) {
-            if (4 * (lane + 32 * j) >= channels) break;
+            for (int i = 0; i < 4; i++) sum += v[h][i] * v[h][i];
+            const float inverse = rsqrtf(warp_sum(sum) / channels + EPSILON);
+            if (!inside || first + h * warps >= heads) continue;
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                const float even = v[j][2 * i] * inverse * weight[j][2 * i];
-                const float odd = v[j][2 * i + 1] * inverse * weight[j][2 * i + 1];
-                v[j][2 * i] = even * c[j][i] - odd * s[j][i];
-                v[j][2 * i + 1] = even * s[j][i] + odd * c[j][i];
+                const float even = v[h][2 * i] * inverse * weight[2 * i];
+                const float odd = v[h][2 * i + 1] * inverse * weight[2 * i + 1];
+                v[h][2 * i] = even * c[i] - odd * s[i];
+                v[h][2 * i + 1] = even * s[i] + odd * c[i];
             }
-            store4(x + 128 * j, v[j]);
+            store4(place + (long long)(first + h * warps) * channels, v[h]);
         }
     }
 }

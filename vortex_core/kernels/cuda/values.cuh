@@ -41,19 +41,25 @@ union Eight {
     value at[8];
 };
 
-// 8 neighbours, of which `count` or more exist; in loads of 16 bytes where they lie so.
-__device__ __forceinline__ void load8(float *v, const value *from, int count)
+// 8 neighbours, of which `count` or more exist; the others are 0. In loads of 16 bytes where they lie so.
+__device__ __forceinline__ Eight raw8(const value *from, int count)
 {
+    Eight raw;
     if (count >= 8 && (size_t)from % 16 == 0) {
-        Eight raw;
 #pragma unroll
         for (int i = 0; i < (int)sizeof(value) / 2; i++) raw.whole[i] = ((const uint4 *)from)[i];
-#pragma unroll
-        for (int i = 0; i < 8; i++) v[i] = wide(raw.at[i]);
     } else {
 #pragma unroll
-        for (int i = 0; i < 8; i++) v[i] = i < count ? wide(from[i]) : 0;
+        for (int i = 0; i < 8; i++) raw.at[i] = i < count ? from[i] : 0;
     }
+    return raw;
+}
+
+__device__ __forceinline__ void load8(float *v, const value *from, int count)
+{
+    const Eight raw = raw8(from, count);
+#pragma unroll
+    for (int i = 0; i < 8; i++) v[i] = wide(raw.at[i]);
 }
 
 __device__ __forceinline__ void store8(value *to, const float *v, int count)
