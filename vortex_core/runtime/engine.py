@@ -162,8 +162,7 @@ class Engine(Turns):
     def encode(self, prompt: str, steps: int = DEFAULT_STEPS, loras: Pairs | None = None) -> Conditioning:
         """The `Conditioning` of a prompt, cached by its tokens; `generate` takes it in place of the prompt.
 
-        `loras` as in `generate`; errors as in `set_loras`. Raises `VortexInputError` for a prompt that is no text, or
-        steps outside 1 to 8.
+        `loras` as in `generate`. Raises as `set_loras`, and `VortexInputError` for another prompt or steps.
         """
         self._check_usable()
         check_prompt(prompt)
@@ -270,8 +269,7 @@ class Engine(Turns):
         if seed is None:
             seed = secrets.randbits(32)
             log.info("seed %d", seed)
-        height = self.native_size if height is None else height
-        width = self.native_size if width is None else width
+        height, width = (self.native_size if side is None else side for side in (height, width))
         request = Request(seed, height, width, steps, batch_size)
         if isinstance(prompt, Conditioning):
             prompt.check(request.steps, self._spec, self.dtype)
