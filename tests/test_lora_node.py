@@ -222,15 +222,24 @@ def test_what_cannot_be_used_is_said_before_a_run(comfy: FakeHost, shelf: Path, 
     tiny_loras.write(shelf / "flux2.safetensors", width=6144, rank=1)
     factors = load_file(shelf / "a.safetensors")
     save_file(factors | {"diffusion_model.img_in.ia3_l": torch.zeros(256, 1)}, shelf / "ia3.safetensors")
+    whole = {"diffusion_model.double_blocks.0.img_attn.proj.diff": torch.zeros(256, 256)}
+    save_file(factors | whole, shelf / "whole.safetensors")
     for name, reason in {
         "half.safetensors": "half", "evil.pt": "pickle", "folder": "is a folder",
         "sdxl.safetensors": "Stable Diffusion", "flux2.safetensors": "a LoRA of FLUX.2",
-        "ia3.safetensors": "it is IA3, which Vortex does not apply",
+        "ia3.safetensors": "it is IA3, which Vortex does not apply", "whole.safetensors": "no low-rank update",
     }.items():  # fmt: skip
         verdict = NODE.VALIDATE_INPUTS(name, 1.0)
         assert reason in str(verdict), name
         with pytest.raises(errors.VortexCheckpointError, match=reason):
             add(model, name)
+        with pytest.raises(errors.VortexCheckpointError, match=reason):  # nothing is refused that the engine takes
+            engines.acquire(model).set_loras([(shelf / name, 1.0)])
+
+
+def test_a_whole_change_of_what_is_not_in_4_bits_is_used(comfy: FakeHost, shelf: Path, model: Any) -> None:
+    save_file({"diffusion_model.img_in.diff": torch.ones(256, 64) / 8}, shelf / "img_in.safetensors")
+    assert not torch.equal(sample(add(model, "img_in.safetensors")), sample(model))
 
 
 def test_a_lora_of_another_size_is_refused_by_the_model_that_it_meets(comfy: FakeHost, shelf: Path, model: Any) -> None:
