@@ -12,14 +12,17 @@
 #define __device__
 #define __forceinline__ inline
 #define __shared__ static
-#define __launch_bounds__(threads)
+#define __constant__ static const
+#define __launch_bounds__(...)
 #define wide(x) wide_as<VALUE>(x)
 #define narrow(x) narrow_as<VALUE>(x)
 
 struct uint2 { unsigned x, y; };
 struct uint4 { unsigned x, y, z, w; };
+struct float2 { float x, y; };
+inline float2 make_float2(float x, float y) { return {x, y}; }
 struct Index { int x, y; };
-static Index threadIdx, blockIdx, blockDim;
+static Index threadIdx, blockIdx, blockDim, gridDim;
 
 static ucontext_t scheduler;
 static std::vector<ucontext_t> threads;
@@ -40,22 +43,105 @@ struct Barrier {
     }
 };
 static Barrier block_barrier, warp_barriers[32];
-static float exchanged[1024];
 
 inline void __syncthreads() { block_barrier.wait(blockDim.x); }
+inline void __syncwarp() { warp_barriers[threadIdx.x / 32].wait(32); }
 
-inline float __shfl_xor_sync(unsigned, float x, int away)
+// What each lane of a warp says, read by `read` before any lane goes on.
+template <typename T, typename F> auto among(const T &said, F read)
 {
-    const int self = threadIdx.x;
-    exchanged[self] = x;
-    warp_barriers[self / 32].wait(32);
-    const float found = exchanged[self ^ away];
-    warp_barriers[self / 32].wait(32);
+    static T exchanged[1024];
+    exchanged[threadIdx.x] = said;
+    __syncwarp();
+    const auto found = read(exchanged + threadIdx.x / 32 * 32);
+    __syncwarp();
     return found;
+}
+
+template <typename T> T __shfl_xor_sync(unsigned, T x, int away)
+{
+    return among(x, [=](const T *lanes) { return lanes[threadIdx.x % 32 ^ away]; });
 }
 
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
+inline float __fdividef(float x, float y) { return x / y; }
+inline float __fadd_rn(float x, float y) { return x + y; }
+inline float __fmul_rn(float x, float y) { return x * y; }
+
+inline unsigned __float_as_uint(float x)
+{
+    unsigned bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+
+inline float __uint_as_float(unsigned bits)
+{
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector)
+{
+    const uint64_t both = (uint64_t)y << 32 | x;
+    unsigned found = 0;
+    for (int i = 0; i < 4; i++) found |= (unsigned)(both >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+    return found;
+}
+
+// fp8 (e4m3), to nearest even; the largest is 448.
+inline unsigned fp8(float x)
+{
+    if (x != x) return 127;
+    const float size = std::fmin(std::fabs(x), 448.0f);
+    int exponent;
+    std::frexp(size, &exponent);
+    exponent = size < std::ldexp(1.0f, -6) ? -6 : exponent - 1;
+    const int steps = (int)std::nearbyint(std::ldexp(size, 3 - exponent));  // of 8 in a power of two
+    return (x < 0 ? 128 : 0) + (exponent + 6) * 8 + steps;
+}
+
+inline unsigned two_fp8(float a, float b) { return fp8(a) | fp8(b) << 8; }
+
+// The copies, matrix loads and tensor cores of product.cu. A copy arrives at once.
+inline void copies_end() {}
+inline void copies_wait() {}
+
+inline void copy16(void *to, const void *from, bool inside)
+{
+    if (inside) memcpy(to, from, 16);
+    else memset(to, 0, 16);
+}
+
+inline void matrices4(unsigned *x, const void *row)
+{
+    const int lane = threadIdx.x % 32;
+    const uint4 found = among(row, [=](const void *const *rows) {
+        unsigned words[4];
+        for (int i = 0; i < 4; i++) words[i] = ((const unsigned *)rows[8 * i + lane / 4])[lane % 4];
+        return uint4{words[0], words[1], words[2], words[3]};
+    });
+    memcpy(x, &found, 16);
+}
+
+struct Operands { unsigned a[4], b[2]; };
+
+inline void multiply_add(int *c, const unsigned *a, const unsigned *b)
+{
+    const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+    const Operands mine = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
+    among(mine, [=](const Operands *lanes) {
+        for (int i = 0; i < 4; i++)
+            for (int k = 0; k < 32; k++) {
+                const unsigned left = lanes[row * 4 + k % 16 / 4].a[k / 16 * 2 + i / 2];
+                const unsigned right = lanes[(column + i % 2) * 4 + k % 16 / 4].b[k / 16];
+                c[i] += (signed char)(left >> k % 4 * 8) * (signed char)(right >> k % 4 * 8);
+            }
+        return 0;
+    });
+}
 
 template <int VALUE_TYPE, typename T> float wide_as(T x)
 {
@@ -104,6 +190,7 @@ static void launch(int columns, int rows, int count, std::function<void()> kerne
     stacks.resize(stack * 1024);
     body = kernel;
     blockDim = {count, 1};
+    gridDim = {columns, rows};
     threads.assign(count, ucontext_t());
     for (blockIdx.y = 0; blockIdx.y < rows; blockIdx.y++)
         for (blockIdx.x = 0; blockIdx.x < columns; blockIdx.x++) {

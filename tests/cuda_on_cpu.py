@@ -16,13 +16,13 @@ import torch
 from vortex_core.kernels import nvrtc
 
 COMPILER = shutil.which("g++")
-KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\(\d+\) )?(\w+)\(\s*(.*?)\)\s*\{', re.DOTALL)
+KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([\w, ]+\) )?(\w+)\(\s*(.*?)\)\s*\{', re.DOTALL)
 
 
 @cache
-def kernels_of(dtype: torch.dtype) -> tuple[Any, dict[str, list[str]]]:
+def kernels_of(dtype: torch.dtype, module: str) -> tuple[Any, dict[str, list[str]]]:
     """The library, and the types of each kernel's parameters."""
-    text = nvrtc.source(dtype)
+    text = nvrtc.source(dtype, module)
     signatures = {
         name: [re.sub(r"\w+$", "", part.strip()).strip() for part in parameters.replace("__restrict__", "").split(",")]
         for name, parameters in KERNEL.findall(text)
@@ -43,10 +43,16 @@ def kernels_of(dtype: torch.dtype) -> tuple[Any, dict[str, list[str]]]:
 
 
 def launch(
-    name: str, grid: tuple[int, int], threads: int, device: torch.device, dtype: torch.dtype, *arguments: Any
+    name: str,
+    grid: tuple[int, int],
+    threads: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    *arguments: Any,
+    module: str = "step",
 ) -> None:
     """In place of `nvrtc.launch`."""
-    library, signatures = kernels_of(dtype)
+    library, signatures = kernels_of(dtype, module)
     kinds, values = signatures[name], [nvrtc._c(argument) for argument in arguments]
     sizes = {"*": ctypes.c_void_p, "int": ctypes.c_int, "long long": ctypes.c_longlong, "float": ctypes.c_float}
     wanted = [sizes["*" if kind.endswith("*") else kind] for kind in kinds]

@@ -12,9 +12,10 @@ import pytest
 
 TOOL = Path(__file__).parent.parent / "tools" / "benchmarks" / "other_cards.py"
 SHARED = 99 * 1024  # bytes of a program on 8.6, 8.9 and 12.0
-WITHOUT_SPILLS = {"_dequantize", "_row_scales", "_multiply", "_rotate", "_modulate", "_gelu"}
-# bytes of a thread that its registers cannot hold, in the decoder alone, which runs once for a picture
-SPILLS = {"_convolve": 16, "_attend": 72}
+# Bytes of a thread that its registers cannot hold: in the decoder alone, which runs once for a picture, and in
+# attention in fp8, which no card but Hopper uses.
+SPILLS = {"_convolve": 24, "_attend": 112}
+OTHERS = {"_dequantize", "_row_scales", "_decode", "_largest", "_multiply", "_rotate", "_modulate", "_gelu", "_moments"}
 
 
 @pytest.mark.slow
@@ -26,7 +27,7 @@ def test_kernels_fit_a_card_that_is_not_here(capability: int) -> None:
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr[-2000:]
     builds = [json.loads(line) for line in ran.stdout.splitlines()]
-    assert {build["kernel"] for build in builds} > WITHOUT_SPILLS | set(SPILLS)
+    assert {build["kernel"] for build in builds} >= OTHERS | set(SPILLS)
     for build in builds:
         assert build["stack"] <= SPILLS.get(build["kernel"], 0), build
         assert capability == 80 or build["shared"] <= SHARED, build

@@ -122,11 +122,17 @@ def test_attention_is_in_fp8_where_it_was_measured(
 ) -> None:
     caplog.set_level(logging.INFO, "vortex_core")
     monkeypatch.setattr("vortex_core.kernels._heads_broken", lambda device: None)
+    monkeypatch.setattr("vortex_core.kernels.fused_declined", lambda device: declined)
+    declined = None
     for capability, runs in (((8, 9), False), ((9, 0), True), ((12, 0), False)):
         monkeypatch.setattr("torch.cuda.get_device_capability", lambda device, capability=capability: capability)
         assert attends_in_fp8(torch.device("cuda", 0)) is runs
     assert "alone, and this card has 8.9" in caplog.text
     assert "alone, and this card has 12.0" in caplog.text
+    declined = "Triton is not installed"
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    assert not attends_in_fp8(torch.device("cuda", 0))
+    assert "fp8 declined: Triton is not installed" in caplog.text
 
 
 @pytest.mark.gpu

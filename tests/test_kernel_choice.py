@@ -63,6 +63,15 @@ def fake_kitchen(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return fake
 
 
+@pytest.mark.parametrize("functions", [reference, library, compiled])
+def test_every_module_has_every_function(functions: ModuleType) -> None:
+    names = [name for name, value in vars(kernels.Kernels).items() if callable(value) and name[0] != "_"]
+    assert len(names) > 15
+    assert all(callable(getattr(functions, name, None)) for name in names)
+    if functions is not reference:  # whose public names are more
+        assert sorted(names) == functions.__all__
+
+
 def test_the_cpu_has_plain_torch(caplog: pytest.LogCaptureFixture) -> None:
     assert choose_kernels(CPU) is reference
     assert "fused ones declined on cpu: they need CUDA, not cpu" in caplog.text

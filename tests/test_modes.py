@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,11 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from vortex_core import kernels
 from vortex_core.errors import VortexInputError
-from vortex_core.kernels import ScaledTensor, reference
+from vortex_core.kernels import ScaledTensor, compiled, reference
 from vortex_core.kernels.scaled_tensor import FP8
-from vortex_core.quant.backends import Backend, ReferenceBackend, TritonBackend
+from vortex_core.quant.backends import Backend, NvrtcBackend, ReferenceBackend, TritonBackend
 from vortex_core.quant.precision import EXACT, Fp8, Int8, Precision
 from vortex_core.runtime import modes
 from vortex_core.runtime.modes import choose_precision
@@ -30,12 +28,14 @@ BF16 = torch.bfloat16
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A card on which everything runs: its capability, what is declined there, and the milliseconds of a product."""
-    state: dict[str, Any] = {"capability": (9, 0), "fp8": None, "int8": None, "fused": None, "ms": {}}
+    state: dict[str, Any] = {"capability": (9, 0), "fp8": None, "fused": None, "compiled": None, "ms": {}}
+    state["sample", "int8"] = state["sample", "fp8"] = None
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: state["capability"])
     monkeypatch.setattr(modes, "fused_declined", lambda device: state["fused"])
+    monkeypatch.setattr(modes, "compiled_declined", lambda device: state["compiled"])
     monkeypatch.setattr(modes, "_fp8_broken", lambda device: state["fp8"])
-    monkeypatch.setattr(modes, "_int8_broken", lambda device: state["int8"])
-    monkeypatch.setattr(modes, "attends_in_fp8", lambda device: state["capability"] == (9, 0))
+    monkeypatch.setattr(modes, "_sample_broken", lambda name, *others: state["sample", name])
+    monkeypatch.setattr(modes, "attends_in_fp8", lambda device: state["capability"] == (9, 0) and not state["fused"])
     monkeypatch.setattr(modes, "_time", lambda precision, device: state["ms"][precision.name])
     return state
 
@@ -76,7 +76,7 @@ def test_a_card_that_nobody_measured_gets_what_is_faster(
 
 def test_what_is_left_is_taken_and_the_log_says_why(card: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "vortex_core")
-    card["int8"], card["capability"] = "Triton is moody", (8, 9)
+    card["sample", "int8"], card["capability"] = "Triton is moody", (8, 9)
     assert chosen("fast").name == "fp8"
     assert "Precision: fp8 (the only one in 8 bits that runs here; int8 declined: Triton is moody)" in caplog.text
     card["capability"] = (8, 6)
@@ -89,7 +89,7 @@ def test_what_is_left_is_taken_and_the_log_says_why(card: dict[str, Any], caplog
     )
     card["capability"], card["fp8"] = (9, 0), "no such product"
     assert chosen("fast") is EXACT
-    card["int8"] = None
+    card["sample", "int8"] = None
     assert chosen("fast").name == "int8"
 
 
@@ -97,24 +97,38 @@ def test_what_is_asked_for_by_name_and_cannot_run_is_refused(card: dict[str, Any
     card["capability"] = (8, 6)
     with pytest.raises(VortexInputError, match=r"'fp8' does not work here: fp8 needs compute capability 8\.9, .* 8\.6"):
         chosen("fp8")
-    card["int8"] = "a sample differs"
+    card["sample", "int8"] = "a sample differs"
     with pytest.raises(VortexInputError, match=r"'int8' does not work here: a sample differs\. 'fast' takes"):
         chosen("int8")
 
 
 @pytest.mark.parametrize("name", ["int8", "fp8"])
-def test_8_bits_need_nf4_the_triton_backend_and_bf16(card: dict[str, Any], name: str) -> None:
+def test_8_bits_need_nf4_kernels_that_decode_it_and_bf16(card: dict[str, Any], name: str) -> None:
     for backend, dtype, words in (
         (None, BF16, "it multiplies NF4 weights"),
-        (ReferenceBackend(), BF16, "only the triton backend decodes to 8 bits, and it is reference"),
+        (ReferenceBackend(), BF16, "only the triton and nvrtc backends decode to 8 bits, and it is reference"),
         (TritonBackend(), torch.float16, "end in bf16, and torch.float16 was asked for"),
     ):
         with pytest.raises(VortexInputError, match=words):
             choose_precision(name, CARD, dtype, backend, reference)
         assert choose_precision("fast", CARD, dtype, backend, reference).precision is EXACT
     card["fused"] = "Triton is not installed"
+    with pytest.raises(VortexInputError, match=r"it is reference\. .* Leave the backend to Vortex"):
+        choose_precision(name, CARD, BF16, ReferenceBackend(), reference)
+    card["compiled"] = "no NVRTC"
     with pytest.raises(VortexInputError, match="Triton is not installed"):
         choose_precision(name, CARD, BF16, ReferenceBackend(), reference)
+
+
+@pytest.mark.parametrize(
+    ("capability", "name"), [((8, 0), "int8"), ((8, 6), "int8"), ((8, 9), "int8"), ((9, 0), "fp8"), ((12, 0), "int8")]
+)
+def test_without_triton_fast_is_the_same(card: dict[str, Any], capability: tuple[int, int], name: str) -> None:
+    card["fused"], card["capability"], card["ms"] = "as on Windows", capability, {"int8": 0.5, "fp8": 0.9}
+    found = choose_precision("fast", CARD, BF16, NvrtcBackend(), compiled).precision
+    assert found == (Int8(compiled) if name == "int8" else Fp8(fp8_attention=False))  # attention in fp8 is Triton's
+    card["sample", name] = "its kernels do not run"
+    assert choose_precision("fast", CARD, BF16, NvrtcBackend(), compiled).precision.name != name
 
 
 def test_on_the_cpu_fast_is_exact_and_8_bits_run_by_name(caplog: pytest.LogCaptureFixture) -> None:
@@ -194,18 +208,14 @@ def test_the_sample_product_is_on_the_device_that_is_asked_about(monkeypatch: py
 
 
 def test_fp8_needs_a_card_that_has_it_and_a_torch_that_multiplies(card: dict[str, Any]) -> None:
-    card["fused"], card["capability"], card["fp8"] = "no compiler", (8, 8), "torch does not"
+    card["capability"], card["fp8"] = (8, 8), "torch does not"
     assert modes.fp8_declined(CARD) == ("fp8 needs compute capability 8.9, and this card has 8.8", "")
     card["capability"] = (8, 9)
-    for declined in (modes.fp8_declined(CARD), modes.int8_declined(CARD)):
-        assert declined is not None
-        assert declined.why == "no compiler"
-    card["fused"] = None
     declined = modes.fp8_declined(CARD)
     assert declined is not None
     assert declined.why == "torch does not"
     card["fp8"] = None
-    assert modes.fp8_declined(CARD) is modes.int8_declined(CARD) is None
+    assert modes.fp8_declined(CARD) is None
 
 
 @pytest.mark.parametrize(
@@ -217,7 +227,7 @@ def test_a_choice_says_what_would_make_it_faster(
 ) -> None:
     monkeypatch.setattr(modes, "missing", lambda module: missing)
     monkeypatch.setattr(modes, "remedy", lambda module: f"pip install {module}")
-    card["fused"] = "Triton does not run"
+    card["fused"], card["compiled"] = "Triton does not run", "no NVRTC"
     choice = choose_precision("fast", CARD, BF16, ReferenceBackend(), reference)
     assert choice.precision is EXACT
     assert fix in choice.declined["int8"].fix
@@ -253,35 +263,50 @@ def spoil_multiply_int8(x: Tensor, *rest: Tensor) -> None:
     rest[-1][:, 1].mul_(1.5)
 
 
-@pytest.mark.parametrize("spoil", [spoil_row_scales, spoil_dequantize, spoil_quantize, spoil_multiply_int8])
-def test_a_sample_in_int8_finds_each_kernel_that_is_wrong(monkeypatch: pytest.MonkeyPatch, spoil: Any) -> None:
-    """A twin of the reference in place of Triton's kernels, with one function of four that is wrong in places."""
+class Twin(Backend):
+    """Decodes by a twin of the reference."""
+
+    name = "twin"
+
+    def __init__(self, twin: Any) -> None:
+        super().__init__()
+        self._twin = twin
+
+    def write(self, packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None) -> None:
+        self._twin.dequantize(packed, absmax, out, row_scale)
+
+    def row_scales(self, packed: Tensor, absmax: Tensor, out: Tensor, dtype: torch.dtype, adapter: Any = None) -> None:
+        self._twin.row_scales(packed, absmax, out, dtype)
+
+
+SPOILS = [spoil_row_scales, spoil_dequantize, spoil_quantize, spoil_multiply_int8]
+
+
+@pytest.mark.parametrize(("name", "spoil"), [*(("int8", spoil) for spoil in SPOILS), ("fp8", spoil_row_scales)])
+def test_a_sample_finds_each_kernel_that_is_wrong(name: str, spoil: Any) -> None:
+    """A twin of the reference in place of kernels, with one function of four that is wrong in places."""
     twin = SimpleNamespace(**vars(reference))
-    monkeypatch.setattr(kernels, "fused", twin, raising=False)
-    monkeypatch.setitem(sys.modules, "vortex_core.kernels.fused", twin)
-    broken = modes._int8_broken.__wrapped__
-    assert broken(CPU) is None
-    name = spoil.__name__.removeprefix("spoil_")
+    assert modes._sample_broken(name, CPU, Twin(twin), twin) is None
+    function = spoil.__name__.removeprefix("spoil_")
 
     def wrong(*arguments: Any) -> None:
-        getattr(reference, name)(*arguments)
+        getattr(reference, function)(*arguments)
         spoil(*arguments)
 
-    setattr(twin, name, wrong)
-    assert broken(CPU) == "a product in int8 differs from the reference on a sample"
+    setattr(twin, function, wrong)
+    told = f"a product in {name} differs from the reference on a sample"
+    assert modes._sample_broken(name, CPU, Twin(twin), twin) == told
 
 
-def test_what_fails_in_a_sample_in_int8_is_told_but_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_fails_in_a_sample_is_told_but_for_memory() -> None:
     twin = SimpleNamespace(**vars(reference))
-    monkeypatch.setattr(kernels, "fused", twin, raising=False)
-    monkeypatch.setitem(sys.modules, "vortex_core.kernels.fused", twin)
 
     def fail(*arguments: Any) -> None:
         raise error
 
     twin.multiply_int8 = fail
     error: Exception = KeyError("no compiler")
-    assert "Triton does not run products in int8" in str(modes._int8_broken.__wrapped__(CPU))
+    assert modes._sample_broken("int8", CPU, Twin(twin), twin) == "its kernels do not run ('no compiler')"
     error = OUT_OF_MEMORY
     with pytest.raises(torch.OutOfMemoryError):
-        modes._int8_broken.__wrapped__(CPU)
+        modes._sample_broken("int8", CPU, Twin(twin), twin)

@@ -1,11 +1,13 @@
 """Measures what draws where Triton is missing, part by part and whole.
 
-    python tools/benchmarks/without_triton.py kernels decoder steps     # half a minute
-    python tools/benchmarks/without_triton.py random                    # pictures, each way in a process of its own
+    python tools/benchmarks/without_triton.py kernels eight decoder steps    # half a minute
+    python tools/benchmarks/without_triton.py random                         # pictures, each way in its own process
 
-`kernels`: each way of a step's functions, in CUDA graphs. `decoder`: the VAE. `steps`: whole steps in `exact`. The
+`kernels`: each way of a step's functions, in CUDA graphs. `eight`: those of the 8-bit precisions, and the product in
+int8. `decoder`: the VAE. `steps`: whole steps in `exact`. The
 import of Triton is refused, except where its kernels are measured beside the others (`--triton`). Ways of pictures:
-`nvrtc`, `bitsandbytes` and `reference` decode, with the kernels in CUDA C; `kitchen` and `torch` are bitsandbytes with
+`nvrtc`, `bitsandbytes` and `reference` decode, with the kernels in CUDA C; `int8` and `fp8` are nvrtc in these modes;
+`triton` is beside them, in int8; `kitchen` and `torch` are bitsandbytes with
 comfy-kitchen's functions or torch's own, as if NVRTC were missing. Figures go to `--json`.
 """
 
@@ -20,6 +22,8 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from hashlib import sha256
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +33,8 @@ from random_engine import random_engine
 
 from vortex_core.bench.allocator import ALLOCATORS, environment
 
-WAYS = ("nvrtc", "bitsandbytes", "kitchen", "torch", "reference")
+WAYS = ("nvrtc", "bitsandbytes", "kitchen", "torch", "reference", "int8", "fp8", "triton")
+LAYERS = ((9216, 3072), (3072, 3072), (12288, 3072), (3072, 12288), (21504, 3072), (3072, 15360))  # N, K
 SIDES = (512, 1024)
 GB = 1e9
 MARK = "WAY "
@@ -113,6 +118,51 @@ def kernels(triton: bool) -> None:
             calls = [partial(way.residual_modulate, a, b, *rows, out) for a, b in zip(x, y, strict=True)]
             note(f"residual_modulate {tokens}, {name}, us", replayed(*calls))
             note(f"rotate {tokens}, {name}, us", replayed(*(partial(way.rotate, a, *norms, cos, sin) for a in qkv)))
+
+
+def eight(triton: bool) -> None:
+    """Microseconds of decoding to 8 bits, of rows, and of the product in int8, with its rate."""
+    from vortex_core.kernels import ScaledTensor
+    from vortex_core.kernels.scaled_tensor import FP8
+
+    device = torch.device("cuda")
+    found = {name: way for name, way in ways(triton).items() if name in ("CUDA C", "Triton")}
+
+    def bytes_of(*shape: int) -> torch.Tensor:
+        return torch.randint(-127, 128, shape, dtype=torch.int8, device=device)
+
+    for n, k in LAYERS:
+        scales, count = torch.rand(n, device=device) + 0.5, max(3, 300_000_000 // (n * k))
+        packed = [bytes_of(n, k // 2).view(torch.uint8) for _ in range(count)]
+        absmax = torch.rand(n, k // 64, device=device)
+        for (name, way), dtype in product(found.items(), (torch.int8, FP8)):
+            out = torch.empty(n, k, device=device, dtype=dtype)
+            taken = replayed(*(partial(way.dequantize, codes, absmax, out, scales) for codes in packed))
+            note(f"decode {n} x {k} to {dtype}, {name}, us", taken)
+            note(f"decode {n} x {k} to {dtype}, {name}, TB/s", n * k * 1.5625 / taken / 1e6)
+        for (name, way), m in product(found.items(), (256, 1280, 4352)):
+            weights, bias = [bytes_of(n, k) for _ in range(3)], torch.randn(n, device=device).bfloat16()
+            x, out = bytes_of(m, k), torch.empty(m, n, device=device, dtype=torch.bfloat16)
+            each = torch.rand(m, device=device)
+            taken = replayed(*(partial(way.multiply_int8, x, each, weight, scales, bias, out) for weight in weights))
+            note(f"product {m}, {k}, {n}, {name}, us", taken)
+            note(f"product {m}, {k}, {n}, {name}, TOPS", 2 * m * k * n / taken / 1e6)
+    for tokens, kind in product((1280, 4352), (torch.int8, FP8)):
+        x, y = torch.randn(2, 6, 1, tokens, 3072, device=device).bfloat16()
+        wide, rows = torch.randn(4, 1, tokens, 12288, device=device).bfloat16(), torch.randn(3, 3072, device=device)
+        rows, scale = rows.bfloat16(), torch.empty(1, tokens, device=device)
+        out, both = (ScaledTensor(torch.empty(1, tokens, w, dtype=kind, device=device), scale) for w in (3072, 15360))
+        for name, way in found.items():
+            calls = {
+                "modulate": [partial(way.modulate, a, *rows[:2], out) for a in x],
+                "residual_modulate": [
+                    partial(way.residual_modulate, a, b, *rows, out) for a, b in zip(x, y, strict=True)
+                ],
+                "gelu": [partial(way.gelu, a, both, b) for a, b in zip(wide, x, strict=False)],
+                "quantize": [partial(way.quantize, a, out) for a in x],
+            }
+            for what, each_call in calls.items():
+                note(f"{what} {tokens} to {kind}, {name}, us", replayed(*each_call))
 
 
 def decoder(triton: bool) -> None:
@@ -226,8 +276,9 @@ def picture(model: str, way: str, cache: str | None) -> None:
         patch.object(kernels, "compiled_declined", lambda device: "as if it were missing").start()
     if way != "kitchen":
         refuse("comfy_kitchen")
-    backend = way if way in ("nvrtc", "bitsandbytes", "reference") else "bitsandbytes"
-    options: dict[str, Any] = {"backend": backend, "vram_budget": 6.5, "mode": "exact"}
+    backends = {"int8": "nvrtc", "fp8": "nvrtc", "kitchen": "bitsandbytes", "torch": "bitsandbytes"}
+    mode = way if way in ("int8", "fp8") else "int8" if way == "triton" else "exact"
+    options: dict[str, Any] = {"backend": backends.get(way, way), "vram_budget": 6.5, "mode": mode}
     if model == "random":
         engine = random_engine("cuda", **options)
     else:
@@ -248,7 +299,7 @@ def picture(model: str, way: str, cache: str | None) -> None:
         figures = {
             "way": way, "side": side, "ms": statistics.median(taken), "least_ms": min(taken), "peak_gb": peak / GB,
             "plan_gb": engine.plan.peak / GB, "budget_gb": 6.5, "same": bool(torch.equal(first, last)),
-            "captured": bool(engine.captured), "first": float(first.double().sum()),
+            "captured": bool(engine.captured), "bits": sha256(first.cpu().numpy().tobytes()).hexdigest(),
         }  # fmt: skip
         print(MARK + json.dumps(figures), flush=True)
 
@@ -277,7 +328,7 @@ def pictures(model: str, asked: argparse.Namespace) -> list[dict[str, Any]]:
                 rows.append(row)
                 before = [other for other in rows if (other["side"], other["way"]) == (row["side"], row["way"])]
                 holds = row["same"] and row["peak_gb"] <= row["plan_gb"] <= row["budget_gb"]
-                bits = len({other["first"] for other in before}) == 1
+                bits = len({other["bits"] for other in before}) == 1
                 print(
                     f"{way:12s} {allocator:15s} {row['side']:5d} {row['ms']:7.1f} ms, {row['peak_gb']:.3f} of "
                     f"{row['plan_gb']:.3f} GB, {'holds' if holds and bits else 'BROKEN'}",
@@ -288,7 +339,7 @@ def pictures(model: str, asked: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", help="kernels, decoder, steps, a model, or random")
+    parser.add_argument("what", nargs="+", help="kernels, eight, decoder, steps, a model, or random")
     parser.add_argument("--triton", action="store_true", help="measure Triton's kernels, too")
     parser.add_argument("--ways", default=",".join(WAYS[:4]), help=f"of whole pictures: {', '.join(WAYS)}")
     parser.add_argument("--allocators", default=",".join(ALLOCATORS), help="torch's, of whole pictures")
@@ -297,9 +348,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    if not asked.triton:
+    if not asked.triton and asked.way != "triton":
         refuse("triton")
-    sections = {"kernels": kernels, "decoder": decoder, "steps": steps}
+    sections = {"kernels": kernels, "eight": eight, "decoder": decoder, "steps": steps}
     for what in asked.what:
         if asked.way:
             picture(what, asked.way, asked.cache)

@@ -161,8 +161,8 @@ def _triton(device: torch.device) -> Finding:
         windows = _version("triton-windows")
         return Finding("triton", "ok", _version("triton") if windows == UNKNOWN else f"triton-windows {windows}")
     declined = compiled_declined(device)
-    runs = "`exact` draws with kernels in CUDA C" if declined is None else f"kernels in CUDA C: {declined}"
-    return Finding("triton", "note", f"{why}; {runs}; `fast` needs it", remedy("triton"))
+    runs = "kernels in CUDA C run instead, not as fast" if declined is None else f"kernels in CUDA C: {declined}"
+    return Finding("triton", "note", f"{why}; {runs}", remedy("triton"))
 
 
 def _bitsandbytes(device: torch.device) -> Finding:

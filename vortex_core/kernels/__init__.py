@@ -91,7 +91,7 @@ def _broken(device: torch.device) -> str | None:
     """Why the kernels fail on samples, or None: Triton also needs a C compiler and a driver that it knows."""
     packed = torch.arange(256, dtype=torch.uint8, device=device).view(4, 64)
     absmax = torch.linspace(0.5, 2, 8, device=device).view(4, 2)
-    dequantized, expected = torch.empty(2, 4, 128, device=device)
+    dequantized, expected = torch.full((2, 4, 128), torch.nan, device=device)  # not what an earlier call left there
     try:
         from . import fused
 
@@ -118,17 +118,18 @@ def _samples(kernels: Kernels, x: Tensor, weight: Tensor) -> tuple[Tensor, Tenso
     """A convolution of `x`, and the attention of its pixels to each other."""
     tokens = x.permute(0, 2, 3, 1).flatten(0, 2)
     inside = x[:, :, 1:-1, 1:-1]
-    convolved, attended = torch.empty_like(inside, memory_format=torch.channels_last), torch.empty_like(tokens)
+    convolved = torch.full_like(inside, torch.nan, memory_format=torch.channels_last)
+    attended = torch.full_like(tokens, torch.nan)
     kernels.convolve(x, weight, tokens[0], convolved)
     kernels.attend(tokens, tokens, tokens, attended)
     return convolved, attended
 
 
 def attends_in_fp8(device: torch.device) -> bool:
-    """Whether attention in fp8 works on `device`, which must multiply in fp8, and is faster there. Logs why not."""
+    """Whether attention in fp8, which needs Triton, works on `device` and is faster there. Logs why not."""
     major, minor = torch.cuda.get_device_capability(device)
     other = f"it was measured on compute capability 9.0 alone, and this card has {major}.{minor}"
-    declined = _heads_broken(device) if (major, minor) == (9, 0) else other
+    declined = fused_declined(device) or _heads_broken(device) if (major, minor) == (9, 0) else other
     if declined is not None:
         log.info("Attention: the library's; fp8 declined: %s", declined)
     return declined is None
@@ -175,7 +176,7 @@ def _compiled_broken(device: torch.device) -> str | None:
     """Why the kernels in CUDA C fail on samples, or None: builds of torch may lack NVRTC."""
     packed = torch.arange(256, dtype=torch.uint8, device=device).view(4, 64)
     absmax = torch.linspace(0.5, 2, 8, device=device).view(4, 2)
-    decoded = torch.empty(2, 4, 128, device=device, dtype=torch.bfloat16)
+    decoded = torch.full((2, 4, 128), torch.nan, device=device, dtype=torch.bfloat16)
     draw = torch.Generator(device).manual_seed(0)
     x = torch.randn(1, 128, 18, 18, generator=draw, device=device).bfloat16().to(memory_format=torch.channels_last)
     samples = []
@@ -198,9 +199,9 @@ def _normal(kernels: Kernels, x: Tensor) -> Tensor:
     """The group norm and SiLU of a map, with a border."""
     moments = Moments(torch.empty(3, 32, 100, device=x.device))
     kernels.group_moments(x, moments)
-    terms = torch.empty(2, 128, device=x.device)
+    terms = torch.full((2, 128), torch.nan, device=x.device)
     kernels.norm_terms(moments, x[0, :, 0, 0].contiguous(), x[0, :, 0, 1].contiguous(), reference.EPSILON, terms)
-    out = x.new_empty(1, 20, 20, 128).permute(0, 3, 1, 2)
+    out = x.new_full((1, 20, 20, 128), torch.nan).permute(0, 3, 1, 2)
     kernels.norm_silu(Window(None, x, None), terms[0], terms[1], out)
     return out
 

@@ -1,19 +1,21 @@
 """The kernels in CUDA C (the folder `cuda`), for cards without Triton. `reference` says what each one computes.
 
 Those of a step allocate nothing. The decoder's surround the library's convolutions: `strip_bytes` says what those take.
-Products in 8 bits are for Triton alone: their functions here are the reference's.
+Those in 8 bits are in `compiled8`. Attention in fp8 is the reference's here, and nobody asks for it.
 """
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
+from . import compiled8, reference
+from .compiled8 import WIDEST_ADALN, adaln_threads, strided
 from .nvrtc import Long, launch
 from .on_device import on_device
-from .reference import attend, attend_heads, attention_bytes, gelu, multiply_int8, pack_heads, quantize, row_scales
-from .scaled_tensor import VALUES, Moments, ScaledTensor, Window, chunk_rows
+from .reference import attend, attend_heads, attention_bytes, pack_heads
+from .scaled_tensor import FP8, VALUES, Moments, ScaledTensor, Window, chunk_rows
 
 __all__ = [
     "attend",
@@ -39,8 +41,8 @@ __all__ = [
     "strip_bytes",
 ]
 
+EIGHT = (torch.int8, FP8)
 THREADS = 256
-WIDEST = 3 * 8 * 512  # of a row: a block has at most 512 threads, which take 3 times 8 values each
 LONGEST = 128  # channels of a head
 
 
@@ -48,36 +50,75 @@ LONGEST = 128  # channels of a head
 def dequantize(packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None = None) -> None:
     """See `reference.dequantize`."""
     if row_scale is not None:
-        reference.dequantize(packed, absmax, out, row_scale)
+        way = compiled8.dequantize if out.dtype in EIGHT else reference.dequantize
+        way(packed, absmax, out, row_scale)
         return
     words = packed.numel() // 4
     grid = (-(-words // (4 * THREADS)), 1)
     launch("decode", grid, THREADS, out.device, out.dtype, packed, absmax, out, Long(words))
 
 
+@on_device
+def row_scales(packed: Tensor, absmax: Tensor, out: Tensor, dtype: torch.dtype) -> None:
+    """See `reference.row_scales`, which is used for fp8."""
+    if dtype == torch.int8:
+        compiled8.row_scales(packed, absmax, out)
+    else:
+        reference.row_scales(packed, absmax, out, dtype)
+
+
+multiply_int8 = on_device(compiled8.multiply_int8)
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, out: ScaledTensor) -> None:
     """See `reference.modulate`."""
-    if out.scale is not None or x.shape[2] > WIDEST:
+    if _no_kernel(out) or x.shape[2] > WIDEST_ADALN:
         reference.modulate(x, shift, scale, out)
     else:
-        _modulate(x, None, None, shift, scale, out.values)
+        _modulate(x, None, None, shift, scale, out)
 
 
 def residual_modulate(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, out: ScaledTensor) -> None:
     """See `reference.residual_modulate`."""
-    if out.scale is not None or x.shape[2] > WIDEST:
+    if _no_kernel(out) or x.shape[2] > WIDEST_ADALN:
         reference.residual_modulate(x, y, gate, shift, scale, out)
     else:
-        _modulate(x, y, gate, shift, scale, out.values)
+        _modulate(x, y, gate, shift, scale, out)
 
 
 @on_device
-def _modulate(x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, out: Tensor) -> None:
+def gelu(x: Tensor, out: ScaledTensor, before: Tensor | None = None) -> None:
+    """See `reference.gelu`. `before` has a multiple of 8 values."""
+    if _no_kernel(out) or out.values.shape[2] > compiled8.WIDEST:
+        reference.gelu(x, out, before)
+    else:
+        compiled8.narrow(x, out, before, gelu=True)
+
+
+@on_device
+def quantize(x: Tensor, out: ScaledTensor) -> None:
+    """See `reference.quantize`."""
+    if _no_kernel(out) or out.values.shape[2] > compiled8.WIDEST:
+        reference.quantize(x, out)
+    else:
+        compiled8.narrow(x, out, None, gelu=False)
+
+
+def _no_kernel(out: ScaledTensor) -> bool:
+    return out.scale is not None and out.values.dtype not in EIGHT
+
+
+@on_device
+def _modulate(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, out: ScaledTensor
+) -> None:
+    if out.scale is not None:
+        compiled8.modulate(x, y, gate, shift, scale, out)
+        return
     batch, tokens, width = x.shape
-    threads = 32 * -(-width // (32 * 3 * 8))
     launch(
-        "modulate", (batch * tokens, 1), threads, x.device, x.dtype,
-        *_strided(x), *_strided(y), gate, shift, scale, *_strided(out), tokens, width,
+        "modulate", (batch * tokens, 1), adaln_threads(width), x.device, x.dtype,
+        *strided(x), *strided(y), gate, shift, scale, *strided(out.values), tokens, width,
     )  # fmt: skip
 
 
@@ -90,12 +131,8 @@ def rotate(qkv: Tensor, query_norm: Tensor, key_norm: Tensor, cos: Tensor, sin: 
         return
     launch(
         "rotate", (batch * tokens, 2), THREADS, qkv.device, qkv.dtype,
-        *_strided(qkv), query_norm, key_norm, cos, sin, tokens, heads, channels,
+        *strided(qkv), query_norm, key_norm, cos, sin, tokens, heads, channels,
     )  # fmt: skip
-
-
-def _strided(x: Tensor | None) -> tuple[Tensor | None, Long, Long]:
-    return (None, Long(0), Long(0)) if x is None else (x, Long(x.stride(0)), Long(x.stride(1)))
 
 
 def step_bytes(hidden: int) -> int:

@@ -24,7 +24,10 @@ Long = ctypes.c_longlong
 Argument = Tensor | ctypes.c_longlong | int | float | None
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # VALUE in cuda/values.cuh
-TEXTS = ("values.cuh", "step.cu", "decoder.cu")
+MODULES = {  # what is compiled at once: a picture in 16 bits needs the first alone
+    "step": ("values.cuh", "step.cu", "decoder.cu"),
+    "eight": ("values.cuh", "eight.cuh", "decode8.cu", "rows8.cu", "product.cu"),
+}
 NO_CONTEXT = 201  # of the driver: this thread has not used the card yet
 
 
@@ -33,13 +36,19 @@ class CompileError(RuntimeError):
 
 
 def launch(
-    name: str, grid: tuple[int, int], threads: int, device: torch.device, dtype: torch.dtype, *arguments: Argument
+    name: str,
+    grid: tuple[int, int],
+    threads: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    *arguments: Argument,
+    module: str = "step",
 ) -> None:
     """Run a kernel on the current stream of `device`, which is the current one. `dtype`: that of the activations.
 
     An `int` is a C `int`, a `float` a C `float`, None a null pointer.
     """
-    function = _functions(device.index or 0, dtype)[name]
+    function = _functions(device.index or 0, dtype, module)[name]
     values = [_c(argument) for argument in arguments]
     pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
     stream = torch.cuda.current_stream(device)
@@ -59,26 +68,31 @@ def _c(argument: Argument) -> Any:
     return ctypes.c_int(argument) if isinstance(argument, int) else argument
 
 
-def source(dtype: torch.dtype) -> str:
-    """The text of all kernels for activations in `dtype`."""
-    levels = ", ".join(f"{level!r}f" for level in LEVELS)
-    constants = {"VALUE": TYPES[dtype], "EPSILON": f"{EPSILON!r}f", "LEVELS": levels}
+def source(dtype: torch.dtype, module: str = "step") -> str:
+    """The text of a module's kernels for activations in `dtype`."""
+    levels, halves = (", ".join(f"{level!r}f" for level in found) for found in (LEVELS, _half_levels()))
+    constants = {"VALUE": TYPES[dtype], "EPSILON": f"{EPSILON!r}f", "LEVELS": levels, "HALF_LEVELS": halves}
     lines = [f"#define {name} {value}" for name, value in constants.items()]
     folder = Path(__file__).with_name("cuda")
-    return "\n".join([*lines, *((folder / name).read_text(encoding="utf-8") for name in TEXTS)])
+    return "\n".join([*lines, *((folder / name).read_text(encoding="utf-8") for name in MODULES[module])])
+
+
+def _half_levels() -> list[float]:
+    """The levels in fp16, of which every sum of a block is exact in fp32."""
+    return torch.tensor(LEVELS).half().tolist()
 
 
 @cache
-def _functions(index: int, dtype: torch.dtype) -> _Functions:
-    return _Functions(index, dtype)
+def _functions(index: int, dtype: torch.dtype, module: str) -> _Functions:
+    return _Functions(index, dtype, module)
 
 
 class _Functions:
     """The functions of one module on one card, by name. It stays loaded until the process ends."""
 
-    def __init__(self, index: int, dtype: torch.dtype) -> None:
-        major, minor = torch.cuda.get_device_capability(index)
-        code = compiled(source(dtype), f"sm_{major}{minor}")
+    def __init__(self, index: int, dtype: torch.dtype, module: str) -> None:
+        card = torch.cuda.get_device_properties(index)
+        code = compiled(source(dtype, module), f"sm_{card.major}{card.minor}")
         self._module, self._found = ctypes.c_void_p(), dict[str, ctypes.c_void_p]()
         torch.cuda.current_stream(index).query()  # the card's context is this thread's from here on
         _checked(_driver().cuModuleLoadData(ctypes.byref(self._module), code), "loading kernels")
@@ -93,7 +107,10 @@ class _Functions:
 
 
 def compiled(text: str, arch: str) -> bytes:
-    """Machine code of CUDA C for `arch`, such as `sm_86`. Raises `CompileError`, and `OSError` without NVRTC."""
+    """Machine code of CUDA C for `arch`, such as `sm_86`; for `compute_86`, PTX for it and all later cards.
+
+    Raises `CompileError`, and `OSError` without NVRTC.
+    """
     nvrtc, program = _nvrtc(), ctypes.c_void_p()
 
     def told(code: int, what: str, log: str = "") -> None:
@@ -104,10 +121,9 @@ def compiled(text: str, arch: str) -> bytes:
     try:
         options = (ctypes.c_char_p * 2)(f"--gpu-architecture={arch}".encode(), b"--std=c++17")
         code = nvrtc.nvrtcCompileProgram(program, len(options), options)
-        told(
-            code, f"compiling for {arch}", _read(nvrtc, program, "ProgramLog").decode(errors="replace") if code else ""
-        )
-        return _read(nvrtc, program, "CUBIN")
+        log = _read(nvrtc, program, "ProgramLog").decode(errors="replace").rstrip("\0") if code else ""
+        told(code, f"compiling for {arch}", log)
+        return _read(nvrtc, program, "CUBIN" if arch.startswith("sm") else "PTX")
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 

@@ -28,6 +28,7 @@ class Backend(ABC):
 
     name: str
     working_bytes = 0  # that it allocates at most to dequantize into given memory
+    eight = False  # whether it has kernels that decode to 8 bits
 
     def __init__(self) -> None:
         self._scratch: tuple[Tensor, ...] = ()
@@ -105,9 +106,10 @@ class ReferenceBackend(Backend):
 
 
 class TritonBackend(Backend):
-    """Vortex' own kernel, near the speed of memory; the one that also dequantizes to 8 bits."""
+    """Vortex' own kernel, near the speed of memory; to 8 bits, too."""
 
     name = "triton"
+    eight = True
 
     def decode(
         self, packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None, adapter: Adapter | None = None
@@ -129,15 +131,27 @@ class TritonBackend(Backend):
 
 
 class NvrtcBackend(Backend):
-    """Vortex' kernel in CUDA C, as fast; for cards without Triton, and to 16 and 32 bits only."""
+    """Vortex' kernel in CUDA C, as fast; for cards without Triton."""
 
     name = "nvrtc"
+    eight = True
 
     def write(self, packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None) -> None:
         """See `Backend.write`."""
         from ..kernels import compiled
 
         compiled.dequantize(packed, absmax, out, row_scale)
+
+    def row_scales(
+        self, packed: Tensor, absmax: Tensor, out: Tensor, dtype: torch.dtype, adapter: Adapter | None = None
+    ) -> None:
+        """See `Backend.row_scales`."""
+        from ..kernels import compiled
+
+        if adapter is None:
+            compiled.row_scales(packed, absmax, out, dtype)
+        else:
+            super().row_scales(packed, absmax, out, dtype, adapter)
 
 
 class BitsAndBytesBackend(Backend):
@@ -147,7 +161,7 @@ class BitsAndBytesBackend(Backend):
 
     def write(self, packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None) -> None:
         """See `Backend.write`."""
-        if row_scale is not None:  # it has no kernel for that; on a GPU `fast` has the Triton backend
+        if row_scale is not None:  # it has no kernel for that, and no precision of 8 bits
             reference.dequantize(packed, absmax, out, row_scale)
             return
         arguments = (packed.view(-1, 1), absmax.view(-1), BLOCK, "nf4", list(out.shape), out.dtype)

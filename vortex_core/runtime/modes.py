@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ..errors import VortexInputError
-from ..kernels import Kernels, attends_in_fp8, fused_declined, reference
+from ..kernels import Kernels, attends_in_fp8, compiled_declined, fused_declined, reference
 from ..kernels.scaled_tensor import FP8, ScaledTensor
-from ..quant.backends import Backend
+from ..quant.backends import Backend, ReferenceBackend
 from ..quant.precision import EXACT, Fp8, Int8, Precision
 from ..utils.packages import first_line, missing, remedy
 from ..utils.timing import Stopwatch, mark
@@ -67,7 +67,8 @@ def _chosen(mode: str, device: torch.device, dtype: torch.dtype, backend: Backen
         return Choice(EXACT, "asked for", {})
     if mode == "fast" and device.type != "cuda":
         return Choice(EXACT, f"products in 8 bits gain nothing on {device.type}", {})
-    tried = {name: precision_declined(name, device, dtype, backend) for name in NAMES if mode in ("fast", name)}
+    asked = NAMES if mode == "fast" else (mode,)
+    tried = {name: precision_declined(name, device, dtype, backend, kernels) for name in asked}
     declined = {name: found for name, found in tried.items() if found is not None}
     if mode != "fast":
         if mode in declined:
@@ -97,18 +98,25 @@ def _fastest(names: list[str], device: torch.device, kernels: Kernels) -> tuple[
     return min(times, key=lambda name: times[name]), f"the fastest here: a product takes {took}"
 
 
-def precision_declined(name: str, device: torch.device, dtype: torch.dtype, backend: Backend | None) -> Declined | None:
+def precision_declined(
+    name: str, device: torch.device, dtype: torch.dtype, backend: Backend | None, kernels: Kernels
+) -> Declined | None:
     """Why `int8` or `fp8` cannot run, or None. On the CPU both run in plain torch, to compare."""
     if backend is None:
         return Declined("it multiplies NF4 weights, and these are not", "Leave `quantization` at 'nf4'.")
     if device.type != "cuda":
         return None
-    if backend.name != "triton":
-        other = f"only the triton backend decodes to 8 bits, and it is {backend.name}"
-        return _triton_declined(device) or Declined(other, "Leave the backend to Vortex.")
+    if not backend.eight:
+        other = f"only the triton and nvrtc backends decode to 8 bits, and it is {backend.name}"
+        runs = compiled_declined(device) is None  # so the other was asked for
+        return (None if runs else _triton_declined(device)) or Declined(other, "Leave the backend to Vortex.")
     if dtype != torch.bfloat16:
         return Declined(f"products in 8 bits end in bf16, and {dtype} was asked for", "Leave the dtype at bf16.")
-    return int8_declined(device) if name == "int8" else fp8_declined(device)  # last, since they compile kernels
+    if name == "fp8":
+        declined = fp8_declined(device)
+        if declined is not None or backend.name == "triton":  # a sample would have Triton compile for seconds
+            return declined
+    return _unless(_sample_broken(name, device, backend, kernels))  # last, since it compiles kernels
 
 
 def fp8_declined(device: torch.device) -> Declined | None:
@@ -116,12 +124,7 @@ def fp8_declined(device: torch.device) -> Declined | None:
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) < (8, 9):
         return Declined(f"fp8 needs compute capability 8.9, and this card has {major}.{minor}")
-    return _triton_declined(device) or _unless(_fp8_broken(device))
-
-
-def int8_declined(device: torch.device) -> Declined | None:
-    """Why products in int8 cannot run on a CUDA device, or None."""
-    return _triton_declined(device) or _unless(_int8_broken(device))
+    return _unless(_fp8_broken(device))
 
 
 def _triton_declined(device: torch.device) -> Declined | None:
@@ -131,7 +134,9 @@ def _triton_declined(device: torch.device) -> Declined | None:
     return Declined(why, remedy("triton"))
 
 
-def _unless(why: str | None, fix: str = "Update torch and Triton.") -> Declined | None:
+def _unless(
+    why: str | None, fix: str = "Update torch and the NVIDIA driver, and Triton if it is there."
+) -> Declined | None:
     return None if why is None else Declined(why, fix)
 
 
@@ -164,7 +169,7 @@ def _fp8_broken(device: torch.device) -> str | None:
     """Why this torch cannot multiply a sample in fp8 with a scale a row, or None."""
     x, weight = (torch.ones(rows, 64, device=device).to(FP8) for rows in (16, 32))
     scales = [torch.ones(rows, device=device) for rows in (16, 32)]
-    out = torch.empty(16, 32, dtype=torch.bfloat16, device=device)
+    out = torch.full((16, 32), torch.nan, dtype=torch.bfloat16, device=device)
     try:
         Fp8().product(x, scales[0], weight, scales[1], torch.zeros_like(out[0]), out)
     except torch.OutOfMemoryError:  # says nothing about this torch, and must not be cached
@@ -174,34 +179,31 @@ def _fp8_broken(device: torch.device) -> str | None:
     return None if bool((out == 64).all()) else "a sample product is wrong"
 
 
-@cache
-def _int8_broken(device: torch.device) -> str | None:
-    """Why the kernels fail on a sample in int8, or None: a weight and tokens are rotated, rounded and multiplied."""
+def _sample_broken(name: str, device: torch.device, backend: Backend, kernels: Kernels) -> str | None:
+    """Why a precision fails on a sample, or None: a weight is decoded, tokens are rounded, and both multiplied."""
     draw = torch.Generator(device).manual_seed(0)
     packed = torch.randint(0, 256, (160, 128), dtype=torch.uint8, generator=draw, device=device)
     absmax = torch.rand(160, 4, generator=draw, device=device) + 0.5
     x = torch.randn(1, 40, 256, generator=draw, device=device).bfloat16()
     try:
-        from ..kernels import fused
-
-        found = _sample(fused, x, packed, absmax)
+        found = _sample(name, backend, kernels, x, packed, absmax)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of any kind: these kernels do not work here
-        return f"Triton does not run products in int8 ({first_line(error)})"
-    expected = _sample(reference, x, packed, absmax).float()
+        return f"its kernels do not run ({first_line(error)})"
+    expected = _sample(name, ReferenceBackend(), reference, x, packed, absmax).float()
     off = float((found.float() - expected).norm() / expected.norm())
-    return None if off < 0.01 else "a product in int8 differs from the reference on a sample"
+    return None if off < 0.01 else f"a product in {name} differs from the reference on a sample"
 
 
-def _sample(kernels: Kernels, x: Tensor, packed: Tensor, absmax: Tensor) -> Tensor:
-    rows, tokens, width = len(packed), x.shape[1], x.shape[2]
-    scales, weight = x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, width, dtype=torch.int8)
-    kernels.row_scales(packed, absmax, scales, torch.int8)
-    kernels.dequantize(packed, absmax, weight, scales)
-    operand = ScaledTensor(torch.empty_like(x, dtype=torch.int8), x.new_empty(1, tokens, dtype=torch.float32))
+def _sample(name: str, backend: Backend, kernels: Kernels, x: Tensor, packed: Tensor, absmax: Tensor) -> Tensor:
+    precision = Int8(kernels) if name == "int8" else Fp8()
+    kind, out = precision.operand, x.new_full((x.shape[1], len(packed)), torch.nan)
+    scales = x.new_full((len(packed),), torch.nan, dtype=torch.float32)
+    backend.row_scales(packed, absmax, scales, kind)
+    weight = backend.dequantize(packed, absmax, kind, scales)
+    operand = ScaledTensor(torch.empty_like(x, dtype=kind), x.new_empty(x.shape[:2], dtype=torch.float32))
     kernels.quantize(x, operand)
     assert operand.scale is not None
-    out = x.new_empty(tokens, rows)
-    kernels.multiply_int8(operand.values[0], operand.scale[0], weight, scales, x[0, 0, :rows], out)
+    precision.product(operand.values[0], operand.scale[0], weight, scales, x[0, 0, : len(packed)], out)
     return out

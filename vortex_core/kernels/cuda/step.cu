@@ -33,59 +33,18 @@ extern "C" __global__ void decode(const unsigned *packed, const float *absmax, v
     }
 }
 
-// adaLN of a token by a block. With `y`, `x += gate * y` first, in place. `_b` and `_t` are strides. A thread takes TURNS
-// times 8 columns, so that few threads have to meet.
-#define TURNS 3
+// adaLN of a token by a block. With `y`, `x += gate * y` first, in place. `_b` and `_t` are strides.
 extern "C" __global__ void __launch_bounds__(512) modulate(
     value *x, long long x_b, long long x_t, const value *y, long long y_b, long long y_t, const value *gate,
     const value *shift, const value *scale, value *out, long long out_b, long long out_t, int tokens, int width)
 {
     const long long picture = blockIdx.x / tokens, token = blockIdx.x % tokens;
-    value *row = x + picture * x_b + token * x_t;
     value *to = out + picture * out_b + token * out_t;
-    float v[TURNS][8], other[8], factor[8], sum = 0;
-    Eight scales[TURNS], shifts[TURNS];
-#pragma unroll
-    for (int k = 0; k < TURNS; k++) {  // all loads early: two sums follow, for which all threads wait
-        const int column = 8 * (k * blockDim.x + threadIdx.x);
-        load8(v[k], row + column, width - column);
-        scales[k] = raw8(scale + column, width - column);
-        shifts[k] = raw8(shift + column, width - column);
-    }
-    if (y) {
-        const value *branch = y + picture * y_b + token * y_t;
-#pragma unroll
-        for (int k = 0; k < TURNS; k++) {
-            const int column = 8 * (k * blockDim.x + threadIdx.x);
-            load8(other, branch + column, width - column);
-            load8(factor, gate + column, width - column);
-#pragma unroll
-            for (int i = 0; i < 8; i++) v[k][i] += other[i] * factor[i];
-            round8(v[k]);
-            store8(row + column, v[k], width - column);
-        }
-    }
-#pragma unroll
-    for (int k = 0; k < TURNS; k++)
-#pragma unroll
-        for (int i = 0; i < 8; i++) sum += v[k][i];
-    const float mean = block_sum(sum) / width;
-    sum = 0;
+    float v[TURNS][8];
+    adaln(v, x + picture * x_b + token * x_t, y ? y + picture * y_b + token * y_t : y, gate, shift, scale, width);
 #pragma unroll
     for (int k = 0; k < TURNS; k++) {
         const int column = 8 * (k * blockDim.x + threadIdx.x);
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            v[k][i] = column + i < width ? v[k][i] - mean : 0;
-            sum += v[k][i] * v[k][i];
-        }
-    }
-    const float inverse = rsqrtf(block_sum(sum) / width + EPSILON);
-#pragma unroll
-    for (int k = 0; k < TURNS; k++) {
-        const int column = 8 * (k * blockDim.x + threadIdx.x);
-#pragma unroll
-        for (int i = 0; i < 8; i++) v[k][i] = v[k][i] * inverse * (1 + wide(scales[k].at[i])) + wide(shifts[k].at[i]);
         store8(to + column, v[k], width - column);
     }
 }

@@ -126,3 +126,52 @@ __device__ __forceinline__ float block_sum(float x)
     __syncthreads();
     return warp_sum(threadIdx.x % 32 < blockDim.x / 32 ? part[threadIdx.x % 32] : 0);
 }
+
+// adaLN of the row `x` by a block, to `v`. With `y`, `x += gate * y` first, in place. A thread takes TURNS times 8
+// columns, so that few threads have to meet.
+#define TURNS 3
+__device__ __forceinline__ void adaln(
+    float (*v)[8], value *x, const value *y, const value *gate, const value *shift, const value *scale, int width)
+{
+    float other[8], factor[8], sum = 0;
+    Eight scales[TURNS], shifts[TURNS];
+#pragma unroll
+    for (int k = 0; k < TURNS; k++) {  // all loads early: two sums follow, for which all threads wait
+        const int column = 8 * (k * blockDim.x + threadIdx.x);
+        load8(v[k], x + column, width - column);
+        scales[k] = raw8(scale + column, width - column);
+        shifts[k] = raw8(shift + column, width - column);
+    }
+    if (y) {
+#pragma unroll
+        for (int k = 0; k < TURNS; k++) {
+            const int column = 8 * (k * blockDim.x + threadIdx.x);
+            load8(other, y + column, width - column);
+            load8(factor, gate + column, width - column);
+#pragma unroll
+            for (int i = 0; i < 8; i++) v[k][i] += other[i] * factor[i];
+            round8(v[k]);
+            store8(x + column, v[k], width - column);
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < TURNS; k++)
+#pragma unroll
+        for (int i = 0; i < 8; i++) sum += v[k][i];
+    const float mean = block_sum(sum) / width;
+    sum = 0;
+#pragma unroll
+    for (int k = 0; k < TURNS; k++) {
+        const int column = 8 * (k * blockDim.x + threadIdx.x);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            v[k][i] = column + i < width ? v[k][i] - mean : 0;
+            sum += v[k][i] * v[k][i];
+        }
+    }
+    const float inverse = rsqrtf(block_sum(sum) / width + EPSILON);
+#pragma unroll
+    for (int k = 0; k < TURNS; k++)
+#pragma unroll
+        for (int i = 0; i < 8; i++) v[k][i] = v[k][i] * inverse * (1 + wide(scales[k].at[i])) + wide(shifts[k].at[i]);
+}
