@@ -162,6 +162,7 @@ def main(
     model: Annotated[Path, typer.Option(help="Model directory in diffusers' layout.")] = MODEL,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     seconds: Annotated[float, typer.Option(help="Training time.")] = 1200.0,
+    until: Annotated[float, typer.Option(help="Or: be done at this time (seconds since 1970).")] = 0.0,
     first: Annotated[float, typer.Option(help="Share of the time for latents; the rest is for pixels.")] = 0.6,
     batch: Annotated[int, typer.Option(help="Pictures a step; 256 suit a large GPU.")] = 16,
     count: Annotated[int, typer.Option("--scenes", help="Scenes to learn from.")] = 4096,
@@ -190,8 +191,9 @@ def main(
     tiny.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
     tiny.vae.to(memory_format=torch.channels_last)
     trainer = Trainer(tiny, adapted, data, batch, lr)
-    print(f"{count} scenes after {time.monotonic() - began:.0f} s; {seconds:.0f} s to train", flush=True)
-    trainer.train(seconds, first, 4 if smoke else None)
+    total = until - time.time() if until else seconds
+    print(f"{count} scenes after {time.monotonic() - began:.0f} s; {total:.0f} s to train", flush=True)
+    trainer.train(total, first, 4 if smoke else None)
     save(adapted, alpha, out)
     print(f"done in {time.monotonic() - began:.0f} s")
 
