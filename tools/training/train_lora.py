@@ -28,7 +28,7 @@ import typer
 from einops import rearrange
 from evaluate import MODEL
 from masters import Captured, Masters, ticks
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from train_tiny import SERVED, captions_at, coupled
 from train_vae import normalised
@@ -51,7 +51,9 @@ class LowRank(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, 5**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
+        low = F.linear(x, self.scale * self.lora_A).flatten(0, -2)
+        wide = self.linear(x)
+        return torch.addmm(wide.flatten(0, -2), low, self.lora_B.t()).view_as(wide)
 
 
 def adapt(transformer: nn.Module, rank: int, alpha: float) -> dict[str, LowRank]:
@@ -64,6 +66,14 @@ def adapt(transformer: nn.Module, rank: int, alpha: float) -> dict[str, LowRank]
         adapted[name] = LowRank(linear, rank, alpha)
         transformer.get_submodule(parent).register_module(own, adapted[name])
     return adapted
+
+
+def resume(adapted: dict[str, LowRank], path: Path) -> None:
+    """Take the factors of a file that `save` wrote."""
+    tensors = load_file(path)
+    for name, layer in adapted.items():
+        layer.lora_A.data.copy_(tensors[f"transformer.{name}.lora_A.weight"])
+        layer.lora_B.data.copy_(tensors[f"transformer.{name}.lora_B.weight"])
 
 
 def save(adapted: dict[str, LowRank], alpha: float, path: Path) -> None:
@@ -147,23 +157,25 @@ class Trainer:
         wrong = (drawn - self.pixels[rows[:count]]).float()
         return wrong.abs().mean() + wrong.diff(dim=2).abs().mean() + wrong.diff(dim=3).abs().mean()
 
-    def train(self, seconds: float, first: float, limit: int | None) -> None:
-        """Train by the clock: the share `first` of it by latents and short text, then by pixels and served text."""
-        stages = (Captured(lambda: self.walk(SHORT, False), "latents"),
-                  Captured(lambda: self.walk(tm.T5_LENGTH, True), "pixels"))  # fmt: skip
+    def train(self, seconds: float, short: float, in_pixels: float, limit: int | None) -> None:
+        """Train by the clock. Text is short for the share `short`; pixels count in the last share `in_pixels`."""
+        kinds = {(length, pixels): Captured(lambda n=length, p=pixels: self.walk(n, p), f"{length} {pixels}")
+                 for length in (SHORT, tm.T5_LENGTH) for pixels in (False, True)}  # fmt: skip
         for step, progress, report in ticks("lora", seconds, limit):
             self.masters.schedule(progress, step)
-            report(stages[progress >= first]())
-        self.masters.show()
+            report(kinds[SHORT if progress < short else tm.T5_LENGTH, progress >= 1 - in_pixels]())
 
 
 def main(
     out: Annotated[Path, typer.Argument(help="File to write.")] = OUT,
+    start: Annotated[Path | None, typer.Option("--from", help="LoRA to continue.")] = None,
     model: Annotated[Path, typer.Option(help="Model directory in diffusers' layout.")] = MODEL,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     seconds: Annotated[float, typer.Option(help="Training time.")] = 1200.0,
     until: Annotated[float, typer.Option(help="Or: be done at this time (seconds since 1970).")] = 0.0,
-    first: Annotated[float, typer.Option(help="Share of the time for latents; the rest is for pixels.")] = 0.6,
+    short: Annotated[float, typer.Option(help="Share of the time with short text padding.")] = 0.6,
+    in_pixels: Annotated[float, typer.Option("--pixels", help="Last share of the time, judged in pixels.")] = 0.4,
+    compiled: Annotated[bool, typer.Option("--compile/--eager", help="torch.compile the blocks.")] = False,
     batch: Annotated[int, typer.Option(help="Pictures a step; 256 suit a large GPU.")] = 16,
     count: Annotated[int, typer.Option("--scenes", help="Scenes to learn from.")] = 4096,
     rank: Annotated[int, typer.Option(help="Rank of each update.")] = 6,
@@ -187,13 +199,17 @@ def main(
     for module in tiny.modules():
         module.requires_grad_(False)
     adapted = adapt(tiny.transformer, rank, alpha)
+    if start is not None:
+        resume(adapted, start)
     data = make_data(tiny, count, seed).to(device)
     tiny.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
     tiny.vae.to(memory_format=torch.channels_last)
+    if compiled:
+        tiny.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
     trainer = Trainer(tiny, adapted, data, batch, lr)
     total = until - time.time() if until else seconds
     print(f"{count} scenes after {time.monotonic() - began:.0f} s; {total:.0f} s to train", flush=True)
-    trainer.train(total, first, 4 if smoke else None)
+    trainer.train(total, short, in_pixels, 4 if smoke else None)
     save(adapted, alpha, out)
     print(f"done in {time.monotonic() - began:.0f} s")
 
