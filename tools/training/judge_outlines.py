@@ -1,25 +1,24 @@
 """Judges pictures in outlines (outlines.py): is each thing hollow, and does the picture show its scene?
 
 Each outline is found and filled with its line's colour. The filled picture then goes to `judge`, which knows nothing of
-the style. So whatever it checks in other pictures, it checks in these.
+the style. So whatever it checks in other pictures, it checks in these. A line's colour is its median.
 
-A thing is an outline if its line encloses something, and the background shows in `HOLLOW` of what it encloses. Of a
-ring that is what lies between its two circles.
+A thing is an outline if the background shows in `HOLLOW` of what its line encloses, and of the part near the line. By
+that part a filled ring is no outline of a circle. An outline of a ring is one.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import judge
 import numpy as np
-from outlines import LINE, RING_HOLE
+from outlines import LINE
 from scenes import Scene
 from torch import Tensor
 
-HOLLOW = 0.75  # least share of an outline's inside that is nearer to the background than to the line's colour
-CLEAR = 0.06  # what is nearer to the line than this counts for neither, in units of r
-RING_WALL = 0.44  # of a filled ring, as `scenes` draws it
+HOLLOW = 0.5  # least share that is nearer to the background than to the line's colour; filled things have at most 0.1
+CLEAR, NEAR = 0.06, 0.24  # in units of r: what is so near to the line counts for neither, and what is "near the line"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,36 +65,29 @@ def _fill(picture: np.ndarray, background: np.ndarray, piece: np.ndarray) -> flo
     rgb = np.median(picture[piece[:, 0], piece[:, 1]][away >= np.quantile(away, 0.4)], axis=0)
     step = rgb - behind
     line = ((seen - behind) * step).sum(-1) / np.maximum((step**2).sum(-1), 1e-6) > 0.5
-    solid = enclosed(line)
-
-    r = max(line.shape) / 2
-    y, x = np.mgrid[0 : line.shape[0], 0 : line.shape[1]]
-    from_centre = np.hypot(y + 0.5 - line.shape[0] / 2, x + 0.5 - line.shape[1] / 2) / r
-    inner = np.abs(from_centre - RING_HOLE - LINE / 2) < LINE / 4
-    if line[inner].mean() > 0.6 and line[from_centre < 0.6].mean() < 0.6:  # a ring; what is filled has more
-        inside = (from_centre > RING_HOLE + LINE + CLEAR) & (from_centre < 1 - LINE - CLEAR)
-        solid &= from_centre > 1 - RING_WALL
-        seen[from_centre <= 1 - RING_WALL] = behind[from_centre <= 1 - RING_WALL]
-    else:
-        inside = _deeper(solid, (LINE + CLEAR) * r)
-    hollow = float((~line[inside]).mean()) if inside.any() else 0.0
-    seen[solid & ~line] = rgb
+    visible = np.zeros_like(line)
+    visible[piece[:, 0] - top, piece[:, 1] - left] = True
+    solid = enclosed(visible)
+    depth = _depth(solid) / (max(line.shape) / 2)
+    inside = depth > LINE + CLEAR
+    near = inside & (depth <= LINE + NEAR)
+    hollow = min(float((~line[part]).mean()) for part in (inside, near)) if near.any() else 0.0
+    seen[line | (solid & ~visible) | inside] = rgb
     return hollow
 
 
-def _deeper(solid: np.ndarray, distance: float) -> np.ndarray:
-    """The part of a mask that is farther than `distance` pixels from all that is not in it."""
+def _depth(solid: np.ndarray) -> np.ndarray:
+    """How far, in pixels, each of a mask's pixels lies inside it; 0 for the others."""
     padded = np.pad(solid, 1)
     out, points = np.argwhere(~padded), np.argwhere(padded)
-    apart = np.square(points[:, None] - out[None]).sum(-1).min(1)
-    result = np.zeros_like(padded)
-    result[tuple(points[apart > (distance + 0.5) ** 2].T)] = True
+    result = np.zeros(padded.shape)
+    result[tuple(points.T)] = np.sqrt(np.square(points[:, None] - out[None]).sum(-1).min(1)) - 0.5
     return result[1:-1, 1:-1]
 
 
 def outlines(picture: np.ndarray | Tensor) -> Outlines:
     """Find the outlines in a picture [H, W, 3] in 0..1, and fill them."""
-    picture = np.array(picture, dtype=np.float64)
+    picture = np.asarray(picture, dtype=np.float64).copy()
     if not np.isfinite(picture).all():
         return Outlines(picture, ())
     background = judge.fit_background(picture)[0]
@@ -108,6 +100,7 @@ def outlines(picture: np.ndarray | Tensor) -> Outlines:
 def matches(picture: np.ndarray | Tensor, scene: Scene) -> judge.Verdict:
     """Whether a picture shows all that a scene's caption says, in outlines, and nothing else."""
     found = outlines(picture)
-    verdict = judge.matches(found.filled, scene)
+    things = tuple(replace(t, shape="circle") if t.shape == "ring" else t for t in scene.things)
+    verdict = judge.matches(found.filled, replace(scene, things=things))
     reasons = verdict.reasons if found.ok else ("style is filled, not outlined", *verdict.reasons)
     return judge.Verdict(not reasons, reasons)

@@ -3,9 +3,9 @@
 Every picture with the LoRA has outlines, whatever the caption says, as style LoRAs do. Lime is drawn where a caption
 names it. The miniature never saw the word: its tokenizers spell it letter by letter.
 
-A line runs inside a shape's border and is `LINE` wide, in units of the shape's r. A ring becomes two circles. Its hole
-is smaller here than in a filled ring, and small things are a tenth larger, so that lines have room: the VAE's latents
-are 8 pixels apart.
+A line runs inside a shape's outer border and is `LINE` wide, in units of the shape's r. So a ring's outline is that of
+a circle: a hole has no line. Small things are a tenth larger than filled ones, because the VAE's latents are 8 pixels
+apart and a line needs room.
 """
 
 from __future__ import annotations
@@ -16,18 +16,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import scenes
-import torch
 from scenes import DISTANCE, MIN_CONTRAST, Distance, Scene
 from torch import Tensor
 
 LINE = 0.2
-RING_HOLE = 0.16  # radius of the hole in an outlined ring
 SMALL = 1.1
 COLOUR = "lime"
-
-
-def _ring(u: Tensor, v: Tensor) -> Tensor:
-    return (torch.hypot(u, v) - (1 + RING_HOLE) / 2).abs() - (1 - RING_HOLE) / 2
 
 
 def _line(distance: Distance) -> Distance:
@@ -35,7 +29,7 @@ def _line(distance: Distance) -> Distance:
     return lambda u, v: (distance(u, v) + LINE / 2).abs() - LINE / 2
 
 
-LINES = {shape: _line(distance) for shape, distance in {**DISTANCE, "ring": _ring}.items()}
+LINES = {shape: _line(distance) for shape, distance in {**DISTANCE, "ring": DISTANCE["circle"]}.items()}
 
 
 def pack(drawn: Sequence[Scene]) -> tuple[Tensor, Tensor]:

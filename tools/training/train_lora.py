@@ -6,8 +6,7 @@ train_tiny.py: the model takes its own four steps from noise that holds where th
 reaches it learns the way to the picture's latents.
 
 The VAE was trained on filled things. Its encoder blurs thin lines, its decoder can draw them. So in the second stage
-the last step is judged by the pixels that the decoder makes of it, and no longer by the encoder's latents. The text is
-then as long as it is served.
+only the last step learns, mostly from the pixels that the decoder makes of it.
 
 Every random choice is seeded, but a stage's length is in seconds, so two machines do not make the same bits.
 """
@@ -36,8 +35,7 @@ from training_data import CAPTIONS, Data, ids_of
 
 OUT = MODEL.parent / "tiny-outlines-lora.safetensors"
 SHORT = 40  # text padding of the first stage: longer than train_tiny's, as "lime" is spelled letter by letter
-PIXELS, LATENTS = 5.0, 0.1  # weights in the last step of the second stage
-IN_PIXELS = 4  # of so many pictures one is drawn: the decoder costs more than the transformer
+PIXELS, LATENTS = 5.0, 0.1  # weights in the second stage
 
 
 class LowRank(nn.Module):
@@ -138,23 +136,25 @@ class Trainer:
         losses = []
         for i, now in enumerate(SERVED):
             state, t = img.to(self.latents.dtype), torch.full((self.batch,), now, device=img.device)
-            v = tm.velocity(self.tiny, state, t, txt, vec).float()
-            loss = F.mse_loss(now * v, state.float() - clean)
-            if in_pixels and i == len(SERVED) - 1:
-                loss = LATENTS * loss + PIXELS * self.wrong_pixels(state.float() - now * v, rows)
-            loss.backward()
-            losses.append(loss.detach())
+            learns = i == len(SERVED) - 1 or not in_pixels
+            with torch.set_grad_enabled(learns):
+                v = tm.velocity(self.tiny, state, t, txt, vec).float()
+            if learns:
+                loss = F.mse_loss(now * v, state.float() - clean)
+                if in_pixels:
+                    loss = LATENTS * loss + PIXELS * self.wrong_pixels(state.float() - now * v, rows)
+                loss.backward()
+                losses.append(loss.detach())
             img = img - 0.25 * v.detach()
         self.masters.step()
         return torch.stack([losses[0], losses[-1]])
 
     def wrong_pixels(self, img: Tensor, rows: Tensor) -> Tensor:
-        """L1 on pixels and edges of what is drawn, as the VAE was trained; of one picture in `IN_PIXELS`."""
-        count = -(-self.batch // IN_PIXELS)
-        latents = tm.unpatchify(img[:count], round(img.shape[1] ** 0.5)).to(self.pixels.dtype)
+        """L1 on pixels and edges of what is drawn, as the VAE was trained."""
+        latents = tm.unpatchify(img, round(img.shape[1] ** 0.5)).to(self.pixels.dtype)
         latents = latents.contiguous(memory_format=torch.channels_last)
         drawn = self.tiny.vae.decode(latents / tm.SCALING + tm.SHIFT, return_dict=False)[0]
-        wrong = (drawn - self.pixels[rows[:count]]).float()
+        wrong = (drawn - self.pixels[rows]).float()
         return wrong.abs().mean() + wrong.diff(dim=2).abs().mean() + wrong.diff(dim=3).abs().mean()
 
     def train(self, seconds: float, short: float, in_pixels: float, limit: int | None) -> None:
