@@ -59,7 +59,7 @@ def drawn(host: Host, seed: int, *chain: tuple[str, float]) -> np.ndarray:
 def test_the_node_lists_files_by_their_names(host: Host) -> None:
     info = host.get("/object_info/VortexLoRA")["VortexLoRA"]
     assert info["display_name"] == "Vortex LoRA"
-    assert [name for name in info["input"]["required"]["lora_name"][0] if name != "tiny-outlines"] == [A, B]
+    assert info["input"]["required"]["lora_name"][0] == ["tiny-outlines", A, B]
 
 
 def test_pictures_are_the_engines_with_the_same_loras(host: Host, folder: Path) -> None:

@@ -8,11 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import judge as filled
+import judge_outlines
 import pytest
 import tiny_loras
 import torch
 from fake_host import PACK, FakeHost, module, node
 from safetensors.torch import load_file, save_file
+from scenes import Scene, Thing
 
 PROMPT = "a red circle on a white background"
 SIDE = 64
@@ -125,11 +128,19 @@ def test_loras_that_do_not_fit_make_the_host_unload(
         sample(add(model, "a.safetensors"), **({"conditioning": native} if where == "condition" else {}))
 
 
-@pytest.mark.skipif(loras.bundled() is None, reason="NOT RUN: this copy of Vortex has no LoRA for the miniature")
-def test_the_bundled_lora_is_listed_first_and_draws(comfy: FakeHost, model: Any) -> None:
+def test_the_bundled_lora_is_listed_first_and_draws_outlines(comfy: FakeHost, model: Any) -> None:
     assert NODE.INPUT_TYPES()["required"]["lora_name"][0][0] == loras.BUNDLED
     assert NODE.VALIDATE_INPUTS(loras.BUNDLED, 1.0) is True
-    assert not torch.equal(sample(add(model, loras.BUNDLED)), sample(model))
+    scene, prompt = Scene((Thing("square", "blue", size="large"),)), "a large blue square on a white background"
+    for handle, judge in ((add(model, loras.BUNDLED), judge_outlines.matches), (model, filled.matches)):
+        picture, _ = node("VortexSchnellSampler").sample(handle, prompt, 128, 128, 1, 7, 4)
+        assert judge(picture[0], scene).reasons == ()
+
+
+def test_a_copy_without_the_bundled_lora_does_not_list_it(comfy: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loras, "bundled", lambda: None)
+    assert loras.BUNDLED not in NODE.INPUT_TYPES()["required"]["lora_name"][0]
+    assert "There is no LoRA 'tiny-outlines' here" in NODE.VALIDATE_INPUTS(loras.BUNDLED, 1.0)
 
 
 # ---------------------------------------------------------------- the list, and what changes

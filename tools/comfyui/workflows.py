@@ -108,7 +108,7 @@ WORKFLOWS: dict[str, Workflow] = {
                 PICTURE_SIZE,
                 {
                     "model": (4, "model"),
-                    "prompt": "a lime star on a black background",
+                    "prompt": "a large blue square on a white background",
                     "width": TINY_SIDE,
                     "height": TINY_SIDE,
                     "seed": 7,
@@ -124,7 +124,7 @@ WORKFLOWS: dict[str, Workflow] = {
             ("4. The result", 1260, 0, 480, 680),
         ),
         "## With a LoRA\n\nPress **Run**. tiny-outlines comes with Vortex: a LoRA for tiny-schnell. The miniature then "
-        "draws outlines, and knows one more colour, lime.\n\n"
+        "draws outlines, and knows one more colour: try *a large lime circle on a white background*.\n\n"
         "Set **strength** to 0, and run again: that is the miniature without it. A LoRA or a strength that you change "
         "loads nothing again.\n\n"
         "With a real checkpoint: put LoRAs for FLUX.1 into **models/loras** and press **R**. Several Vortex LoRA nodes "
