@@ -65,6 +65,11 @@ template <typename T> T __shfl_xor_sync(unsigned, T x, int away)
     return among(x, [=](const T *lanes) { return lanes[threadIdx.x % 32 ^ away]; });
 }
 
+template <typename T> T __shfl_sync(unsigned, T x, int lane)
+{
+    return among(x, [=](const T *lanes) { return lanes[lane]; });
+}
+
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __fdividef(float x, float y) { return x / y; }

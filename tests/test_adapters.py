@@ -6,15 +6,17 @@ import cuda_on_cpu
 import pytest
 import torch
 from kernel_parts import DEVICE, EIGHT, GPU, HALF, draw
+from test_kernel_memory import empty_on_meta, peak
 from torch import Tensor
 
 from vortex_core import nf4
-from vortex_core.kernels import Adapter, Kernels, compiled, compiled8, compiled_adapted, reference, rotation
+from vortex_core.kernels import ADD_BYTES, Adapter, Kernels, compiled, compiled8, compiled_adapted, reference, rotation
 from vortex_core.kernels.scaled_tensor import FP8_MAX
+from vortex_core.quant.backends import BitsAndBytesBackend, ReferenceBackend
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
-SHAPES = [(64, 64, 16), (192, 128, 16), (128, 320, 48), (64, 640, 32), (192, 64, 192)]
+SHAPES = [(64, 64, 16), (80, 192, 16), (192, 128, 16), (128, 320, 48), (64, 640, 32), (192, 64, 192)]
 
 
 def made(n: int, k: int, ranks: int, dtype: torch.dtype) -> tuple[nf4.NF4Weight, Adapter, Tensor]:
@@ -22,7 +24,7 @@ def made(n: int, k: int, ranks: int, dtype: torch.dtype) -> tuple[nf4.NF4Weight,
     weight = nf4.quantize(draw(n, k)).to(DEVICE)
     parts = 2 if n > 64 else 1
     up, down = draw(n, ranks, dtype=dtype) / 4, draw(parts, ranks, k, dtype=dtype) / 4
-    part = torch.arange(n // 64, device=DEVICE, dtype=torch.int32) % parts
+    part = torch.arange(-(-n // 64), device=DEVICE, dtype=torch.int32) % parts
     scale = torch.tensor([0.75, -0.5, 0.0], device=DEVICE)[torch.randint(0, 3, (parts, ranks), device=DEVICE)]
     update = torch.empty(n, k, dtype=torch.float64, device=DEVICE)
     for row in range(n):
@@ -106,6 +108,31 @@ def test_an_update_can_be_added_to_what_was_decoded(dtype: torch.dtype) -> None:
     adapter.add_to(out)
     near = {torch.float32: 2e-6}.get(dtype, 4 * torch.finfo(dtype).eps)
     assert (out - expected).abs().max() < near * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "parts", "ranks"), [(21504, 3072, 4, 16), (3072, 15360, 1, 640), (3072, 3072, 2, 2048)]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_is_added_later_reads_nothing_on_the_host_and_takes_what_it_says(
+    n: int, k: int, parts: int, ranks: int, dtype: torch.dtype
+) -> None:
+    """On `meta` there is nothing to read."""
+    up, down = empty_on_meta(n, ranks, dtype=torch.float16), empty_on_meta(parts, ranks, k, dtype=torch.float16)
+    part, scale = empty_on_meta(n // 64, dtype=torch.int32), empty_on_meta(parts, ranks, dtype=torch.float32)
+    adapter, weight = Adapter(up, down, part, scale), empty_on_meta(n, k, dtype=dtype)
+    assert ADD_BYTES / 2 < peak(lambda: adapter.add_to(weight)) <= ADD_BYTES
+    assert all(kind.working_bytes >= ADD_BYTES for kind in (BitsAndBytesBackend, ReferenceBackend))
+
+
+@pytest.mark.parametrize("at_once", [1, 1000, 4096])
+def test_what_is_added_in_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    monkeypatch.setattr("vortex_core.kernels.adapter.AT_ONCE", at_once)
+    weight, adapter, update = made(80, 128, 16, torch.float32)
+    out = nf4.dequantize(weight, torch.float32)
+    expected = out.double() + update
+    adapter.add_to(out)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_without_strength_nothing_changes(kernels: Kernels) -> None:

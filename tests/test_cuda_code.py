@@ -17,6 +17,11 @@ import torch
 from vortex_core.kernels import nvrtc
 
 SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_120": 99}  # KiB that a block can have
+KERNELS = {
+    "step": {"modulate", "decode"},
+    "eight": {"product_128", "decode_rotated"},
+    "adapted": {"adapted", "adapted_rotated"},
+}
 USAGE = re.compile(r"Function (\w+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -58,9 +63,9 @@ def test_nothing_spills_and_blocks_fit(arch: str, module: str, usage_tool: str, 
     code.write_bytes(nvrtc.compiled(nvrtc.source(torch.bfloat16, module), arch))
     told = subprocess.run([usage_tool, "-res-usage", str(code)], capture_output=True, text=True, check=True).stdout
     found = {name: tuple(map(int, numbers)) for name, *numbers in USAGE.findall(told)}
-    assert set(found) >= ({"product_128", "decode_rotated"} if module == "eight" else {"modulate", "decode"})
+    assert set(found) >= KERNELS[module]
     for name, (registers, stack, shared, local) in found.items():
         assert (stack, local) == (0, 0), name
-        assert registers <= 255
-        blocks = 2 if module == "eight" else 1  # of the product and of decoding: two at once
+        assert registers <= (168 if module == "adapted" else 255)
+        blocks = {"step": 1, "eight": 2, "adapted": 3}[module]  # at once
         assert blocks * max(shared, 1024) <= (SHARED[arch] + 1) * 1024, name

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from ..utils.packages import first_line, missing
 from . import kitchen, library, reference
-from .adapter import Adapter
+from .adapter import ADD_BYTES, Adapter
 from .scaled_tensor import TILE, Heads, Moments, ScaledTensor, Window, empty_heads, most_parts
 
 __all__ = [
+    "ADD_BYTES",
     "Adapter",
     "Heads",
     "Kernels",

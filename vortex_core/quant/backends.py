@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import nf4
 from ..errors import VortexInputError, quoted
-from ..kernels import Adapter, compiled_declined, fused_declined, reference
+from ..kernels import ADD_BYTES, Adapter, compiled_declined, fused_declined, reference
 from ..nf4 import BLOCK, NF4Weight
 from ..utils.packages import first_line, missing
 
@@ -69,7 +69,8 @@ class Backend(ABC):
     ) -> None:
         """Dequantize into `out`, with the update of an `adapter`.
 
-        In 16 bits it is added to what was rounded, and rounded again, unless a backend does better.
+        In 16 bits it is added to what was rounded, and rounded again, unless a backend does better. To 8 bits it waits
+        for the card, and allocates; backends with `eight` do not.
         """
         if adapter is None:
             self.write(packed, absmax, out, row_scale)
@@ -94,15 +95,11 @@ class ReferenceBackend(Backend):
     """Plain torch; the oracle, and the fallback that runs wherever torch runs."""
 
     name = "reference"
-    working_bytes = nf4.DEQUANTIZE_BYTES
+    working_bytes = max(nf4.DEQUANTIZE_BYTES, ADD_BYTES)  # one after the other
 
-    def decode(
-        self, packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None, adapter: Adapter | None = None
-    ) -> None:
-        """See `Backend.decode`."""
-        reference.dequantize(packed, absmax, out, row_scale, adapter)
-
-    write = decode
+    def write(self, packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None) -> None:
+        """See `Backend.write`."""
+        reference.dequantize(packed, absmax, out, row_scale)
 
 
 class TritonBackend(Backend):
@@ -136,11 +133,15 @@ class NvrtcBackend(Backend):
     name = "nvrtc"
     eight = True
 
-    def write(self, packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None) -> None:
-        """See `Backend.write`."""
+    def decode(
+        self, packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None, adapter: Adapter | None = None
+    ) -> None:
+        """See `Backend.decode`. An update is added before the one rounding."""
         from ..kernels import compiled
 
-        compiled.dequantize(packed, absmax, out, row_scale)
+        compiled.dequantize(packed, absmax, out, row_scale, adapter)
+
+    write = decode
 
     def row_scales(
         self, packed: Tensor, absmax: Tensor, out: Tensor, dtype: torch.dtype, adapter: Adapter | None = None
@@ -148,16 +149,14 @@ class NvrtcBackend(Backend):
         """See `Backend.row_scales`."""
         from ..kernels import compiled
 
-        if adapter is None:
-            compiled.row_scales(packed, absmax, out, dtype)
-        else:
-            super().row_scales(packed, absmax, out, dtype, adapter)
+        compiled.row_scales(packed, absmax, out, dtype, adapter)
 
 
 class BitsAndBytesBackend(Backend):
     """bitsandbytes' kernels, to 16 and 32 bits only."""
 
     name = "bitsandbytes"
+    working_bytes = ADD_BYTES
 
     def write(self, packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None) -> None:
         """See `Backend.write`."""

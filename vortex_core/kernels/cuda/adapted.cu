@@ -129,13 +129,25 @@ __device__ __forceinline__ void rotate_tile(
         tile[row][place(row, first + i)] = make_float4(v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]);
 }
 
+// 8 lanes have the same rows and the same scale of each. So each lane loads what belongs to one row, long before it is
+// needed, and tells the others.
+__device__ __forceinline__ float own_factor(const Task &task, int row)
+{
+    row += threadIdx.x % 8;
+    return task.row_scale && row < task.rows ? 1 / task.row_scale[row] : 1;
+}
+
+__device__ __forceinline__ float of_row(float own, int i)
+{
+    return __shfl_sync(0xffffffffu, own, (threadIdx.x & 24) + i);
+}
+
 // 8 rows and columns to `out`; all of a thread's lie inside or outside of the columns.
 template <bool ROTATED>
-__device__ __forceinline__ void finish(float (*v)[8], const Task &task, int row, int column)
+__device__ __forceinline__ void finish(float (*v)[8], float own, const Task &task, int row, int column)
 {
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-        const bool inside = row + i < task.rows && column < task.columns;
         if (task.what == LARGEST) {
             float largest = SMALLEST;
 #pragma unroll
@@ -148,9 +160,9 @@ __device__ __forceinline__ void finish(float (*v)[8], const Task &task, int row,
                 atomicMax((unsigned *)task.out + row + i, __float_as_uint(largest * task.unit));
             continue;
         }
-        if (!inside) continue;
+        const float factor = of_row(own, i);
+        if (row + i >= task.rows || column >= task.columns) continue;
         const long long at = (long long)(row + i) * task.columns + column;
-        const float factor = task.row_scale ? 1 / task.row_scale[row + i] : 1;
         if (ROTATED) {
             unsigned n[8];
 #pragma unroll
@@ -177,21 +189,24 @@ __device__ __forceinline__ void adapted_plain(const Task &task)
     const int first = blockIdx.y * ROWS, start = blockIdx.x * COLUMNS;
     const int row = first + threadIdx.x / (COLUMNS / 8) * 8, column = start + threadIdx.x % (COLUMNS / 8) * 8;
     unsigned word[8];
-    float scale[8];
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         const bool inside = row + i < task.rows && column < task.columns;
-        const long long at = (long long)(row + i) * task.columns + column;
-        word[i] = inside ? ((const unsigned *)task.packed)[at / 8] : 0;
-        scale[i] = inside ? task.absmax[at / 64] : 0;
+        word[i] = inside ? ((const unsigned *)task.packed)[((long long)(row + i) * task.columns + column) / 8] : 0;
     }
+    const int mine = row + threadIdx.x % 8;
+    const bool inside = mine < task.rows && column < task.columns;
+    const float scale = inside ? task.absmax[((long long)mine * task.columns + column) / 64] : 0;
+    const float own = own_factor(task, row);
     float v[8][8] = {};
     update(v, memory.factors, task, first, start);
 #pragma unroll
-    for (int i = 0; i < 8; i++)
+    for (int i = 0; i < 8; i++) {
+        const float times = of_row(scale, i);
 #pragma unroll
-        for (int j = 0; j < 8; j++) v[i][j] = fmaf(level[word[i] >> 4 * (j ^ 1) & 15], scale[i], v[i][j]);
-    finish<false>(v, task, row, column);
+        for (int j = 0; j < 8; j++) v[i][j] = fmaf(level[word[i] >> 4 * (j ^ 1) & 15], times, v[i][j]);
+    }
+    finish<false>(v, own, task, row, column);
 }
 
 // `root`: what the rotation's sums are multiplied by.
@@ -205,12 +220,13 @@ __device__ __forceinline__ void adapted_turned(const Task &task, bool joined, fl
     const int mine = first + threadIdx.x / 2, from = start + threadIdx.x % 2 * 64;
     half.load((const uint4 *)task.packed, task.absmax, ((long long)mine * task.columns + from) / 64,
               mine < task.rows && from < task.columns);
+    const int down = threadIdx.x / (COLUMNS / 8) * 8, across = threadIdx.x % (COLUMNS / 8) * 2;
+    const float own = own_factor(task, first + down);
     float v[8][8] = {};
     update(v, memory.factors, task, first, start);
     __syncthreads();  // the tile lies where the factors were
     rotate_tile(memory.tile, half, level, joined);
     __syncthreads();
-    const int down = threadIdx.x / (COLUMNS / 8) * 8, across = threadIdx.x % (COLUMNS / 8) * 2;
 #pragma unroll
     for (int i = 0; i < 8; i++)
 #pragma unroll
@@ -221,7 +237,7 @@ __device__ __forceinline__ void adapted_turned(const Task &task, bool joined, fl
             v[i][4 * j + 2] = fmaf(x.z, root, v[i][4 * j + 2]);
             v[i][4 * j + 3] = fmaf(x.w, root, v[i][4 * j + 3]);
         }
-    finish<true>(v, task, first + down, start + 4 * across);
+    finish<true>(v, own, task, first + down, start + 4 * across);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 4) adapted(
