@@ -80,6 +80,31 @@ def test_results_repeat_bit_for_bit(fused: Kernels, kernel: str) -> None:
         assert all(map(torch.equal, again, found[0]))
 
 
+def test_codes_that_no_wide_load_fits(fused: Kernels) -> None:
+    """A weight as a file may have it: at no multiple of 16 bytes."""
+    weight = nf4.quantize_reference(draw(5, 192))
+    packed = torch.empty(weight.packed.numel() + 4, dtype=torch.uint8, device=DEVICE)[4:].view(weight.packed.shape)
+    packed.copy_(weight.packed)
+    found = []
+    for codes in (packed, weight.packed):
+        scale, decoded = torch.full((5,), torch.nan, device=DEVICE), int8.eight(5, 192)
+        fused.row_scales(codes, weight.absmax, scale, torch.int8)
+        fused.dequantize(codes, weight.absmax, decoded, scale)
+        found.append((scale, decoded))
+    assert packed.data_ptr() % 16
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize(("first", "wide"), [(0, 100), (4, 92)])
+def test_odd_rows_in_fp8_are_the_references(fused: Kernels, first: int, wide: int) -> None:
+    x, before = part(1, 3, wide, HALF)[0], part(1, 3, first, HALF)[0] if first else None
+    found = []
+    for kernels in (fused, reference):
+        found.append(operand8(1, 3, first + wide))
+        kernels.gelu(x, found[-1], before)
+    assert torch.equal(*(each.values.view(torch.uint8) for each in found))
+
+
 # fp8.
 
 

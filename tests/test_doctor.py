@@ -208,7 +208,7 @@ def test_windows_is_told_the_triton_of_its_torch(
     monkeypatch.setattr(packages.metadata, "version", lambda package: torch_version)
     found = findings()["triton"]
     assert (found.state, found.fix) == ("note", f'pip install -U "{installs}"')
-    assert found.detail.endswith("kernels in CUDA C run instead, not as fast")
+    assert found.detail.endswith("kernels in CUDA C run instead")
 
 
 def test_without_triton_the_doctor_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:

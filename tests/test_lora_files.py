@@ -197,6 +197,19 @@ def test_alphas_in_pefts_config(tmp_path: Path) -> None:
     assert torch.equal(changes(read_lora(path, MINI))["img_in"], deltas(made)["img_in"] / 2)
 
 
+def test_a_whole_lokr_is_scaled_by_a_config_alone(tmp_path: Path) -> None:
+    """PEFT scales a LoKr whose sides are whole, LyCORIS does not. A `diff` has no alpha."""
+    sides = {"lokr_w1": torch.ones(8, 8), "lokr_w2": torch.ones(16, 16)}
+    state = {f"base_model.model.transformer_blocks.0.attn.to_out.0.{end}": tensor for end, tensor in sides.items()}
+    state["base_model.model.x_embedder.diff"] = torch.ones(D, 16)
+    path = lora_parts.save(tmp_path / "adapter_model.safetensors", state)
+    assert changes(read_lora(path, MINI))["double_blocks.0.img_attn.proj"].unique().tolist() == [1.0]
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LOKR", "r": 900, "alpha": 450}))
+    found = changes(read_lora(path, MINI))
+    assert found["double_blocks.0.img_attn.proj"].unique().tolist() == [0.5]
+    assert found["img_in"].unique().tolist() == [1.0]
+
+
 @pytest.mark.parametrize("alpha", ["x", [], 1e300, True])
 def test_an_alpha_that_is_none(tmp_path: Path, alpha: object) -> None:
     metadata = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": alpha})}
@@ -231,3 +244,39 @@ def test_opening_reads_no_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     header = open_lora(path, MINI)
     assert len(header.layers) == sum(len(parts) for _, _, parts in LINEARS.values())
     assert header.nbytes > 0
+
+
+def test_zeros_of_an_embedding_table_have_no_effect(tmp_path: Path) -> None:
+    name = "text_encoders.clip_l.transformer.text_model.embeddings.position_embedding"
+    state = WRITERS["ComfyUI"](factors(2))
+    zeros = {f"{name}.lora_up.weight": torch.zeros(77, 2), f"{name}.lora_down.weight": torch.ones(2, 64)}
+    file = read(tmp_path, state | zeros | {"text_encoders.t5xxl.transformer.shared.diff": torch.zeros(99, 64)})
+    assert not file.refused
+    assert len(file.ignored) == 3
+    file = read(tmp_path, state | zeros | {f"{name}.lora_up.weight": torch.ones(77, 2)})
+    assert file.refused.keys() == zeros.keys()
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "rows"),
+    [
+        ("transformer_blocks.1.attn.to_qkv", "double_blocks.1.img_attn.qkv", 3 * D),
+        ("transformer_blocks.1.attn.to_added_qkv", "double_blocks.1.txt_attn.qkv", 3 * D),
+        ("single_transformer_blocks.1.attn.to_qkv", "single_blocks.1.linear1", 3 * D),
+    ],
+)
+def test_projections_that_diffusers_fused(tmp_path: Path, theirs: str, ours: str, rows: int) -> None:
+    file = read(tmp_path, lora_parts.lora(f"transformer.{theirs}", rows, D, 2))
+    (update,) = file.parts["transformer"].updates[ours]
+    assert update.rows == slice(0, rows)
+
+
+def test_data_follows_the_device(tmp_path: Path) -> None:
+    """What needs W works where W is, and the file stays in host memory."""
+    nowhere = torch.device("meta")
+    name = "lora_unet_img_in"
+    part = read(tmp_path, lora_parts.glora(name, D, 16, 2)).parts["transformer"]
+    assert part.inputs["img_in"][0].of(torch.empty(D, 16, device=nowhere)).up.device == nowhere
+    state = lora_parts.lora(name, D, 16, 2) | {f"{name}.dora_scale": torch.ones(D, 1)}
+    (one,) = read(tmp_path, state).parts["transformer"].row_scales["img_in"]
+    assert one.gains(torch.empty(D, 16, device=nowhere)).device == nowhere

@@ -16,7 +16,8 @@ from lora_parts import MINI, MLP, PROJ, WRITERS, D, M, factors, random
 from torch import Tensor
 
 from vortex_core.checkpoint.lora_header import open_lora
-from vortex_core.checkpoint.lora_reader import read_lora
+from vortex_core.checkpoint.lora_kinds import base_of, kind_of
+from vortex_core.checkpoint.lora_reader import read, read_lora
 from vortex_core.checkpoint.lora_roles import ROLES
 from vortex_core.errors import VortexCheckpointError, VortexError
 from vortex_core.flux1.spec import ModelSpec
@@ -215,11 +216,20 @@ def renamed(dice: dices.Random, data: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
+METADATA = {
+    "lora_adapter_metadata": json.dumps(
+        {"transformer.r": 2, "transformer.lora_alpha": 4, "transformer.alpha_pattern": {"x": 1}}
+    ),
+    "modelspec.architecture": "flux-1-dev/lora",
+}
+
+
 @pytest.mark.slow
 def test_2000_mutated_headers(tmp_path: Path) -> None:
     """Read, or refused in words; nothing else."""
     sound = {
-        name: lora_parts.save(tmp_path / f"{name}.safetensors", state).read_bytes() for name, state in SPECIMENS.items()
+        name: lora_parts.save(tmp_path / f"{name}.safetensors", state, METADATA).read_bytes()
+        for name, state in SPECIMENS.items()
     }
     for name in sound:
         read_lora(tmp_path / f"{name}.safetensors", MINI)
@@ -230,7 +240,8 @@ def test_2000_mutated_headers(tmp_path: Path) -> None:
         data = sound[dice.choice(sorted(sound))]
         path.write_bytes((renamed if number % 4 == 0 else mutators.safetensors)(dice, data))
         try:
-            read_lora(path, MINI)
+            header = open_lora(path, MINI)
+            kind_of(header), base_of(header), read(header)
             outcomes["read"] += 1
         except VortexError as error:
             outcomes["refused" if len(str(error)) < 1500 else f"input {number} is refused at length"] += 1

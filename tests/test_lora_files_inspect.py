@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from vortex_core.checkpoint.key_maps import modulation_shapes, step_shapes
 from vortex_core.checkpoint.lora_header import open_lora
 from vortex_core.checkpoint.lora_kinds import kind_of
-from vortex_core.cli.lora_inspection import _bundled, inspect_lora
+from vortex_core.cli.lora_inspection import WHOLE, _bundled, inspect_lora
 from vortex_core.cli.main import app
 from vortex_core.errors import VortexCheckpointError
 from vortex_core.flux1.spec import ModelSpec
@@ -33,7 +33,7 @@ def released(path: Path, metadata: dict[str, str] | None = None) -> Path:
     key = "lora_unet_single_blocks_0_linear1"
     state |= {f"{key}.diff_b": random(21504), "lora_unet_guidance_in_in_layer.alpha": torch.tensor(1.0)}
     del state[f"{key}.lora_up.weight"], state[f"{key}.lora_down.weight"]
-    state |= lora_parts.loha(key, 21504, 3072, 20) | lora_parts.lora(
+    state |= lora_parts.loha(key, 21504, 3072, 40) | lora_parts.lora(
         "lora_te1_text_model_encoder_layers_3_mlp_fc1", 3072, 768, 4
     )
     state |= {"lora_te3_encoder_block_0_layer_1_layer_norm.w_norm": random(4096), "bundle_emb.x.t5": random(2, 4096)}
@@ -44,18 +44,17 @@ def test_figures(tmp_path: Path) -> None:
     seen = inspect_lora(released(tmp_path / "a.safetensors", {"ss_sd_model_name": "flux1-schnell.safetensors"}))
     assert seen is not None
     assert (seen.kind, seen.base, seen.fits) == ("kohya names, LoRA, LoHa, a norm", "FLUX.1-schnell", "FLUX.1")
-    assert seen.ranks == (1, 4, 20)
+    assert seen.ranks == (1, 4, 40)
     transformer, t5, clip = seen.found
-    assert (transformer.matrices, transformer.updates, transformer.copies, transformer.biases) == (312, 311, 1, 1)
+    assert (transformer.matrices, transformer.updates, transformer.whole, transformer.biases) == (312, 311, 1, 1)
     assert transformer.prompt_time == 4 + 2 * 19 + 38 + 1
     assert (clip.part, clip.matrices, clip.prompt_time) == ("clip", 1, 1)
     assert (t5.part, t5.matrices, t5.norms) == ("t5", 0, 1)
-    assert seen.memory["copies of whole matrices"] == 2 * 21504 * 3072
     flux = ModelSpec().flux
     shapes = [shape for shape in (step_shapes(flux) | modulation_shapes(flux)).values() if len(shape) == 2]
     rank_1 = sum(n + k for n, k in shapes) - 21504 - 3072
-    assert seen.memory["factors"] == 2 * (rank_1 + 4 * (3072 + 768))
-    assert seen.refused == {"it is a learned embedding, which Vortex does not apply": 1}
+    assert seen.factors == 2 * (rank_1 + 4 * (3072 + 768))
+    assert seen.refused == {"it is a learned embedding, which Vortex does not apply": 1, WHOLE: 1}
     assert list(seen.ignored.values()) == [1]
     assert sum(one.nbytes for one in seen.found) < seen.nbytes
 
@@ -65,11 +64,12 @@ def test_words(tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, ["inspect", str(path)])
     assert shown.exit_code == 0
     for words in (
-        "LoRA: kohya names, LoRA, LoHa, a norm, by ai-toolkit; rank 1, 4, 20;",
+        "LoRA: kohya names, LoRA, LoHa, a norm, by ai-toolkit; rank 1, 4, 40;",
         "It fits FLUX.1-schnell and FLUX.1-dev, which have the same sizes; trained on FLUX.1-dev",
-        "132.1 MB  copies of whole matrices, on the GPU in 16 bits",
-        "refused 1 tensor: it is a learned embedding",
-        "no effect 1 tensor: it acts on FLUX.1-dev's guidance",
+        "MB of updates on the GPU, in 16 bits",
+        "refused: it is a learned embedding, which Vortex does not apply (1 in the file)",
+        "refused: it changes a 4-bit weight as a whole",
+        "no effect: it acts on FLUX.1-dev's guidance",
     ):
         assert words in shown.output, shown.output
 
@@ -79,7 +79,7 @@ def test_json(tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, ["inspect", str(path), "--json"])
     lora = json.loads(shown.output)["lora"]
     assert lora["path"] == str(path)
-    assert lora["ranks"] == [1, 4, 20]
+    assert lora["ranks"] == [1, 4, 40]
     assert [one["part"] for one in lora["found"]] == ["transformer", "t5", "clip"]
 
 

@@ -226,3 +226,30 @@ def trained(linear: nn.Module) -> Tensor:
     """The matrix that a layer multiplies with."""
     with torch.no_grad():
         return (linear(torch.eye(linear.in_features)) - linear(torch.zeros(1, linear.in_features))).T
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        ("LoraConfig", {"r": 6, "lora_alpha": 9}),
+        ("LoraConfig", {"r": 6, "lora_alpha": 9, "use_rslora": True, "rank_pattern": {"to_q": 3}}),
+        ("LoHaConfig", {"r": 3, "alpha": 5}),
+        ("LoKrConfig", {"r": 2, "alpha": 5}),
+        ("LoKrConfig", {"r": 2, "alpha": 5, "decompose_both": True, "decompose_factor": 8}),
+        ("LoKrConfig", {"r": 900, "alpha": 450}),
+    ],
+)
+def test_peft_alone(tmp_path: Path, config: str, options: dict[str, Any]) -> None:
+    """A folder of PEFT's own, with alphas in `adapter_config.json`."""
+    peft = pytest.importorskip("peft")
+    model = transformer()
+    before = canonical(model)
+    names = [source for _, _, sources in LINEARS.values() for source, _ in sources]
+    wrapped = peft.get_peft_model(model, getattr(peft, config)(target_modules=names, **options))
+    randomize(wrapped, ("lora_A", "lora_B", "hada_", "lokr_"))
+    wrapped.save_pretrained(str(tmp_path))
+    part = read_lora(tmp_path / "adapter_model.safetensors", MINI).parts["transformer"]
+    weights = canonical(wrapped.merge_and_unload())
+    assert part.modules() == weights.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(before[name] + part.delta(name, before[name]), weight, rtol=1e-4, atol=1e-4)

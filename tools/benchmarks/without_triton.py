@@ -4,11 +4,10 @@
     python tools/benchmarks/without_triton.py random                         # pictures, each way in its own process
 
 `kernels`: each way of a step's functions, in CUDA graphs. `eight`: those of the 8-bit precisions, and the product in
-int8. `decoder`: the VAE. `steps`: whole steps in `exact`. The
-import of Triton is refused, except where its kernels are measured beside the others (`--triton`). Ways of pictures:
-`nvrtc`, `bitsandbytes` and `reference` decode, with the kernels in CUDA C; `int8` and `fp8` are nvrtc in these modes;
-`triton` is beside them, in int8; `kitchen` and `torch` are bitsandbytes with
-comfy-kitchen's functions or torch's own, as if NVRTC were missing. Figures go to `--json`.
+int8. `decoder`: the VAE. `steps`: whole steps in `exact`. The import of Triton is refused, except where its kernels are
+measured beside the others (`--triton`). Ways of pictures: `nvrtc`, `bitsandbytes` and `reference` decode, with the
+kernels in CUDA C; `int8` and `fp8` are `nvrtc` in these modes, `triton` is Triton in int8; `kitchen` and `torch` are
+bitsandbytes with comfy-kitchen's functions or torch's own, as if NVRTC were missing. Figures go to `--json`.
 """
 
 from __future__ import annotations

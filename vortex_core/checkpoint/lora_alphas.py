@@ -24,17 +24,21 @@ PARTS = ("transformer.", "text_encoder.", "text_encoder_2.")
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """What a config says of one part: its alpha, others by the end of a module's name, and whether by rank's root."""
+    """What a config says of one part: its alpha, others by the end of a module's name, and whether by rank's root.
+
+    `rank` is for modules whose factors do not tell one: PEFT scales these LoKr, too.
+    """
 
     alpha: float | None
     pattern: Mapping[str, float] = field(default_factory=dict)
     by_root: bool = False
+    rank: float | None = None
 
-    def scale(self, stem: str, rank: int) -> float:
+    def scale(self, stem: str, rank: int | None) -> float:
         """What the product of factors is multiplied with."""
         named = (value for end, value in self.pattern.items() if stem == end or stem.endswith(f".{end}"))
-        alpha = next(named, self.alpha)
-        return 1.0 if alpha is None else alpha / (sqrt(rank) if self.by_root else rank)
+        alpha, by = next(named, self.alpha), rank or self.rank
+        return 1.0 if alpha is None or not by else alpha / (sqrt(by) if self.by_root else by)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +47,8 @@ class Alphas:
 
     said: Mapping[str, Said] = field(default_factory=dict)
 
-    def scale(self, stem: str, rank: int) -> float:
-        """The scale of a module whose alpha is no tensor in the file."""
+    def scale(self, stem: str, rank: int | None) -> float:
+        """The scale of a module whose alpha is no tensor in the file; `rank` of its factors, where they tell."""
         return next((said.scale(stem, rank) for start, said in self.said.items() if stem.startswith(start)), 1.0)
 
 
@@ -77,10 +81,13 @@ def _by_part(raw: Raw, table: Mapping[str, Any]) -> Alphas:
 def _said(raw: Raw, config: Mapping[str, Any]) -> Said:
     alpha = config.get("lora_alpha", config.get("alpha"))
     pattern = config.get("alpha_pattern") or {}
-    given = [] if alpha is None else [alpha]
+    rank = config.get("r")
+    given = [value for value in (alpha, rank) if value is not None]
     if not isinstance(pattern, dict) or not all(_is_number(value) for value in (*pattern.values(), *given)):
-        raise _error(raw, f"alpha is {quoted(alpha)}, by module {quoted(pattern)}")
-    return Said(alpha, pattern, config.get("use_rslora") is True)
+        raise _error(raw, f"alpha is {quoted(alpha)}, by module {quoted(pattern)}, rank {quoted(rank)}")
+    if rank is not None and rank <= 0:
+        raise _error(raw, f"rank is {quoted(rank)}")
+    return Said(alpha, pattern, config.get("use_rslora") is True, rank)
 
 
 def _is_number(value: object) -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import VortexCheckpointError, quoted
 from ..flux1.spec import ModelSpec
+from ..nf4 import UNQUANTIZED
 from ..storage.files import PICKLES, SAFETENSORS, Raw, SafetensorsFiles, open_file
 from ..storage.refused_formats import format_of
 from ..storage.tensors import AGAIN, FLOATS
@@ -17,6 +18,7 @@ from .lora_layers import NONE, TURN, Layer, Misfit, layer, trimmed, turns_halves
 from .lora_places import Place, Places, places_of
 from .lora_roles import is_lora, method, split
 from .lora_strangers import by_depth, by_names, by_widths
+from .lora_zeros import is_nothing
 
 SHOWN = 3  # keys or layers that an error names
 INTEGERS = ("I64", "I32", "I16", "I8", "U8")
@@ -50,6 +52,28 @@ class LoraHeader:
         """The distinct ranks."""
         return tuple(sorted({layer.rank for layer in self.layers if layer.rank is not None}))
 
+    @property
+    def whole(self) -> tuple[str, ...]:
+        """The matrices that are kept in 4 bits and change as a whole, by no low-rank update."""
+        places = (one.place for one in self.layers if one.copied)
+        return tuple(sorted({place.module for place in places if in_four_bits(place.part, place.module)}))
+
+
+@dataclass(slots=True)
+class _Keys:
+    """The keys of a file, by module and role where they have a place. Those of `tables` are in `refused`, too."""
+
+    found: dict[str, tuple[Place, dict[str, str]]] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    ignored: dict[str, str] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
+    tables: dict[str, dict[str, str]] = field(default_factory=dict)
+
+
+def in_four_bits(part: str, module: str) -> bool:
+    """Whether a linear is kept in NF4."""
+    return part == "t5" or (part == "transformer" and not module.startswith(UNQUANTIZED))
+
 
 def open_lora(path: str | Path, spec: ModelSpec) -> LoraHeader:
     """Open a LoRA file for a model of these sizes; reads its header and nothing large.
@@ -81,8 +105,8 @@ def header_of(raw: Raw, spec: ModelSpec) -> LoraHeader:
     """What `raw` is, as a LoRA for a model of these sizes. Raises as `open_lora`."""
     names = list(raw.names())
     _check_kind(raw, names)
-    places = places_of(spec)
-    found, refused, ignored, unknown = _sorted(names, places)
+    keys = _sorted(names, places_of(spec))
+    unknown, refused, ignored = keys.unknown, keys.refused, keys.ignored
     if unknown:
         stranger = by_names(names) or by_depth(unknown, spec.flux)
         if stranger is not None:
@@ -90,9 +114,14 @@ def header_of(raw: Raw, spec: ModelSpec) -> LoraHeader:
         shown = ", ".join(quoted(name) for name in unknown[:SHOWN])
         what = f"{len(unknown)} tensors" if len(unknown) > 1 else "1 tensor"
         raise _error(raw, f"holds {what} that Vortex does not understand, such as {shown}. It was not applied.")
-    layers = tuple(_layers(raw, found, refused))
+    layers = tuple(_layers(raw, keys.found, refused))
     _check_fit(raw, layers, spec)
     _check_overlap(raw, layers)
+    for roles in keys.tables.values():
+        if is_nothing(raw, roles):
+            for key in roles.values():
+                del refused[key]
+                ignored[key] = "it is of an embedding table, and adds zeros"
     for one in layers:
         if one.form == NONE:
             ignored |= dict.fromkeys(one.keys.values(), "it is an alpha without factors")
@@ -116,31 +145,28 @@ def _check_kind(raw: Raw, names: list[str]) -> None:
         raise _error(raw, f"is not a LoRA: no tensor in it is a factor of an update.{what}")
 
 
-def _sorted(
-    names: list[str], places: Places
-) -> tuple[dict[str, tuple[Place, dict[str, str]]], dict[str, str], dict[str, str], list[str]]:
-    """Keys by module: those that have a place, with roles; refused; ignored; and those that are not understood."""
-    found: dict[str, tuple[Place, dict[str, str]]] = {}
-    refused: dict[str, str] = {}
-    ignored: dict[str, str] = {}
-    unknown = []
+def _sorted(names: list[str], places: Places) -> _Keys:
+    """Every key: with a place, refused, ignored, or not understood."""
+    keys = _Keys()
     for key in names:
-        words = method(key)
-        part = split(key)
+        words, part = method(key), split(key)
         if words is not None:
-            refused[key] = f"it is {words}, which Vortex does not apply"
+            keys.refused[key] = f"it is {words}, which Vortex does not apply"
         elif part is None:
-            unknown.append(key)
+            keys.unknown.append(key)
         elif (place := places.find(part[0])) is not None:
-            _, roles = found.setdefault(part[0], (place, {}))
+            _, roles = keys.found.setdefault(part[0], (place, {}))
             if part[1] in roles:
-                unknown.append(key)  # a second adapter, or the same factor under another name
+                keys.unknown.append(key)  # a second adapter, or the same factor under another name
             roles[part[1]] = key
-        elif (note := places.note(part[0])) is not None:
-            (refused if note[0] else ignored)[key] = note[1]
+        elif (note := places.note(part[0])) is None:
+            keys.unknown.append(key)
+        elif note[0]:
+            keys.refused[key] = note[1]
+            keys.tables.setdefault(part[0], {})[part[1]] = key
         else:
-            unknown.append(key)
-    return found, refused, ignored, unknown
+            keys.ignored[key] = note[1]
+    return keys
 
 
 def _layers(raw: Raw, found: Mapping[str, tuple[Place, dict[str, str]]], refused: dict[str, str]) -> Iterator[Layer]:

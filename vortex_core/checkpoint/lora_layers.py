@@ -16,7 +16,7 @@ Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]  # by role, without trailing ones
 LOW, DENSE, INPUT, TURN, NORM, BIAS, NONE = "low rank", "dense", "input", "rotation", "norm", "bias", "nothing"
 MOST_RANK = 1024  # in a file; trainers offer up to 512
-MOST_PRODUCT = 256  # of what LoHa and LoKr multiply to; above it a whole matrix is less work
+MOST_PRODUCT = 1024  # of what LoHa and LoKr multiply to
 MOST_STAGES = 16
 
 
@@ -92,9 +92,9 @@ def trimmed(shape: Shape) -> Shape:
 
 
 def is_useful(rank: int, size: tuple[int, int]) -> bool:
-    """Whether factors of this rank are worth it: they take at most half of the whole matrix' memory."""
+    """Whether factors of this rank are worth it: they take no more memory than the whole matrix."""
     n, k = size
-    return rank <= MOST_PRODUCT and 2 * rank * (n + k) <= n * k
+    return rank <= MOST_PRODUCT and rank * (n + k) <= n * k
 
 
 def axis(dora: Shape, size: tuple[int, int]) -> str:

@@ -15,7 +15,7 @@ from .key_maps import SWAPPED, flux_sources, modulation_shapes, source_rows, ste
 
 DOTTED = (
     *("base_model.model.", "transformer.", "diffusion_model.", "model.", "unet.", "_orig_mod."),
-    *("text_encoders.", "text_encoder_2.", "text_encoder.", "clip_l.", "t5xxl."),
+    *("text_encoders.", "text_encoder_2.", "text_encoder.", "clip_l.", "t5xxl.", "t5."),
 )  # what a name with dots may begin with, one after another
 FLAT = ("lora_unet_", "lora_transformer_", "lycoris_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_")
 GUIDANCE = ("guidance_in", "time_text_embed.guidance_embedder")
@@ -109,7 +109,9 @@ def _transformer(spec: FluxSpec) -> Iterator[tuple[str, Place]]:
         module, _, kind = name.rpartition(".")
         if kind == "bias":
             continue
-        yield module, Place("transformer", module, shape, slice(0, shape[0]))
+        yield module, _whole("transformer", module, shape)
+        if kind == "scale":
+            yield name, _whole("transformer", module, shape)  # older ComfyUI: `query_norm.scale.set_weight`
         start = 0
         for source, rows in source_rows(flux_sources(name), shape[0]):
             stop = start + rows
@@ -123,10 +125,14 @@ def _transformer(spec: FluxSpec) -> Iterator[tuple[str, Place]]:
             theirs, ours = f"double_blocks.{block}.processor", f"double_blocks.{block}.{stream}_attn"
             yield f"{theirs}.qkv_lora{number}", _whole("transformer", f"{ours}.qkv", (3 * width, width))
             yield f"{theirs}.proj_lora{number}", _whole("transformer", f"{ours}.proj", (width, width))
+            added = "" if stream == "img" else "added_"
+            fused = f"transformer_blocks.{block}.attn.to_{added}qkv"  # diffusers' `fuse_qkv_projections`
+            yield fused, _whole("transformer", f"{ours}.qkv", (3 * width, width))
     for block in range(spec.single_blocks):
         theirs, wide = f"single_blocks.{block}", (3 * width + spec.mlp, width)
         qkv = Place("transformer", f"{theirs}.linear1", wide, slice(0, 3 * width))
         yield f"{theirs}.linear1_qkv", qkv
+        yield f"single_transformer_blocks.{block}.attn.to_qkv", qkv
         yield f"{theirs}.processor.qkv", qkv  # without the end `_lora.down.weight`
         narrow = _whole("transformer", f"{theirs}.linear2", (width, width + spec.mlp))
         yield f"{theirs}.processor.proj", narrow

@@ -20,6 +20,7 @@ from .lora_header import LoraHeader, open_lora
 from .lora_kinds import kind_of
 from .lora_layers import DENSE, INPUT, LOW, NORM, TURN, Layer, axis, trimmed
 
+SCALED = ("LoRA", "LoHa", "LoKr", "GLoRA")
 EIGHT = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -132,11 +133,9 @@ class _Reader:
 
     def _scale(self, one: Layer, tensors: dict[str, Tensor]) -> float:
         rank = rank_of_alpha(one, tensors)
-        if rank is None:
-            return 1.0
         if "alpha" in tensors:
-            return tensors["alpha"].item() / rank
-        return self._alphas.scale(one.stem, rank)
+            return 1.0 if rank is None else tensors["alpha"].item() / rank
+        return self._alphas.scale(one.stem, rank) if one.method in SCALED else 1.0
 
 
 def _norm(tensors: dict[str, Tensor]) -> NormChange:

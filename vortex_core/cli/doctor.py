@@ -161,7 +161,7 @@ def _triton(device: torch.device) -> Finding:
         windows = _version("triton-windows")
         return Finding("triton", "ok", _version("triton") if windows == UNKNOWN else f"triton-windows {windows}")
     declined = compiled_declined(device)
-    runs = "kernels in CUDA C run instead, not as fast" if declined is None else f"kernels in CUDA C: {declined}"
+    runs = "kernels in CUDA C run instead" if declined is None else f"kernels in CUDA C: {declined}"
     return Finding("triton", "note", f"{why}; {runs}", remedy("triton"))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 from ..checkpoint.bundle import SUBFOLDERS, TINY, describe, find_parts
@@ -22,7 +21,10 @@ from .terminal import grid, out
 RELEASED, BUNDLED = "FLUX.1", "tiny-schnell"
 PARTS = ("transformer", "t5", "clip")
 SHOWN = 6  # ranks, at most
-BYTES = 2  # of a value of factors and copies on the card
+BYTES = 2  # of a value on the card
+WHOLE = (
+    "it changes a 4-bit weight as a whole (large LoHa or LoKr, DoRA of columns, OFT, diff), not by a low-rank update"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,7 @@ class LoraFound:
     part: str
     matrices: int
     updates: int
-    copies: int
+    whole: int
     biases: int
     norms: int
     prompt_time: int
@@ -41,9 +43,10 @@ class LoraFound:
 
 @dataclass(frozen=True, slots=True)
 class LoraInspection:
-    """A LoRA as found on disk. `refused` and `ignored` count keys by reason; `memory` is in bytes on the card.
+    """A LoRA as found on disk. `refused` and `ignored` count tensors, or matrices, by reason.
 
-    `base` is the model that it was trained on, where the file says so; `fits` the one whose sizes it has.
+    `base` is the model that it was trained on, where the file says so; `fits` the one whose sizes it has. `factors`:
+    bytes that its updates take on the card in 16 bits.
     """
 
     path: Path
@@ -54,7 +57,7 @@ class LoraInspection:
     found: tuple[LoraFound, ...]
     refused: Mapping[str, int]
     ignored: Mapping[str, int]
-    memory: Mapping[str, int]
+    factors: int
     nbytes: int
 
 
@@ -84,9 +87,9 @@ def inspect_lora(path: str | Path) -> LoraInspection | None:
         fits=fits,
         ranks=header.ranks,
         found=tuple(_found(header, part) for part in PARTS if any(one.place.part == part for one in header.layers)),
-        refused=dict(Counter(header.refused.values())),
+        refused=dict(Counter(header.refused.values())) | ({WHOLE: len(header.whole)} if header.whole else {}),
         ignored=dict(Counter(header.ignored.values())),
-        memory=_memory(header),
+        factors=_factors(header),
         nbytes=header.nbytes,
     )
 
@@ -100,12 +103,12 @@ def _bundled() -> ModelSpec:
 def _found(header: LoraHeader, part: str) -> LoraFound:
     own = [one for one in header.layers if one.place.part == part]
     changed = {one.place.module: one for one in own if one.form not in (NORM, BIAS)}
-    copies = {one.place.module for one in own if one.copied}
+    whole = {one.place.module for one in own if one.copied}
     return LoraFound(
         part=part,
         matrices=len(changed),
-        updates=len(changed.keys() - copies),
-        copies=len(copies),
+        updates=len(changed.keys() - whole),
+        whole=len(whole),
         biases=len({one.place.module for one in own if "diff_b" in one.keys or "up_bias" in one.keys}),
         norms=len({one.place.module for one in own if one.form == NORM}),
         prompt_time=sum(acts_at_prompt_time(part, module) for module in changed),
@@ -117,22 +120,17 @@ def _nbytes(header: LoraHeader, one: Layer) -> int:
     return sum(header.raw.nbytes(key) for key in one.keys.values())
 
 
-def _memory(header: LoraHeader) -> dict[str, int]:
-    """Bytes on the card in 16 bits, were all of it resident."""
-    copies = {(one.place.part, one.place.module): one.place.shape for one in header.layers if one.copied}
-    low = [one for one in header.layers if (one.place.part, one.place.module) not in copies]
-    sizes = {
-        "factors": sum(BYTES * one.product * (one.place.count + one.place.shape[-1]) for one in low),
-        "copies of whole matrices": sum(BYTES * prod(shape) for shape in copies.values()),
-    }
-    return {what: size for what, size in sizes.items() if size}
+def _factors(header: LoraHeader) -> int:
+    whole = {(one.place.part, one.place.module) for one in header.layers if one.copied}
+    low = [one for one in header.layers if (one.place.part, one.place.module) not in whole]
+    return sum(BYTES * one.product * (one.place.count + one.place.shape[-1]) for one in low)
 
 
 def show(seen: LoraInspection) -> None:
     """Print what was seen: a table of parts, then sentences."""
-    table = grid("part", "matrices", "updates", "copies", "biases", "norms", "per prompt", "in the file")
+    table = grid("part", "matrices", "updates", "whole", "biases", "norms", "per prompt", "in the file")
     for one in seen.found:
-        counts = (one.matrices, one.updates, one.copies, one.biases, one.norms, one.prompt_time)
+        counts = (one.matrices, one.updates, one.whole, one.biases, one.norms, one.prompt_time)
         table.add_row(one.part, *map(str, counts), f"{one.nbytes / 1e6:.1f} MB")
     if seen.found:
         out().print(table)
@@ -141,8 +139,8 @@ def show(seen: LoraInspection) -> None:
     trained = "" if seen.base is None else f"; trained on {seen.base}"
     sizes = "FLUX.1-schnell and FLUX.1-dev, which have the same sizes" if seen.fits == RELEASED else seen.fits
     out().say(f"It fits {sizes}{trained}")
-    for what, size in seen.memory.items():
-        out().say(f"{size / 1e6:6.1f} MB  {what}, on the GPU in 16 bits")
+    if seen.factors:
+        out().say(f"{seen.factors / 1e6:.1f} MB of updates on the GPU, in 16 bits")
     for words, style, reasons in (("refused", "yellow", seen.refused), ("no effect", "green", seen.ignored)):
         for why, count in reasons.items():
-            out().say((words, style), f" {count} tensor{'s' if count > 1 else ''}: {why}")
+            out().say((words, style), f": {why} ({count} in the file)")

@@ -36,7 +36,8 @@ class Tile(NamedTuple):
     warps: int
 
 
-PLAIN, ROTATED = Tile(64, 4, 4), Tile(64, 4, 4)
+PLAIN = Tile(64, 4, 4)
+ROTATED, MANY = Tile(64, 2, 4), Tile(32, 4, 4)  # to int8; of more than 32 ranks at once, which would not fit registers
 
 
 @triton.jit
@@ -162,11 +163,12 @@ def dequantize(packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | 
     n, k = out.shape
     rotated = out.dtype == torch.int8
     width = rotation.block(k) if rotated else BLOCK
-    tile = ROTATED if rotated else PLAIN
+    ranks = _ranks(adapter)
+    tile = PLAIN if not rotated else ROTATED if ranks <= 32 else MANY
     grid = triton.cdiv(n, tile.rows), triton.cdiv(k // width, tile.steps)
     _decode[grid](
         packed.view(torch.int32), absmax, row_scale, *_tables(packed.device), out, *adapter, n, adapter.up.shape[1],
-        K=k, RANKS=_ranks(adapter), PARTS=width // BLOCK, SCALED=row_scale is not None, ROTATED=rotated,
+        K=k, RANKS=ranks, PARTS=width // BLOCK, SCALED=row_scale is not None, ROTATED=rotated,
         ROOT=width**-0.5 if rotated else 1.0, ROWS=tile.rows, STEPS=tile.steps, num_warps=tile.warps, **early(out),
     )  # fmt: skip
 

@@ -88,8 +88,9 @@ def residual_modulate(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: 
 
 @on_device
 def gelu(x: Tensor, out: ScaledTensor, before: Tensor | None = None) -> None:
-    """See `reference.gelu`. `before` has a multiple of 8 values."""
-    if _no_kernel(out) or out.values.shape[2] > compiled8.WIDEST:
+    """See `reference.gelu`."""
+    odd = before is not None and before.shape[2] % 8
+    if odd or _no_kernel(out) or out.values.shape[2] > compiled8.WIDEST:
         reference.gelu(x, out, before)
     else:
         compiled8.narrow(x, out, before, gelu=True)
@@ -105,7 +106,7 @@ def quantize(x: Tensor, out: ScaledTensor) -> None:
 
 
 def _no_kernel(out: ScaledTensor) -> bool:
-    return out.scale is not None and out.values.dtype not in EIGHT
+    return out.scale is not None and (out.values.dtype not in EIGHT or out.values.shape[2] % 8 != 0)
 
 
 @on_device

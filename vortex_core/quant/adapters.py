@@ -57,7 +57,7 @@ class LowRankInput:
 
     def of(self, weight: Tensor) -> LowRank:
         """The update for a matrix `weight` `[N, K]`: one product with K x r."""
-        return LowRank(self.rows, weight[self.rows].float() @ self.up.float(), self.down)
+        return LowRank(self.rows, weight[self.rows].float() @ self.up.to(weight.device, torch.float32), self.down)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +168,7 @@ class Magnitude:
         """g as a column `[rows, 1]` or a row `[1, K]`, for V = `merged` `[N, K]` in fp32."""
         dim = 1 if self.axis == OUTPUT else 0
         norms = merged[self.rows].norm(dim=dim, keepdim=True) + EPSILON
-        return self.values.float().view(norms.shape) / norms
+        return self.values.to(norms).view(norms.shape) / norms
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +180,8 @@ class NormChange:
 
     def delta(self, scale: Tensor) -> Tensor:
         """What s is multiplied with, in fp32."""
-        return self.values.float() - scale.float() if self.replaces else self.values.float()
+        values = self.values.to(scale.device, torch.float32)
+        return values - scale.float() if self.replaces else values
 
 
 @dataclass(frozen=True, slots=True)

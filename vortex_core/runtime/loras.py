@@ -237,7 +237,7 @@ class Loras:
 def _delta(what: LoraPart, name: str, kind: str, original: Tensor) -> Tensor:
     if kind == "bias" and name in what.biases:
         return what.biases[name].float()
-    if name in what.norms:
+    if kind != "bias" and name in what.norms:
         return what.norms[name].delta(original)
     if kind == "weight" and name in what.modules():
         return what.delta(name, original)
