@@ -20,7 +20,9 @@
 struct uint2 { unsigned x, y; };
 struct uint4 { unsigned x, y, z, w; };
 struct float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
 inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 struct Index { int x, y; };
 static Index threadIdx, blockIdx, blockDim, gridDim;
 
@@ -81,6 +83,13 @@ inline float __uint_as_float(unsigned bits)
     float x;
     memcpy(&x, &bits, 4);
     return x;
+}
+
+inline unsigned atomicMax(unsigned *at, unsigned x)
+{
+    const unsigned before = *at;
+    *at = x > before ? x : before;
+    return before;
 }
 
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import cuda_on_cpu
 import pytest
 import torch
 from kernel_parts import DEVICE, EIGHT, GPU, HALF, draw
 from torch import Tensor
 
 from vortex_core import nf4
-from vortex_core.kernels import Adapter, Kernels, reference, rotation
+from vortex_core.kernels import Adapter, Kernels, compiled, compiled8, compiled_adapted, reference, rotation
 from vortex_core.kernels.scaled_tensor import FP8_MAX
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -34,10 +35,17 @@ def rotated(adapter: Adapter) -> Adapter:
     return adapter._replace(down=rotation.rotated(adapter.down.float()).to(adapter.down.dtype))
 
 
-@pytest.fixture(params=["reference", pytest.param("compiled", marks=pytest.mark.gpu), "interpreted"])
-def kernels(request: pytest.FixtureRequest) -> Kernels:
+@pytest.fixture(params=["reference", pytest.param("compiled", marks=pytest.mark.gpu), "interpreted", "CUDA C"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kernels:
     if request.param == "reference":
         return reference
+    if request.param == "CUDA C":
+        if not GPU and cuda_on_cpu.COMPILER is None:
+            pytest.skip("NOT RUN, the kernels in CUDA C: there is no C++ compiler here")
+        if not GPU:
+            for module in (compiled, compiled8, compiled_adapted):
+                monkeypatch.setattr(module, "launch", cuda_on_cpu.launch)
+        return compiled
     if request.param == "interpreted" and GPU:
         pytest.skip("interpreted: here they run compiled")
     pytest.importorskip("triton", reason="NOT RUN, the Triton kernels: Triton is not installed here")

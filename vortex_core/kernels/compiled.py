@@ -1,7 +1,8 @@
 """The kernels in CUDA C (the folder `cuda`), for cards without Triton. `reference` says what each one computes.
 
 Those of a step allocate nothing. The decoder's surround the library's convolutions: `strip_bytes` says what those take.
-Those in 8 bits are in `compiled8`. Attention in fp8 is the reference's here, and nobody asks for it.
+Those in 8 bits are in `compiled8`, those that add LoRAs in `compiled_adapted`. Attention in fp8 is the reference's
+here, and nobody asks for it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import compiled8, reference
+from . import compiled8, compiled_adapted, reference
+from .adapter import Adapter
 from .compiled8 import WIDEST_ADALN, adaln_threads, strided
 from .nvrtc import Long, launch
 from .on_device import on_device
@@ -47,8 +49,13 @@ LONGEST = 128  # channels of a head
 
 
 @on_device
-def dequantize(packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None = None) -> None:
+def dequantize(
+    packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None = None, adapter: Adapter | None = None
+) -> None:
     """See `reference.dequantize`."""
+    if adapter is not None:
+        compiled_adapted.dequantize(packed, absmax, out, row_scale, adapter)
+        return
     if row_scale is not None:
         way = compiled8.dequantize if out.dtype in EIGHT else reference.dequantize
         way(packed, absmax, out, row_scale)
@@ -59,9 +66,11 @@ def dequantize(packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | 
 
 
 @on_device
-def row_scales(packed: Tensor, absmax: Tensor, out: Tensor, dtype: torch.dtype) -> None:
-    """See `reference.row_scales`, which is used for fp8."""
-    if dtype == torch.int8:
+def row_scales(packed: Tensor, absmax: Tensor, out: Tensor, dtype: torch.dtype, adapter: Adapter | None = None) -> None:
+    """See `reference.row_scales`, which is used for fp8 without an adapter."""
+    if adapter is not None:
+        compiled_adapted.row_scales(packed, absmax, out, dtype, adapter)
+    elif dtype == torch.int8:
         compiled8.row_scales(packed, absmax, out)
     else:
         reference.row_scales(packed, absmax, out, dtype)

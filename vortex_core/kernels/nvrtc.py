@@ -24,9 +24,10 @@ Long = ctypes.c_longlong
 Argument = Tensor | ctypes.c_longlong | int | float | None
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # VALUE in cuda/values.cuh
-MODULES = {  # what is compiled at once: a picture in 16 bits needs the first alone
+MODULES = {  # what is compiled at once: a picture in 16 bits without LoRAs needs the first alone
     "step": ("values.cuh", "step.cu", "decoder.cu"),
     "eight": ("values.cuh", "eight.cuh", "decode8.cu", "rows8.cu", "product.cu"),
+    "adapted": ("values.cuh", "eight.cuh", "adapted.cu"),
 }
 NO_CONTEXT = 201  # of the driver: this thread has not used the card yet
 

@@ -4,8 +4,6 @@
 #define REPLICAS 16  // of the table: each lane of half a warp has its own banks
 #define BLOCK 256
 
-__constant__ float half_level[16] = {HALF_LEVELS};
-
 // Of each byte, which is two codes, the sum and the difference of its levels: the rotation's first stage.
 __device__ __forceinline__ void fill_table(float2 *table)
 {
@@ -15,25 +13,11 @@ __device__ __forceinline__ void fill_table(float2 *table)
     __syncthreads();
 }
 
-// The codes of a half, and its scale; zeros outside.
-struct Half {
-    uint4 codes[2];
-    float scale;
-
-    __device__ __forceinline__ void load(const uint4 *packed, const float *absmax, long long half, bool inside)
-    {
-        const uint4 zero = {0, 0, 0, 0};
-        codes[0] = inside ? packed[2 * half] : zero;
-        codes[1] = inside ? packed[2 * half + 1] : zero;
-        scale = inside ? absmax[half] : 0;
-    }
-};
-
 // A half, rotated and scaled. If `joined`, the sum with that of the lane beside it, or for odd lanes the difference.
 __device__ __forceinline__ void rotate_half(float *v, const Half &half, const float2 *table, bool joined)
 {
-    const unsigned words[8] = {half.codes[0].x, half.codes[0].y, half.codes[0].z, half.codes[0].w,
-                               half.codes[1].x, half.codes[1].y, half.codes[1].z, half.codes[1].w};
+    unsigned words[8];
+    half.unpack(words);
     const float2 *mine = table + threadIdx.x % REPLICAS;
 #pragma unroll
     for (int i = 0; i < 64; i += 2) {  // the sign is (-1)^(i0 i1 + i2 i3 + i4 i5): here it swaps sum and difference
@@ -41,22 +25,7 @@ __device__ __forceinline__ void rotate_half(float *v, const Half &half, const fl
         v[i] = i & 2 ? pair.y : pair.x;
         v[i + 1] = i & 2 ? pair.x : pair.y;
     }
-#pragma unroll
-    for (int bit = 1; bit < 6; bit++)
-#pragma unroll
-        for (int k = 0; k < 32; k++) {
-            const int i = (k >> bit << (bit + 1)) | (k & ((1 << bit) - 1)), j = i | 1 << bit;
-            const float a = v[i], b = (bit == 2 || bit == 4) && i >> (bit + 1) & 1 ? -v[j] : v[j];
-            v[i] = a + b;
-            v[j] = a - b;
-        }
-#pragma unroll
-    for (int i = 0; i < 64; i++) v[i] = __fmul_rn(v[i], half.scale);
-    if (joined) {
-        const float sign = threadIdx.x & 1 ? -1 : 1;
-#pragma unroll
-        for (int i = 0; i < 64; i++) v[i] = fmaf(sign, v[i], __shfl_xor_sync(0xffffffffu, v[i], 1));
-    }
+    turn_half(v, half.scale, joined);
 }
 
 // All halves of a weight, divided by `row_scale` and `root`, that of a rotation's width. Blocks take turns.

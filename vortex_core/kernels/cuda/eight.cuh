@@ -60,3 +60,50 @@ __device__ __forceinline__ float block_largest(float x)
     __syncthreads();
     return warp_largest(threadIdx.x % 32 < blockDim.x / 32 ? part[threadIdx.x % 32] : 0);
 }
+
+// The levels for int8 are those of fp16: their sums are exact in fp32 in any order.
+__constant__ float half_level[16] = {HALF_LEVELS};
+
+// The codes of a half, and its scale; zeros outside.
+struct Half {
+    uint4 codes[2];
+    float scale;
+
+    __device__ __forceinline__ void load(const uint4 *packed, const float *absmax, long long half, bool inside)
+    {
+        const uint4 zero = {0, 0, 0, 0};
+        codes[0] = inside ? packed[2 * half] : zero;
+        codes[1] = inside ? packed[2 * half + 1] : zero;
+        scale = inside ? absmax[half] : 0;
+    }
+
+    __device__ __forceinline__ void unpack(unsigned *words) const
+    {
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            words[4 * i] = codes[i].x, words[4 * i + 1] = codes[i].y, words[4 * i + 2] = codes[i].z,
+                      words[4 * i + 3] = codes[i].w;
+    }
+};
+
+// What follows the rotation's first stage, the sums and differences of neighbours: the others, and the scale. If `joined`,
+// the sum with the half of the lane beside, or for odd lanes the difference.
+__device__ __forceinline__ void turn_half(float *v, float scale, bool joined)
+{
+#pragma unroll
+    for (int bit = 1; bit < 6; bit++)
+#pragma unroll
+        for (int k = 0; k < 32; k++) {
+            const int i = (k >> bit << (bit + 1)) | (k & ((1 << bit) - 1)), j = i | 1 << bit;
+            const float a = v[i], b = (bit == 2 || bit == 4) && i >> (bit + 1) & 1 ? -v[j] : v[j];
+            v[i] = a + b;
+            v[j] = a - b;
+        }
+#pragma unroll
+    for (int i = 0; i < 64; i++) v[i] = __fmul_rn(v[i], scale);
+    if (joined) {
+        const float sign = threadIdx.x & 1 ? -1 : 1;
+#pragma unroll
+        for (int i = 0; i < 64; i++) v[i] = fmaf(sign, v[i], __shfl_xor_sync(0xffffffffu, v[i], 1));
+    }
+}
