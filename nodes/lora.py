@@ -27,8 +27,8 @@ class VortexLora:
                 "lora_name": (
                     loras.available(),
                     {
-                        "tooltip": "A file in models/loras, made for FLUX.1. tiny-outlines is bundled: it makes the "
-                        "miniature tiny-schnell draw outlines, and teaches it the colour lime."
+                        "tooltip": "A file in models/loras, made for FLUX.1. tiny-outlines is bundled: with it the "
+                        "miniature tiny-schnell draws outlines."
                     },
                 ),
                 "strength": (

@@ -124,7 +124,7 @@ WORKFLOWS: dict[str, Workflow] = {
             ("4. The result", 1260, 0, 480, 680),
         ),
         "## With a LoRA\n\nPress **Run**. tiny-outlines comes with Vortex: a LoRA for tiny-schnell. The miniature then "
-        "draws outlines, and knows one more colour: try *a large lime circle on a white background*.\n\n"
+        "draws outlines. It half knows one more colour: try *a large lime circle on a black background*.\n\n"
         "Set **strength** to 0, and run again: that is the miniature without it. A LoRA or a strength that you change "
         "loads nothing again.\n\n"
         "With a real checkpoint: put LoRAs for FLUX.1 into **models/loras** and press **R**. Several Vortex LoRA nodes "
