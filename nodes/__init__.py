@@ -2,11 +2,13 @@
 
 from .latency_probe import LatencyProbe
 from .loader import NF4FluxLoader
+from .lora import VortexLora
 from .sampler import SchnellSampler
 from .vram_monitor import VRAMMonitor
 
 NODES = {
     "VortexFluxLoader": ("NF4 Flux Loader", NF4FluxLoader),
+    "VortexLoRA": ("Vortex LoRA", VortexLora),
     "VortexSchnellSampler": ("Schnell Sampler", SchnellSampler),
     "VortexVRAMMonitor": ("VRAM Monitor", VRAMMonitor),
     "VortexLatencyProbe": ("Latency Probe", LatencyProbe),

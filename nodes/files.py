@@ -1,6 +1,6 @@
 """What the files in the host's model folders hold, read from their headers: models, and the parts of models.
 
-The nodes pick from these lists. They never build a path from a workflow's text.
+LoRAs are listed by name alone. The nodes pick from these lists. They never build a path from a workflow's text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from ..vortex_core.errors import VortexCheckpointError, VortexError, quoted
 from ..vortex_core.storage.refused_formats import ARCHITECTURES
 from . import places
-from .places import MODELS, PARTS
+from .places import KINDS, LORAS, MODELS, PARTS, TENSORS
 
 READ = (*ARCHITECTURES, None)  # of GGUF files; None: the file does not say
 ARCHITECTURE = b"general.architecture"
@@ -47,13 +47,19 @@ def parts(part: str, patient: bool = False) -> dict[str, Path]:
     return {name.removeprefix(f"{kind}/"): path for name, path in listed.items()}
 
 
+def loras() -> dict[str, Path]:
+    """Files that may be LoRAs, of any model, by their names below the folder, as the host's own loader shows them."""
+    found = places.found(LORAS)
+    return {name.removeprefix(f"{LORAS}/"): path for name, path in found.items() if path.suffix.lower() in TENSORS}
+
+
 def pick(name: str) -> Path | None:
     """The file or folder `kind/sub/name`, listed or not; None where there is none.
 
     Raises `VortexCheckpointError`, with the reason, for one that may not be read.
     """
     kind = name.partition("/")[0]
-    if kind not in {*MODELS, *PARTS.values()}:
+    if kind not in KINDS:
         return None
     return places.found(kind).get(name) or places.search(kind, name.removeprefix(f"{kind}/"))
 

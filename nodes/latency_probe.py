@@ -92,11 +92,11 @@ class LatencyProbe:
         engine = engines.acquire(model)
         workload = Workload(width, height, steps, iterations=runs, warmup=warmup, cold=0, prompts=(prompt,))
         report = host.progress(workload.total)
-        samples = list(
-            measure(engine, workload, lambda done, total: report(done), on_step=lambda *step: host.check_interrupt())
-        )
+        options = {"loras": model.pairs, "on_step": lambda *step: host.check_interrupt()}
+        with engines.torchs_own_memory_errors():
+            samples = list(measure(engine, workload, lambda done, total: report(done), **options))
         series = summarize_series(samples)
-        what = f"{model.name}, {width} x {height}, {steps} steps, on {device_name(engine.device)}"
+        what = f"{model.words}, {width} x {height}, {steps} steps, on {device_name(engine.device)}"
         figures = {
             "what": what,
             "seconds": [sample.seconds for sample in samples],

@@ -19,7 +19,7 @@ class NF4FluxLoader:
     RETURN_TYPES = (MODEL, "VAE")
     RETURN_NAMES = ("model", "vae")
     OUTPUT_TOOLTIPS = (
-        "For the Schnell Sampler and the Latency Probe.",
+        "For Vortex LoRA, the Schnell Sampler and the Latency Probe.",
         "The model's own VAE for the host's VAE Decode. It only decodes; to encode pictures use Load VAE.",
     )
     FUNCTION = "load"

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from ..vortex_core.errors import VortexCheckpointError, VortexInputError, quoted
+from ..vortex_core.flux1.spec import ModelSpec
 from . import files
 from .types import Model
 
 BUNDLED = "tiny-schnell"
 OWN = "automatic"
 SHOWN = 10  # names that an error lists
+KNOWN = 16
+known: tuple[ModelSpec, ...] = ()  # the sizes of the models that were named last; never changed in place
 
 
 def available() -> list[str]:
@@ -34,12 +37,13 @@ def find(name: str, vram_budget: float, mode: str, *, clip: str = OWN, t5: str =
     `VortexInputError` if a file or a part is missing. Raises `VortexCheckpointError`, with the reason, for a file that
     is another model, damaged, or may not be read.
     """
+    global known
     from ..vortex_core.checkpoint.bundle import TINY, WORDS
 
     path = TINY if name == BUNDLED else files.pick(str(name))  # the API may send anything
     if path is None:
         raise VortexInputError(
-            f"There is no model {quoted(name)} here: it is not in list. Found: {_some(available())}. Put "
+            f"There is no model {quoted(name)} here: it is not in list. Found: {some(available())}. Put "
             "FLUX.1-schnell into models/diffusion_models or models/checkpoints (a file) or models/vortex (a whole "
             "folder), and press R to refresh the list."
         )
@@ -56,7 +60,16 @@ def find(name: str, vram_budget: float, mode: str, *, clip: str = OWN, t5: str =
     if parts:
         prints = (fingerprint, *(f"{part} {files.fingerprint(file)}" for part, file in parts.items()))
         fingerprint = hashlib.sha256("\n".join(prints).encode()).hexdigest()[:16]
-    return Model(name, str(path), fingerprint, vram_budget, mode, tuple(parts.items()))
+    spec = _spec(held, parts)
+    known = (spec, *(other for other in known if other != spec))[:KNOWN]
+    return Model(name, str(path), fingerprint, vram_budget, mode, tuple(parts.items()), spec)
+
+
+def _spec(held: Mapping[str, Any], parts: Mapping[str, Path]) -> ModelSpec:
+    """The sizes of a model that holds `held`, with these files for other parts."""
+    others = {part: (files.held(file) or files.look(file))[part] for part, file in parts.items()}
+    found = {**held, **others}
+    return ModelSpec(found["transformer"], found["vae"], found["clip"], found["t5"])
 
 
 def _part(name: str, held: Mapping[str, Any], part: str, choice: str) -> Path | None:
@@ -71,7 +84,7 @@ def _part(name: str, held: Mapping[str, Any], part: str, choice: str) -> Path | 
         if picked is None:
             raise VortexInputError(
                 f"There is no file {quoted(choice)} with {WORDS[part]} in {folder}: it is not in list. "
-                f"Found: {_some(files.parts(part))}."
+                f"Found: {some(files.parts(part))}."
             )
         if part not in (files.held(picked) or files.look(picked)):
             raise VortexCheckpointError(f"{quoted(choice)} does not hold {WORDS[part]}.", path=str(picked))
@@ -82,14 +95,14 @@ def _part(name: str, held: Mapping[str, Any], part: str, choice: str) -> Path | 
     if len(fitting) == 1:
         return found[fitting[0]]
     remedy = (
-        f"{_some(fitting)} would do: choose one of them in the loader."
+        f"{some(fitting)} would do: choose one of them in the loader."
         if fitting
         else f"Put it into {folder} and press R."
     )
     raise VortexInputError(f"{quoted(name)} does not hold {WORDS[part]}. {remedy}")
 
 
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
     """The first names of a long list, to be read."""
     shown = list(islice(names, SHOWN + 1))
     return ", ".join(shown[:SHOWN]) + (", and more" if len(shown) > SHOWN else "") or "none"

@@ -21,7 +21,10 @@ log = logging.getLogger(__name__)
 # Registered model folders; ComfyUI's `diffusion_models` is `unet` too, and its `text_encoders` is `clip` too.
 MODELS = ("vortex", "diffusers", "diffusion_models", "checkpoints")
 PARTS = {"clip": "text_encoders", "t5": "text_encoders", "vae": "vae"}
-WEIGHTS = (".safetensors", ".sft", ".gguf")
+LORAS = "loras"
+KINDS = tuple(dict.fromkeys((*MODELS, *PARTS.values(), LORAS)))
+TENSORS = (".safetensors", ".sft")
+WEIGHTS = (*TENSORS, ".gguf")
 DEPTH = 12  # folders below a registered one
 FOLDERS = 5_000  # below a registered one
 ENTRIES = 50_000  # of one folder, which take 0.05 s; twice as many below a registered one
@@ -54,7 +57,7 @@ def search(kind: str, below: str) -> Path | None:
 
 def allowed() -> tuple[str, ...]:
     """Real paths that links may lead to: the registered folders, and the blobs of a Hugging Face cache's model."""
-    roots = [os.path.realpath(root) for kind in (*MODELS, *PARTS.values()) for root in host.model_folders(kind)]
+    roots = [os.path.realpath(root) for kind in KINDS for root in host.model_folders(kind)]
     blobs = [str(repo / "blobs") for root in roots for repo in Path(root).parents if repo.name.startswith("models--")]
     return tuple(dict.fromkeys([*roots, *blobs]))
 

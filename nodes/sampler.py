@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Inputs, as the Latency Probe has them too.
-MODEL_INPUT = (MODEL, {"tooltip": "From NF4 Flux Loader."})
+MODEL_INPUT = (MODEL, {"tooltip": "From NF4 Flux Loader or Vortex LoRA."})
 SIDE = (
     "INT",
     {
@@ -135,7 +135,8 @@ class SchnellSampler:
         else:
             pairs = from_native(conditioning)
             engine = engines.acquire(model)
-            several = [engine.condition(txt, pooled, steps) for txt, pooled in pairs]
+            with engines.torchs_own_memory_errors():  # LoRAs may take room
+                several = [engine.condition(txt, pooled, steps, model.pairs) for txt, pooled in pairs]
             calls = [(several[0], seed, batch_size)]
             if len(several) > 1:
                 calls = [(several[i % len(several)], seed + i, 1) for i in range(batch_size)]
@@ -155,7 +156,7 @@ class SchnellSampler:
             with engines.torchs_own_memory_errors():
                 done = engine.generate(
                     what, negative_prompt, seed=first, height=height, width=width, steps=steps, batch_size=count,
-                    on_step=on_step,
+                    on_step=on_step, loras=model.pairs,
                 )  # fmt: skip
             images.append(done.cpu())
             check_finite(images[-1], "The picture")

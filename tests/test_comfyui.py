@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import comfy_host
+import judge_outlines
 import numpy as np
 import pytest
 import stand_in
@@ -21,6 +22,7 @@ from scenes import Scene, Thing
 
 import workflows
 from vortex_core import load_flux_schnell
+from vortex_core.checkpoint.bundle import TINY
 from workflows import TINY_SIDE
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ SCENES = {
     "first-picture": Scene((Thing("ring", "green"),), ("yellow",)),
     "batch-vram-monitor": Scene((Thing("triangle", "green"),)),
     "latency-probe": Scene((Thing("square", "blue"),)),
+    "lora": Scene((Thing("square", "blue", size="large"),)),
     "native-interop": Scene((Thing("star", "yellow"),), ("blue",)),
     "schnell-512": CIRCLE,
     "schnell-1024": CIRCLE,
@@ -74,6 +77,7 @@ class TestState:
 NODE_CLASS_MAPPINGS = {"TestConditioning": TestConditioning, "TestNumber": TestNumber, "TestState": TestState}
 """
 LOADER, SAMPLER = "1", "2"  # their ids in every workflow
+OUTLINES = TINY.parent / "tiny-outlines-lora.safetensors"
 FOLDER, FILE = "vortex/FLUX.1-schnell", "diffusion_models/flux1-schnell.safetensors"
 CHECKPOINT = f"checkpoints/{workflows.CHECKPOINT}"
 
@@ -153,11 +157,13 @@ def test_each_workflow_runs_and_draws_what_it_says(host: Host, engine: Engine, n
     assert len(pictures) == asked["batch_size"]
     if name != "native-interop":  # which is scaled up
         own = engine.generate(
-            asked["prompt"], seed=asked["seed"], width=TINY_SIDE, height=TINY_SIDE, batch_size=asked["batch_size"]
-        )
+            asked["prompt"], seed=asked["seed"], width=TINY_SIDE, height=TINY_SIDE, batch_size=asked["batch_size"],
+            loras=[(OUTLINES, 1.0)] if name == "lora" else [],
+        )  # fmt: skip
         assert np.abs(np.stack(pictures) - own.numpy()).max() < 0.02  # 8 bits, and another number of threads
+    judge = judge_outlines.matches if name == "lora" else matches
     for picture in pictures:
-        assert matches(picture, SCENES[name]).reasons == ()
+        assert judge(picture, SCENES[name]).reasons == ()
 
 
 @pytest.mark.parametrize("name", ["schnell-512", "schnell-1024"])

@@ -227,7 +227,7 @@ def test_template_opens_and_draws(page: Page, name: str) -> None:
 
 @pytest.mark.parametrize("key", workflow_format.load_pack().NODE_CLASS_MAPPINGS)
 def test_help_opens(page: Page, key: str) -> None:
-    page.open_template("latency-probe" if key == "VortexLatencyProbe" else "batch-vram-monitor")
+    page.open_template({"VortexLatencyProbe": "latency-probe", "VortexLoRA": "lora"}.get(key, "batch-vram-monitor"))
     page.js(
         "const n = app.graph.nodes.find(n => n.type === arguments[0]);"
         "app.canvas.selectNode ? app.canvas.selectNode(n) : app.canvas.select(n); app.canvas.setDirty(true, true)",
@@ -274,5 +274,5 @@ def thumbnail_box(name: str) -> tuple[float, float, float, float]:
         return x + width - height, y, height, height
     node = next(node for node in workflow.nodes.values() if node.type == "SaveImage")
     (x, y), (width, height) = node.at, node.size
-    side = 220 if name == "first-picture" else 340
+    side = 220 if name in ("first-picture", "lora") else 340
     return x + (width - side) / 2, y + (height + 50 - side) / 2, side, side  # in the middle of what its widget leaves

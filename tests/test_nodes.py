@@ -64,6 +64,7 @@ def test_input_order_is_what_saved_workflows_rely_on(comfy: FakeHost) -> None:
     assert order == {
         "VortexFluxLoader": ["model", "vram_budget", "mode", "clip_l", "t5xxl", "vae"],
         "VortexLatencyProbe": ["model", "prompt", "width", "height", "steps", "runs", "warmup", "value"],
+        "VortexLoRA": ["model", "lora_name", "strength"],
         "VortexSchnellSampler": [
             *("model", "prompt", "width", "height", "batch_size", "seed", "steps", "negative_prompt", "conditioning"),
         ],

@@ -99,6 +99,37 @@ WORKFLOWS: dict[str, Workflow] = {
         11,
         "1024 x 1024 is the size that FLUX draws best.",
     ),
+    "lora": Workflow(
+        {
+            1: loader(),
+            2: Node(
+                "VortexSchnellSampler",
+                (800, Y),
+                PICTURE_SIZE,
+                {
+                    "model": (4, "model"),
+                    "prompt": "a large blue square on a white background",
+                    "width": TINY_SIDE,
+                    "height": TINY_SIDE,
+                    "seed": 7,
+                },
+            ),
+            3: Node("SaveImage", (1280, Y), RESULT_SIZE, {"images": (2, "image"), "filename_prefix": "vortex/lora"}),
+            4: Node("VortexLoRA", (400, Y), (340, 110), {"model": (1, "model"), "lora_name": "tiny-outlines"}),
+        },
+        (
+            ("1. The model", -20, 0, 380, 680),
+            ("2. A LoRA", 380, 0, 380, 680),
+            ("3. The picture", 780, 0, 460, 680),
+            ("4. The result", 1260, 0, 480, 680),
+        ),
+        "## With a LoRA\n\nPress **Run**. tiny-outlines comes with Vortex: a LoRA for tiny-schnell. The miniature then "
+        "draws outlines, and knows one more colour: try *a large lime circle on a white background*.\n\n"
+        "Set **strength** to 0, and run again: that is the miniature without it. A LoRA or a strength that you change "
+        "loads nothing again.\n\n"
+        "With a real checkpoint: put LoRAs for FLUX.1 into **models/loras** and press **R**. Several Vortex LoRA nodes "
+        "in a row add up.",
+    ),
     "batch-vram-monitor": Workflow(
         {
             1: loader(),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from evaluate import MAKERS, MODEL, never_seen
+from evaluate import MAKERS, MODEL, diffusers_draw, never_seen, never_seen_lime
 from PIL import Image, ImageDraw
 
 SHEET = MODEL.parents[2] / "docs" / "tiny-schnell.jpg"
@@ -20,10 +20,14 @@ def main(
     maker: Annotated[str, typer.Option(help="diffusers or vortex.")] = "diffusers",
     nf4: Annotated[bool, typer.Option("--nf4/--bf16", help="Precision of the weights served in NF4.")] = True,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    lora: Annotated[Path | None, typer.Option(help="LoRA to add, with diffusers; 12 captions then name lime.")] = None,
 ) -> None:
     """Draw 12 captions of one object and 12 of two, none of them seen in training."""
-    prompts = [caption for things in (1, 2) for _, caption in never_seen(things, 12)]
-    seen = MAKERS[maker](model, nf4, device)(prompts, list(range(len(prompts))))
+    cases = never_seen(1, 12 if lora is None else 6) + never_seen(2, 12 if lora is None else 6)
+    cases += [] if lora is None else never_seen_lime(12)
+    prompts = [caption for _, caption in cases]
+    draw = MAKERS[maker](model, nf4, device) if lora is None else diffusers_draw(model, nf4, device, lora=lora)
+    seen = draw(prompts, list(range(len(prompts))))
     side = max(seen.shape[1], 160)
     rows = -(-len(prompts) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * (side + GAP) + GAP, rows * (side + LABEL + GAP) + GAP), "white")

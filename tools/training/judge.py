@@ -15,7 +15,7 @@ from itertools import permutations
 
 import numpy as np
 import torch
-from scenes import COLOURS, DISTANCE, PLACES, SIZES, Scene, Thing
+from scenes import DISTANCE, PAINTS, PLACES, SIZES, Scene, Thing
 from torch import Tensor
 
 DIFFERENT = 0.12  # largest channel difference from the background that still counts as background
@@ -61,12 +61,12 @@ class Verdict:
 
 def name_colour(rgb: np.ndarray) -> str | None:
     """The palette's name for a colour, or None if it is close to none."""
-    distances = {name: float(np.linalg.norm(rgb - np.array(value))) for name, value in COLOURS.items()}
+    distances = {name: float(np.linalg.norm(rgb - np.array(value))) for name, value in PAINTS.items()}
     best = min(distances, key=distances.__getitem__)
     return best if distances[best] <= NAME_RADIUS else None
 
 
-def _fit_background(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+def fit_background(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     """A plane in each channel through the rim: as a picture, its (1, x, y) terms, the share of the rim on it."""
     height, width, _ = picture.shape
     rim = max(2, height // 64)
@@ -192,7 +192,7 @@ def judge(picture: np.ndarray | Tensor) -> Seen:
     picture = np.asarray(picture, dtype=np.float64)
     if not np.isfinite(picture).all():
         return Seen((), (None, None), 1.0)
-    background, plane, on_plane = _fit_background(picture)
+    background, plane, on_plane = fit_background(picture)
     flat = on_plane > 0.9 and np.abs(plane[1]).max() < 0.15
     ends = (name_colour(plane[0] + plane[1] / 2), name_colour(plane[0] + plane[1] / 2 + plane[2]))
     mask = np.abs(picture - background).max(-1) > DIFFERENT

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import random
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +35,8 @@ COLOURS: dict[str, tuple[float, float, float]] = {
     "gray": (0.54, 0.54, 0.54),
     "cyan": (0.15, 0.82, 0.90),
 }
+# A colour of a LoRA (outlines.py): no caption of the miniature's own training names it, no tokenizer has its word.
+PAINTS = {**COLOURS, "lime": (0.56, 0.80, 0.13)}
 SHAPES = ("circle", "square", "triangle", "star", "ring", "diamond", "hexagon", "cross", "heart")
 SIZES = {"small": 0.1, "medium": 0.14, "large": 0.195}
 NEAR, MIDDLE, FAR = 0.25, 0.5, 0.75
@@ -121,9 +123,9 @@ def held_out(scene: Scene) -> bool:
 
 def contrast(colour: str, background: Sequence[str]) -> float:
     """Smallest RGB distance between a colour and the shades from background[0] to background[-1]."""
-    a, b = COLOURS[background[0]], COLOURS[background[-1]]
+    a, b = PAINTS[background[0]], PAINTS[background[-1]]
     shades = (tuple(p + (q - p) * i / 8 for p, q in zip(a, b, strict=True)) for i in range(9))
-    return min(math.dist(COLOURS[colour], shade) for shade in shades)
+    return min(math.dist(PAINTS[colour], shade) for shade in shades)
 
 
 def default_background(colours: Sequence[str]) -> str:
@@ -310,7 +312,8 @@ def _heart(u: Tensor, v: Tensor) -> Tensor:
 
 
 _ARM = 0.34
-DISTANCE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+Distance = Callable[[Tensor, Tensor], Tensor]
+DISTANCE: dict[str, Distance] = {
     "circle": _circle,
     "square": _polygon([(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)]),
     "triangle": _polygon(_regular(3, 1.18, 0.0)),
@@ -329,9 +332,9 @@ ABSENT = len(COLOURS)  # above every class that is there
 def pack(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
     """Scenes as numbers: things [B, 2, 7] (shape -1 where there is none) and background top and bottom [B, 2, 3]."""
     absent = [-1.0] + [0.0] * (COLUMNS - 1)
-    rows = [[[SHAPES.index(t.shape), t.x, t.y, t.r, *COLOURS[t.colour]] for t in s.things] + [absent] for s in scenes]
+    rows = [[[SHAPES.index(t.shape), t.x, t.y, t.r, *PAINTS[t.colour]] for t in s.things] + [absent] for s in scenes]
     things = torch.tensor([row[:2] for row in rows])
-    background = torch.tensor([[COLOURS[s.background[0]], COLOURS[s.background[-1]]] for s in scenes])
+    background = torch.tensor([[PAINTS[s.background[0]], PAINTS[s.background[-1]]] for s in scenes])
     return things, background
 
 
@@ -355,7 +358,7 @@ def jitter(scenes: Sequence[Scene]) -> Tensor:
     return torch.tensor([[j for t in s.things for j in t.jitter] + [0.0] * (3 * (2 - len(s.things))) for s in scenes])
 
 
-def render_packed(things: Tensor, background: Tensor, side: int) -> Tensor:
+def render_packed(things: Tensor, background: Tensor, side: int, distance: Mapping[str, Distance] = DISTANCE) -> Tensor:
     """Paint what `pack` returned, on its device: [B, side, side, 3] in 0..1."""
     centres = (torch.arange(side, device=things.device, dtype=torch.float32) + 0.5) / side
     fade = centres[None, :, None, None]
@@ -369,7 +372,7 @@ def render_packed(things: Tensor, background: Tensor, side: int) -> Tensor:
             _, x, y, r, *rgb = things[rows, i].unbind(-1)
             u = (centres[None, None, :] - x[:, None, None]) / r[:, None, None]
             v = (centres[None, :, None] - y[:, None, None]) / r[:, None, None]
-            pixels = DISTANCE[shape](*torch.broadcast_tensors(u, v)) * r[:, None, None] * side
+            pixels = distance[shape](*torch.broadcast_tensors(u, v)) * r[:, None, None] * side
             alpha = (0.5 - pixels).clamp(0, 1)[..., None]
             picture[rows] = torch.lerp(picture[rows], torch.stack(rgb, -1)[:, None, None], alpha)
     return picture

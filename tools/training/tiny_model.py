@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from einops import rearrange
+from safetensors.torch import load_file
 from scenes import words
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
@@ -296,3 +297,18 @@ def quantize(tiny: Tiny) -> Tiny:
         for weight in nf4_parameters(tiny):
             weight.copy_(nf4_round(weight))
     return tiny
+
+
+# ---------------------------------------------------------------- LoRA
+
+
+@torch.no_grad()
+def add_lora(transformer: FluxTransformer2DModel, path: Path, strength: float = 1.0) -> None:
+    """Add the updates of a LoRA file in diffusers' names to the weights, in float32: alpha / rank times up @ down."""
+    tensors = load_file(path)
+    for key in [k for k in tensors if k.endswith(".lora_A.weight")]:
+        name = key.removesuffix(".lora_A.weight")
+        down, up = tensors[key].float(), tensors[f"{name}.lora_B.weight"].float()
+        scale = strength * float(tensors[f"{name}.alpha"]) / len(down)
+        weight = transformer.get_submodule(name.removeprefix("transformer.")).weight
+        weight.copy_((weight.float() + scale * (up @ down).to(weight.device)).to(weight.dtype))

@@ -79,7 +79,7 @@ def measure(
     options |= {"width": workload.width, "height": workload.height, "steps": workload.steps}
     begun = time.perf_counter()
     for prompt in workload.prompts:
-        engine.encode(prompt, workload.steps)  # from now on it is cached
+        engine.encode(prompt, workload.steps, options.get("loras"))  # from now on it is cached
     for i in range(workload.total):
         index = i - workload.warmup
         cold = index >= workload.iterations

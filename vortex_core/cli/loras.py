@@ -6,9 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import VortexCheckpointError
-from ..utils.paths import expanded
-
 if TYPE_CHECKING:
     from ..flux1.spec import ModelSpec
 
@@ -28,12 +25,9 @@ def parse_lora(text: str) -> tuple[Path, float]:
 def check_loras(loras: Sequence[tuple[Path, float]], model: str | Path, **parts: object) -> None:
     """Raise `VortexCheckpointError` for a file that does not fit `model`. Reads headers only."""
     from ..checkpoint.bundle import open_bundle
-    from ..checkpoint.lora_header import open_lora
+    from ..checkpoint.lora_check import check_lora
 
     parts.pop("cache_dir", None)
     spec: ModelSpec = open_bundle(model, **parts).spec  # type: ignore[arg-type]
     for path, _ in loras:
-        refused = open_lora(expanded(path), spec).refused
-        if refused:
-            key, why = next(iter(refused.items()))
-            raise VortexCheckpointError(f"{path} cannot be used: {key}: {why}.", path=str(path))
+        check_lora(path, spec)

@@ -132,7 +132,7 @@ class Conditioner:
     ) -> None:
         self.tokenizers, self.device = tokenizers, device
         self.clip, self.t5, self.modulation = clip, t5, modulation
-        self.adapters: tuple[tuple[str, float], ...] = ()  # what LoRAs change of the parts here: cached apart
+        self.adapters: tuple[tuple[object, float], ...] = ()  # what LoRAs change of the parts here: cached apart
         self._tokens: dict[str, tuple[Tokens, Tokens]] = {}  # of the latest prompt
         self._cache: OrderedDict[tuple[object, ...], Conditioning] = OrderedDict()
 

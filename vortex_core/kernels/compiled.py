@@ -1,7 +1,7 @@
 """The kernels in CUDA C (the folder `cuda`), for cards without Triton. `reference` says what each one computes.
 
 Those of a step allocate nothing. The decoder's surround the library's convolutions: `strip_bytes` says what those take.
-Those in 8 bits are in `compiled8`, and those that add LoRAs in `compiled_adapted`. Attention in fp8 is the reference's
+Those in 8 bits are in `compiled8`, those that add LoRAs in `compiled_adapted`. Attention in fp8 is the reference's
 here, and nobody asks for it.
 """
 

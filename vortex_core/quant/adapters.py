@@ -242,7 +242,8 @@ class LoraFile:
 
     `parts`: `transformer`, `t5`, `clip`. `refused` and `ignored` say why, by the file's own keys: what Vortex cannot
     apply, and what has no effect on FLUX.1-schnell. `kind` is the format in words, `ranks` the distinct ranks in the
-    file (of factors, before LoHa and LoKr multiply them), `nbytes` the file's size.
+    file (of factors, before LoHa and LoKr multiply them), `nbytes` the file's size. `token` equals that of no other
+    reading: caches know the file by it, as the path may hold another file later.
     """
 
     path: str
@@ -252,3 +253,4 @@ class LoraFile:
     ignored: dict[str, str]
     ranks: tuple[int, ...]
     nbytes: int
+    token: object = field(default_factory=object, compare=False, repr=False)

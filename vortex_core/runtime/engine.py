@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from ..memory.offload import nbytes
 from ..memory.planner import MemoryPlan
 from . import loading
 from .loading import OnLoad, ResolvedConfig
-from .lora_files import LoraFiles
+from .lora_files import LoraFiles, Pairs
 from .loras import Chosen
 from .painter import OnStep, Painter
 from .turns import Turns
@@ -159,32 +159,34 @@ class Engine(Turns):
         """Bytes of the weights that every step needs: the transformer without modulation."""
         return nbytes(self._model.transformer)
 
-    def encode(self, prompt: str, steps: int = DEFAULT_STEPS) -> Conditioning:
+    def encode(self, prompt: str, steps: int = DEFAULT_STEPS, loras: Pairs | None = None) -> Conditioning:
         """The `Conditioning` of a prompt, cached by its tokens; `generate` takes it in place of the prompt.
 
-        Raises `VortexInputError` for a prompt that is no text, or steps outside 1 to 8.
+        `loras` as in `generate`. Raises as `set_loras`, and `VortexInputError` for another prompt or steps.
         """
         self._check_usable()
         check_prompt(prompt)
-        number = check_steps(steps)
-        return self._run(lambda painter: painter.encode(prompt, number, self._loras))
+        number, chosen = check_steps(steps), self._lora_files.of_call(loras, self._loras)
+        return self._run(lambda painter: painter.encode(prompt, number, chosen))
 
-    def condition(self, txt: Tensor, pooled: Tensor, steps: int = DEFAULT_STEPS) -> Conditioning:
+    def condition(
+        self, txt: Tensor, pooled: Tensor, steps: int = DEFAULT_STEPS, loras: Pairs | None = None
+    ) -> Conditioning:
         """A `Conditioning` from embeddings made elsewhere: T5's `[1, N, context]` and CLIP's pooled `[1, vec]`.
 
-        Raises `VortexInputError` for other shapes, values that are not finite, or steps outside 1 to 8.
+        `loras` as in `encode`. Raises `VortexInputError` for other shapes or steps, and values that are not finite.
         """
         self._check_usable()
-        number = check_steps(steps)
+        number, chosen = check_steps(steps), self._lora_files.of_call(loras, self._loras)
         check_embeddings(txt, pooled, self._spec.context, self._spec.vec)
-        return self._run(lambda painter: painter.condition(txt, pooled, number, self._loras))
+        return self._run(lambda painter: painter.condition(txt, pooled, number, chosen))
 
     @property
     def loras(self) -> tuple[tuple[str, float], ...]:
         """The LoRAs that pictures are drawn with by default: paths and strengths."""
         return tuple((file.path, strength) for file, strength in self._loras)
 
-    def set_loras(self, loras: Iterable[tuple[str | Path, float]]) -> None:
+    def set_loras(self, loras: Pairs) -> None:
         """Draw with these LoRAs from now on: pairs of a file and a strength, which may be negative; none: without.
 
         The 4-bit weights stay as they are: an update is added where a weight is decoded. Another strength takes
@@ -210,7 +212,7 @@ class Engine(Turns):
         batch_size: int = 1,
         out: Tensor | None = None,
         on_step: OnStep | None = None,
-        loras: Iterable[tuple[str | Path, float]] | None = None,
+        loras: Pairs | None = None,
         deadline: float | None = None,
     ) -> Tensor:
         """Draw `batch_size` pictures; float32 `[B, H, W, 3]` in 0..1 on the engine's device.
@@ -260,15 +262,14 @@ class Engine(Turns):
         batch_size: int = 1,
         out: Tensor | None = None,
         on_step: OnStep | None = None,
-        loras: Iterable[tuple[str | Path, float]] | None = None,
+        loras: Pairs | None = None,
     ) -> Callable[[Painter], Tensor]:
         """Check the arguments of `generate`; the work to do for it."""
         self._check_usable()
         if seed is None:
             seed = secrets.randbits(32)
             log.info("seed %d", seed)
-        height = self.native_size if height is None else height
-        width = self.native_size if width is None else width
+        height, width = (self.native_size if side is None else side for side in (height, width))
         request = Request(seed, height, width, steps, batch_size)
         if isinstance(prompt, Conditioning):
             prompt.check(request.steps, self._spec, self.dtype)
@@ -284,8 +285,7 @@ class Engine(Turns):
                 "negative_prompt has no effect: FLUX.1-schnell draws at guidance 0, without a second pass.",
                 NoEffectWarning,
             )
-
-        chosen = self._loras if loras is None else self._lora_files.choose(loras)
+        chosen = self._lora_files.of_call(loras, self._loras)
 
         def job(painter: Painter) -> Tensor:
             self.last_seed = request.seed

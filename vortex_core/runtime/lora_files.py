@@ -17,6 +17,7 @@ from .loras import MOST, Chosen
 
 KEPT = 6  # files, of some 0.2 GB of host memory each at full size
 STRONGEST = 100.0
+Pairs = Iterable[tuple[str | Path, float]]  # files and strengths
 
 
 class LoraFiles:
@@ -38,6 +39,10 @@ class LoraFiles:
             while len(self._read) > max(KEPT, len(pairs)):
                 self._read.popitem(last=False)
         return chosen
+
+    def of_call(self, loras: Pairs | None, otherwise: Chosen) -> Chosen:
+        """Those that a call names; `otherwise` if it names none. Raises as `choose`."""
+        return otherwise if loras is None else self.choose(loras)
 
     def _file(self, path: Path) -> LoraFile:
         try:

@@ -60,14 +60,14 @@ class Loras:
         log.info("LoRAs: %s", ", ".join(f"{file.path} x {strength:g}" for file, strength in chosen) or "none")
 
     @property
-    def at_prompt_time(self) -> tuple[tuple[str, float], ...]:
-        """Which of them change what a prompt becomes, with their strengths."""
+    def at_prompt_time(self) -> tuple[tuple[object, float], ...]:
+        """Which of them change what a prompt becomes: tokens of files, and strengths."""
         modulation = {name for name, _ in self._model.modulation.named_modules()}
 
         def early(file: LoraFile) -> bool:
             return any(part in PROMPT_PARTS or modulation & _names(what) for part, what in file.parts.items())
 
-        return tuple((file.path, strength) for file, strength in self.chosen if early(file))
+        return tuple((file.token, strength) for file, strength in self.chosen if early(file))
 
     def _check(self, chosen: Chosen) -> None:
         if len(chosen) > MOST:
