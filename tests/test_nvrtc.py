@@ -81,7 +81,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     nvrtc._functions.cache_clear()
     monkeypatch.setattr(nvrtc, "_nvrtc", lambda: compiler)
     monkeypatch.setattr(nvrtc, "driver_library", lambda: driver)
-    monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: SimpleNamespace(major=8, minor=6))
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(major=8, minor=6))
     stream = SimpleNamespace(cuda_stream=77, query=lambda: True)
     monkeypatch.setattr("torch.cuda.current_stream", lambda device: stream)
     yield driver

@@ -83,6 +83,7 @@ def save(adapted: dict[str, LowRank], alpha: float, path: Path) -> None:
         tensors[f"transformer.{name}.alpha"] = torch.tensor(alpha)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)
     print(f"{path}: {len(adapted)} layers, {path.stat().st_size} bytes", flush=True)
 
 
