@@ -10,9 +10,11 @@ from test_adapters import made, rotated
 from torch import Tensor
 
 from vortex_core import nf4
-from vortex_core.kernels import Kernels, compiled, compiled8, compiled_adapted, rotation
+from vortex_core.flux1.spec import ModelSpec
+from vortex_core.kernels import ADD_BYTES, Kernels, compiled, compiled8, compiled_adapted, rotation
 from vortex_core.kernels.scaled_tensor import FP8, FP8_MAX
 from vortex_core.quant.backends import _KINDS, BACKENDS, Backend, backend_declined
+from vortex_core.runtime.model import Model
 
 pytestmark = pytest.mark.usefixtures("seeded")
 FP8_CARD = not GPU or torch.cuda.get_device_capability() >= (8, 9)
@@ -162,6 +164,18 @@ def test_backends_agree_in_8_bits(operand: torch.dtype) -> None:
         torch.testing.assert_close(scale, found[0][0], rtol=1e-3, atol=0)
         assert (out - found[0][1]).abs().max() <= (1 if operand == torch.int8 else 32)
         assert (out != found[0][1]).float().mean() < 0.05
+
+
+def test_what_backends_take_to_add_an_update_is_planned() -> None:
+    plans = {}
+    for name in ("nvrtc", "bitsandbytes", "reference"):
+        model = Model(ModelSpec(), torch.bfloat16, _KINDS[name](), compiled)
+        asked = model.requirements(512, 512, 1)
+        plans[name] = asked.steps[0].library, asked.library
+        assert model.allocates == _KINDS[name].working_bytes
+    for name in ("bitsandbytes", "reference"):
+        assert plans[name][0] >= plans["nvrtc"][0] + ADD_BYTES
+    assert plans["bitsandbytes"] <= plans["reference"]
 
 
 @pytest.mark.gpu
