@@ -287,7 +287,7 @@ def test_what_cannot_be_used_is_named(bare: Engine, tiny_dir: Path) -> None:
         use(bare, *[(step_lora(), 0.1)] * 33)
     with (
         load_flux_schnell(tiny_dir, device="cpu", quantization="none") as engine,
-        pytest.raises(VortexInputError, match="LoRAs need NF4"),
+        pytest.raises(VortexInputError, match="LoRAs are added to NF4 weights"),
     ):
         use(engine, (step_lora(), 1.0))
 

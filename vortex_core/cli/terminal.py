@@ -154,6 +154,7 @@ class plain_errors:
 OPTIONS = {
     "cache_dir": "--cache-dir", "clip": "--clip", "device": "--device", "t5": "--t5", "tokenizers": "--tokenizers",
     "vae": "--vae", "mode": "--mode", "quantization": "--quantization", "vram_budget": "--vram",
+    "loras": "--lora",
 }  # fmt: skip
 # a name in backticks or a bare vram_budget, but no part of a path or of a quoted text
 _ARGUMENT = re.compile(rf"(?<![\w/\\.='\"-])(?:`({'|'.join(OPTIONS)})`|vram_budget\b(?!=))")

@@ -92,12 +92,17 @@ class WeightGroup:
         """
         assert not self.expanded
         home = torch.device("cpu") if self.device is None else self.device.device
+        before = self._slots, self.nbytes, self.copied
         size = self.measure()
-        if self.device is None and self.streams:
-            assert memory is not None
-            buffer = memory.take(size)
-        else:
-            buffer = torch.empty(size, dtype=torch.uint8, device=home)
+        try:
+            if self.device is None and self.streams:
+                assert memory is not None
+                buffer = memory.take(size)
+            else:
+                buffer = torch.empty(size, dtype=torch.uint8, device=home)
+        except BaseException:
+            self._slots, self.nbytes, self.copied = before
+            raise
         for tensor, view in self._views(buffer):
             view.copy_(tensor.data)
             tensor.data = view

@@ -94,6 +94,10 @@ class Placement:
             group.relayout(memory)
             hand_back(self.device)  # what it had: together they would not fit
         self.addresses = self._addresses()
+        self.prune()
+
+    def prune(self) -> None:
+        """Give back the host memory that no group lies in any more."""
         used = {group.host.untyped_storage().data_ptr() for group in self.groups if group.host is not None}
         self._host = [memory for memory in self._host if memory.address in used]
 

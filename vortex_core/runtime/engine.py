@@ -184,16 +184,18 @@ class Engine(Turns):
     @property
     def loras(self) -> tuple[tuple[str, float], ...]:
         """The LoRAs that pictures are drawn with by default: paths and strengths."""
-        return tuple((file.path, strength) for file, strength in self._loras)
+        return tuple((file.path, strength) for file, strength in self._loras) if self._loaded() else ()
+
+    def unload(self) -> None:
+        """See `Turns.unload`; the files of LoRAs, too."""
+        super().unload()
+        self._loras = self._lora_files.forget()
 
     def set_loras(self, loras: Pairs) -> None:
-        """Draw with these LoRAs from now on: pairs of a file and a strength, which may be negative; none: without.
+        """Draw with these from now on: pairs of a file and a strength; after none as before, bit for bit.
 
-        The 4-bit weights stay as they are: an update is added where a weight is decoded. Another strength takes
-        milliseconds. After `set_loras([])` pictures are those of before, bit for bit.
-
-        Raises `VortexInputError`; `VortexCheckpointError` for a file that is damaged, of another model, or has a key
-        that is not understood; `MemoryPressureError` where they do not fit the budget. Then all stays as it was.
+        Raises `VortexInputError`; `VortexCheckpointError` for a file that is damaged, of another model, or not
+        understood; `MemoryPressureError` where they do not fit the budget. Then all stays as it was.
         """
         self._check_usable()
         chosen = self._lora_files.choose(loras)
@@ -313,8 +315,7 @@ class Engine(Turns):
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures, float32 `[B, H, W, 3]` in 0..1, of clean latents `[B, 16, H/8, W/8]` in the model's scale.
 
-        Raises `VortexInputError` for another shape and for latents in host memory that are not finite; else as
-        `generate`.
+        Raises `VortexInputError` for another shape, and latents on the host that are not finite; else as `generate`.
         """
         self._check_usable()
         check_latents(latents, self._spec.latent_channels)
@@ -355,8 +356,7 @@ class Engine(Turns):
     @property
     def ledger(self) -> Ledger:
         """What holds the memory reserved on the device, and pinned host memory."""
-        painter = self._loaded()
-        ledger = painter.memory.ledger
+        ledger = (painter := self._loaded()).memory.ledger
         return replace(ledger, pinned={**ledger.pinned, "prompts": painter.conditioner.pinned_bytes})
 
     @property

@@ -44,6 +44,12 @@ class LoraFiles:
         """Those that a call names; `otherwise` if it names none. Raises as `choose`."""
         return otherwise if loras is None else self.choose(loras)
 
+    def forget(self) -> Chosen:
+        """Drop what was read; no LoRA."""
+        with self._lock:
+            self._read.clear()
+        return ()
+
     def _file(self, path: Path) -> LoraFile:
         try:
             found = path.stat()

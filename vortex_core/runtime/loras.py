@@ -20,6 +20,7 @@ from ..nf4 import NF4Weight, dequantize
 from ..quant.adapters import LoraFile, LoraPart, LowRank, Magnitude
 from ..quant.linear import NF4Linear
 from ..quant.low_rank import adapter_of, scale_of
+from ..utils.timing import synchronize
 from .memory_manager import MemoryManager
 from .model import Model
 
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 MOST = 32  # files at once
 Chosen = tuple[tuple[LoraFile, float], ...]
 PROMPT_PARTS = ("t5", "clip")
+Gains = dict[NF4Linear, tuple[Tensor, list[Tensor | None]]]  # DoRA's: absmax as it was, and gains less 1 of each file
 
 
 class Loras:
@@ -39,24 +41,39 @@ class Loras:
         self._wanted: dict[NF4Linear, list[list[LowRank]]] = {}  # what each linear's factors are made of
         self._factor_type = torch.float32 if model.dtype == torch.float32 else torch.float16
         self._originals: dict[tuple[str, str], Tensor] = {}  # by part, and name of a tensor; in host memory
-        self._gains: dict[NF4Linear, tuple[Tensor, list[Tensor | None]]] = {}  # absmax as it was; of each file
+        self._gains: Gains = {}
+        self._whole = True  # False while weights change: after an error then, nothing is known of them
 
     def use(self, chosen: Chosen) -> None:
         """Draw with these from now on; nothing happens if it is what there is.
 
         Raises `VortexInputError` and `VortexCheckpointError` for what cannot be used, and `MemoryPressureError` where
-        there is no room; then it stays as it was.
+        there is no room; then it stays as it was. After another error half-way there is no LoRA at all.
         """
+        if not self._whole:
+            self._fall_back()
         chosen = tuple((file, strength) for file, strength in chosen if strength != 0)
         files, before = ([id(file) for file, _ in which] for which in (chosen, self.chosen))
         if files == before and [strength for _, strength in chosen] == [strength for _, strength in self.chosen]:
             return
         self._check(chosen)
+        synchronize(self._device)  # blocks may still be copied from host memory, for the picture before
         self._memory.pack()
-        if files != before:
-            self._attach(chosen)
-        self._write(chosen)
-        self.chosen = chosen
+        scaled = self._model.precision.scaled
+        if (files != before and _need_weights(chosen)) or (scaled and self._memory.placement.streamed):
+            self._memory.release()  # room for a weight in fp32, or for a group that streams
+        gains: Gains = {}
+        wanted = self._wanted if files == before else self._updates(chosen, gains)
+        changed = [] if files == before else self._resize(wanted)
+        self._whole = False
+        try:
+            if files != before:
+                self._attach(wanted, changed, gains)
+            self._write(chosen)
+        except BaseException:
+            self._fall_back()
+            raise
+        self.chosen, self._whole = chosen, True
         log.info("LoRAs: %s", ", ".join(f"{file.path} x {strength:g}" for file, strength in chosen) or "none")
 
     @property
@@ -73,7 +90,7 @@ class Loras:
         if len(chosen) > MOST:
             raise VortexInputError(f"{len(chosen)} LoRAs are too many at once; {MOST} are the most.")
         if chosen and not any(True for group in self._model.groups for _ in _linears(group)):
-            raise VortexInputError("LoRAs need NF4 weights: load the model with quantization='nf4'.")
+            raise VortexInputError("LoRAs are added to NF4 weights, and these are in 16 bits.")
         for file, _ in chosen:
             if file.refused:
                 key, why = next(iter(file.refused.items()))
@@ -99,58 +116,43 @@ class Loras:
 
     # --- factors --------------------------------------------------------------------------------------------------
 
-    def _attach(self, chosen: Chosen) -> None:
-        """Give each linear the factors of these files; where shapes change, groups are laid out anew."""
+    def _attach(
+        self, wanted: dict[NF4Linear, list[list[LowRank]]], changed: Sequence[WeightGroup], gains: Gains
+    ) -> None:
+        """Give each linear its factors; the groups whose shapes change are laid out anew."""
         for linear, (absmax, _) in self._gains.items():
             linear.absmax.copy_(absmax)
-        self._gains.clear()
-        wanted = self._updates(chosen)
-        changed = self._resize(wanted)
-        self._wanted = wanted
-        try:
-            for group in self._model.groups:
-                self._fill(group, wanted, anew=group in changed)
-        except BaseException:
-            self._fall_back()
-            raise
+        self._gains, self._wanted = gains, wanted
+        for group in self._model.groups:
+            self._fill(group, wanted, anew=group in changed)
 
-    def _updates(self, chosen: Chosen) -> dict[NF4Linear, list[list[LowRank]]]:
-        """The updates of each linear that has any, by file."""
+    def _updates(self, chosen: Chosen, gains: Gains) -> dict[NF4Linear, list[list[LowRank]]]:
+        """The updates of each linear that has any, by file, in host memory. DoRA's gains go to `gains`."""
         found: dict[NF4Linear, list[list[LowRank]]] = {}
         for part in ("transformer", "t5"):
             for name, linear in self._modules(part).items():
                 if isinstance(linear, NF4Linear):
                     updates = [
-                        self._of_file(file.parts.get(part), name, linear, i) for i, (file, _) in enumerate(chosen)
+                        self._of_file(file.parts.get(part), name, linear, i, gains)
+                        for i, (file, _) in enumerate(chosen)
                     ]
                     if any(updates):
                         found[linear] = updates
         return found
 
-    def _of_file(self, what: LoraPart | None, name: str, linear: NF4Linear, file: int) -> list[LowRank]:
+    def _of_file(self, what: LoraPart | None, name: str, linear: NF4Linear, file: int, gains: Gains) -> list[LowRank]:
         if what is None or name not in what.modules():
             return []
         updates = list(what.updates.get(name, ()))
         if name in what.inputs or name in what.row_scales:
-            packed, absmax = linear.packed.to(self._device), linear.absmax.to(self._device)
-            weight = dequantize(NF4Weight(packed, absmax), torch.float32)
-            updates += [one.of(weight) for one in what.inputs.get(name, ())]
+            absmax = self._gains[linear][0] if linear in self._gains else linear.absmax  # as it was
+            packed = NF4Weight(linear.packed.to(self._device), absmax.to(self._device))
+            weight = dequantize(packed, torch.float32)
+            updates += [_at_home(one.of(weight)) for one in what.inputs.get(name, ())]
             if name in what.row_scales:
-                updates = self._with_gains(what.row_scales[name], updates, weight, linear, file)
+                _, several = gains.setdefault(linear, (absmax.cpu().clone(), [None] * MOST))
+                several[file], updates = _with_gains(what.row_scales[name], updates, weight)
         return updates
-
-    def _with_gains(
-        self, scales: Sequence[Magnitude], updates: list[LowRank], weight: Tensor, linear: NF4Linear, file: int
-    ) -> list[LowRank]:
-        """DoRA: a gain for each row of the weight, which absmax takes, and of the update, which `up` takes."""
-        merged, gains = weight.clone(), torch.ones(len(weight), device=weight.device)
-        for one in updates:
-            merged[one.rows] += one.up.to(weight) @ one.down.to(weight)
-        for scale in scales:
-            gains[scale.rows] = scale.gains(merged).flatten()
-        _, several = self._gains.setdefault(linear, (linear.absmax.cpu().clone(), [None] * MOST))
-        several[file] = (gains - 1).cpu()
-        return [LowRank(one.rows, one.up.to(weight) * gains[one.rows, None], one.down) for one in updates]
 
     def _resize(self, wanted: Mapping[NF4Linear, list[list[LowRank]]]) -> list[WeightGroup]:
         """Plan for the new factors, before any is made; the groups whose layout changes."""
@@ -183,14 +185,19 @@ class Loras:
 
     def _fall_back(self) -> None:
         """After an error half-way: no LoRA at all."""
-        self.chosen, self._wanted = (), {}
+        self._memory.release()
+        for linear, (absmax, _) in self._gains.items():
+            linear.absmax.copy_(absmax)
+        self.chosen, self._wanted, self._gains = (), {}, {}
         for group in self._model.groups:
-            if any(linear.adapter is not None for linear in _linears(group)):
-                for linear in _linears(group):
-                    linear.adapt(None)
+            linears = list(_linears(group))
+            for linear in linears:
+                linear.adapt(None)
+            if linears:  # each: it is not known how far they got
                 self._memory.placement.relayout([group])
         self._memory.resize(self._model.measure())
         self._write(())
+        self._whole = True
 
     def _made(self, linear: NF4Linear, updates: Sequence[Sequence[LowRank]], device: torch.device) -> Adapter:
         rotated = linear.precision.operand == torch.int8
@@ -232,6 +239,30 @@ class Loras:
             for what, strength in touches:
                 value = value + strength * _delta(what, name, kind, original)
             parameter.copy_(value)
+
+
+def _need_weights(chosen: Chosen) -> bool:
+    return any(part.inputs or part.row_scales for file, _ in chosen for part in file.parts.values())
+
+
+def _at_home(update: LowRank) -> LowRank:
+    return LowRank(update.rows, update.up.cpu(), update.down.cpu())
+
+
+def _with_gains(
+    scales: Sequence[Magnitude], updates: Sequence[LowRank], weight: Tensor
+) -> tuple[Tensor, list[LowRank]]:
+    """DoRA: a gain for each row of the weight, less 1, which absmax takes; and updates, whose `up` takes it.
+
+    `weight` becomes the merged one.
+    """
+    gains = torch.ones(len(weight), device=weight.device)
+    for one in updates:
+        weight[one.rows].addmm_(one.up.to(weight), one.down.to(weight))
+    for scale in scales:
+        gains[scale.rows] = scale.gains(weight).flatten()
+    gains = gains.cpu()
+    return gains - 1, [LowRank(one.rows, one.up.float() * gains[one.rows, None], one.down) for one in updates]
 
 
 def _delta(what: LoraPart, name: str, kind: str, original: Tensor) -> Tensor:

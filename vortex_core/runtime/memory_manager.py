@@ -179,11 +179,16 @@ class MemoryManager:
         placement = self.placement
         if placement.streamed is not None and placement.copies:
             self.release()
-            placement.place(placement.streamed)
             self._settled = False
+            try:
+                placement.place(placement.streamed)
+            except torch.OutOfMemoryError:
+                self.offload()
+                raise
         for group in placement.groups:
-            if group.device is not None:
+            if group.device is not None and not group.expanded:
                 group.host, group.streams = None, False
+        placement.prune()
 
     def resize(self, sizes: tuple[WeightGroupSize, ...]) -> None:
         """Plan for groups of these sizes, and make room for them; their layout is changed afterwards.
@@ -196,11 +201,11 @@ class MemoryManager:
         if plan is None:
             least = make_plan(sizes, self.plan.requirements, smallest_budget(sizes, self.plan.requirements))
             assert least is not None
-            raise self._pressure("With these LoRAs this does not fit", least, limit)
+            raise self._pressure("With these LoRAs this does not fit", least, limit, sizes)
         self.release()
         if self.placement.streamed is not None:
             self.placement.place(plan.streamed)
-        self.plan, self.model.sizes = plan, sizes
+        self.plan, self.model.sizes, self._settled = plan, sizes, False
 
     def release(self) -> None:
         """Give back the arena, the libraries' block and the graphs; weights stay."""
@@ -226,10 +231,16 @@ class MemoryManager:
                 MemoryPressureWarning,
             )
 
-    def _pressure(self, message: str, plan: MemoryPlan, limit: float) -> MemoryPressureError:
+    def ran_out(self, message: str) -> MemoryPressureError:
+        """The error for memory that ran out although it was planned."""
+        return self._pressure(message, self.plan, self.budget)
+
+    def _pressure(
+        self, message: str, plan: MemoryPlan, limit: float, sizes: tuple[WeightGroupSize, ...] | None = None
+    ) -> MemoryPressureError:
         asked, room = plan.requirements, min(limit, self.budget)
         what = f"{asked.batch} of {asked.width} x {asked.height}" if asked.batch else "a prompt"
-        least = smallest_budget(self.model.sizes, asked)
+        least = smallest_budget(sizes or self.model.sizes, asked)
         why = shortage(self.device, sum(self.components.values())) if limit < self.budget else ""
         return MemoryPressureError(
             f"{message}: {what}",

@@ -102,8 +102,16 @@ class Painter:
 
     def use_loras(self, chosen: Chosen) -> None:
         """Draw with these LoRAs from now on. Raises as `Loras.use`."""
-        with _as_out_of_memory():
-            self.loras.use(chosen)
+        try:
+            with _as_out_of_memory():
+                self.loras.use(chosen)
+        except torch.OutOfMemoryError:
+            self.memory.release()
+            try:
+                with _as_out_of_memory():
+                    self.loras.use(chosen)
+            except torch.OutOfMemoryError as error:
+                raise self.memory.ran_out("Memory ran out with these LoRAs") from error.with_traceback(None)
         self.conditioner.adapters = self.loras.at_prompt_time
 
     def encode(self, prompt: str, steps: int, loras: Chosen = ()) -> Conditioning:
