@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import measure_speed
 import torch
 from torch import Tensor
 
@@ -52,30 +52,9 @@ def note(key: str, **values: float) -> None:
     print(f"{key:28s}", "  ".join(f"{name} {value:8.2f}" for name, value in values.items()), flush=True)
 
 
-def bench(calls: list[Callable[[], object]], replays: int = 5, repeat: int = 1) -> float:
-    """Median microseconds of one call, from replays of a graph that holds all of `calls`."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(repeat):
-            for call in calls:
-                call()
-    times = []
-    graph.replay()
-    for _ in range(replays):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(1e3 * start.elapsed_time(stop) / len(calls) / repeat)
-    return statistics.median(times)
+def bench(calls: list[Callable[[], object]], **how: int) -> float:
+    """Median microseconds of one call; see `measure_speed.bench`."""
+    return 1e3 * measure_speed.bench(*calls, **how)
 
 
 def random_product(m: int, k: int, n: int) -> Product:
