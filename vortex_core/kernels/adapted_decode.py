@@ -19,11 +19,11 @@ from ..nf4 import BLOCK, LEVELS
 from . import rotation
 from .adapter import ROWS, Adapter
 from .launch import early, follow
+from .rotated import load_table, rounded
 from .scaled_tensor import FP8_MAX, SMALLEST
 
 _BLOCK, _ROWS = tl.constexpr(BLOCK), tl.constexpr(ROWS)
 _SMALLEST = tl.constexpr(SMALLEST)
-_ROUND = tl.constexpr(1.5 * 2**23)  # added to a small number, it leaves the nearest integer in the lowest bits
 FEW = 16  # rows of a program that looks for the largest value
 WARPS = 4
 
@@ -111,8 +111,7 @@ def _decode(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     levels, mine = tl.load(levels + tl.arange(0, 16)), tl.load(part + tl.program_id(0) * ROWS // _ROWS)
     if ROTATED:
-        index = tl.arange(0, _BLOCK)
-        table = tl.load(table + index[:, None] * _BLOCK + index[None, :])
+        table = load_table(table)
     left = _left(up, scale, row, mine, 0, N, R, RANKS)
     factor = tl.full([ROWS], 1.0, tl.float32)
     if SCALED:
@@ -128,8 +127,8 @@ def _decode(
             place = row.to(tl.int64)[:, None] * K + block * (PARTS * _BLOCK) + tl.arange(0, _BLOCK)[None, :]
             first, second = first * factor[:, None], second * factor[:, None]
             if ROTATED:
-                tl.store(out + place, (first + _ROUND).to(tl.int32, bitcast=True).to(tl.int8), mask=(row < N)[:, None])
-                second = (second + _ROUND).to(tl.int32, bitcast=True).to(tl.int8)
+                tl.store(out + place, rounded(first), mask=(row < N)[:, None])
+                second = rounded(second)
             else:
                 tl.store(out + place, first.to(out.dtype.element_ty), mask=(row < N)[:, None])
             if PARTS == 2:
@@ -145,8 +144,7 @@ def _largest(
     row = tl.program_id(0) * FEW + tl.arange(0, FEW)
     levels, mine = tl.load(levels + tl.arange(0, 16)), tl.load(part + tl.program_id(0) * FEW // _ROWS)
     if ROTATED:
-        index = tl.arange(0, _BLOCK)
-        table = tl.load(table + index[:, None] * _BLOCK + index[None, :])
+        table = load_table(table)
     left = _left(up, scale, row, mine, 0, N, R, RANKS)
     largest = tl.zeros([FEW], tl.float32)
     for block in range(K // (PARTS * _BLOCK)):

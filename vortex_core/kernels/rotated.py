@@ -26,7 +26,7 @@ def rounded(x):
 
 @triton.jit
 def load_table(table):
-    """`rotation.shuffled_table`, `[64, 64]`."""
+    """`rotation.table`, or `shuffled_table`, `[64, 64]`."""
     index = tl.arange(0, HALF)
     return tl.load(table + index[:, None] * HALF + index[None, :])
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.lora_kinds import acts_at_prompt_time
 from ..errors import VortexCheckpointError, VortexInputError
 from ..kernels import Adapter
 from ..memory.offload import WeightGroup
@@ -28,7 +29,6 @@ log = logging.getLogger(__name__)
 
 MOST = 32  # files at once
 Chosen = tuple[tuple[LoraFile, float], ...]
-PROMPT_PARTS = ("t5", "clip")
 Gains = dict[NF4Linear, tuple[Tensor, list[Tensor | None]]]  # DoRA's: absmax as it was, and gains less 1 of each file
 
 
@@ -37,6 +37,7 @@ class Loras:
 
     def __init__(self, model: Model, memory: MemoryManager) -> None:
         self.chosen: Chosen = ()
+        self.at_prompt_time: tuple[tuple[object, float], ...] = ()  # those that change what a prompt becomes, by token
         self._model, self._memory, self._device = model, memory, memory.device
         self._wanted: dict[NF4Linear, list[list[LowRank]]] = {}  # what each linear's factors are made of
         self._factor_type = torch.float32 if model.dtype == torch.float32 else torch.float16
@@ -74,17 +75,8 @@ class Loras:
             self._fall_back()
             raise
         self.chosen, self._whole = chosen, True
+        self.at_prompt_time = tuple((file.token, strength) for file, strength in chosen if _acts_early(file))
         log.info("LoRAs: %s", ", ".join(f"{file.path} x {strength:g}" for file, strength in chosen) or "none")
-
-    @property
-    def at_prompt_time(self) -> tuple[tuple[object, float], ...]:
-        """Which of them change what a prompt becomes: tokens of files, and strengths."""
-        modulation = {name for name, _ in self._model.modulation.named_modules()}
-
-        def early(file: LoraFile) -> bool:
-            return any(part in PROMPT_PARTS or modulation & _names(what) for part, what in file.parts.items())
-
-        return tuple((file.token, strength) for file, strength in self.chosen if early(file))
 
     def _check(self, chosen: Chosen) -> None:
         if len(chosen) > MOST:
@@ -188,7 +180,7 @@ class Loras:
         self._memory.release()
         for linear, (absmax, _) in self._gains.items():
             linear.absmax.copy_(absmax)
-        self.chosen, self._wanted, self._gains = (), {}, {}
+        self.chosen, self.at_prompt_time, self._wanted, self._gains = (), (), {}, {}
         for group in self._model.groups:
             linears = list(_linears(group))
             for linear in linears:
@@ -217,8 +209,10 @@ class Loras:
                 rows = rows if gain is None else rows + strength * gain
             linear.absmax.copy_(absmax * rows[:, None])
         for part in ("transformer", "t5", "clip"):
+            changes = [(what, strength, _names(what)) for file, strength in chosen if (what := file.parts.get(part))]
             for name, module in self._modules(part).items():
-                self._write_plain(part, name, module, chosen)
+                touches = [(what, strength) for what, strength, names in changes if name in names]
+                self._write_plain((part, name), module, touches)
         for group in self._model.groups:
             scaled = [linear for linear in _linears(group) if linear.row_scale is not None]
             if scaled:
@@ -226,10 +220,10 @@ class Loras:
                     for linear in scaled:
                         linear.rescale()
 
-    def _write_plain(self, part: str, name: str, module: nn.Module, chosen: Chosen) -> None:
-        touches = [
-            (file.parts[part], s) for file, s in chosen if part in file.parts and name in _names(file.parts[part])
-        ]
+    def _write_plain(
+        self, place: tuple[str, str], module: nn.Module, touches: Sequence[tuple[LoraPart, float]]
+    ) -> None:
+        part, name = place
         for kind, parameter in module.named_parameters(recurse=False):
             key = (part, f"{name}.{kind}")
             if not touches and key not in self._originals:
@@ -239,6 +233,10 @@ class Loras:
             for what, strength in touches:
                 value = value + strength * _delta(what, name, kind, original)
             parameter.copy_(value)
+
+
+def _acts_early(file: LoraFile) -> bool:
+    return any(acts_at_prompt_time(part, name) for part, what in file.parts.items() for name in _names(what))
 
 
 def _need_weights(chosen: Chosen) -> bool:
