@@ -67,6 +67,19 @@ def _cuda_is_available() -> bool:
     return torch.cuda.is_available()
 
 
+@pytest.fixture(autouse=True)
+def _outside_inference_mode() -> Iterator[None]:
+    """A test that leaves its thread in inference mode fails, and not one after it."""
+    import torch
+
+    from vortex_core.utils.inference_mode import inference_mode
+
+    with inference_mode(False):
+        yield
+        left = torch.is_inference_mode_enabled()
+    assert not left, "this test has left its thread in torch's inference mode"
+
+
 @pytest.fixture(scope="session")
 def tiny_dir() -> Path:
     """The bundled miniature, a diffusers directory."""

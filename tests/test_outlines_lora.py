@@ -90,6 +90,36 @@ def test_training_never_sees_what_is_held_out() -> None:
     assert all(outlines.held_out(scene) for scene, _ in evaluate.never_seen_lime(20))
 
 
+def test_what_is_scored_is_neither_in_training_nor_among_what_the_rule_was_set_with() -> None:
+    rng = random.Random(1)
+    drawn = [train_lora.sample(rng, 0.4) for _ in range(2000)]
+    assert (
+        sum(any(t.shape in train_lora.HARD for t in s.things) for s in drawn) > 1000
+    )  # 0.35 of all, and 0.4 of the rest
+    old = [scene for things in (1, 2) for scene, _ in evaluate.never_seen(things, 50)]
+    scored = [scene for things in (1, 2) for scene, _ in evaluate.never_seen(things, 50, evaluate.OUTLINED)]
+    assert all(scenes.held_out(scene) for scene in scored)
+    keys = {scene.key() for scene in scored}
+    assert len(keys) == 100
+    assert not keys & {scene.key() for scene in drawn + old}
+
+
+def test_what_is_hard_to_draw_weighs_more() -> None:
+    """A star more than a square, something small more than something large, green on gray more than black on white."""
+
+    def weight(shape: str, colour: str, r: float, behind: str) -> float:
+        thing = Thing(shape, colour, x=0.25, y=0.75, r=r)
+        seen = train_lora.weights(*scenes.pack([Scene((thing,), (behind,))]), 128)
+        assert seen.shape == (1, 1, 128, 128)
+        assert seen[0, 0, 32, 96] == seen.min() < seen[0, 0, 96, 32]
+        return seen[0, 0, 96, 32].item()
+
+    easy = weight("square", "black", 0.195, "white")
+    assert weight("star", "black", 0.195, "white") > easy
+    assert weight("square", "black", 0.1, "white") > easy
+    assert weight("square", "green", 0.195, "gray") > easy
+
+
 # ---------------------------------------------------------------- the file
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import itertools
 import random
 import signal
 import sys
@@ -155,6 +156,7 @@ def test_200_interrupts_at_random_moments(worker: Worker, alarm: Alarm, asks: bo
                 worker.run(tracked(drawing))
         assert time.monotonic() < end
         assert not torch.is_inference_mode_enabled()
+        assert jobs.asked.get() == ()
         assert worker.run(lambda i=i: i) == i
         until(tracked.gone)
         tracked.seen.clear()
@@ -175,9 +177,47 @@ def test_200_interrupts_that_come_twice(worker: Worker, alarm: Alarm) -> None:
             pass
         assert alarm.left == 0
         alarm.stop()
+        assert not torch.is_inference_mode_enabled()
+        assert jobs.asked.get() == ()
         assert worker.run(lambda i=i: i) == i
         until(tracked.gone)
         tracked.seen.clear()
+
+
+@pytest.mark.parametrize("already", [False, True], ids=["first", "second"])
+@pytest.mark.usefixtures("untraced")
+def test_an_interrupt_anywhere_in_an_answer_leaves_its_thread_as_it_was(worker: Worker, already: bool) -> None:
+    """CPython raises one where a function starts, and after one in C has returned. A profiler may raise there, too."""
+
+    def call() -> None:
+        if already:
+            raise KeyboardInterrupt
+
+    left = 0
+
+    def interrupt(frame: object, event: str, argument: object) -> None:
+        nonlocal left
+        if event in ("call", "c_return"):
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+
+    for moment in itertools.count():
+        left = moment
+        question = jobs.Question(Job(worker, int, None, None), call)
+        try:
+            sys.setprofile(interrupt)
+            question.answer()
+        except KeyboardInterrupt as error:
+            kept = error  # and with it all frames
+        finally:
+            sys.setprofile(None)
+        assert not torch.is_inference_mode_enabled()
+        assert jobs.asked.get() == ()
+        if left >= 0:
+            break
+    assert moment > 5
+    del kept
 
 
 # Coroutines

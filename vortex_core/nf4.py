@@ -156,7 +156,9 @@ def pairs_of(device: torch.device) -> Tensor:
     """fp32 `[256, 2]`: the two levels of a byte. Made once, since it comes from the host, which a capture forbids."""
     import torch
 
-    with torch.inference_mode(False):
+    from .utils.inference_mode import inference_mode
+
+    with inference_mode(False):
         levels = torch.tensor(LEVELS)
         byte = torch.arange(256)
         return torch.stack((levels[byte >> 4], levels[byte & 15]), dim=1).to(device)

@@ -24,6 +24,7 @@ from ..device.vram import graph_memory
 from ..flux1 import sampling
 from ..flux1.spec import DEFAULT_STEPS, T5_TOKENS, FluxSpec
 from ..runtime.engine import Engine
+from ..utils.inference_mode import inference_mode
 from ..utils.timing import Latency, Stopwatch, summarize
 from . import roofline
 from .machine import machine
@@ -110,7 +111,7 @@ class Contest:
     def measure(self, name: str, make: Callable[[], Contender], samples: int | None = None) -> None:
         """Time a contender at every size. If it fails, `declined` says why, and the contest goes on."""
         try:
-            with torch.inference_mode():
+            with inference_mode():
                 contender = make()
                 for job in self.jobs:
                     self.result.rows.append(self._row(name, contender, job, samples or self.samples))

@@ -18,6 +18,7 @@ from ..flux1.spec import FluxSpec
 from ..flux1.transformer import Transformer
 from ..storage.files import PICKLES
 from ..storage.materialize import Target, check
+from ..utils.inference_mode import inference_mode
 from ..utils.paths import expanded
 from ..utils.temporary_files import is_abandoned, is_part, partial
 from .bundle import WORDS, describe, find_parts
@@ -66,7 +67,7 @@ def quantize_file(
         write_nf4(written, part.tensors, Wanted.of(modules, naming), read, metadata, naming)
         check_unchanged(part.stored.raw, before, str(source))
 
-    with torch.inference_mode():
+    with inference_mode():
         if path.suffix == ".safetensors":
             with partial(path) as written:
                 write(written, CANONICAL)

@@ -13,9 +13,8 @@ from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple, Unpack
 
-import torch
-
 from ..errors import DeadlineError, VortexInputError, quoted
+from ..utils.inference_mode import inference_mode
 from ..utils.numeric import finite
 
 if TYPE_CHECKING:
@@ -136,14 +135,15 @@ class Question(Outcome):
 
     def answer(self) -> None:
         """Run the function on this thread, and wake the worker."""
-        token = asked.set((*asked.get(), self))
+        before = asked.get()
         try:
-            with torch.inference_mode():
+            asked.set((*before, self))
+            with inference_mode():
                 self.result = self.call()
         except BaseException as error:
             self.error = error
         finally:
-            asked.reset(token)
+            asked.set(before)  # not by a token: an interrupt after `set` would take it away
         self.answered = True
         self.worker.bell.ring()
 

@@ -31,6 +31,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..errors import SHOWN, BusyError, DeadlineError, DeviceLostError, VortexInputError
+from ..utils.inference_mode import inference_mode
 from .jobs import PACKAGE, Bell, Cancelled, Job, Question, here, outside
 from .streams import Order
 
@@ -288,7 +289,7 @@ class Worker:
         return error
 
     def _call(self, job: Job) -> Any:
-        with torch.inference_mode():
+        with inference_mode():
             job.check()
             self.order.enter()
             self.order.follow(job.stream)
@@ -308,7 +309,7 @@ class Worker:
         if job.limit is not None and (outer.limit is None or job.limit < outer.limit):
             outer.limit, outer.deadline = job.limit, job.deadline
         try:
-            with torch.inference_mode(), self.order.on_default():
+            with inference_mode(), self.order.on_default():
                 self.order.follow(job.stream)
                 result = job.context.run(job.call)
                 self.order.lead(job.stream, result)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..memory.host_memory import HostMemory
+from ..utils.inference_mode import inference_mode
 from .filebytes import FileBytes
 
 PIECE = 4 * 2**20  # bytes; small enough that every thread gets pieces of a weight
@@ -46,16 +47,16 @@ class Upload:
         for job in jobs:
             job.result()
 
-    @torch.inference_mode()  # as the target may be a tensor of that mode
     def _send(self, file: FileBytes, offset: int, target: Tensor, stream: torch.cuda.Stream) -> None:
         buffer, sent = self._free.get()
         try:
-            sent.synchronize()  # until the copy out of this buffer is done
-            pinned = buffer[: target.numel()]
-            file.read(offset, pinned.numpy().data)
-            with torch.cuda.stream(stream):
-                target.copy_(pinned, non_blocking=True)
-                sent.record()
+            with inference_mode():  # as the target may be a tensor of that mode
+                sent.synchronize()  # until the copy out of this buffer is done
+                pinned = buffer[: target.numel()]
+                file.read(offset, pinned.numpy().data)
+                with torch.cuda.stream(stream):
+                    target.copy_(pinned, non_blocking=True)
+                    sent.record()
         finally:
             self._free.put((buffer, sent))
 
