@@ -213,14 +213,17 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="module", params=[pytest.param("compiled", marks=pytest.mark.gpu), "interpreted"])
-def fused(request: pytest.FixtureRequest) -> object:
+@pytest.fixture(params=[pytest.param("compiled", marks=pytest.mark.gpu), "interpreted"])
+def fused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> object:
     """The module of Triton's kernels."""
     if request.param == "interpreted" and _cuda_is_available():
         pytest.skip("interpreted: here they run compiled")
     pytest.importorskip("triton", reason="NOT RUN, the Triton kernels: Triton is not installed here")
+    import cuda_on_cpu
+
     from vortex_core.kernels import fused
 
+    cuda_on_cpu.use(monkeypatch)  # for what is in CUDA C everywhere
     return fused
 
 

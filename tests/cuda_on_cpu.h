@@ -1,5 +1,6 @@
 // CUDA's words for a C++ compiler, so that kernels run on the CPU: a block after the other, its threads in turn.
 // A thread runs until it waits for others. It includes no more of CUDA than the kernels use.
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -185,6 +186,73 @@ template <int VALUE_TYPE> auto narrow_as(float x)
         memcpy(&bits, &y, 2);
         return bits;
     }
+}
+
+// What weights.cu uses beside that.
+using std::min;
+
+inline unsigned two_halves(float a, float b)
+{
+    const _Float16 both[2] = {(_Float16)a, (_Float16)b};
+    unsigned bits;
+    memcpy(&bits, both, 4);
+    return bits;
+}
+
+inline float half_of(unsigned both, int i)
+{
+    const unsigned short bits = both >> 16 * i;
+    _Float16 x;
+    memcpy(&x, &bits, 2);
+    return x;
+}
+
+inline void follow() {}
+inline unsigned halves_fp8(unsigned both) { return two_fp8(half_of(both, 0), half_of(both, 1)); }
+
+inline unsigned transposed(unsigned pair)
+{
+    const int lane = threadIdx.x % 32;
+    return among(pair, [=](const unsigned *lanes) {
+        const unsigned a = lanes[lane % 4 * 8 + lane / 8], b = lanes[lane % 4 * 8 + 4 + lane / 8];
+        return (a >> lane / 4 % 2 * 16 & 0xffff) | b >> lane / 4 % 2 * 16 << 16;
+    });
+}
+
+#define DYNAMIC(type, name) static type name[48 * 1024 / sizeof(type)]
+
+inline unsigned add_halves(unsigned a, unsigned b, unsigned c)
+{
+    return two_halves(half_of(a, 0) * half_of(b, 0) + half_of(c, 0), half_of(a, 1) * half_of(b, 1) + half_of(c, 1));
+}
+
+inline unsigned multiply_halves(unsigned a, unsigned b)
+{
+    return two_halves(half_of(a, 0) * half_of(b, 0), half_of(a, 1) * half_of(b, 1));
+}
+#define two_values(a, b) (narrow(a) | (unsigned)narrow(b) << 16)
+
+inline void multiply_add16(float *c, const unsigned *a, const unsigned *b)
+{
+    const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+    const Operands mine = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
+    among(mine, [=](const Operands *lanes) {
+        for (int i = 0; i < 4; i++)
+            for (int k = 0; k < 16; k++) {
+                const unsigned left = lanes[row * 4 + k % 8 / 2].a[k / 8 * 2 + i / 2];
+                const unsigned right = lanes[(column + i % 2) * 4 + k % 8 / 2].b[k / 8];
+                c[i] += half_of(left, k % 2) * half_of(right, k % 2);
+            }
+        return 0;
+    });
+}
+
+inline void multiply_add_halves(unsigned *c, const unsigned *a, const unsigned *b)
+{
+    float sums[4] = {half_of(c[0], 0), half_of(c[0], 1), half_of(c[1], 0), half_of(c[1], 1)};
+    multiply_add16(sums, a, b);
+    c[0] = two_halves(sums[0], sums[1]);
+    c[1] = two_halves(sums[2], sums[3]);
 }
 
 static std::function<void()> body;

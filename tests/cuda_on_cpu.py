@@ -11,12 +11,23 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
+import pytest
 import torch
 
-from vortex_core.kernels import nvrtc
+from vortex_core.kernels import compiled, compiled8, nvrtc, weights
 
 COMPILER = shutil.which("g++")
 KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([\w, ]+\) )?(\w+)\(\s*(.*?)\)\s*\{', re.DOTALL)
+
+
+def use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, have all modules launch here; skip the test where that cannot be. On a card, leave them alone."""
+    if torch.cuda.is_available():
+        return
+    if COMPILER is None:
+        pytest.skip("NOT RUN, the kernels in CUDA C: there is no C++ compiler here")
+    for module in (compiled, compiled8, weights):
+        monkeypatch.setattr(module, "launch", launch)
 
 
 @cache
@@ -50,11 +61,14 @@ def launch(
     dtype: torch.dtype,
     *arguments: Any,
     module: str = "step",
+    early: bool = False,
+    shared: int = 0,
 ) -> None:
     """In place of `nvrtc.launch`."""
     library, signatures = kernels_of(dtype, module)
     kinds, values = signatures[name], [nvrtc._c(argument) for argument in arguments]
-    sizes = {"*": ctypes.c_void_p, "int": ctypes.c_int, "long long": ctypes.c_longlong, "float": ctypes.c_float}
+    whole = dict.fromkeys(("int", "unsigned"), ctypes.c_int)
+    sizes = {"*": ctypes.c_void_p, **whole, "long long": ctypes.c_longlong, "float": ctypes.c_float}
     wanted = [sizes["*" if kind.endswith("*") else kind] for kind in kinds]
     assert [type(value) for value in values] == wanted, name  # a card would read other bytes
     given = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))

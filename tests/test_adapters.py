@@ -5,13 +5,14 @@ from __future__ import annotations
 import cuda_on_cpu
 import pytest
 import torch
-from kernel_parts import DEVICE, EIGHT, GPU, HALF, draw
+from kernel_parts import DEVICE, HALF, draw
 from test_kernel_memory import empty_on_meta, peak
 from torch import Tensor
 
 from vortex_core import nf4
-from vortex_core.kernels import ADD_BYTES, Adapter, Kernels, compiled, compiled8, compiled_adapted, reference, rotation
-from vortex_core.kernels.scaled_tensor import FP8_MAX
+from vortex_core.kernels import ADD_BYTES, Adapter, Kernels, compiled, reference, rotation
+from vortex_core.kernels.adapter import arranged, natural
+from vortex_core.kernels.scaled_tensor import FP8, FP8_MAX
 from vortex_core.quant.backends import BitsAndBytesBackend, ReferenceBackend
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -30,26 +31,16 @@ def made(n: int, k: int, ranks: int, dtype: torch.dtype) -> tuple[nf4.NF4Weight,
     for row in range(n):
         p = int(part[row // 64])
         update[row] = (up[row].double() * scale[p].double()) @ down[p].double()
-    return weight, Adapter(up, down, part, scale), update
+    return weight, Adapter(up, arranged(down), part, scale), update
 
 
-def rotated(adapter: Adapter) -> Adapter:
-    return adapter._replace(down=rotation.rotated(adapter.down.float()).to(adapter.down.dtype))
-
-
-@pytest.fixture(params=["reference", pytest.param("compiled", marks=pytest.mark.gpu), "interpreted", "CUDA C"])
+@pytest.fixture(params=["reference", "CUDA C", pytest.param("beside Triton", marks=pytest.mark.gpu)])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kernels:
     if request.param == "reference":
         return reference
     if request.param == "CUDA C":
-        if not GPU and cuda_on_cpu.COMPILER is None:
-            pytest.skip("NOT RUN, the kernels in CUDA C: there is no C++ compiler here")
-        if not GPU:
-            for module in (compiled, compiled8, compiled_adapted):
-                monkeypatch.setattr(module, "launch", cuda_on_cpu.launch)
+        cuda_on_cpu.use(monkeypatch)
         return compiled
-    if request.param == "interpreted" and GPU:
-        pytest.skip("interpreted: here they run compiled")
     pytest.importorskip("triton", reason="NOT RUN, the Triton kernels: Triton is not installed here")
     from vortex_core.kernels import fused
 
@@ -61,7 +52,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def test_an_update_is_added_before_the_one_rounding(
     kernels: Kernels, n: int, k: int, ranks: int, dtype: torch.dtype
 ) -> None:
-    weight, adapter, update = made(n, k, ranks, dtype)
+    weight, adapter, update = made(n, k, ranks, torch.float32 if dtype == torch.float32 else torch.float16)
     expected = nf4.dequantize(weight, torch.float32).double() + update
     out = torch.full((n, k), torch.nan, device=DEVICE, dtype=dtype)
     kernels.dequantize(weight.packed, weight.absmax, out, None, adapter)
@@ -73,30 +64,32 @@ def test_an_update_is_added_before_the_one_rounding(
 
 @pytest.mark.parametrize(("n", "k", "ranks"), SHAPES)
 def test_in_fp8_rows_are_scaled_by_their_largest_value(kernels: Kernels, n: int, k: int, ranks: int) -> None:
-    weight, adapter, update = made(n, k, ranks, torch.float32)
+    weight, adapter, update = made(n, k, ranks, torch.float16)
     expected = nf4.dequantize(weight, torch.float32).double() + update
     scale = torch.full((n,), torch.nan, device=DEVICE)
-    kernels.row_scales(weight.packed, weight.absmax, scale, torch.float8_e4m3fn, adapter)
-    torch.testing.assert_close(scale.double(), expected.abs().amax(1) / FP8_MAX, rtol=1e-5, atol=0)
-    out = torch.full((n, k), torch.nan, device=DEVICE).to(EIGHT)
+    kernels.row_scales(weight.packed, weight.absmax, scale, FP8, adapter)
+    torch.testing.assert_close(scale.double(), expected.abs().amax(1) / FP8_MAX, rtol=1e-3, atol=0)
+    out = torch.full((n, k), torch.nan, device=DEVICE).to(FP8)
     kernels.dequantize(weight.packed, weight.absmax, out, scale, adapter)
-    meant = out.double() * scale[:, None]
-    assert (meant - expected).norm() < (0.04 if GPU else 1e-5) * expected.norm()
-    assert (out.float().abs().amax(1) - FP8_MAX).abs().max() < 1e-2
+    plain = (expected / scale.double()[:, None]).float().clamp(-FP8_MAX, FP8_MAX).to(FP8)
+    off, least = ((x.double() * scale[:, None] - expected).norm() for x in (out, plain))
+    assert off < 1.01 * least
+    assert (out.float().abs().amax(1) == FP8_MAX).all()
 
 
 @pytest.mark.parametrize(("n", "k", "ranks"), SHAPES)
 def test_in_int8_the_sum_is_rotated_and_fills_the_range(kernels: Kernels, n: int, k: int, ranks: int) -> None:
-    weight, adapter, update = made(n, k, ranks, torch.float32)
+    weight, adapter, update = made(n, k, ranks, torch.float16)
     whole = nf4.dequantize(weight, torch.float32).double() + update
     expected = rotation.rotated(whole.float()).double()
     scale = torch.full((n,), torch.nan, device=DEVICE)
-    kernels.row_scales(weight.packed, weight.absmax, scale, torch.int8, rotated(adapter))
-    torch.testing.assert_close(scale.double(), expected.abs().amax(1) / 127, rtol=1e-3, atol=0)
+    kernels.row_scales(weight.packed, weight.absmax, scale, torch.int8, adapter)
+    torch.testing.assert_close(scale.double(), expected.abs().amax(1) / 127, rtol=2e-3, atol=0)
     out = torch.full((n, k), 0x55, device=DEVICE, dtype=torch.int8)
-    kernels.dequantize(weight.packed, weight.absmax, out, scale, rotated(adapter))
+    kernels.dequantize(weight.packed, weight.absmax, out, scale, adapter)
     steps = out.double() - expected / scale.double()[:, None]
-    assert steps.abs().max() < 0.6  # half a step, and levels in fp16
+    assert steps.abs().max() < 0.75  # half a step, and sums in fp16
+    assert steps.square().mean() < 1.02 / 12
     assert set(out.abs().amax(1).tolist()) == {127}
 
 
@@ -123,6 +116,13 @@ def test_what_is_added_later_reads_nothing_on_the_host_and_takes_what_it_says(
     adapter, weight = Adapter(up, down, part, scale), empty_on_meta(n, k, dtype=dtype)
     assert ADD_BYTES / 2 < peak(lambda: adapter.add_to(weight)) <= ADD_BYTES
     assert all(kind.working_bytes >= ADD_BYTES for kind in (BitsAndBytesBackend, ReferenceBackend))
+
+
+def test_the_order_of_a_factor_can_be_undone() -> None:
+    down = draw(2, 48, 320)
+    assert torch.equal(natural(arranged(down)), down)
+    assert torch.equal(natural(arranged(down), slice(64, 192), torch.float64), down[:, :, 64:192].double())
+    assert torch.equal(natural(arranged(down), slice(256, 400)), down[:, :, 256:])
 
 
 @pytest.mark.parametrize("at_once", [1, 1000, 4096])

@@ -6,19 +6,18 @@ import cuda_on_cpu
 import pytest
 import torch
 from kernel_parts import DEVICE, GPU, HALF
-from test_adapters import made, rotated
+from test_adapters import made
 from torch import Tensor
 
 from vortex_core import nf4
 from vortex_core.flux1.spec import ModelSpec
-from vortex_core.kernels import ADD_BYTES, Kernels, compiled, compiled8, compiled_adapted, rotation
+from vortex_core.kernels import ADD_BYTES, Kernels, compiled, rotation
 from vortex_core.kernels.scaled_tensor import FP8, FP8_MAX
 from vortex_core.quant.backends import _KINDS, BACKENDS, Backend, backend_declined
 from vortex_core.runtime.model import Model
 
 pytestmark = pytest.mark.usefixtures("seeded")
 FP8_CARD = not GPU or torch.cuda.get_device_capability() >= (8, 9)
-FACTORS = [torch.float32, torch.bfloat16, torch.float16]
 # (rows, columns, ranks): half a tile of columns, a tile of rows that is not full, many ranks, several tiles of both
 SHAPES = [(64, 64, 16), (75, 192, 16), (320, 384, 48), (130, 128, 192)]
 
@@ -26,11 +25,7 @@ SHAPES = [(64, 64, 16), (75, 192, 16), (320, 384, 48), (130, 128, 192)]
 @pytest.fixture
 def cuda_c(monkeypatch: pytest.MonkeyPatch) -> Kernels:
     """The kernels in CUDA C, on a card or on the CPU."""
-    if not GPU:
-        if cuda_on_cpu.COMPILER is None:
-            pytest.skip("NOT RUN, the kernels in CUDA C: there is no C++ compiler here")
-        for module in (compiled, compiled8, compiled_adapted):
-            monkeypatch.setattr(module, "launch", cuda_on_cpu.launch)
+    cuda_on_cpu.use(monkeypatch)
     return compiled
 
 
@@ -45,55 +40,47 @@ def assert_guarded(whole: Tensor) -> None:
 
 
 @pytest.mark.parametrize(("n", "k", "ranks"), SHAPES)
-@pytest.mark.parametrize("factors", FACTORS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_values_are_rounded_once(
-    cuda_c: Kernels, n: int, k: int, ranks: int, factors: torch.dtype, dtype: torch.dtype
-) -> None:
-    weight, adapter, update = made(n, k, ranks, factors)
+def test_values_are_rounded_once(cuda_c: Kernels, n: int, k: int, ranks: int, dtype: torch.dtype) -> None:
+    weight, adapter, update = made(n, k, ranks, torch.float16)
     expected = nf4.dequantize(weight, torch.float32).double() + update
     out, whole = guarded(n, k, dtype)
     cuda_c.dequantize(weight.packed, weight.absmax, out, None, adapter)
     assert_guarded(whole)
     off, near = (out.double() - expected).abs(), expected.abs()
-    # half a step of the type, and the sums' own error in fp32
-    assert bool((off <= near * torch.finfo(dtype).eps / 2 + near.max() * 1e-6).all())
+    # half a step of the type, and factors that are rounded with their strength
+    assert bool((off <= near * torch.finfo(dtype).eps / 2 + update.abs().max() * 2**-11).all())
 
 
 @pytest.mark.parametrize(("n", "k", "ranks"), SHAPES)
-@pytest.mark.parametrize("factors", FACTORS)
-def test_int8(cuda_c: Kernels, n: int, k: int, ranks: int, factors: torch.dtype) -> None:
-    weight, adapter, _ = made(n, k, ranks, factors)
-    adapter = rotated(adapter)
+def test_int8(cuda_c: Kernels, n: int, k: int, ranks: int) -> None:
+    weight, adapter, update = made(n, k, ranks, torch.float16)
     (out, whole), scale = guarded(n, k, torch.int8), torch.full((n,), torch.nan, device=DEVICE)
     cuda_c.row_scales(weight.packed, weight.absmax, scale, torch.int8, adapter)
     cuda_c.dequantize(weight.packed, weight.absmax, out, scale, adapter)
     assert_guarded(whole)
-    # levels are those of fp16, as they are without an update
-    levels = torch.tensor(nf4.LEVELS, device=DEVICE).half().float()
-    codes = torch.stack((weight.packed >> 4, weight.packed & 15), dim=-1).flatten(1)
-    plain = rotation.sums(levels[codes.int()], weight.absmax).double() * rotation.block(k) ** -0.5
-    expected = plain + adapter.rows(0, n).double()
-    torch.testing.assert_close(scale.double(), expected.abs().amax(1) / 127, rtol=2e-6, atol=0)
-    assert (out.double() - expected / scale.double()[:, None]).abs().max() < 0.5 + 1e-3
+    expected = rotation.rotated((nf4.dequantize(weight, torch.float32).double() + update).float()).double()
+    torch.testing.assert_close(scale.double(), expected.abs().amax(1) / 127, rtol=2e-3, atol=0)
+    off = out.double() - expected / scale.double()[:, None]
+    assert off.abs().max() < 0.75
+    assert off.square().mean() < 1.02 / 12
     assert set(out.abs().amax(1).tolist()) == {127}
 
 
 @pytest.mark.skipif(not FP8_CARD, reason="NOT RUN, fp8: this card has none")
 @pytest.mark.parametrize(("n", "k", "ranks"), SHAPES)
-@pytest.mark.parametrize("factors", FACTORS)
-def test_fp8(cuda_c: Kernels, n: int, k: int, ranks: int, factors: torch.dtype) -> None:
-    weight, adapter, update = made(n, k, ranks, factors)
+def test_fp8(cuda_c: Kernels, n: int, k: int, ranks: int) -> None:
+    weight, adapter, update = made(n, k, ranks, torch.float16)
     expected = nf4.dequantize(weight, torch.float32).double() + update
     (out, whole), scale = guarded(n, k, FP8), torch.full((n,), torch.nan, device=DEVICE)
     cuda_c.row_scales(weight.packed, weight.absmax, scale, FP8, adapter)
     cuda_c.dequantize(weight.packed, weight.absmax, out, scale, adapter)
     assert_guarded(whole)
-    torch.testing.assert_close(scale.double(), expected.abs().amax(1) / FP8_MAX, rtol=2e-6, atol=0)
+    torch.testing.assert_close(scale.double(), expected.abs().amax(1) / FP8_MAX, rtol=1e-3, atol=0)
     wanted = (expected / scale.double()[:, None]).float().clamp(-FP8_MAX, FP8_MAX)
     off, step = (out.float() - wanted).abs(), wanted.abs().clamp_min(2.0**-6) * 2.0**-4  # half a step, at least
-    assert bool((off <= step + 1e-4).all())
-    assert (out.view(torch.uint8) == wanted.to(FP8).view(torch.uint8)).float().mean() > 0.995
+    assert bool((off <= step + FP8_MAX * 2.0**-10).all())
+    assert (out.view(torch.uint8) == wanted.to(FP8).view(torch.uint8)).float().mean() > 0.98
 
 
 def test_without_strength_there_are_the_bits_of_before(cuda_c: Kernels) -> None:
@@ -152,7 +139,6 @@ def test_backends_agree_in_8_bits(operand: torch.dtype) -> None:
     if operand == FP8 and not (GPU and FP8_CARD):
         pytest.skip("NOT RUN, fp8: Triton's interpreter drops a carry")
     weight, adapter, _ = made(192, 384, 48, torch.float16)
-    adapter = rotated(adapter) if operand == torch.int8 else adapter
     found = []
     for backend in (b for b in backends() if b.eight):
         scale = torch.full((192,), torch.nan, device=DEVICE)
@@ -190,7 +176,6 @@ def test_a_captured_decode_follows_strengths_and_allocates_what_it_says(name: st
     if operand is not None and (not backend.eight or (operand == FP8 and not FP8_CARD)):
         pytest.skip("NOT RUN: no such precision here")
     weight, adapter, _ = made(1152, 3072, 48, torch.float16)
-    adapter = rotated(adapter) if operand == torch.int8 else adapter
     out = torch.empty(1152, 3072, dtype=operand or HALF, device=DEVICE)
     scale = None if operand is None else torch.empty(1152, device=DEVICE)
 

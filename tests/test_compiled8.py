@@ -20,10 +20,7 @@ FP8_CARD = not GPU or torch.cuda.get_device_capability() >= (8, 9)
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> Kernels:
     """In the place of Triton's kernels."""
-    if not GPU:
-        if cuda_on_cpu.COMPILER is None:
-            pytest.skip("NOT RUN, the kernels in CUDA C: there is no C++ compiler here")
-        monkeypatch.setattr(compiled8, "launch", cuda_on_cpu.launch)
+    cuda_on_cpu.use(monkeypatch)
     return compiled
 
 

@@ -21,10 +21,7 @@ ALL = [torch.float32, torch.bfloat16, torch.float16]
 def compiled(monkeypatch: pytest.MonkeyPatch) -> Kernels:
     from vortex_core.kernels import compiled
 
-    if not GPU:
-        if cuda_on_cpu.COMPILER is None:
-            pytest.skip("NOT RUN, the kernels in CUDA C: there is no C++ compiler here")
-        monkeypatch.setattr(compiled, "launch", cuda_on_cpu.launch)
+    cuda_on_cpu.use(monkeypatch)
     return compiled
 
 

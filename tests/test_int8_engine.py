@@ -20,7 +20,7 @@ from vortex_core.memory.planner import smallest_budget
 
 AMPERE = (8, 6)
 SHARED = 99 * 1024  # bytes of shared memory that a program may take on compute capability 8.6
-CARDS = ("convolution", "decoder_attention", "fp8_attention", "int8_product", "launch")  # modules that ask for the card
+CARDS = ("convolution", "decoder_attention", "fp8_attention", "int8_product", "launch", "weights")  # modules that ask for the card
 NEAR = 1.0  # of 255, in the mean: how far a picture may be from that of `exact`
 
 
@@ -114,7 +114,7 @@ def rtx_30(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from vortex_core.runtime import modes
 
     def forget() -> None:
-        for found in (kernels._broken, modes._int8_broken, modes._fp8_broken):
+        for found in (kernels._broken, modes._fp8_broken):
             found.cache_clear()
 
     assert fused.dequantize is not None  # the modules below are imported

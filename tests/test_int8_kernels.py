@@ -60,12 +60,15 @@ def test_weights_are_rotated_and_fill_each_row(fused, shape: tuple[int, int]) ->
     for kernels, scale, out in zip((fused, reference), scales, decoded, strict=True):
         kernels.row_scales(weight.packed, weight.absmax, scale, torch.int8)
         kernels.dequantize(weight.packed, weight.absmax, out, scale)
-    assert torch.equal(*scales)
-    assert torch.equal(*decoded)
+    torch.testing.assert_close(*scales, rtol=2e-3, atol=0)
+    differ = (decoded[0].int() - decoded[1].int()).abs()
+    assert int(differ.max()) <= 1
+    assert float((differ > 0).float().mean()) < 0.05
     exact = nf4.dequantize(weight, torch.float32).double() @ matrix(shape[1])
-    # half a step, and the levels' rounding to fp16
+    # half a step, and sums in fp16
     off = (decoded[0].double() * scales[0].double()[:, None] - exact).abs() / scales[0].double()[:, None]
-    assert float(off.max()) < 0.56
+    assert float(off.max()) < 0.62
+    assert float(off.square().mean()) < 0.1  # a step's own is 1/12
     assert (decoded[0].abs().amax(1) == 127).all()
 
 

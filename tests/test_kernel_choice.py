@@ -108,7 +108,7 @@ def test_samples_catch_kernels_that_are_wrong(monkeypatch: pytest.MonkeyPatch) -
 
 def test_nvrtc_that_is_missing_or_fails_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
-    nvrtc._nvrtc.cache_clear()
+    nvrtc.load.cache_clear()
     with pytest.raises(OSError, match="this torch build is not for CUDA"):
         nvrtc.compiled("", "sm_86")
     monkeypatch.setattr(torch.version, "cuda", "99.1")  # whose library is nowhere

@@ -55,6 +55,7 @@ class Driver:
         self.codes: list[int] = []
         self.launched: list[tuple[Any, ...]] = []
         self.loaded: list[bytes] = []
+        self.attributes: list[list[tuple[int, int]]] = []
 
     def cuModuleLoadData(self, module: Any, code: bytes) -> int:
         self.loaded.append(code)
@@ -64,10 +65,14 @@ class Driver:
         function._obj.value = len(name)
         return 500 if name == b"absent" else 0
 
-    def cuLaunchKernel(self, function: Any, *shape: Any) -> int:
-        *sizes, stream, pointers, _ = shape
+    def cuLaunchKernelEx(self, config: Any, function: Any, pointers: Any, _: Any) -> int:
+        asked = config._obj
+        names = ("x", "y", "z", "threads", "threads_y", "threads_z", "shared_memory")
         given = [ctypes.c_longlong.from_address(pointer).value for pointer in pointers]
-        self.launched.append((function.value, tuple(sizes), stream.value, given))
+        sizes = tuple(getattr(asked, name) for name in names)
+        self.launched.append((function.value, sizes, asked.stream, given))
+        attributes = [asked.attributes[i] for i in range(asked.count)]
+        self.attributes.append([(attribute.kind, attribute.value) for attribute in attributes])
         return self.codes.pop(0) if self.codes else 0
 
     def cuGetErrorString(self, code: int, text: Any) -> int:
@@ -79,13 +84,22 @@ class Driver:
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     driver, compiler = Driver(), Nvrtc()
     nvrtc._functions.cache_clear()
-    monkeypatch.setattr(nvrtc, "_nvrtc", lambda: compiler)
+    monkeypatch.setattr(nvrtc, "load", lambda: compiler)
     monkeypatch.setattr(nvrtc, "driver_library", lambda: driver)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(major=8, minor=6))
     stream = SimpleNamespace(cuda_stream=77, query=lambda: True)
     monkeypatch.setattr("torch.cuda.current_stream", lambda device: stream)
     yield driver
     nvrtc._functions.cache_clear()
+
+
+def test_a_launch_may_be_early_and_take_shared_memory(driver: Driver) -> None:
+    for early, shared in ((False, 0), (True, 4096)):
+        nvrtc.launch("decode", (1, 1), 32, CARD, HALF, early=early, shared=shared)
+    assert [sizes[6] for _, sizes, *_ in driver.launched] == [0, 4096]
+    assert driver.attributes == [[], [(6, 1)]]  # 6: programmatic stream serialization, in cuda.h
+    assert ctypes.sizeof(nvrtc._Attribute) == 72
+    assert ctypes.sizeof(nvrtc._Config) == 56
 
 
 def test_kernels_are_compiled_once_and_launched_on_the_current_stream(driver: Driver) -> None:
@@ -115,7 +129,7 @@ def test_what_the_driver_refuses_is_said(driver: Driver) -> None:
 
 
 def test_what_nvrtc_refuses_is_said_with_its_log(driver: Driver) -> None:
-    compiler = nvrtc._nvrtc()
+    compiler = nvrtc.load()
     assert nvrtc.compiled("text", "sm_86") == b"code of text"
     assert compiler.told == ["--gpu-architecture=sm_86", "destroyed"]
     with pytest.raises(nvrtc.CompileError, match=r"NVRTC, compiling for sm_86: line 1: no$"):

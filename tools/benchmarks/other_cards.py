@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from vortex_core.kernels import Adapter, Moments, ScaledTensor, Window, fused, most_parts
+from vortex_core.kernels import Moments, ScaledTensor, Window, fused, most_parts
 from vortex_core.kernels.card import Card
 from vortex_core.kernels.scaled_tensor import FP8, empty_heads
 
@@ -148,16 +148,9 @@ def step(dtype: torch.dtype) -> None:
     tokens, hidden, mlp = 1280, 3072, 12288
     for n, k in ((mlp, hidden), (hidden, mlp), (hidden, hidden + mlp)):
         packed, absmax, scale = torch.empty(n, k // 2, dtype=torch.uint8), torch.empty(n, k // 64), torch.empty(n)
-        fused.dequantize(packed, absmax, torch.empty(n, k, dtype=dtype), None if dtype == BF16 else scale)
-        for ranks in (16, 64) if n == mlp else ():
-            factors = (torch.empty(shape, dtype=torch.float16) for shape in ((n, ranks), (2, ranks, k)))
-            adapter = Adapter(*factors, torch.empty(n // 64, dtype=torch.int32), torch.empty(2, ranks))
-            out = torch.empty(n, k, dtype=dtype)
-            fused.dequantize(packed, absmax, out, None if dtype == BF16 else scale, adapter)
-            if dtype != BF16:
-                fused.row_scales(packed, absmax, scale, dtype, adapter)
-        if dtype == INT8:
-            fused.row_scales(packed, absmax, scale, dtype)
+        if dtype != INT8:
+            fused.dequantize(packed, absmax, torch.empty(n, k, dtype=dtype), None if dtype == BF16 else scale)
+        else:  # the decode to it is in CUDA C everywhere
             for m in (1280, 256):
                 x, weight = torch.empty(m, k, dtype=dtype), torch.empty(n, k, dtype=dtype)
                 fused.multiply_int8(

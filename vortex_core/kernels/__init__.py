@@ -36,6 +36,7 @@ __all__ = [
     "fused_declined",
     "most_parts",
     "reference",
+    "weights_declined",
 ]
 
 log = logging.getLogger(__name__)
@@ -205,6 +206,18 @@ def _normal(kernels: Kernels, x: Tensor) -> Tensor:
     out = x.new_full((1, 20, 20, 128), torch.nan).permute(0, 3, 1, 2)
     kernels.norm_silu(Window(None, x, None), terms[0], terms[1], out)
     return out
+
+
+@cache
+def weights_declined(device: torch.device) -> str | None:
+    """Why the kernels of `weights`, which LoRAs need with Triton, too, cannot run on a CUDA device, or None."""
+    from . import nvrtc
+
+    try:
+        nvrtc.load()
+    except OSError as error:
+        return f"NVRTC does not load ({first_line(error)})"
+    return None
 
 
 def choose_kernels(device: torch.device) -> Kernels:

@@ -1,8 +1,8 @@
 """The kernels in CUDA C (the folder `cuda`), for cards without Triton. `reference` says what each one computes.
 
 Those of a step allocate nothing. The decoder's surround the library's convolutions: `strip_bytes` says what those take.
-Those in 8 bits are in `compiled8`, those that add LoRAs in `compiled_adapted`. Attention in fp8 is the reference's
-here, and nobody asks for it.
+Those in 8 bits are in `compiled8`; what decodes to int8 and adds LoRAs is in `weights`. Attention in fp8 is the
+reference's here, and nobody asks for it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import compiled8, compiled_adapted, reference
+from . import compiled8, reference, weights
 from .adapter import Adapter
 from .compiled8 import WIDEST_ADALN, adaln_threads, strided
 from .nvrtc import Long, launch
@@ -53,25 +53,25 @@ def dequantize(
     packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None = None, adapter: Adapter | None = None
 ) -> None:
     """See `reference.dequantize`."""
-    if adapter is not None:
-        compiled_adapted.dequantize(packed, absmax, out, row_scale, adapter)
+    if out.dtype == torch.int8 or weights.adds(adapter):
+        weights.dequantize(packed, absmax, out, row_scale, adapter)
         return
     if row_scale is not None:
-        way = compiled8.dequantize if out.dtype in EIGHT else reference.dequantize
+        way = compiled8.dequantize if out.dtype == FP8 else reference.dequantize
         way(packed, absmax, out, row_scale)
         return
     words = packed.numel() // 4
     grid = (-(-words // (4 * THREADS)), 1)
     launch("decode", grid, THREADS, out.device, out.dtype, packed, absmax, out, Long(words))
+    if adapter is not None:
+        adapter.add_to(out)
 
 
 @on_device
 def row_scales(packed: Tensor, absmax: Tensor, out: Tensor, dtype: torch.dtype, adapter: Adapter | None = None) -> None:
     """See `reference.row_scales`, which is used for fp8 without an adapter."""
-    if adapter is not None:
-        compiled_adapted.row_scales(packed, absmax, out, dtype, adapter)
-    elif dtype == torch.int8:
-        compiled8.row_scales(packed, absmax, out)
+    if adapter is not None or dtype == torch.int8:
+        weights.row_scales(packed, absmax, out, dtype, adapter)
     else:
         reference.row_scales(packed, absmax, out, dtype)
 

@@ -1,6 +1,6 @@
 """The kernels in CUDA C of the precisions in 8 bits: decode, rows, and the product of int8. compiled.py offers them.
 
-They allocate nothing. What is decoded, and the row scales for int8, are equal to the reference's, bit for bit.
+They allocate nothing. What is decoded to fp8 is equal to the reference's, bit for bit. To int8: `weights`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from .nvrtc import Long, launch
 from .scaled_tensor import ScaledTensor
 
 THREADS = 256
-BLOCKS = 2  # of a kernel that a multiprocessor runs at once: what registers and shared memory are made for
 CHUNKS = 4  # of 8 values of a row, that a thread takes at most; in rows8.cu, too
 WIDEST = 8 * CHUNKS * 1024
 TURNS = 3  # as CHUNKS, of adaLN; in values.cuh, too
@@ -23,31 +22,12 @@ TILE, PRODUCT_THREADS = 128, 128
 
 
 def dequantize(packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor) -> None:
-    """See `reference.dequantize`, to int8 or fp8. All contiguous."""
+    """See `reference.dequantize`, to fp8. All contiguous."""
     n, k = out.shape
-    if out.dtype != torch.int8:
-        words = n * k // 8
-        launch(
-            "decode_fp8", (-(-words // (4 * THREADS)), 1), THREADS, out.device, torch.bfloat16,
-            packed, absmax, row_scale, out, Long(words), k // 8, module="eight",
-        )  # fmt: skip
-        return
-    halves = n * k // rotation.HALF
-    blocks = min(-(-halves // THREADS), BLOCKS * card(out.device).processors)
+    words = n * k // 8
     launch(
-        "decode_rotated", (blocks, 1), THREADS, out.device, torch.bfloat16,
-        _aligned(packed), absmax, row_scale, out, halves, k // rotation.HALF, _joined(k), rotation.block(k) ** 0.5,
-        module="eight",
-    )  # fmt: skip
-
-
-def row_scales(packed: Tensor, absmax: Tensor, out: Tensor) -> None:
-    """See `reference.row_scales`, for int8. All contiguous."""
-    n, k = len(packed), packed.shape[1] * 2
-    blocks = min(-(-n // (THREADS // 32)), BLOCKS * card(out.device).processors)
-    launch(
-        "rotated_scales", (blocks, 1), THREADS, out.device, torch.bfloat16,
-        _aligned(packed), absmax, out, n, k // rotation.HALF, _joined(k), rotation.unit(k), module="eight",
+        "decode_fp8", (-(-words // (4 * THREADS)), 1), THREADS, out.device, torch.bfloat16,
+        packed, absmax, row_scale, out, Long(words), k // 8, module="eight",
     )  # fmt: skip
 
 
@@ -98,11 +78,6 @@ def adaln_threads(width: int) -> int:
 def strided(x: Tensor | None) -> tuple[Tensor | None, Long, Long]:
     """A tensor with the strides of its pictures and tokens."""
     return (None, Long(0), Long(0)) if x is None else (x, Long(x.stride(0)), Long(x.stride(1)))
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """`x`, for loads of 16 bytes. Weights at work lie so; those that are read may not."""
-    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def _kind(out: ScaledTensor, width: int) -> tuple[int, float]:

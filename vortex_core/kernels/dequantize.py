@@ -1,4 +1,4 @@
-"""NF4 to bf16, or to fp8 scaled by row, near the speed of memory. To int8: `rotated_decode`.
+"""NF4 to bf16, or to fp8 scaled by row, near the speed of memory. To int8, and with LoRAs: `weights`.
 
 A thread takes 32-bit words of eight codes. The 16 levels lie in 16 banks of shared memory, so that lookups never
 conflict. Level times scale is fp32 and rounded once, so bf16 is equal to bitsandbytes', bit for bit.
@@ -6,13 +6,15 @@ conflict. Level times scale is fp32 and rounded once, so bf16 is equal to bitsan
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import adapted_decode, reference, rotated_decode
-from .adapted_decode import levels
+from ..nf4 import LEVELS
+from . import reference, weights
 from .adapter import Adapter
 from .launch import early, follow
 
@@ -46,26 +48,28 @@ def dequantize(
     packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None = None, adapter: Adapter | None = None
 ) -> None:
     """See `reference.dequantize`. All contiguous; K is a multiple of 64."""
-    if adapter is not None:
-        adapted_decode.dequantize(packed, absmax, out, row_scale, adapter)
-        return
-    if out.dtype == torch.int8:
-        assert row_scale is not None
-        rotated_decode.dequantize(packed, absmax, out, row_scale)
+    if out.dtype == torch.int8 or weights.adds(adapter):
+        weights.dequantize(packed, absmax, out, row_scale, adapter)
         return
     words = packed.numel() // 4
     _dequantize[(triton.cdiv(words, WORDS),)](
-        packed.view(torch.int32), absmax, row_scale, levels(packed.device), out, words,
+        packed.view(torch.int32), absmax, row_scale, _levels(packed.device), out, words,
         WORDS_A_ROW=1 if row_scale is None else packed.shape[1] // 4, SCALED=row_scale is not None, WORDS=WORDS,
         num_warps=WARPS, **early(out),
     )  # fmt: skip
+    if adapter is not None:
+        adapter.add_to(out)
 
 
 def row_scales(packed: Tensor, absmax: Tensor, out: Tensor, dtype: torch.dtype, adapter: Adapter | None = None) -> None:
     """See `reference.row_scales`, which is used for fp8: there the scales of blocks tell."""
-    if adapter is not None:
-        adapted_decode.row_scales(packed, absmax, out, dtype, adapter)
-    elif dtype == torch.int8:
-        rotated_decode.row_scales(packed, absmax, out)
+    if adapter is not None or dtype == torch.int8:
+        weights.row_scales(packed, absmax, out, dtype, adapter)
     else:
         reference.row_scales(packed, absmax, out, dtype)
+
+
+@cache
+def _levels(device: torch.device) -> Tensor:
+    """NF4's, fp32 `[16]`."""
+    return torch.tensor(LEVELS, device=device)

@@ -27,8 +27,18 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # VALUE in cuda
 MODULES = {  # what is compiled at once: a picture in 16 bits without LoRAs needs the first alone
     "step": ("values.cuh", "step.cu", "decoder.cu"),
     "eight": ("values.cuh", "eight.cuh", "decode8.cu", "rows8.cu", "product.cu"),
-    "adapted": ("values.cuh", "eight.cuh", "adapted.cu"),
 }
+# What weights.cu writes, and for whom: without LoRAs, with them, or with more ranks than shared memory holds. Each is a
+# module of its own, with these constants in its text.
+_WRITTEN = ("values", "fp8", "int8", "fp8_scales", "int8_scales")
+VARIANTS = {
+    f"{kind}_{what}": {"WHAT": _WRITTEN.index(what), "ADAPTED": int(kind != "plain"), "MANY": int(kind == "many")}
+    for kind in ("plain", "adapted", "many")
+    for what in _WRITTEN
+    if kind != "plain" or what.startswith("int8")
+}
+MODULES |= dict.fromkeys(VARIANTS, ("values.cuh", "eight.cuh", "weights.cu"))
+PROGRAMMATIC_STREAM_SERIALIZATION = 6  # of the driver: CUlaunchAttributeID
 NO_CONTEXT = 201  # of the driver: this thread has not used the card yet
 
 
@@ -44,21 +54,43 @@ def launch(
     dtype: torch.dtype,
     *arguments: Argument,
     module: str = "step",
+    early: bool = False,
+    shared: int = 0,
 ) -> None:
     """Run a kernel on the current stream of `device`, which is the current one. `dtype`: that of the activations.
 
-    An `int` is a C `int`, a `float` a C `float`, None a null pointer.
+    An `int` is a C `int`, a `float` a C `float`, None a null pointer. `early`: see kernels/launch.py; the kernel waits
+    by itself for those before it. `shared`: bytes of shared memory beside what its text declares.
     """
     function = _functions(device.index or 0, dtype, module)[name]
     values = [_c(argument) for argument in arguments]
     pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
     stream = torch.cuda.current_stream(device)
-    shape = (*grid, 1, threads, 1, 1, 0)
-    code = _driver().cuLaunchKernel(function, *shape, ctypes.c_void_p(stream.cuda_stream), pointers, None)
+    attribute = _Attribute(PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
+    shape = (*grid, 1, threads, 1, 1, shared)
+    config = _Config(*shape, stream.cuda_stream, ctypes.pointer(attribute), int(early))
+    code = _driver().cuLaunchKernelEx(ctypes.byref(config), function, pointers, None)
     if code == NO_CONTEXT:
         stream.query()
-        code = _driver().cuLaunchKernel(function, *shape, ctypes.c_void_p(stream.cuda_stream), pointers, None)
+        code = _driver().cuLaunchKernelEx(ctypes.byref(config), function, pointers, None)
     _checked(code, f"launching {name}")
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute of the driver."""
+
+    _fields_ = (("kind", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60))
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig of the driver."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint) for name in ("x", "y", "z", "threads", "threads_y", "threads_z", "shared_memory")),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    )
 
 
 def _c(argument: Argument) -> Any:
@@ -71,16 +103,11 @@ def _c(argument: Argument) -> Any:
 
 def source(dtype: torch.dtype, module: str = "step") -> str:
     """The text of a module's kernels for activations in `dtype`."""
-    levels, halves = (", ".join(f"{level!r}f" for level in found) for found in (LEVELS, _half_levels()))
-    constants = {"VALUE": TYPES[dtype], "EPSILON": f"{EPSILON!r}f", "LEVELS": levels, "HALF_LEVELS": halves}
+    levels = ", ".join(f"{level!r}f" for level in LEVELS)
+    constants = {"VALUE": TYPES[dtype], "EPSILON": f"{EPSILON!r}f", "LEVELS": levels} | VARIANTS.get(module, {})
     lines = [f"#define {name} {value}" for name, value in constants.items()]
     folder = Path(__file__).with_name("cuda")
     return "\n".join([*lines, *((folder / name).read_text(encoding="utf-8") for name in MODULES[module])])
-
-
-def _half_levels() -> list[float]:
-    """The levels in fp16, of which every sum of a block is exact in fp32."""
-    return torch.tensor(LEVELS).half().tolist()
 
 
 @cache
@@ -112,7 +139,7 @@ def compiled(text: str, arch: str) -> bytes:
 
     Raises `CompileError`, and `OSError` without NVRTC.
     """
-    nvrtc, program = _nvrtc(), ctypes.c_void_p()
+    nvrtc, program = load(), ctypes.c_void_p()
 
     def told(code: int, what: str, log: str = "") -> None:
         if code:
@@ -138,7 +165,7 @@ def _read(nvrtc: Any, program: ctypes.c_void_p, what: str) -> bytes:
 
 
 @cache
-def _nvrtc() -> Any:
+def load() -> Any:
     """The library of torch's own CUDA version. Raises `OSError`."""
     error: OSError | None = None
     for name in _names():

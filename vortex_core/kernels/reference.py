@@ -322,16 +322,14 @@ def _rotated_rows(packed: Tensor, absmax: Tensor) -> Iterator[Tensor]:
 
 
 def _adapted_rows(packed: Tensor, absmax: Tensor, adapter: Adapter, dtype: torch.dtype | None) -> Iterator[Tensor]:
-    """Some rows at a time, fp32, for int8 rotated, with their update."""
+    """Some rows at a time, fp32, with their update, for int8 rotated."""
     start = 0
     for codes, scale in zip(*_in_parts(packed, absmax), strict=True):
         rows = torch.empty(len(codes), 2 * codes.shape[1], device=codes.device)
         nf4.dequantize(nf4.NF4Weight(codes, scale), rows.dtype, rows)
-        if dtype == torch.int8:
-            rows = rotation.rotated(rows)
         rows += adapter.rows(start, start + len(codes))
         start += len(codes)
-        yield rows
+        yield rotation.rotated(rows) if dtype == torch.int8 else rows
 
 
 def _given(row_scale: Tensor | None) -> tuple[Tensor, ...]:

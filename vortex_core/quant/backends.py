@@ -27,7 +27,7 @@ class Backend(ABC):
     """
 
     name: str
-    working_bytes = 0  # that it allocates at most to dequantize into given memory
+    working_bytes = 0  # that it allocates at most to dequantize into given memory, in 16 bits
     eight = False  # whether it has kernels that decode to 8 bits
 
     def __init__(self) -> None:
@@ -63,6 +63,10 @@ class Backend(ABC):
             out = torch.empty(shape, dtype=dtype, device=packed.device)
         self.decode(packed, absmax, out, row_scale, adapter)
         return out
+
+    def allocates(self, dtype: torch.dtype) -> int:
+        """Bytes that it allocates at most to dequantize into given memory, in a model of this type."""
+        return max(self.working_bytes, ADD_BYTES if dtype == torch.float32 else 0)
 
     def decode(
         self, packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None, adapter: Adapter | None = None
@@ -111,7 +115,7 @@ class TritonBackend(Backend):
     def decode(
         self, packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None, adapter: Adapter | None = None
     ) -> None:
-        """See `Backend.decode`. An update is added before the one rounding."""
+        """See `Backend.decode`. An update is added before the one rounding, but in fp32."""
         from ..kernels import fused
 
         fused.dequantize(packed, absmax, out, row_scale, adapter)
@@ -136,7 +140,7 @@ class NvrtcBackend(Backend):
     def decode(
         self, packed: Tensor, absmax: Tensor, out: Tensor, row_scale: Tensor | None, adapter: Adapter | None = None
     ) -> None:
-        """See `Backend.decode`. An update is added before the one rounding."""
+        """See `Backend.decode`. An update is added before the one rounding, but in fp32."""
         from ..kernels import compiled
 
         compiled.dequantize(packed, absmax, out, row_scale, adapter)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import VortexCheckpointError
-from ..kernels import Adapter, rotation
-from ..kernels.adapter import LEAST, ROWS
+from ..kernels import Adapter
+from ..kernels.adapter import LEAST, ROWS, arranged
 from ..memory.arena import round_up
 from .adapters import LowRank
 
@@ -23,13 +23,10 @@ WIDE = 64  # ranks from which buckets are that wide
 Updates = Sequence[Sequence[LowRank]]  # of each file, for one matrix
 
 
-def adapter_of(
-    updates: Updates, shape: tuple[int, int], device: torch.device, dtype: torch.dtype, *, rotated: bool = False
-) -> Adapter:
+def adapter_of(updates: Updates, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Adapter:
     """The adapter of a weight of `shape` `[N, K]`, with factors in `dtype`; `scale_of` gives its strengths, now 0.
 
-    `rotated`: for products in int8. On `meta` only shapes count. Raises `VortexCheckpointError` for rows that no part
-    can begin with.
+    On `meta` only shapes count. Raises `VortexCheckpointError` for rows that no part can begin with.
     """
     n, k = shape
     spans = list(_spans(updates, n))
@@ -45,18 +42,19 @@ def adapter_of(
             last, rows = first + update.rank, slice(start - update.rows.start, stop - update.rows.start)
             left, right = _balanced(update.up.to(device).float(), update.down.to(device).float())
             up[start:stop, first:last] = left[rows]
-            down[p, first:last] = rotation.rotated(right) if rotated else right
+            down[p, first:last] = right
             first = last
-    return Adapter(up, down, part, scale)
+    return Adapter(up, arranged(down), part, scale)
 
 
 def scale_of(updates: Updates, n: int, strengths: Sequence[float]) -> Tensor:
     """`Adapter.scale` for these strengths, one for each file, in host memory."""
     spans = list(_spans(updates, n))
-    rows = [[strengths[file] for file, update in inside for _ in range(update.rank)] for *_, inside in spans]
-    scale = torch.zeros(len(rows), bucket(max(map(len, rows), default=0)))
-    for place, row in zip(scale, rows, strict=True):
-        place[: len(row)] = torch.tensor(row)
+    ranks = [[update.rank for _, update in inside] for *_, inside in spans]
+    scale = torch.zeros(len(spans), bucket(max(map(sum, ranks), default=0)))
+    for place, counts, (*_, inside) in zip(scale, ranks, spans, strict=True):
+        own = torch.tensor([strengths[file] for file, _ in inside])
+        place[: sum(counts)] = own.repeat_interleave(torch.tensor(counts, dtype=torch.int64))
     return scale
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.lora_kinds import acts_at_prompt_time
 from ..errors import VortexCheckpointError, VortexInputError
-from ..kernels import Adapter
+from ..kernels import Adapter, weights_declined
 from ..memory.offload import WeightGroup
 from ..nf4 import NF4Weight, dequantize
 from ..quant.adapters import LoraFile, LoraPart, LowRank, Magnitude
@@ -81,8 +81,15 @@ class Loras:
     def _check(self, chosen: Chosen) -> None:
         if len(chosen) > MOST:
             raise VortexInputError(f"{len(chosen)} LoRAs are too many at once; {MOST} are the most.")
-        if chosen and not any(True for group in self._model.groups for _ in _linears(group)):
+        linears = [linear for group in self._model.groups for linear in _linears(group)]
+        if chosen and not linears:
             raise VortexInputError("LoRAs are added to NF4 weights, and these are in 16 bits.")
+        declined = weights_declined(self._device) if any(linear.backend.eight for linear in linears) else None
+        if chosen and declined is not None:
+            raise VortexInputError(
+                f"The kernels that add LoRAs do not run here: {declined}. Update torch and the NVIDIA driver, or load "
+                "the model with backend='bitsandbytes'."
+            )
         for file, _ in chosen:
             if file.refused:
                 key, why = next(iter(file.refused.items()))
@@ -192,17 +199,15 @@ class Loras:
         self._whole = True
 
     def _made(self, linear: NF4Linear, updates: Sequence[Sequence[LowRank]], device: torch.device) -> Adapter:
-        rotated = linear.precision.operand == torch.int8
-        return adapter_of(updates, linear.shape, device, self._factor_type, rotated=rotated)
+        exact = linear.precision.operand is None
+        return adapter_of(updates, linear.shape, device, self._factor_type if exact else torch.float16)
 
     # --- what is written in place ---------------------------------------------------------------------------------
 
     def _write(self, chosen: Chosen) -> None:
         """What depends on strengths: of ranks, gains, biases, norms, plain weights; in 8 bits the scales of rows."""
         strengths = [strength for _, strength in chosen]
-        for linear, updates in self._wanted.items():
-            assert linear.scale is not None
-            linear.scale.copy_(scale_of(updates, linear.shape[0], strengths))
+        self._write_scales(strengths)
         for linear, (absmax, gains) in self._gains.items():
             rows = torch.ones(len(absmax))
             for strength, gain in zip(strengths, gains, strict=False):
@@ -219,6 +224,22 @@ class Loras:
                 with group.visiting(self._device):
                     for linear in scaled:
                         linear.rescale()
+
+    def _write_scales(self, strengths: Sequence[float]) -> None:
+        """All in one copy to the card, since there are hundreds of them; those that lie in host memory one by one."""
+        there, values = [], []
+        for linear, updates in self._wanted.items():
+            assert linear.scale is not None
+            scale = scale_of(updates, linear.shape[0], strengths)
+            if linear.scale.device.type == "cpu":
+                linear.scale.copy_(scale)
+            else:
+                there.append(linear.scale)
+                values.append(scale.flatten())
+        if there:
+            whole = torch.cat(values).to(self._device)
+            parts = whole.split([len(value) for value in values])
+            torch._foreach_copy_(there, [part.view_as(scale) for part, scale in zip(parts, there, strict=True)])
 
     def _write_plain(
         self, place: tuple[str, str], module: nn.Module, touches: Sequence[tuple[LoraPart, float]]
