@@ -20,7 +20,8 @@ from vortex_core.memory.planner import smallest_budget
 
 AMPERE = (8, 6)
 SHARED = 99 * 1024  # bytes of shared memory that a program may take on compute capability 8.6
-CARDS = ("convolution", "decoder_attention", "fp8_attention", "int8_product", "launch", "weights")  # modules that ask for the card
+# modules that ask for the card
+CARDS = ("convolution", "decoder_attention", "fp8_attention", "int8_product", "launch", "weights")
 NEAR = 1.0  # of 255, in the mean: how far a picture may be from that of `exact`
 
 

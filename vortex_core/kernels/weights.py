@@ -63,10 +63,11 @@ def _launch(
     known, dtype = card(out.device), out.dtype if what == "values" else torch.bfloat16
     down, across = -(-n // ROWS), -(-k // COLUMNS)
     steps = _steps(down, across, AT_ONCE * known.processors)
+    early = known.early and out.dtype.itemsize == 1  # never what finds row scales: see weights.cu
     launch(
         "weights", (-(-across // steps), down), THREADS, out.device, dtype,
         _aligned(packed), absmax, row_scale, out, *factors, ranks, n, k, steps, int(rotation.block(k) == COLUMNS), unit,
-        module=f"{kind}_{what}", early=known.early and out.dtype.itemsize == 1,  # never what finds row scales: see weights.cu
+        module=f"{kind}_{what}", early=early,
         shared=min(ranks // LEAST, HELD) * LEFT_BYTES,
     )  # fmt: skip
 
