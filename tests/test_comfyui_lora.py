@@ -1,8 +1,14 @@
-"""Vortex LoRA inside a real ComfyUI: what runs again when, what is refused, and that pictures have the LoRAs."""
+"""Vortex LoRA inside a real ComfyUI: what runs again when, what is refused, and that pictures have the LoRAs.
+
+And its own Flux with our weights, its own LoRA loader and sampler as an oracle: the same latents.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +18,15 @@ import comfy_host
 import numpy as np
 import pytest
 import tiny_loras
+import torch
 from comfy_host import Host, NodeError
+from engine_parts import painter_of
+from oracle import decoded
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from vortex_core import load_flux_schnell
+from vortex_core import Engine, load_flux_schnell
+from vortex_core.checkpoint.bundle import TINY
 from workflows import TINY_SIDE
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.slow, pytest.mark.allow_hosts(["127.0.0.1", "::1"])]
@@ -146,3 +158,93 @@ def test_the_log_is_clean(host: Host) -> None:
     log = host.log()
     assert "KeyError" not in log
     assert "AttributeError" not in log
+
+
+# ---------------------------------------------------------------- the host's own loader, Flux and sampler as an oracle
+
+OUTLINES = "tiny-outlines-lora.safetensors"
+SEED = 1  # both draw their own noise
+ROUNDING = 2e-5  # found: 4e-6 of what the LoRAs change, 6e-7 without
+CHAINS: dict[str, list[tuple[str, float]]] = {
+    "none": [],
+    "BFL": [("bfl.safetensors", 0.75)],
+    "kohya": [("kohya.safetensors", 0.75)],
+    "diffusers": [("diffusers.safetensors", -0.5)],
+    "bundled": [(OUTLINES, 1.0)],
+    "two": [("kohya.safetensors", 0.75), ("diffusers.safetensors", -0.5)],
+    "bundled and another": [(OUTLINES, -1.0), ("bfl.safetensors", 1.25)],
+}
+
+
+def factors(key: str, weight: Tensor, ends: tuple[str, str], alpha: float | None = None) -> dict[str, Tensor]:
+    """An update of rank 4 that is about a tenth as large as the weight."""
+    dice, rank = torch.Generator().manual_seed(sum(key.encode())), 4
+    size = 0.1 * float(weight.std()) / rank**0.5 * (1 if alpha is None else rank / alpha)
+    up, down = (torch.randn(shape, generator=dice) for shape in ((len(weight), rank), (rank, weight.shape[1])))
+    state = {f"{key}.{ends[0]}.weight": size * up, f"{key}.{ends[1]}.weight": down}
+    return state if alpha is None else state | {f"{key}.alpha": torch.tensor(alpha)}
+
+
+def write_loras(folder: Path, fused: dict[str, Tensor]) -> None:
+    """Files that change every linear, modulation too: `fused` weights by BFL's names, and each one of diffusers'."""
+    bfl = {name.removesuffix(".weight"): weight for name, weight in fused.items() if weight.ndim == 2}
+    split = load_file(next((TINY / "transformer").glob("*.safetensors")))
+    theirs = {name.removesuffix(".weight"): weight.float() for name, weight in split.items() if weight.ndim == 2}
+    peft, kohya = ("lora_B", "lora_A"), ("lora_up", "lora_down")
+    flat = {f"lora_unet_{name.replace('.', '_')}": weight for name, weight in bfl.items()}
+    for file, weights, ends, alpha in (
+        ("bfl", {f"diffusion_model.{name}": weight for name, weight in bfl.items()}, peft, None),
+        ("kohya", flat, kohya, 2.0),
+        ("diffusers", {f"transformer.{name}": weight for name, weight in theirs.items()}, peft, None),
+    ):
+        tensors = [factors(name, weight, ends, alpha) for name, weight in weights.items()]
+        save_file({key: tensor for each in tensors for key, tensor in each.items()}, folder / f"{file}.safetensors")
+    (folder / OUTLINES).write_bytes((TINY.parent / OUTLINES).read_bytes())
+
+
+def clean_latents(engine: Engine, folder: Path, inputs: dict[str, Tensor], chain: list[tuple[str, float]]) -> Tensor:
+    kept: list[Tensor] = []
+    engine.set_loras([(folder / file, strength) for file, strength in chain])
+    engine.generate(
+        engine.condition(inputs["txt"], inputs["pooled"]), seed=SEED, width=TINY_SIDE, height=TINY_SIDE,
+        on_step=lambda i, n, clean: kept.append(clean.clone()),
+    )  # fmt: skip
+    return kept[-1]
+
+
+@pytest.mark.parametrize("tree", comfy_host.trees(), ids=lambda tree: tree.name)
+def test_the_hosts_own_loader_and_flux_draw_the_same_latents(tree: Path, tmp_path: Path) -> None:
+    dice = torch.Generator().manual_seed(0)
+    with load_flux_schnell("tiny", device="cpu") as engine:
+        model, modulation = painter_of(engine).model, painter_of(engine).conditioner.modulation
+        weights = {
+            name: tensor.contiguous()
+            for part in (model.transformer, modulation)
+            for name, tensor in decoded(part).items()
+        }
+        inputs = {
+            "txt": torch.randn(1, 256, model.flux.context, generator=dice) / 4,
+            "pooled": torch.randn(1, model.flux.vec, generator=dice),
+            "empty": torch.zeros(1, 16, TINY_SIDE // 8, TINY_SIDE // 8),
+        }
+        save_file(weights, tmp_path / "weights.safetensors")
+        save_file(inputs, tmp_path / "inputs.safetensors")
+        write_loras(tmp_path, weights)
+        ours = {name: clean_latents(engine, tmp_path, inputs, chain) for name, chain in CHAINS.items()}
+    (tmp_path / "chains.json").write_text(json.dumps({"seed": SEED, "chains": CHAINS}))
+    ran = subprocess.run(
+        [comfy_host.python(tree), str(Path(__file__).with_name("latents_by_comfyui.py")), str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"},
+        timeout=300, capture_output=True, text=True,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert not [
+        line for line in ran.stderr.splitlines() if re.search("not loaded|unet (missing|unexpected)", line, re.I)
+    ]
+    theirs = load_file(tmp_path / "latents.safetensors")
+    plain = theirs.pop("none")
+    assert (ours["none"] - plain).norm() < ROUNDING * plain.norm()
+    for name, latents in theirs.items():
+        effect = (latents - plain).norm()
+        assert effect > 0.1 * plain.norm(), name
+        assert (ours[name] - latents).norm() < ROUNDING * effect, name

@@ -21,7 +21,7 @@
 #define ROTATED (WHAT == INT8 || WHAT == LARGEST_ROTATED)
 #define SEARCHED (WHAT == LARGEST || WHAT == LARGEST_ROTATED)
 #define HALVES (WHAT == FP8 || WHAT == INT8)  // arithmetic is in pairs of fp16: much finer than what is written
-#define PREFETCH (WHAT != VALUES)              // codes are read a turn ahead, where registers allow it
+#define PREFETCH (WHAT != VALUES)             // codes are read a turn ahead, where registers allow it
 #define REPLICAS 16                           // of the table of pairs: each lane of half a warp has its own bank
 
 // Blocks of a multiprocessor at once: as many as nothing spills for.
