@@ -21,8 +21,9 @@ import tiny_loras
 import torch
 from comfy_host import Host, NodeError
 from engine_parts import painter_of
+from lora_parts import KOHYA, PEFT, dotted, flat, save
 from oracle import decoded
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from vortex_core import Engine, load_flux_schnell
@@ -163,7 +164,7 @@ def test_the_log_is_clean(host: Host) -> None:
 # ---------------------------------------------------------------- the host's own loader, Flux and sampler as an oracle
 
 OUTLINES = "tiny-outlines-lora.safetensors"
-SEED = 1  # both draw their own noise
+SEED = 1  # of the noise that each of the two draws itself
 ROUNDING = 2e-5  # found: 4e-6 of what the LoRAs change, 6e-7 without
 CHAINS: dict[str, list[tuple[str, float]]] = {
     "none": [],
@@ -176,29 +177,28 @@ CHAINS: dict[str, list[tuple[str, float]]] = {
 }
 
 
-def factors(key: str, weight: Tensor, ends: tuple[str, str], alpha: float | None = None) -> dict[str, Tensor]:
+def factors(key: str, weight: Tensor, ends: tuple[str, str], alpha: float | None) -> dict[str, Tensor]:
     """An update of rank 4 that is about a tenth as large as the weight."""
     dice, rank = torch.Generator().manual_seed(sum(key.encode())), 4
-    size = 0.1 * float(weight.std()) / rank**0.5 * (1 if alpha is None else rank / alpha)
+    size = 0.1 * weight.float().std() / rank**0.5 * (1 if alpha is None else rank / alpha)
     up, down = (torch.randn(shape, generator=dice) for shape in ((len(weight), rank), (rank, weight.shape[1])))
-    state = {f"{key}.{ends[0]}.weight": size * up, f"{key}.{ends[1]}.weight": down}
+    state = {key + ends[0]: size * up, key + ends[1]: down}
     return state if alpha is None else state | {f"{key}.alpha": torch.tensor(alpha)}
 
 
 def write_loras(folder: Path, fused: dict[str, Tensor]) -> None:
-    """Files that change every linear, modulation too: `fused` weights by BFL's names, and each one of diffusers'."""
-    bfl = {name.removesuffix(".weight"): weight for name, weight in fused.items() if weight.ndim == 2}
+    """Files that change every linear, modulation too: of the `fused` weights, and of each that diffusers has."""
     split = load_file(next((TINY / "transformer").glob("*.safetensors")))
-    theirs = {name.removesuffix(".weight"): weight.float() for name, weight in split.items() if weight.ndim == 2}
-    peft, kohya = ("lora_B", "lora_A"), ("lora_up", "lora_down")
-    flat = {f"lora_unet_{name.replace('.', '_')}": weight for name, weight in bfl.items()}
-    for file, weights, ends, alpha in (
-        ("bfl", {f"diffusion_model.{name}": weight for name, weight in bfl.items()}, peft, None),
-        ("kohya", flat, kohya, 2.0),
-        ("diffusers", {f"transformer.{name}": weight for name, weight in theirs.items()}, peft, None),
+    for file, weights, naming, ends, alpha in (
+        ("bfl", fused, dotted("diffusion_model."), PEFT, None),
+        ("kohya", fused, flat("lora_unet_"), KOHYA, 2.0),
+        ("diffusers", split, dotted("transformer."), PEFT, None),
     ):
-        tensors = [factors(name, weight, ends, alpha) for name, weight in weights.items()]
-        save_file({key: tensor for each in tensors for key, tensor in each.items()}, folder / f"{file}.safetensors")
+        state: dict[str, Tensor] = {}
+        for name, weight in weights.items():
+            if weight.ndim == 2:
+                state |= factors(naming(name.removesuffix(".weight")), weight, ends, alpha)
+        save(folder / f"{file}.safetensors", state)
     (folder / OUTLINES).write_bytes((TINY.parent / OUTLINES).read_bytes())
 
 
@@ -217,18 +217,14 @@ def test_the_hosts_own_loader_and_flux_draw_the_same_latents(tree: Path, tmp_pat
     dice = torch.Generator().manual_seed(0)
     with load_flux_schnell("tiny", device="cpu") as engine:
         model, modulation = painter_of(engine).model, painter_of(engine).conditioner.modulation
-        weights = {
-            name: tensor.contiguous()
-            for part in (model.transformer, modulation)
-            for name, tensor in decoded(part).items()
-        }
+        weights = decoded(model.transformer) | decoded(modulation)
         inputs = {
             "txt": torch.randn(1, 256, model.flux.context, generator=dice) / 4,
             "pooled": torch.randn(1, model.flux.vec, generator=dice),
             "empty": torch.zeros(1, 16, TINY_SIDE // 8, TINY_SIDE // 8),
         }
-        save_file(weights, tmp_path / "weights.safetensors")
-        save_file(inputs, tmp_path / "inputs.safetensors")
+        save(tmp_path / "weights.safetensors", weights)
+        save(tmp_path / "inputs.safetensors", inputs)
         write_loras(tmp_path, weights)
         ours = {name: clean_latents(engine, tmp_path, inputs, chain) for name, chain in CHAINS.items()}
     (tmp_path / "chains.json").write_text(json.dumps({"seed": SEED, "chains": CHAINS}))
@@ -238,9 +234,7 @@ def test_the_hosts_own_loader_and_flux_draw_the_same_latents(tree: Path, tmp_pat
         timeout=300, capture_output=True, text=True,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
-    assert not [
-        line for line in ran.stderr.splitlines() if re.search("not loaded|unet (missing|unexpected)", line, re.I)
-    ]
+    assert not re.search("not loaded|unet (missing|unexpected)", ran.stderr, re.I), ran.stderr
     theirs = load_file(tmp_path / "latents.safetensors")
     plain = theirs.pop("none")
     assert (ours["none"] - plain).norm() < ROUNDING * plain.norm()
