@@ -88,7 +88,7 @@ def test_after_an_error_half_way_everything_can_be_set_again(
         return  # there are no scales to find
     wanted = MemoryPressureError if error is OUT_OF_MEMORY else type(error)
     with pytest.raises(wanted):
-        use(engine, (two, 1.0))
+        use(engine, (two, 1.0), (step_lora(3, rank=40), 0.5))
     mend()
     assert torch.equal(drawn(engine), expected)  # the engine's own, which are set again
     use(engine)

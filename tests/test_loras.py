@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from vortex_core.memory.planner import BLOCKS, smallest_budget
 from vortex_core.nf4 import NF4Weight, dequantize
 from vortex_core.quant.adapters import Full, LoraFile, LoraPart, LowRank, LowRankInput, Magnitude, NormChange
 from vortex_core.quant.linear import NF4Linear
-from vortex_core.quant.low_rank import adapter_of, bucket, scale_of
+from vortex_core.quant.low_rank import adapter_of, bucket, extent, largest, owners
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -175,11 +176,11 @@ def test_time_and_modulation_change_what_a_prompt_becomes(bare: Engine) -> None:
 
 def test_text_encoders_change_what_a_prompt_becomes(bare: Engine) -> None:
     before = bare.encode(PROMPT)
-    names = painter_of(bare).loras._modules("t5")
+    names = painter_of(bare).loras._modules["t5"]
     name = next(name for name, module in names.items() if isinstance(module, NF4Linear))
     n, k = names[name].shape
     t5 = lora("t.safetensors", t5=LoraPart(updates={name: (low((0, n), k),)}))
-    linears = painter_of(bare).loras._modules("clip")
+    linears = painter_of(bare).loras._modules["clip"]
     name, linear = next((name, module) for name, module in linears.items() if isinstance(module, nn.Linear))
     clip = lora("c.safetensors", clip=LoraPart(updates={name: (low((0, linear.out_features), linear.in_features),)}))
     use(bare, (t5, 1.0))
@@ -301,7 +302,7 @@ def test_ranks_lie_in_buckets_side_by_side() -> None:
     for dtype, near in ((torch.float32, 1e-6), (torch.float16, 2e-3)):
         updates = [[one], [two, low((128, 192), 128, 3)]]
         adapter = adapter_of(updates, (192, 128), torch.device("cpu"), dtype)
-        adapter.scale.copy_(scale_of(updates, 192, (1.0, 1.0)))
+        adapter.scale.copy_(torch.tensor([1.0, 1.0, 0.0])[owners(updates, 192)].view(extent(updates, 192)))
         assert adapter.up.shape == (192, 16)
         assert adapter.down.shape == (3, 16, 128)
         for update in (one, two):
@@ -310,3 +311,53 @@ def test_ranks_lie_in_buckets_side_by_side() -> None:
             assert (adapter.rows(rows.start, rows.stop) - expected).norm() < near * expected.norm()
     with pytest.raises(VortexCheckpointError, match="begins at row 10 of"):
         adapter_of([[low((10, 64), 128)]], (192, 128), torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_largest_magnitude_is_exact_and_shows_what_is_not_finite(dtype: torch.dtype) -> None:
+    values = torch.randn(5, 70).to(dtype)
+    for tensor in (values, values.abs(), -values.abs(), values * 0, -values * 0, values.T, values[1:, ::3]):
+        assert largest(tensor) == float(tensor.abs().max())
+    assert largest(values[:0]) == 0
+    assert math.isfinite(largest(torch.full((3,), torch.finfo(dtype).min, dtype=dtype)))
+    for bad in (math.nan, -math.nan, math.inf, -math.inf):
+        values[3, 4] = bad
+        assert not math.isfinite(largest(values))
+
+
+def test_what_no_lora_changes_is_not_written(bare: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    loras = painter_of(bare).loras
+    one, two = step_lora(), modulation_lora()
+    use(bare, (one, 0.5), (two, 0.5))
+    assert {place[1:] for place in loras._originals} == {
+        ("img_in", "weight"),
+        ("time_in.in_layer", "weight"),
+        ("final_layer.linear", "weight"),
+        (WIDE, "bias"),
+        ("txt_in", "bias"),
+        ("double_blocks.0.img_attn.norm.query_norm", "scale"),
+        ("single_blocks.0.norm.key_norm", "scale"),
+    }
+    monkeypatch.setattr(type(painter_of(bare).model), "measure", lambda model: pytest.fail("nothing has moved"))
+    use(bare, (one, 0.7), (two, 0.5))
+    use(bare, (step_lora(1), 0.7), (modulation_lora(), 0.5))
+    monkeypatch.undo()
+    use(bare, (two, 0.5))
+    assert [place[1:] for place in loras._originals] == [("time_in.in_layer", "weight")]
+    use(bare)
+    assert not loras._originals
+
+
+def test_another_strength_finds_scales_of_what_is_changed_alone(
+    tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = lora(transformer=LoraPart(updates={QKV: (low((0, 768), 256),)}))
+    two = lora(transformer=LoraPart(updates={NARROW: (low((0, 256), 1024),)}))
+    with load_flux_schnell(tiny_dir, device="cpu", mode="fp8", vram_budget=2) as engine:
+        names = {linear: name for name, linear in painter_of(engine).model.transformer.named_modules()}
+        found, rescale = [], NF4Linear.rescale
+        monkeypatch.setattr(NF4Linear, "rescale", lambda self: (found.append(names[self]), rescale(self))[1])
+        for chosen, expected in ((((one, 0.5),), [QKV]), (((one, 0.7),), [QKV]), (((two, 1.0),), [QKV, NARROW])):
+            found.clear()
+            use(engine, *chosen)
+            assert found == expected

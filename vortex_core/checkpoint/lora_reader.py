@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from torch import Tensor
 
 from ..flux1.spec import ModelSpec
 from ..quant.adapters import LoraFile, LoraPart, LowRank, Magnitude, NormChange
+from ..quant.low_rank import largest
 from ..storage.files import Raw
 from ..storage.finite_weights import Finite
 from .lora_factors import bias_of, dense, flat, low_rank, low_rank_input, rank_of_alpha, rotation, swapped
@@ -20,6 +24,8 @@ from .lora_header import LoraHeader, open_lora
 from .lora_kinds import kind_of
 from .lora_layers import DENSE, INPUT, LOW, NORM, TURN, Layer, axis, trimmed
 
+LARGE = 2**28  # bytes of a file that several threads read; those of smaller tensors would wait for each other
+THREADS = 4
 SCALED = ("LoRA", "LoHa", "LoKr", "GLoRA")
 EIGHT = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -36,8 +42,10 @@ def read(header: LoraHeader) -> LoraFile:
     """The tensors of an opened LoRA."""
     parts: dict[str, _Parts] = defaultdict(_Parts)
     reader = _Reader(header)
-    for one in header.layers:
-        reader.add(one, parts[one.place.part])
+    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+        every = (pool.map if header.nbytes > LARGE else map)(reader.read, header.layers)
+        for one, tensors in zip(header.layers, every, strict=True):
+            reader.add(one, tensors, parts[one.place.part])
     return LoraFile(
         path=header.where,
         kind=kind_of(header),
@@ -99,9 +107,12 @@ class _Reader:
         self._alphas = header.alphas
         self._finite = Finite(header.where)
 
-    def add(self, one: Layer, parts: _Parts) -> None:
-        """Read `one`, and put what it changes into `parts`."""
-        tensors = {role: self._read(key) for role, key in one.keys.items()}
+    def read(self, one: Layer) -> dict[str, Tensor]:
+        """The tensors of `one` by role. Any thread may read."""
+        return {role: self._read(key) for role, key in one.keys.items()}
+
+    def add(self, one: Layer, tensors: dict[str, Tensor], parts: _Parts) -> None:
+        """Put what `one` changes into `parts`."""
         module = one.place.module
         scale = self._scale(one, tensors)
         if one.form == LOW:
@@ -129,7 +140,9 @@ class _Reader:
             tensor = tensor.bfloat16()  # which holds them exactly
         elif tensor.dtype == torch.float64 or not tensor.is_floating_point():
             tensor = tensor.float()
-        return flat(self._finite.watch(key, tensor))
+        if not isfinite(largest(tensor)):
+            self._finite.watch(key, tensor)  # which says so
+        return flat(tensor)
 
     def _scale(self, one: Layer, tensors: dict[str, Tensor]) -> float:
         rank = rank_of_alpha(one, tensors)

@@ -2,13 +2,14 @@
 
 NF4 stays as it is: decoding adds a low-rank update (kernels/adapter.py). Factors are buffers of the linears, so they
 lie in the groups that the planner places, and stream with their block where there is no room. What is not NF4 (norms,
-biases, small linears, CLIP) is computed anew from an original that is kept in host memory.
+biases, small linears, CLIP) is computed anew from an original that is kept in host memory while it is changed.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from ..memory.offload import WeightGroup
 from ..nf4 import NF4Weight, dequantize
 from ..quant.adapters import LoraFile, LoraPart, LowRank, Magnitude
 from ..quant.linear import NF4Linear
-from ..quant.low_rank import adapter_of, scale_of
+from ..quant.low_rank import adapter_of, extent, owners
 from ..utils.timing import synchronize
 from .memory_manager import MemoryManager
 from .model import Model
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 
 MOST = 32  # files at once
 Chosen = tuple[tuple[LoraFile, float], ...]
+Plain = tuple[str, str, str]  # a tensor that is not NF4: its part, module and name
 Gains = dict[NF4Linear, tuple[Tensor, list[Tensor | None]]]  # DoRA's: absmax as it was, and gains less 1 of each file
 
 
@@ -41,7 +43,8 @@ class Loras:
         self._model, self._memory, self._device = model, memory, memory.device
         self._wanted: dict[NF4Linear, list[list[LowRank]]] = {}  # what each linear's factors are made of
         self._factor_type = torch.float32 if model.dtype == torch.float32 else torch.float16
-        self._originals: dict[tuple[str, str], Tensor] = {}  # by part, and name of a tensor; in host memory
+        self._owners = torch.zeros(0, dtype=torch.int64)  # of each rank of those, the file whose strength it has
+        self._originals: dict[Plain, Tensor] = {}  # in host memory
         self._gains: Gains = {}
         self._whole = True  # False while weights change: after an error then, nothing is known of them
 
@@ -57,7 +60,8 @@ class Loras:
         files, before = ([id(file) for file, _ in which] for which in (chosen, self.chosen))
         if files == before and [strength for _, strength in chosen] == [strength for _, strength in self.chosen]:
             return
-        self._check(chosen)
+        if files != before:
+            self._check(chosen)
         synchronize(self._device)  # blocks may still be copied from host memory, for the picture before
         self._memory.pack()
         scaled = self._model.precision.scaled
@@ -66,11 +70,12 @@ class Loras:
         gains: Gains = {}
         wanted = self._wanted if files == before else self._updates(chosen, gains)
         changed = [] if files == before else self._resize(wanted)
+        touched = {*self._wanted, *wanted, *self._gains, *gains}
         self._whole = False
         try:
             if files != before:
                 self._attach(wanted, changed, gains)
-            self._write(chosen)
+            self._write(chosen, touched)
         except BaseException:
             self._fall_back()
             raise
@@ -81,7 +86,7 @@ class Loras:
     def _check(self, chosen: Chosen) -> None:
         if len(chosen) > MOST:
             raise VortexInputError(f"{len(chosen)} LoRAs are too many at once; {MOST} are the most.")
-        linears = [linear for group in self._model.groups for linear in _linears(group)]
+        linears = [linear for group in self._model.groups for linear in self._linears[group]]
         if chosen and not linears:
             raise VortexInputError("LoRAs are added to NF4 weights, and these are in 16 bits.")
         declined = weights_declined(self._device) if any(linear.backend.eight for linear in linears) else None
@@ -96,7 +101,7 @@ class Loras:
                 more = f", and {len(file.refused) - 1} more" if len(file.refused) > 1 else ""
                 raise VortexCheckpointError(f"{file.path} cannot be used: {key}: {why}{more}.", path=file.path)
             for part, what in file.parts.items():
-                known = self._modules(part)
+                known = self._modules.get(part, {})
                 strange = sorted(name for name in _names(what) if name not in known)
                 if strange:
                     raise VortexCheckpointError(f"{file.path} changes {strange[0]}, which this model does not have.")
@@ -108,10 +113,21 @@ class Loras:
                         "update, and cannot be added to 4-bit weights."
                     )
 
-    def _modules(self, part: str) -> dict[str, nn.Module]:
-        """The modules of a part by canonical name."""
-        named = self._model.modules.get(part, [])
-        return {prefix + path: child for module, prefix in named for path, child in module.named_modules()}
+    @cached_property
+    def _modules(self) -> dict[str, dict[str, nn.Module]]:
+        """The modules of each part by canonical name."""
+        return {
+            part: {prefix + path: child for module, prefix in named for path, child in module.named_modules()}
+            for part, named in self._model.modules.items()
+        }
+
+    @cached_property
+    def _linears(self) -> dict[WeightGroup, list[NF4Linear]]:
+        """The NF4 linears of each group."""
+        return {
+            group: [part for module in group.modules for part in module.modules() if isinstance(part, NF4Linear)]
+            for group in self._model.groups
+        }
 
     # --- factors --------------------------------------------------------------------------------------------------
 
@@ -122,6 +138,9 @@ class Loras:
         for linear, (absmax, _) in self._gains.items():
             linear.absmax.copy_(absmax)
         self._gains, self._wanted = gains, wanted
+        self._owners = torch.tensor(
+            [file for linear, updates in wanted.items() for file in owners(updates, linear.shape[0])], dtype=torch.int64
+        )
         for group in self._model.groups:
             self._fill(group, wanted, anew=group in changed)
 
@@ -129,7 +148,7 @@ class Loras:
         """The updates of each linear that has any, by file, in host memory. DoRA's gains go to `gains`."""
         found: dict[NF4Linear, list[list[LowRank]]] = {}
         for part in ("transformer", "t5"):
-            for name, linear in self._modules(part).items():
+            for name, linear in self._modules[part].items():
                 if isinstance(linear, NF4Linear):
                     updates = [
                         self._of_file(file.parts.get(part), name, linear, i, gains)
@@ -140,7 +159,7 @@ class Loras:
         return found
 
     def _of_file(self, what: LoraPart | None, name: str, linear: NF4Linear, file: int, gains: Gains) -> list[LowRank]:
-        if what is None or name not in what.modules():
+        if what is None:
             return []
         updates = list(what.updates.get(name, ()))
         if name in what.inputs or name in what.row_scales:
@@ -155,28 +174,35 @@ class Loras:
 
     def _resize(self, wanted: Mapping[NF4Linear, list[list[LowRank]]]) -> list[WeightGroup]:
         """Plan for the new factors, before any is made; the groups whose layout changes."""
-        nowhere, changed = torch.device("meta"), []
-        before = {linear: linear.adapter for group in self._model.groups for linear in _linears(group)}
-        for group in self._model.groups:
-            for linear in _linears(group):
-                linear.adapt(self._made(linear, wanted[linear], nowhere) if linear in wanted else None)
-            if any(_shapes(linear.adapter) != _shapes(before[linear]) for linear in _linears(group)):
-                changed.append(group)
+        changed = [
+            group
+            for group, linears in self._linears.items()
+            if any(
+                _extent(linear) != (extent(wanted[linear], linear.shape[0]) if linear in wanted else None)
+                for linear in linears
+            )
+        ]
+        if not changed:
+            return []
+        nowhere = torch.device("meta")
+        before = {linear: linear.adapter for group in changed for linear in self._linears[group]}
+        for linear in before:
+            linear.adapt(self._made(linear, wanted[linear], nowhere) if linear in wanted else None)
         sizes = self._model.measure()
         for linear, adapter in before.items():
             linear.adapt(adapter)
-        self._model.measure()
-        if changed:
-            self._memory.resize(sizes)
+        for group in changed:
+            group.measure()
+        self._memory.resize(sizes)
         return changed
 
     def _fill(self, group: WeightGroup, wanted: Mapping[NF4Linear, list[list[LowRank]]], *, anew: bool) -> None:
-        for linear in _linears(group):
+        for linear in self._linears[group]:
             made = self._made(linear, wanted[linear], self._device) if linear in wanted else None
             kept = linear.adapter
-            if anew or made is None or kept is None:
+            if anew:
                 linear.adapt(made)
-            else:
+            elif made is not None and kept is not None:
                 for place, factor in zip(kept, made, strict=True):
                     place.copy_(factor)
         if anew:
@@ -188,14 +214,14 @@ class Loras:
         for linear, (absmax, _) in self._gains.items():
             linear.absmax.copy_(absmax)
         self.chosen, self.at_prompt_time, self._wanted, self._gains = (), (), {}, {}
+        self._owners = self._owners[:0]
         for group in self._model.groups:
-            linears = list(_linears(group))
-            for linear in linears:
+            for linear in self._linears[group]:
                 linear.adapt(None)
-            if linears:  # each: it is not known how far they got
+            if self._linears[group]:  # each: it is not known how far they got
                 self._memory.placement.relayout([group])
         self._memory.resize(self._model.measure())
-        self._write(())
+        self._write((), {linear for linears in self._linears.values() for linear in linears})
         self._whole = True
 
     def _made(self, linear: NF4Linear, updates: Sequence[Sequence[LowRank]], device: torch.device) -> Adapter:
@@ -204,8 +230,11 @@ class Loras:
 
     # --- what is written in place ---------------------------------------------------------------------------------
 
-    def _write(self, chosen: Chosen) -> None:
-        """What depends on strengths: of ranks, gains, biases, norms, plain weights; in 8 bits the scales of rows."""
+    def _write(self, chosen: Chosen, touched: set[NF4Linear]) -> None:
+        """What depends on strengths: of ranks, gains, biases, norms, plain weights; in 8 bits the scales of rows.
+
+        `touched`: the NF4 linears that are or were changed.
+        """
         strengths = [strength for _, strength in chosen]
         self._write_scales(strengths)
         for linear, (absmax, gains) in self._gains.items():
@@ -213,47 +242,40 @@ class Loras:
             for strength, gain in zip(strengths, gains, strict=False):
                 rows = rows if gain is None else rows + strength * gain
             linear.absmax.copy_(absmax * rows[:, None])
-        for part in ("transformer", "t5", "clip"):
-            changes = [(what, strength, _names(what)) for file, strength in chosen if (what := file.parts.get(part))]
-            for name, module in self._modules(part).items():
-                touches = [(what, strength) for what, strength, names in changes if name in names]
-                self._write_plain((part, name), module, touches)
-        for group in self._model.groups:
-            scaled = [linear for linear in _linears(group) if linear.row_scale is not None]
+        self._write_plain(chosen)
+        for group, linears in self._linears.items():
+            scaled = [linear for linear in linears if linear.row_scale is not None and linear in touched]
             if scaled:
                 with group.visiting(self._device):
                     for linear in scaled:
                         linear.rescale()
 
     def _write_scales(self, strengths: Sequence[float]) -> None:
-        """All in one copy to the card, since there are hundreds of them; those that lie in host memory one by one."""
-        there, values = [], []
-        for linear, updates in self._wanted.items():
-            assert linear.scale is not None
-            scale = scale_of(updates, linear.shape[0], strengths)
-            if linear.scale.device.type == "cpu":
-                linear.scale.copy_(scale)
-            else:
-                there.append(linear.scale)
-                values.append(scale.flatten())
-        if there:
-            whole = torch.cat(values).to(self._device)
-            parts = whole.split([len(value) for value in values])
-            torch._foreach_copy_(there, [part.view_as(scale) for part, scale in zip(parts, there, strict=True)])
+        """All in one copy to the card, since there are hundreds of them."""
+        values = torch.tensor([*strengths, 0.0])[self._owners]
+        scales = [linear.scale for linear in self._wanted if linear.scale is not None]
+        for device in {scale.device for scale in scales}:
+            parts = values.to(device).split([scale.numel() for scale in scales])
+            here = [(scale, part) for scale, part in zip(scales, parts, strict=True) if scale.device == device]
+            torch._foreach_copy_([scale for scale, _ in here], [part.view_as(scale) for scale, part in here])
 
-    def _write_plain(
-        self, place: tuple[str, str], module: nn.Module, touches: Sequence[tuple[LoraPart, float]]
-    ) -> None:
-        part, name = place
-        for kind, parameter in module.named_parameters(recurse=False):
-            key = (part, f"{name}.{kind}")
-            if not touches and key not in self._originals:
-                continue
-            original = self._originals.setdefault(key, parameter.detach().cpu().clone())
+    def _write_plain(self, chosen: Chosen) -> None:
+        changes: dict[Plain, list[tuple[LoraPart, float]]] = {place: [] for place in self._originals}
+        for file, strength in chosen:
+            for part, what in file.parts.items():
+                for name, kind in _tensors(what, self._modules[part]):
+                    changes.setdefault((part, name, kind), []).append((what, strength))
+        for (part, name, kind), several in changes.items():
+            parameter = getattr(self._modules[part][name], kind)
+            if (part, name, kind) not in self._originals:
+                self._originals[part, name, kind] = parameter.detach().to("cpu", copy=True)
+            original = self._originals[part, name, kind]
             value = original.float()
-            for what, strength in touches:
+            for what, strength in several:
                 value = value + strength * _delta(what, name, kind, original)
             parameter.copy_(value)
+            if not several:
+                del self._originals[part, name, kind]
 
 
 def _acts_early(file: LoraFile) -> bool:
@@ -284,23 +306,25 @@ def _with_gains(
     return gains - 1, [LowRank(one.rows, one.up.float() * gains[one.rows, None], one.down) for one in updates]
 
 
+def _tensors(what: LoraPart, modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, str]]:
+    """The tensors that are not NF4 and change: their modules and names."""
+    others = {*what.norms, *what.modules()}
+    for name in {*others, *what.biases}:
+        for kind, _ in modules[name].named_parameters(recurse=False):
+            if name in (what.biases if kind == "bias" else others):
+                yield name, kind
+
+
 def _delta(what: LoraPart, name: str, kind: str, original: Tensor) -> Tensor:
-    if kind == "bias" and name in what.biases:
+    if kind == "bias":
         return what.biases[name].float()
-    if kind != "bias" and name in what.norms:
-        return what.norms[name].delta(original)
-    if kind == "weight" and name in what.modules():
-        return what.delta(name, original)
-    return torch.zeros_like(original, dtype=torch.float32)
+    return what.norms[name].delta(original) if name in what.norms else what.delta(name, original)
 
 
 def _names(what: LoraPart) -> set[str]:
     return {*what.modules(), *what.biases, *what.norms}
 
 
-def _linears(group: WeightGroup) -> Iterator[NF4Linear]:
-    return (part for module in group.modules for part in module.modules() if isinstance(part, NF4Linear))
-
-
-def _shapes(adapter: Adapter | None) -> tuple[torch.Size, ...]:
-    return () if adapter is None else tuple(factor.shape for factor in adapter)
+def _extent(linear: NF4Linear) -> tuple[int, ...] | None:
+    """As `low_rank.extent`, of the adapter that it has."""
+    return None if linear.scale is None else tuple(linear.scale.shape)
