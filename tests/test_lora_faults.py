@@ -11,11 +11,13 @@ import torch
 from engine_parts import painter_of
 from test_loras import NARROW, QKV, WIDE, drawn, lora, low, step_lora, use
 
-from vortex_core import Engine, MemoryPressureError, load_flux_schnell
+from vortex_core import Engine, MemoryPressureError, VortexInputError, load_flux_schnell
 from vortex_core.checkpoint.bundle import TINY
 from vortex_core.memory.offload import WeightGroup
 from vortex_core.memory.planner import smallest_budget
 from vortex_core.quant.adapters import LoraFile, LoraPart, Magnitude
+from vortex_core.quant.backends import ReferenceBackend
+from vortex_core.runtime import loras
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -95,6 +97,16 @@ def test_after_an_error_half_way_everything_can_be_set_again(
     assert torch.equal(drawn(engine), plain)
     engine.limit(least(engine))
     assert torch.equal(drawn(engine), plain)  # and all groups can stream
+
+
+def test_where_no_kernel_can_add_it_a_lora_is_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loras, "weights_declined", lambda device: "NVRTC does not load (no such file)")
+    use(engine, (step_lora(), 1.0))  # this backend has none, and adds it by torch
+    use(engine)
+    monkeypatch.setattr(ReferenceBackend, "eight", True)
+    with pytest.raises(VortexInputError, match=r"NVRTC does not load \(no such file\)\. Update torch"):
+        use(engine, (step_lora(), 1.0))
+    use(engine)
 
 
 def test_memory_that_runs_out_once_is_tried_again(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,8 +92,8 @@ class Loras:
         declined = weights_declined(self._device) if any(linear.backend.eight for linear in linears) else None
         if chosen and declined is not None:
             raise VortexInputError(
-                f"The kernels that add LoRAs do not run here: {declined}. Update torch and the NVIDIA driver, or load "
-                "the model with backend='bitsandbytes'."
+                f"The kernels that add LoRAs do not run here: {declined}. Update torch and the NVIDIA driver, or draw "
+                "without LoRAs."
             )
         for file, _ in chosen:
             if file.refused:
