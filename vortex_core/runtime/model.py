@@ -86,8 +86,7 @@ class Model:
         self.sizes = self.measure()
         self.scratch = self._scratch()
         # to dequantize; cudaMallocAsync leaves up to 0.17 GB between the small tensors that are allocated (H200)
-        allocates = backend is not None and not (fused and dtype != torch.float32)
-        self._plain = backend.allocates(dtype) if backend is not None and allocates else 0
+        self._plain = 0 if backend is None or (fused and dtype != torch.float32) else backend.allocates(dtype)
         self.allocates = self._plain if fused else kernels.step_bytes(self.flux.hidden) + self._plain
         self._slack = SLACK + 5 * POOL if self.allocates else SLACK
         self._known: dict[tuple[int, ...], MemoryRequirements] = {}

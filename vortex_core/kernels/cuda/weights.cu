@@ -137,7 +137,7 @@ struct Task {
     const unsigned short *up;
     const uint4 *down;
     const float *scale;
-    unsigned ranks, rows, columns;
+    unsigned ranks, rows;
     float times;  // of row scales, for int8
 };
 
@@ -396,7 +396,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) weights(
 {
     const unsigned blocks = columns / BLOCK, warp = threadIdx.x / 32, lane = threadIdx.x % 32, t = lane % 4;
     const Task task = {(const unsigned char *)packed, absmax, row_scale, (const unsigned short *)up, (const uint4 *)down,
-                       scale, ranks, rows, columns, WHAT == INT8 ? unit : 1};
+                       scale, ranks, rows, WHAT == INT8 ? unit : 1};
     const unsigned first = (blockIdx.y * WARPS + warp) * ROWS;
     __shared__ uint4 table_of_levels[HALVES ? 256 * REPLICAS / 4 : 4];
     Level *levels = (Level *)table_of_levels;
