@@ -66,7 +66,7 @@ def untouched(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
         ({"batch_size": 10**12}, "batch_size must be a whole number from 1 to 1024, not 1000000000000"),
         ({"deadline": np.array([1.0, 2.0])}, "deadline is a number"),
         ({"on_step": 5}, "on_step must be a function, not 5"),
-        ({"negative_prompt": np.array(["a", "b"])}, "negative_prompt is a text"),
+        ({"negative_prompt": np.array(["a", "b"])}, "The prompt must be a text"),
     ],
 )
 def test_bad_input_is_refused_before_any_work(untouched: Engine, arguments: dict[str, object], sentence: str) -> None:
@@ -104,16 +104,22 @@ def test_a_budget_is_a_finite_number_above_0(engine: Engine, budget: object) -> 
 
 def test_what_is_no_conditioning_of_this_engine_is_refused(untouched: Engine, engine: Engine) -> None:
     spec, nan = painter_of(engine).model.flux, float("nan")
-    txt, table = torch.zeros(1, 4, spec.context), torch.zeros(2, spec.modulation_rows, spec.hidden)
+    txt, pooled = torch.zeros(1, 4, spec.context), torch.zeros(1, spec.vec)
+    table, levels = torch.zeros(2, spec.modulation_rows, spec.hidden), (1.0, 0.5)
     for given, sentence in (
-        ((txt.numpy(), table), "txt must be .* a tensor, not"),
-        ((txt[0], table), "txt must be"),
-        ((txt, table.long()), "modulation must be .* not torch.int64"),
-        ((txt.to("meta"), table), "on meta"),
-        ((txt, table * nan), "modulation of the Conditioning is not finite"),
-        ((txt[..., :64], table), "of another model"),
-        ((txt, table[:, 1:]), "of another model"),
-        ((txt.bfloat16(), table), "of another dtype"),
+        ((txt.numpy(), pooled, levels, table), "txt must be .* a tensor, not"),
+        ((txt[0], pooled, levels, table), "txt must be"),
+        ((txt, pooled[0], levels, table), "pooled must be"),
+        ((txt, pooled, levels, table.long()), "modulation must be .* not torch.int64"),
+        ((txt, pooled, levels, table[:1]), "modulation must be"),
+        ((txt, pooled, (1.0, 1.5), table), "sigmas must be a sequence of numbers from 0 to 1"),
+        ((txt, pooled, (), table[:0]), "sigmas must be"),
+        ((txt.to("meta"), pooled, levels, table), "on meta"),
+        ((txt, pooled, levels, table * nan), "modulation of the Conditioning is not finite"),
+        ((txt[..., :64], pooled, levels, table), "of another model"),
+        ((txt, pooled[:, 1:], levels, table), "of another model"),
+        ((txt, pooled, levels, table[:, 1:]), "of another model"),
+        ((txt.bfloat16(), pooled, levels, table), "of another dtype"),
     ):
         with pytest.raises(VortexError, match=sentence) as refusal:
             untouched.generate(Conditioning(*given), seed=1, steps=2, **SMALL)

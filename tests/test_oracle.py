@@ -11,6 +11,7 @@ from oracle import diffusers_pipeline, diffusers_transformer, diffusers_vae
 from vortex_core import Engine, load_flux_schnell
 from vortex_core.flux1 import sampling
 from vortex_core.flux1.sampling import rope_of
+from vortex_core.flux1.schedule import timesteps
 from vortex_core.flux1.vae import decode
 
 PROMPT = "a small green star above a large yellow ring"
@@ -31,7 +32,7 @@ def test_transformer_agrees_with_diffusers(engine: Engine, tiny_dir: Path, size:
     img = torch.randn(2, height // 16 * width // 16, 64, generator=draw)
     txt = torch.randn(1, 256, spec.context, generator=draw)
     pooled = torch.randn(1, spec.vec, generator=draw)
-    conditioning = painter_of(engine).conditioner.from_embeddings(txt, pooled, steps=4)
+    conditioning = painter_of(engine).conditioner.from_embeddings(txt, pooled, timesteps(4)[:-1])
     ids = sampling.positions(height, width, 256)
     for i, t in enumerate((1.0, 0.75, 0.5, 0.25)):
         expected = theirs(
@@ -54,7 +55,7 @@ def test_transformer_agrees_with_diffusers(engine: Engine, tiny_dir: Path, size:
 @torch.inference_mode()
 def test_text_encoders_agree_with_transformers(engine: Engine, pipeline: FluxPipeline) -> None:
     txt, pooled, _ = pipeline.encode_prompt(PROMPT, None, max_sequence_length=256)
-    conditioning = painter_of(engine).conditioner.from_embeddings(txt, pooled, steps=4)
+    conditioning = painter_of(engine).conditioner.from_embeddings(txt, pooled, timesteps(4)[:-1])
     ours = engine.encode(PROMPT)
     torch.testing.assert_close(ours.txt, txt, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(ours.modulation, conditioning.modulation, atol=1e-4, rtol=1e-4)
@@ -97,7 +98,7 @@ def test_packing_and_schedule_are_diffusers_own(tiny_dir: Path) -> None:
 
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(tiny_dir / "scheduler")
     scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
-    assert torch.allclose(scheduler.sigmas, torch.tensor(sampling.timesteps(4)))
+    assert torch.allclose(scheduler.sigmas, torch.tensor(timesteps(4)))
 
 
 def test_from_pipeline_draws_the_same_as_from_its_folder(engine: Engine, tiny_dir: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vortex_core.flux1 import sampling
+from vortex_core.flux1.schedule import timesteps
 from vortex_core.flux1.spec import FluxSpec
 from vortex_core.utils.timing import Stopwatch
 
@@ -49,8 +50,8 @@ def test_patches_are_views_of_both_sides() -> None:
 
 
 def test_the_schedule_is_even_from_1_to_0() -> None:
-    assert sampling.timesteps(4) == (1.0, 0.75, 0.5, 0.25, 0.0)
-    assert sampling.timesteps(1) == (1.0, 0.0)
+    assert timesteps(4) == (1.0, 0.75, 0.5, 0.25, 0.0)
+    assert timesteps(1) == (1.0, 0.0)
 
 
 def test_text_stands_at_the_origin_and_tokens_at_their_row_and_column() -> None:
@@ -78,23 +79,22 @@ def test_angles_are_positions_times_frequencies() -> None:
 
 
 class Velocity:
-    """Stands for the transformer: a velocity that depends on all it is given, which it remembers."""
+    """Stands for the denoiser: a velocity that depends on all it is given, which it remembers."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[Tensor, ...]] = []
+        self.calls: list[tuple[Tensor, int, float]] = []
 
-    def __call__(self, img: Tensor, txt: Tensor, modulation: Tensor, pe: tuple[Tensor, Tensor]) -> Tensor:
-        self.calls.append((img.clone(), txt, modulation, *pe))
-        return (img * modulation.sum() + txt.sum((1, 2))[:, None, None]).bfloat16()
+    def __call__(self, img: Tensor, first: int, sigma: float) -> Tensor:
+        self.calls.append((img.clone(), first, sigma))
+        return (img * sigma + first).bfloat16()
 
 
-@pytest.mark.parametrize("at_once", [None, 2])
+@pytest.mark.parametrize("parts", [None, [2, 1], [1, 1, 1]])
 @pytest.mark.parametrize("watched", [False, True])
-def test_steps_follow_the_velocity(at_once: int | None, watched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_follow_the_velocity(parts: list[int] | None, watched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     checks: list[int] = []
     monkeypatch.setattr(sampling, "check", lambda: checks.append(len(velocity.calls)))
-    start, txt = torch.randn(3, 15, 64), torch.randn(1, 4, 8)
-    modulation, pe = torch.tensor([[[0.5, 0.25]], [[-0.5, 0.125]]]), (torch.zeros(1), torch.ones(1))
+    start, sigmas = torch.randn(3, 15, 64), (0.75, 0.25, 0.0)
     velocity, told = Velocity(), []
     clean = torch.full((3, 15, 64), float("nan"))
 
@@ -104,21 +104,23 @@ def test_steps_follow_the_velocity(at_once: int | None, watched: bool, monkeypat
 
     img = start.clone()
     with Stopwatch(torch.device("cpu")) as watch:
-        done = sampling.denoise(velocity, img, txt, modulation, pe, on_step if watched else None, at_once, clean)
+        done = sampling.denoise(velocity, img, sigmas, on_step if watched else None, parts, clean)
     assert done is img
+    sizes = parts or [3]
+    firsts = [sum(sizes[:i]) for i in range(len(sizes))]
+    of_row = torch.tensor([first for first, size in zip(firsts, sizes, strict=True) for _ in range(size)])[
+        :, None, None
+    ]
     expected, predicted = start.clone(), []
-    for i, (t, step) in enumerate(((1.0, -0.5), (0.5, -0.5))):
-        v = (expected * modulation[i].sum() + txt.sum()).bfloat16().float()
+    for t, step in ((0.75, -0.5), (0.25, -0.25)):
+        v = (expected * t + of_row).bfloat16().float()
         predicted.append(expected - t * v)
         expected = expected + step * v
     torch.testing.assert_close(img, expected)
-    per_step = 1 if at_once is None else 2
-    assert checks == [0, per_step]
-    assert [call[0].shape[0] for call in velocity.calls] == [3, 3] if at_once is None else [2, 1, 2, 1]
-    for k, (_, text, table, cos, sin) in enumerate(velocity.calls):
-        assert text.shape == (velocity.calls[k][0].shape[0], 4, 8)
-        assert torch.equal(table, modulation[k // per_step])
-        assert (cos is pe[0], sin is pe[1]) == (True, True)
+    assert checks == [0, len(sizes)]
+    assert [(len(x), first, sigma) for x, first, sigma in velocity.calls] == [
+        (size, first, sigma) for sigma in (0.75, 0.25) for size, first in zip(sizes, firsts, strict=True)
+    ]
     assert [(i, n) for i, n, _ in told] == ([(1, 2), (2, 2)] if watched else [])
     for (_, _, found), wanted in zip(told, predicted, strict=False):
         torch.testing.assert_close(found, wanted)
@@ -129,8 +131,30 @@ def test_steps_follow_the_velocity(at_once: int | None, watched: bool, monkeypat
 def test_what_is_predicted_has_memory_of_its_own_where_none_is_given() -> None:
     seen: list[Tensor] = []
     img = torch.randn(1, 15, 64)
-    sampling.denoise(
-        Velocity(), img, torch.zeros(1, 1, 1), torch.zeros(2, 1, 2), (img, img), lambda i, n, clean: seen.append(clean)
-    )
+    sampling.denoise(Velocity(), img, (1.0, 0.5, 0.0), lambda i, n, clean: seen.append(clean))
     assert seen[0] is seen[1]
     assert seen[0].data_ptr() != img.data_ptr()
+
+
+def test_what_is_kept_follows_the_noise_of_the_level() -> None:
+    clean, noise, start = torch.randn(3, 1, 15, 64).unbind()
+    mask = torch.zeros(1, 15, 64)
+    mask[:, 5:] = 1
+    seen: list[Tensor] = []
+    img = start.clone()
+    kept = sampling.Kept(clean, noise, mask)
+    sampling.denoise(Velocity(), img, (1.0, 0.5, 0.0), lambda i, n, x: seen.append(x.clone()), None, None, kept)
+    free = sampling.denoise(Velocity(), start.clone(), (1.0, 0.5, 0.0))
+    assert torch.equal(img[:, :5], clean[:, :5])
+    assert torch.equal(img[:, 5:], free[:, 5:])
+    assert all(torch.equal(x[:, :5], clean[:, :5]) for x in seen)
+    kept.restore(img, 0.25)
+    torch.testing.assert_close(img[:, :5], 0.75 * clean[:, :5] + 0.25 * noise[:, :5])
+
+
+def test_a_strength_takes_its_share_of_the_steps() -> None:
+    assert timesteps(4, 0.5) == (0.5, 0.25, 0.0)
+    assert timesteps(4, 0.6) == pytest.approx((0.6, 0.4, 0.2, 0.0))
+    assert timesteps(4, 0.75) == (0.75, 0.5, 0.25, 0.0)
+    assert timesteps(4, 0.01) == (0.01, 0.0)
+    assert timesteps(3, 1 / 3) == pytest.approx((1 / 3, 0.0))

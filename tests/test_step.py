@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vortex_core import Engine, load_flux_schnell
 from vortex_core.flux1 import sampling
+from vortex_core.flux1.schedule import timesteps
 from vortex_core.flux1.step_buffers import StepBuffers
 from vortex_core.flux1.transformer import Transformer
 from vortex_core.kernels import reference
@@ -101,8 +102,11 @@ def test_odd_pictures_of_a_batch_equal_singles_in_8_bits(mode: str) -> None:
 
 def denoised(engine: Engine, seed: int, prompt: str) -> Tensor:
     conditioning, img = engine.encode(prompt), sampling.pack(sampling.noise(seed, 1, 128, 128))
-    txt, pe = painter_of(engine).model.transformer.txt_in(conditioning.txt), rope(engine, 128, 128)
-    return sampling.denoise(painter_of(engine).model.transformer, img, txt, conditioning.modulation, pe)
+    transformer, pe = painter_of(engine).model.transformer, rope(engine, 128, 128)
+    txt = transformer.txt_in(conditioning.txt)
+    return sampling.denoise(
+        lambda x, first, sigma: transformer(x, txt, conditioning.rows(sigma), pe), img, timesteps(4)
+    )
 
 
 @pytest.mark.slow

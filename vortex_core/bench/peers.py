@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..checkpoint.key_maps import SWAPPED, flux_sources
 from ..flux1 import sampling
 from ..flux1.conditioning import Conditioning
+from ..flux1.schedule import timesteps
 from ..flux1.spec import DEFAULT_STEPS
 from ..nf4 import BLOCK, LEVELS, NF4Weight
 from ..quant.linear import NF4Linear
@@ -131,7 +132,7 @@ class Looped:
     def latents(self, job: Job) -> Tensor:
         """See `Contender.latents`."""
         img = sampling.pack(job.noise).to(job.txt.device)
-        for i, (now, following) in enumerate(pairwise(sampling.timesteps(DEFAULT_STEPS))):
+        for i, (now, following) in enumerate(pairwise(timesteps(DEFAULT_STEPS))):
             given = img.to(job.txt.dtype)
             img = img + (following - now) * self._step(job, given, torch.full((1,), now).to(given)).float()
             mark(f"step {i + 1}")

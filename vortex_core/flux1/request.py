@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from ..errors import VortexInputError, quoted
-from ..utils.numeric import whole
-from .spec import MAX_SIZE, MAX_STEPS, MIN_SIZE, SIZE_MULTIPLE
+from ..utils.numeric import finite, whole
+from .schedule import timesteps
+from .spec import DEFAULT_STEPS, MAX_SIZE, MAX_STEPS, MIN_SIZE, SIZE_MULTIPLE
 
 if TYPE_CHECKING:
     import torch
@@ -18,28 +20,29 @@ if TYPE_CHECKING:
 MAX_SEED = 2**64 - 1
 HALF = re.compile("[\ud800-\udfff]")  # half of a pair that stands for one character
 MAX_BATCH = 1024  # no memory is known to hold more
+MOST_GUIDANCE = 30.0
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One call of `Engine.generate`, as Python's ints. Raises `VortexInputError` for a value out of range."""
+    """One call of `Engine.generate`, as Python's numbers. Raises `VortexInputError` for a value out of range.
+
+    `sigmas`: the schedule, from the first noise level to 0; by default `steps` even ones from `strength` to 0.
+    """
 
     seed: int
     height: int
     width: int
     steps: int
     batch_size: int
+    sigmas: tuple[float, ...] | None = None
+    strength: float = 1.0
+    guidance: float = 0.0
 
     def __post_init__(self) -> None:
         given = {name: getattr(self, name) for name in ("height", "width", "batch_size", "seed")}
         numbers = {name: whole(value) for name, value in given.items()}
-        for side in ("height", "width"):
-            pixels = numbers[side]
-            if pixels is None or pixels % SIZE_MULTIPLE or not MIN_SIZE <= pixels <= MAX_SIZE:
-                raise VortexInputError(
-                    f"{side} must be a multiple of {SIZE_MULTIPLE} from {MIN_SIZE} to {MAX_SIZE} pixels, "
-                    f"not {quoted(given[side])}."
-                )
+        check_size(self.height, self.width)
         batch, seed = numbers["batch_size"], numbers["seed"]
         if batch is None or not 1 <= batch <= MAX_BATCH:
             raise VortexInputError(
@@ -50,8 +53,24 @@ class Request:
                 f"seed must be a whole number from 0 to 2^64 - 1 (for the last picture of a batch too), "
                 f"not {quoted(given['seed'])}."
             )
-        for name, number in {**numbers, "steps": check_steps(self.steps)}.items():
+        reals = {"strength": check_strength(self.strength), "guidance": check_guidance(self.guidance)}
+        for name, number in {**numbers, **reals, "steps": check_steps(self.steps)}.items():
             object.__setattr__(self, name, number)
+        if self.sigmas is not None and self.strength != 1:
+            raise VortexInputError("Give sigmas or strength, not both: sigmas begin at the strength.")
+        given_sigmas = timesteps(self.steps, self.strength) if self.sigmas is None else check_schedule(self.sigmas)
+        object.__setattr__(self, "sigmas", given_sigmas)
+
+    @property
+    def schedule(self) -> tuple[float, ...]:
+        """Noise levels, each step's and a 0."""
+        assert self.sigmas is not None
+        return self.sigmas
+
+    @property
+    def guided(self) -> bool:
+        """Whether each step runs twice, with the negative prompt too."""
+        return self.guidance > 1
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -93,6 +112,56 @@ def check_steps(steps: object) -> int:
     if number is None or not 1 <= number <= MAX_STEPS:
         raise VortexInputError(f"steps must be from 1 to {MAX_STEPS} (schnell is made for 4), not {quoted(steps)}.")
     return number
+
+
+def check_size(height: object, width: object) -> None:
+    """Raise `VortexInputError` unless these are multiples of 16 from 64 to 2048."""
+    for side, given in (("height", height), ("width", width)):
+        pixels = whole(given)
+        if pixels is None or pixels % SIZE_MULTIPLE or not MIN_SIZE <= pixels <= MAX_SIZE:
+            raise VortexInputError(
+                f"{side} must be a multiple of {SIZE_MULTIPLE} from {MIN_SIZE} to {MAX_SIZE} pixels, "
+                f"not {quoted(given)}."
+            )
+
+
+def check_strength(strength: object) -> float:
+    """`strength`, above 0 and at most 1. Raises `VortexInputError` for anything else."""
+    number = finite(strength)
+    if number is None or not 0 < number <= 1:
+        raise VortexInputError(f"strength must be a number above 0 and at most 1, not {quoted(strength)}.")
+    return number
+
+
+def check_guidance(guidance: object) -> float:
+    """`guidance`, 0 or from 1 to 30. Raises `VortexInputError` for anything else."""
+    number = finite(guidance)
+    if number is None or not (number == 0 or 1 <= number <= MOST_GUIDANCE):
+        raise VortexInputError(
+            f"guidance must be 0 (off, as schnell is made) or a number from 1 to {MOST_GUIDANCE:g}, "
+            f"not {quoted(guidance)}."
+        )
+    return number
+
+
+def check_schedule(sigmas: object) -> tuple[float, ...]:
+    """A schedule that falls from at most 1 to 0, of 1 to 8 steps. Raises `VortexInputError` for another."""
+    values = check_sigmas(sigmas)
+    if not (2 <= len(values) <= MAX_STEPS + 1 and values[-1] == 0 and all(a > b for a, b in pairwise(values))):
+        raise VortexInputError(
+            f"sigmas must fall from at most 1 to 0 in 1 to {MAX_STEPS} steps, such as {timesteps(DEFAULT_STEPS)}, "
+            f"not {quoted(list(values))}."
+        )
+    return values
+
+
+def check_sigmas(sigmas: object) -> tuple[float, ...]:
+    """Noise levels from 0 to 1, at least one. Raises `VortexInputError` for anything else."""
+    values = [finite(sigma) for sigma in sigmas] if isinstance(sigmas, Sequence) and not isinstance(sigmas, str) else []
+    found = tuple(value for value in values if value is not None and 0 <= value <= 1)
+    if not found or len(found) != len(values):
+        raise VortexInputError(f"sigmas must be a sequence of numbers from 0 to 1, not {quoted(sigmas)}.")
+    return found
 
 
 def check_callback(name: str, function: object) -> None:

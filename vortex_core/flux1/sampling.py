@@ -5,7 +5,8 @@ Legend: B pictures, H and W in pixels, S = H/16 * W/16 packed tokens, N text tok
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
@@ -60,11 +61,6 @@ def unpack(img: Tensor, height: int, width: int) -> Tensor:
     return rearrange(img, "b (h w) (c ph pw) -> b c (h ph) (w pw)", h=height // 16, w=width // 16, ph=2, pw=2)
 
 
-def timesteps(steps: int) -> tuple[float, ...]:
-    """schnell's schedule, `steps + 1` values from 1 to 0, evenly spaced (shift 1)."""
-    return tuple(1 - i / steps for i in range(steps + 1))
-
-
 def positions(height: int, width: int, tokens: int) -> Tensor:
     """Ids `[N + S, 3]`: zeros for text, `(0, row, column)` for each image token."""
     rows, columns = height // 16, width // 16
@@ -94,33 +90,55 @@ def rope_of(height: int, width: int, tokens: int, spec: FluxSpec, device: torch.
     return cos, sin
 
 
-def denoise(
-    transformer: Callable[[Tensor, Tensor, Tensor, Rope], Tensor],
-    img: Tensor,
-    txt: Tensor,
-    modulation: Tensor,
-    pe: Rope,
-    on_step: Callable[[int, int, Tensor], None] | None = None,
-    at_once: int | None = None,
-    clean: Tensor | None = None,
-) -> Tensor:
-    """The Euler steps from noise to clean latents, in place on `img` (fp32 `[B, S, 64]`), which is returned.
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What inpainting keeps: the `clean` latents of the picture given, and their `noise`, where `mask` is 0.
 
-    `txt [1, N, D]`: the embeddings after `txt_in`. `modulation`: `[steps, rows, D]`. `on_step(i, n, clean)` is called
-    after step i of n (from 1) with the packed clean latents that the step predicts; it may raise to cancel. `clean`:
-    memory for these. The transformer gets `at_once` pictures at a time; None: all.
+    All packed, fp32 `[B, S, 64]`; the mask is 0 or 1, or between them where both are mixed.
     """
-    steps = modulation.shape[0]
+
+    clean: Tensor
+    noise: Tensor
+    mask: Tensor
+
+    def restore(self, img: Tensor, sigma: float) -> None:
+        """Put into `img` what is kept, with the noise of level `sigma`."""
+        known = torch.lerp(self.clean, self.noise, sigma)
+        img.copy_(torch.lerp(known, img, self.mask))
+
+
+def denoise(
+    velocity: Callable[[Tensor, int, float], Tensor],
+    img: Tensor,
+    sigmas: Sequence[float],
+    on_step: Callable[[int, int, Tensor], None] | None = None,
+    parts: Sequence[int] | None = None,
+    clean: Tensor | None = None,
+    kept: Kept | None = None,
+) -> Tensor:
+    """The Euler steps from noise to clean latents, in place on `img` (`[B, S, 64]`, fp32), which is returned.
+
+    `sigmas`: a level of noise for each step, then 0. `velocity(x, first, sigma)`: that of the pictures from `first` on,
+    `x`. It gets as many at a time as `parts` says; None: all. `on_step(i, n, clean)` is called after step i of n (from
+    1) with the packed clean latents that the step predicts; it may raise to cancel. `clean`: memory for these.
+    """
+    steps = len(sigmas) - 1
     clean = torch.empty_like(img) if clean is None else clean
-    at_once = at_once or len(img)
-    for i, (t, t_next) in enumerate(pairwise(timesteps(steps))):
+    parts = [len(img)] if parts is None else list(parts)
+    for i, (t, t_next) in enumerate(pairwise(sigmas)):
         check()
-        for part, predicted in zip(img.split(at_once), clean.split(at_once), strict=True):
-            velocity = transformer(part, txt.expand(len(part), -1, -1), modulation[i], pe).float()
+        first = 0
+        for part, predicted in zip(img.split(parts), clean.split(parts), strict=True):
+            found = velocity(part, first, t).float()
             if on_step is not None:
-                torch.sub(part, torch.mul(velocity, t, out=predicted), out=predicted)
-            part.add_(velocity, alpha=t_next - t)
+                torch.sub(part, torch.mul(found, t, out=predicted), out=predicted)
+            part.add_(found, alpha=t_next - t)
+            first += len(part)
+        if kept is not None:
+            kept.restore(img, t_next)
         if on_step is not None:
+            if kept is not None:
+                kept.restore(clean, 0)
             on_step(i + 1, steps, clean)
         mark(f"step {i + 1}")
     return img

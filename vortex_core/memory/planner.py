@@ -55,6 +55,7 @@ class MemoryRequirements:
     In the arena: `scratch` for dequantized weights; `steps`, for each number of pictures that may be drawn at once,
     the largest first; `decode` for the VAE, in strips of `rows`; `latents` of the whole batch. Outside: `library`, what
     libraries allocate for text encoders and decoder; `blas`, cuBLAS' workspaces; `slack` for what is no tensor of ours.
+    `more`: how many tensors of the latents' size there are besides the usual three, and `given`: a caller's pictures.
     """
 
     height: int
@@ -68,11 +69,15 @@ class MemoryRequirements:
     library: int = 0
     blas: int = 0
     slack: int = SLACK
+    more: int = 0
+    given: int = 0
 
     @property
     def pictures(self) -> int:
-        """Bytes that callers get: the finished pictures, fp32, and for `on_step` the latents, a twelfth of that."""
-        return self.batch * self.height * self.width * (3 * 4 + 1)
+        """Bytes that callers get: the finished pictures, fp32, and for `on_step` the latents, a twelfth of that; and
+        those of pictures that they give.
+        """
+        return self.batch * self.height * self.width * (3 * 4 + 1) + self.given
 
 
 @dataclass(frozen=True)  # without slots: what follows is computed once

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,10 +24,21 @@ from ..device.select import resolve_device
 from ..device.streams import blas_of
 from ..device.vram import Ledger, snapshot
 from ..device.worker import Worker, worker_of
-from ..errors import NoEffectWarning, VortexInputError, quoted
-from ..flux1.conditioning import Conditioning
-from ..flux1.request import Request, check_callback, check_embeddings, check_latents, check_prompt, check_steps
+from ..errors import NoEffectWarning, VortexInputError
+from ..flux1.conditioning import Conditioning, check_conditioning
+from ..flux1.request import (
+    Request,
+    check_callback,
+    check_embeddings,
+    check_latents,
+    check_prompt,
+    check_sigmas,
+    check_size,
+    check_steps,
+)
+from ..flux1.schedule import timesteps
 from ..flux1.spec import DEFAULT_STEPS
+from ..flux1.start import DEFAULT_STRENGTH, check_start
 from ..memory.offload import nbytes
 from ..memory.planner import MemoryPlan
 from . import loading
@@ -41,6 +52,8 @@ if TYPE_CHECKING:
     from diffusers import FluxPipeline
 
 log = logging.getLogger(__name__)
+
+Prompt = str | Conditioning
 
 
 class Engine(Turns):
@@ -159,27 +172,70 @@ class Engine(Turns):
         """Bytes of the weights that every step needs: the transformer without modulation."""
         return nbytes(self._model.transformer)
 
-    def encode(self, prompt: str, steps: int = DEFAULT_STEPS, loras: Pairs | None = None) -> Conditioning:
+    def encode(
+        self,
+        prompt: str,
+        steps: int = DEFAULT_STEPS,
+        loras: Pairs | None = None,
+        *,
+        sigmas: Sequence[float] | None = None,
+    ) -> Conditioning:
         """The `Conditioning` of a prompt, cached by its tokens; `generate` takes it in place of the prompt.
 
-        `loras` as in `generate`. Raises as `set_loras`, and `VortexInputError` for another prompt or steps.
+        `sigmas`: noise levels from 0 to 1, in place of those of `steps`. `loras` as in `generate`. Raises as
+        `set_loras`, and `VortexInputError` for another prompt, steps or sigmas.
         """
         self._check_usable()
         check_prompt(prompt)
-        number, chosen = check_steps(steps), self._lora_files.of_call(loras, self._loras)
-        return self._run(lambda painter: painter.encode(prompt, number, chosen))
+        levels, chosen = _levels(steps, sigmas), self._lora_files.of_call(loras, self._loras)
+        return self._run(lambda painter: painter.encode(prompt, levels, chosen))
 
     def condition(
-        self, txt: Tensor, pooled: Tensor, steps: int = DEFAULT_STEPS, loras: Pairs | None = None
+        self,
+        txt: Tensor,
+        pooled: Tensor,
+        steps: int = DEFAULT_STEPS,
+        loras: Pairs | None = None,
+        *,
+        sigmas: Sequence[float] | None = None,
     ) -> Conditioning:
         """A `Conditioning` from embeddings made elsewhere: T5's `[1, N, context]` and CLIP's pooled `[1, vec]`.
 
-        `loras` as in `encode`. Raises `VortexInputError` for other shapes or steps, and values that are not finite.
+        `sigmas` and `loras` as in `encode`. Raises `VortexInputError` for other shapes, steps or sigmas, and values
+        that are not finite.
         """
         self._check_usable()
-        number, chosen = check_steps(steps), self._lora_files.of_call(loras, self._loras)
+        levels, chosen = _levels(steps, sigmas), self._lora_files.of_call(loras, self._loras)
         check_embeddings(txt, pooled, self._spec.context, self._spec.vec)
-        return self._run(lambda painter: painter.condition(txt, pooled, number, chosen))
+        return self._run(lambda painter: painter.condition(txt, pooled, levels, chosen))
+
+    def schedule(self, conditioning: Conditioning, sigmas: Sequence[float], loras: Pairs | None = None) -> Conditioning:
+        """The same text for other noise levels, from 0 to 1: one pass of modulation. The latest few are kept.
+
+        `loras`: those that the Conditioning was encoded with; default those of `set_loras`. Raises `VortexInputError`
+        for other sigmas, and a Conditioning of another model.
+        """
+        self._check_usable()
+        levels, chosen = check_sigmas(sigmas), self._lora_files.of_call(loras, self._loras)
+        check_conditioning(conditioning, self._spec, self.dtype)
+        return self._run(lambda painter: painter.schedule(conditioning, levels, chosen))
+
+    def velocity(self, latents: Tensor, sigma: float, conditioning: Conditioning, loras: Pairs | None = None) -> Tensor:
+        """What the transformer says of noisy latents: one step of a sampler of one's own.
+
+        `latents` `[B, 16, H/8, W/8]` in the model's scale, all at the noise level `sigma` (0 to 1), which are noise
+        times sigma plus clean latents times 1 - sigma. The velocity, fp32, of the same shape on the engine's device, is
+        noise less clean latents. A level that the Conditioning has not is computed first: `schedule` does that for all
+        steps in one pass. `loras` as in `generate`. Raises `VortexInputError` for other shapes or levels, and as
+        `generate`.
+        """
+        self._check_usable()
+        check_latents(latents, self._spec.latent_channels)
+        check_size(8 * latents.shape[2], 8 * latents.shape[3])
+        (level,) = check_sigmas((sigma,))
+        check_conditioning(conditioning, self._spec, self.dtype)
+        chosen = self._lora_files.of_call(loras, self._loras)
+        return self._run(lambda painter: painter.velocity(latents, level, conditioning, chosen))
 
     @property
     def loras(self) -> tuple[tuple[str, float], ...]:
@@ -204,44 +260,60 @@ class Engine(Turns):
 
     def generate(
         self,
-        prompt: str | Conditioning,
-        negative_prompt: str | None = None,
+        prompt: Prompt | Sequence[Prompt],
+        negative_prompt: Prompt | None = None,
         *,
         seed: int | None = None,
         height: int | None = None,
         width: int | None = None,
         steps: int = DEFAULT_STEPS,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         out: Tensor | None = None,
         on_step: OnStep | None = None,
         loras: Pairs | None = None,
         deadline: float | None = None,
+        image: Tensor | None = None,
+        strength: float | None = None,
+        mask: Tensor | None = None,
+        guidance: float = 0.0,
+        sigmas: Sequence[float] | None = None,
     ) -> Tensor:
         """Draw `batch_size` pictures; float32 `[B, H, W, 3]` in 0..1 on the engine's device.
 
-        `seed`: picture i starts from the noise of `seed + i`; None draws a seed, logs it and keeps it in `last_seed`.
-        `height`, `width`: pixels, multiples of 16 from 64 to 2048; default the model's native size. `steps`: 1 to 8.
-        `negative_prompt` has no effect at guidance 0; a warning says so. `out`: the caller's contiguous buffer, which
-        is checked, written in place and returned. `on_step(i, n, latents)` is called after step i of n, on the
-        caller's own thread, with the clean latents `[B, 16, H/8, W/8]` predicted so far. It may raise to cancel; the
-        next call works. It must not call this engine, nor wait for a thread or a call that does: such a call ends with
-        a `BusyError` once `on_step` has run for 10 seconds. `deadline`: seconds from now. A picture that is not done
-        by then stops at the next step; a call that still waits leaves the queue. `loras`: those for this call alone,
-        in place of `set_loras`; a Conditioning has those that it was encoded with.
+        `prompt`: a text or a Conditioning, or a list with one for each picture. `seed`: picture i starts from the noise
+        of `seed + i`; None draws a seed, logs it and keeps it in `last_seed`. `height`, `width`: pixels, multiples of
+        16 from 64 to 2048; default those of `image`, else the model's native size. `steps`: 1 to 8, evenly spaced;
+        `sigmas`: other noise levels, which fall from at most 1 to 0. `out`: the caller's contiguous buffer, which is
+        checked, written in place and returned. `on_step(i, n, latents)` is called after step i of n, on the caller's
+        own thread, with the clean latents `[B, 16, H/8, W/8]` predicted so far. It may raise to cancel; the next call
+        works. It must not call this engine, nor wait for a thread or a call that does: such a call ends with a
+        `BusyError` once `on_step` has run for 10 seconds. `deadline`: seconds from now. A picture that is not done by
+        then stops at the next step; a call that still waits leaves the queue. `loras`: those for this call alone, in
+        place of `set_loras`; a Conditioning has those that it was encoded with.
+
+        `image` `[1 or B, H, W, 3]` in 0..1: a picture to begin from. `strength`: how much of it is drawn anew, above 0
+        to 1: it begins at this noise level, and takes that share of `steps`, rounded up. Default 0.6, with a mask 1.
+        `mask` `[H, W]` or `[1 or B, H, W]` in 0..1: where the image is drawn anew; where it is 0, the image stays as it
+        is, bit for bit. `guidance` above 1: each step runs twice, and is led away from `negative_prompt` (which may be
+        empty) by that factor; twice the time. schnell is made for guidance 0, where `negative_prompt` has no effect,
+        and a warning says so.
 
         Raises `VortexInputError` before any work, also in a forked process; `BusyError` where too many calls wait
         already; `DeadlineError`; `MemoryPressureError` where the pictures do not fit the budget, or memory ran out
         twice; `NotFiniteError` on the CPU. A GPU still draws when this returns: there the log reports values that are
         not finite at the next call. The engine stays usable, except after a `DeviceLostError`.
         """
-        return self._run(
-            self._job(prompt, negative_prompt, seed, height, width, steps, batch_size, out, on_step, loras), deadline
-        )
+        job = self._job(
+            prompt, negative_prompt, seed=seed, height=height, width=width, steps=steps, batch_size=batch_size,
+            out=out, on_step=on_step, loras=loras, image=image, strength=strength, mask=mask, guidance=guidance,
+            sigmas=sigmas,
+        )  # fmt: skip
+        return self._run(job, deadline)
 
     async def agenerate(
         self,
-        prompt: str | Conditioning,
-        negative_prompt: str | None = None,
+        prompt: Prompt | Sequence[Prompt],
+        negative_prompt: Prompt | None = None,
         *,
         deadline: float | None = None,
         **options: Any,
@@ -255,46 +327,72 @@ class Engine(Turns):
 
     def _job(
         self,
-        prompt: str | Conditioning,
-        negative_prompt: str | None,
+        prompt: Prompt | Sequence[Prompt],
+        negative_prompt: Prompt | None,
+        *,
         seed: int | None = None,
         height: int | None = None,
         width: int | None = None,
         steps: int = DEFAULT_STEPS,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         out: Tensor | None = None,
         on_step: OnStep | None = None,
         loras: Pairs | None = None,
+        image: Tensor | None = None,
+        strength: float | None = None,
+        mask: Tensor | None = None,
+        guidance: float = 0.0,
+        sigmas: Sequence[float] | None = None,
     ) -> Callable[[Painter], Tensor]:
         """Check the arguments of `generate`; the work to do for it."""
         self._check_usable()
         if seed is None:
             seed = secrets.randbits(32)
             log.info("seed %d", seed)
-        height, width = (self.native_size if side is None else side for side in (height, width))
-        request = Request(seed, height, width, steps, batch_size)
-        if isinstance(prompt, Conditioning):
-            prompt.check(request.steps, self._spec, self.dtype)
-        else:
-            check_prompt(prompt)
+        prompts = self._prompts(prompt)
+        if batch_size is None:
+            batch_size = len(prompts)
+        start = check_start(image, mask, strength, height, width, batch_size)
+        size = (self.native_size,) * 2 if start is None else start.size
+        height, width = (own if side is None else side for own, side in zip(size, (height, width), strict=True))
+        if strength is None:
+            strength = 1.0 if start is None or mask is not None or sigmas is not None else DEFAULT_STRENGTH
+        request = Request(seed, height, width, steps, batch_size, sigmas, strength, guidance)  # type: ignore[arg-type]
+        if len(prompts) not in (1, request.batch_size):
+            raise VortexInputError(f"{len(prompts)} prompts for {request.batch_size} pictures: give one, or one each.")
         if out is not None:
             request.check_out(out, self.device)
         check_callback("on_step", on_step)
-        if not isinstance(negative_prompt, str | None):
-            raise VortexInputError(f"negative_prompt is a text, without effect, not {quoted(negative_prompt)}.")
-        if negative_prompt:
-            warn(
-                "negative_prompt has no effect: FLUX.1-schnell draws at guidance 0, without a second pass.",
-                NoEffectWarning,
-            )
+        if request.guided:
+            prompts += self._prompts("" if negative_prompt is None else negative_prompt)
+        elif negative_prompt is not None:
+            self._prompts(negative_prompt)
+            if negative_prompt:
+                warn(
+                    "negative_prompt has no effect at guidance 0, which schnell is made for. With guidance above 1 it "
+                    "has, and each step runs twice.",
+                    NoEffectWarning,
+                )
         chosen = self._lora_files.of_call(loras, self._loras)
 
         def job(painter: Painter) -> Tensor:
             self.last_seed = request.seed
             painter.use_loras(chosen)
-            return painter.paint(prompt, request, out, on_step)
+            return painter.paint(prompts, request, out, on_step, start)
 
         return job
+
+    def _prompts(self, prompt: Prompt | Sequence[Prompt]) -> list[Prompt]:
+        """A caller's prompt or prompts, checked."""
+        prompts: list[Prompt] = list(prompt) if isinstance(prompt, list | tuple) else [prompt]  # type: ignore[list-item]
+        if not prompts:
+            raise VortexInputError("The list of prompts is empty.")
+        for one in prompts:
+            if isinstance(one, Conditioning):
+                check_conditioning(one, self._spec, self.dtype)
+            else:
+                check_prompt(one)
+        return prompts
 
     def warmup(self, height: int | None = None, width: int | None = None, batch_size: int = 1) -> None:
         """Draw one picture and drop it, which compiles the kernels and captures the step of this size.
@@ -398,3 +496,8 @@ class Engine(Turns):
 def load_flux_schnell(model: str | Path = "tiny", **options: Any) -> Engine:
     """`Engine.load`, where every option is explained."""
     return Engine.load(model, **options)
+
+
+def _levels(steps: int, sigmas: Sequence[float] | None) -> tuple[float, ...]:
+    """The noise levels of a schedule's steps."""
+    return timesteps(check_steps(steps))[:-1] if sigmas is None else check_sigmas(sigmas)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..device.streams import streams_of
 from ..device.vram import counters, graph_memory, hand_back
+from ..flux1.denoiser import Velocity
 from ..flux1.spec import FluxSpec
 from ..flux1.step_buffers import Rope, StepBuffers, buffers
 from ..flux1.transformer import Transformer
@@ -39,7 +40,6 @@ KEPT = 8  # graphs; about a megabyte each, more where they are cut
 POOL = 32 * MIB  # what cudaMallocAsync takes at a time for graphs; torch's own allocator takes less
 Size = tuple[int, int, int]  # pictures, text tokens, image tokens
 Address = tuple[int, ...]
-Velocity = Callable[[Tensor, Tensor, Tensor, Rope], Tensor]  # as `BoundStep`
 
 
 class BoundStep:

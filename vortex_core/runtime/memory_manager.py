@@ -21,11 +21,12 @@ from ..device.jobs import warn
 from ..device.streams import blas_of
 from ..device.vram import Counters, Ledger, available, cap_process, counters, graph_memory, hand_back, shortage
 from ..errors import GB, MemoryPressureError, MemoryPressureWarning
+from ..flux1.denoiser import Denoiser
 from ..memory.arena import Region, Views, block
 from ..memory.planner import MemoryPlan, MemoryRequirements, WeightGroupSize, make_plan, smallest_budget
 from ..memory.weights import Placement
 from .decoder_graphs import DecoderGraphs
-from .graphs import GraphCache, Velocity
+from .graphs import GraphCache
 from .loading import ResolvedConfig
 from .model import Model
 
@@ -327,14 +328,15 @@ class Place:
             yield
 
     @contextmanager
-    def steps(self, height: int, width: int, tokens: int, rounds: int) -> Iterator[tuple[Velocity, dict[str, Tensor]]]:
-        """The velocity function, and uninitialized tensors for `Model.call_inputs`; the blocks run `rounds` times."""
+    def steps(self, height: int, width: int, tokens: int, rounds: int) -> Iterator[Denoiser]:
+        """What draws pictures of this size with texts of at most `tokens`; the blocks run `rounds` times."""
         memory, region, prefetcher = self._memory, self._region(), self._memory.placement.steps
         size = (self.plan.slice, tokens, height // 16 * (width // 16))
         with prefetcher.open(region, rounds):
             velocity = memory.graphs.open(size, region, prefetcher, memory.address, self.libraries)
             inputs = memory.model.call_inputs(height, width, tokens)
-            yield velocity, {name: region.take(shape, kind) for name, (shape, kind) in inputs.items()}
+            taken = {name: region.take(shape, kind) for name, (shape, kind) in inputs.items()}
+            yield Denoiser(memory.model.transformer, velocity, taken)
 
     def launcher(self, height: int, width: int) -> Launcher | None:
         """What launches the decode of latents of this size, captured; None where it is launched as it is."""

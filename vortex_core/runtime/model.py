@@ -159,10 +159,19 @@ class Model:
         return {**given, "embeddings": (embeddings, dtype), "modulation": (table, dtype)}
 
     def requirements(
-        self, height: int, width: int, batch: int, tokens: int = T5_TOKENS, blas: int = 0
+        self,
+        height: int,
+        width: int,
+        batch: int,
+        tokens: int = T5_TOKENS,
+        blas: int = 0,
+        more: int = 0,
+        given: int = 0,
     ) -> MemoryRequirements:
-        """The memory of one request besides weights. `tokens`: of text. `blas`: bytes of cuBLAS' workspaces."""
-        key = (height, width, batch, tokens, blas)
+        """The memory of one request besides weights. `tokens`: of text. `blas`: bytes of cuBLAS' workspaces. `more` and
+        `given`: see `MemoryRequirements`.
+        """
+        key = (height, width, batch, tokens, blas, more, given)
         if key in self._known:  # every picture asks
             return self._known[key]
         at_once = sorted({min(MOST_AT_ONCE, -(-batch // parts)) for parts in (1, 2, 4, 8, batch)}, reverse=True)
@@ -178,10 +187,12 @@ class Model:
             decode=decode,
             rows=rows,
             # unpacked (noise, later clean latents), packed for the steps, and as predicted for `on_step`
-            latents=3 * aligned(batch * self.flux.latent_channels * prod(latent) * 4),
+            latents=(3 + more) * aligned(batch * self.flux.latent_channels * prod(latent) * 4),
             library=max(self.t5.working_bytes + self._plain, decoder),
             blas=blas,
             slack=self._slack,
+            more=more,
+            given=given,
         )
         return self._known[key]
 

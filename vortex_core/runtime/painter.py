@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -24,13 +24,12 @@ from ..device.jobs import ask, check
 from ..device.streams import blas_of
 from ..device.vram import hand_back
 from ..flux1 import sampling
-from ..flux1.conditioning import Conditioner, Conditioning
+from ..flux1.conditioning import Conditioner, Conditioning, in_fp32
 from ..flux1.request import Request
 from ..flux1.spec import T5_TOKENS
+from ..flux1.start import Start
 from ..flux1.vae import decode
-from ..kernels import ScaledTensor
 from ..memory.planner import MemoryRequirements
-from ..quant.linear import multiply
 from ..utils.timing import mark
 from . import loading
 from .loading import OnLoad, ResolvedConfig
@@ -40,6 +39,7 @@ from .memory_manager import MemoryManager, Place
 log = logging.getLogger(__name__)
 
 OnStep = Callable[[int, int, Tensor], None]
+Prompts = Sequence[str | Conditioning]
 Result = TypeVar("Result")
 NO_MEMORY = ("out of memory", "allocate memory", "ALLOC_FAILED")  # in torch's errors besides OutOfMemoryError
 
@@ -114,38 +114,84 @@ class Painter:
                 raise self.memory.ran_out("Memory ran out with these LoRAs") from error.with_traceback(None)
         self.conditioner.adapters = self.loras.at_prompt_time
 
-    def encode(self, prompt: str, steps: int, loras: Chosen = ()) -> Conditioning:
+    def encode(self, prompt: str, sigmas: Sequence[float], loras: Chosen = ()) -> Conditioning:
         """The `Conditioning` of a prompt, cached by its tokens."""
-        self.use_loras(loras)
-        return self._run(
-            self.model.prompt_requirements(self.memory.blas),
-            lambda place: self.conditioner(prompt, steps, place.prompt),
-        )
+        return self._at_prompt_time(lambda place: self.conditioner(prompt, sigmas, place.prompt), loras)
 
-    def condition(self, txt: Tensor, pooled: Tensor, steps: int, loras: Chosen = ()) -> Conditioning:
+    def condition(self, txt: Tensor, pooled: Tensor, sigmas: Sequence[float], loras: Chosen = ()) -> Conditioning:
         """The `Conditioning` of embeddings `[1, N, context]` and `[1, vec]`."""
-        self.use_loras(loras)
         txt, pooled = (values.to(self.device, self.model.dtype) for values in (txt, pooled))
-        return self._run(
-            self.model.prompt_requirements(self.memory.blas),
-            lambda place: self.conditioner.from_embeddings(txt, pooled, steps, place.prompt),
+        return self._at_prompt_time(
+            lambda place: self.conditioner.from_embeddings(txt, pooled, sigmas, place.prompt), loras
         )
 
-    def paint(self, prompt: str | Conditioning, request: Request, out: Tensor | None, on_step: OnStep | None) -> Tensor:
-        """Pictures, float32 `[B, H, W, 3]` in 0..1, in `out` if that is given."""
-        tokens = prompt.txt.shape[1] if isinstance(prompt, Conditioning) else T5_TOKENS
+    def schedule(self, conditioning: Conditioning, sigmas: Sequence[float], loras: Chosen = ()) -> Conditioning:
+        """The `Conditioning` of the same text for other noise levels."""
+        return self._at_prompt_time(lambda place: self.conditioner.at(conditioning, sigmas, place.prompt), loras)
+
+    def _at_prompt_time(self, work: Callable[[Place], Conditioning], loras: Chosen) -> Conditioning:
+        self.use_loras(loras)
+        return self._run(self.model.prompt_requirements(self.memory.blas), work)
+
+    def paint(
+        self,
+        prompts: Prompts,
+        request: Request,
+        out: Tensor | None,
+        on_step: OnStep | None,
+        start: Start | None = None,
+    ) -> Tensor:
+        """Pictures, float32 `[B, H, W, 3]` in 0..1, in `out` if that is given. `prompts`: one for all, or one for each
+        picture; where the request is guided, the last one is what to keep away from.
+        """
+        texts = [prompt.txt.shape[1] if isinstance(prompt, Conditioning) else T5_TOKENS for prompt in prompts]
 
         def draw(place: Place) -> Tensor:
             # allocated now, so that they do not lie in the block for libraries
             pictures = torch.empty(request.shape, device=self.device) if out is None else out
-            conditioning = self.conditioner(prompt, request.steps, place.prompt) if isinstance(prompt, str) else prompt
+            sigmas = request.schedule[:-1]
+            conditionings = [self._conditioned(prompt, sigmas, place) for prompt in prompts]
             mark("prompt")
-            latents = self._denoise(place, conditioning, request, on_step)
+            image = None if start is None else self._encoded(place, start.image)
+            latents = self._denoise(place, conditionings, request, on_step, start, image)
             check()
-            return self._develop(place, latents, pictures, f"The picture of seed {request.seed}")
+            found = self._develop(place, latents, pictures, f"The picture of seed {request.seed}")
+            return found if start is None else start.compose(found)
 
-        size = (request.height, request.width, request.batch_size, tokens)
-        return self._run(self.model.requirements(*size, self.memory.blas), draw)
+        size = (request.height, request.width, request.batch_size, max(texts))
+        more, given = (0, 0) if start is None else (start.more, start.nbytes)
+        return self._run(self.model.requirements(*size, self.memory.blas, more + request.guided, given), draw)
+
+    def _conditioned(self, prompt: str | Conditioning, sigmas: Sequence[float], place: Place) -> Conditioning:
+        if isinstance(prompt, str):
+            return self.conditioner(prompt, sigmas, place.prompt)
+        return self.conditioner.at(prompt, sigmas, place.prompt)
+
+    def velocity(self, latents: Tensor, sigma: float, conditioning: Conditioning, loras: Chosen = ()) -> Tensor:
+        """The velocity of latents `[B, 16, H/8, W/8]`, fp32."""
+        batch, _, height, width = latents.shape
+        size = (8 * height, 8 * width)
+
+        def step(place: Place) -> Tensor:
+            found = torch.empty(latents.shape, device=self.device)
+            (level,) = in_fp32((sigma,))
+            known = conditioning
+            if level not in known.sigmas:
+                known = self.conditioner.at(known, (level,), place.prompt)
+            tokens = (batch, sampling.image_tokens(*size), self.model.flux.in_channels)
+            slices = -(-batch // place.plan.slice)
+            with place.steps(*size, known.txt.shape[1], slices) as denoiser:
+                denoiser.hold(known, (level,))
+                denoiser.place(sampling.rope_of(*size, known.txt.shape[1], self.model.flux, self.device))
+                (img,) = place.latents(tokens)
+                sampling.as_patches(img, *size).copy_(sampling.patches(latents.to(self.device)))
+                for part in img.split(place.plan.slice):
+                    part.copy_(denoiser(part, level, known))
+                sampling.patches(found).copy_(sampling.as_patches(img, *size))
+            return found
+
+        self.use_loras(loras)
+        return self._run(self.model.requirements(*size, batch, conditioning.txt.shape[1], self.memory.blas), step)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures of clean latents `[B, 16, H/8, W/8]`."""
@@ -159,34 +205,52 @@ class Painter:
 
         return self._run(self.model.decode_requirements(height, width, batch, self.memory.blas), draw)
 
-    def _denoise(self, place: Place, conditioning: Conditioning, request: Request, on_step: OnStep | None) -> Tensor:
+    def _denoise(
+        self,
+        place: Place,
+        conditionings: Sequence[Conditioning],
+        request: Request,
+        on_step: OnStep | None,
+        start: Start | None,
+        image: Tensor | None,
+    ) -> Tensor:
         """Clean latents `[B, 16, H/8, W/8]`, fp32, in memory that the VAE leaves alone."""
         batch, height, width = request.batch_size, request.height, request.width
-        flux, transformer, tokens = self.model.flux, self.model.transformer, conditioning.txt.shape[1]
+        flux, tokens = self.model.flux, max(each.txt.shape[1] for each in conditionings)
         shape = (batch, flux.latent_channels, height // 8, width // 8)
+        packed = (batch, sampling.image_tokens(height, width), flux.in_channels)
+        latents, img, clean, *more = place.latents(shape, *[packed] * (2 + place.plan.requirements.more))
+        away = conditionings[-1] if request.guided else None
+        wanted = conditionings[:-1] if request.guided else conditionings
+        parts = [1] * batch if len(wanted) > 1 else [len(part) for part in img.split(place.plan.slice)]
 
         def report(i: int, n: int, clean: Tensor) -> None:
             if on_step is not None:
                 ask(on_step, i, n, sampling.unpack(clean, height, width))
                 self.memory.check_workspaces()
 
-        rounds = conditioning.steps * -(-batch // place.plan.slice)
-        with place.steps(height, width, tokens, rounds) as (velocity, inputs):
-            inputs["embeddings"].copy_(conditioning.txt, non_blocking=True)
-            multiply(transformer.txt_in, ScaledTensor(inputs["embeddings"]), inputs["txt"])
-            modulation = inputs["modulation"][: conditioning.steps].copy_(conditioning.modulation, non_blocking=True)
-            tables = sampling.rope_of(height, width, tokens, flux, self.device)
-            pe = inputs["cos"].copy_(tables[0], non_blocking=True), inputs["sin"].copy_(tables[1], non_blocking=True)
+        def velocity(x: Tensor, first: int, sigma: float) -> Tensor:
+            one = wanted[first % len(wanted)]
+            if away is None:
+                return denoiser(x, sigma, one)
+            opposite = more[0][: len(x)].copy_(denoiser(x, sigma, away))
+            return torch.lerp(opposite, denoiser(x, sigma, one), request.guidance)
+
+        rounds = (len(request.schedule) - 1) * len(parts) * (1 + request.guided)
+        with place.steps(height, width, tokens, rounds) as denoiser:
+            denoiser.hold(wanted[0], wanted[0].sigmas)
+            denoiser.place(sampling.rope_of(height, width, tokens, flux, self.device))
             # last: the device copies the other inputs while the host draws noise
             noise = sampling.noise(request.seed, batch, height, width, flux.latent_channels, self.device)
-            tokens_shape = (batch, sampling.image_tokens(height, width), flux.in_channels)
-            latents, img, clean = place.latents(shape, tokens_shape, tokens_shape)
             latents.copy_(noise, non_blocking=True)
             in_patches = sampling.as_patches(img, height, width)
             in_patches.copy_(sampling.patches(latents))
+            kept = None
+            if image is not None and start is not None:
+                kept = start.enter(img, image, more[request.guided :], request.schedule[0])
             mark("prepare")
             watched = None if on_step is None else report
-            sampling.denoise(velocity, img, inputs["txt"], modulation, pe, watched, place.plan.slice, clean)
+            sampling.denoise(velocity, img, request.schedule, watched, parts, clean, kept)
             sampling.patches(latents).copy_(in_patches)
             return latents
 
