@@ -22,6 +22,7 @@ from ..device.streams import blas_of
 from ..device.vram import Counters, Ledger, available, cap_process, counters, graph_memory, hand_back, shortage
 from ..errors import GB, MemoryPressureError, MemoryPressureWarning
 from ..flux1.denoiser import Denoiser
+from ..flux1.step_buffers import StepSize
 from ..memory.arena import Region, Views, block
 from ..memory.planner import MemoryPlan, MemoryRequirements, WeightGroupSize, make_plan, smallest_budget
 from ..memory.weights import Placement
@@ -328,13 +329,15 @@ class Place:
             yield
 
     @contextmanager
-    def steps(self, height: int, width: int, tokens: int, rounds: int) -> Iterator[Denoiser]:
-        """What draws pictures of this size with texts of at most `tokens`; the blocks run `rounds` times."""
+    def steps(self, height: int, width: int, tokens: int, rounds: int, away: int = 0) -> Iterator[Denoiser]:
+        """What draws pictures of this size with at most `tokens` of text, of which `away` are of one to avoid; the
+        blocks run `rounds` times.
+        """
         memory, region, prefetcher = self._memory, self._region(), self._memory.placement.steps
-        size = (self.plan.slice, tokens, height // 16 * (width // 16))
+        size = StepSize(self.plan.slice, tokens, height // 16 * (width // 16), away)
         with prefetcher.open(region, rounds):
             velocity = memory.graphs.open(size, region, prefetcher, memory.address, self.libraries)
-            inputs = memory.model.call_inputs(height, width, tokens)
+            inputs = memory.model.call_inputs(height, width, tokens, away)
             taken = {name: region.take(shape, kind) for name, (shape, kind) in inputs.items()}
             yield Denoiser(memory.model.transformer, velocity, taken)
 

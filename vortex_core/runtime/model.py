@@ -15,6 +15,7 @@ from ..flux1 import sampling
 from ..flux1.conditioning import Modulation
 from ..flux1.decoder_memory import DecoderLayout
 from ..flux1.spec import MAX_STEPS, T5_TOKENS, ModelSpec
+from ..flux1.step_buffers import StepSize
 from ..flux1.text_encoders import T5, Clip
 from ..flux1.transformer import Transformer
 from ..flux1.vae import Decoder, library_bytes
@@ -150,10 +151,13 @@ class Model:
         if group.part == "vae":
             self.decoder.channels_last()
 
-    def call_inputs(self, height: int, width: int, tokens: int) -> dict[str, Shape]:
-        """Shapes and types of what all steps of a call read besides latents: text, modulation, positions."""
+    def call_inputs(self, height: int, width: int, tokens: int, away: int = 0) -> dict[str, Shape]:
+        """Shapes and types of what all steps of a call read besides latents: text, modulation, positions, NAG's terms.
+
+        `tokens`: of text, of which `away` are of one to avoid.
+        """
         flux, dtype = self.flux, self.dtype
-        given = inputs(flux, (1, tokens, sampling.image_tokens(height, width)), dtype)
+        given = inputs(flux, StepSize(1, tokens, sampling.image_tokens(height, width), away), dtype)
         del given["img"]  # each slice has its own
         embeddings, table = (1, tokens, flux.context), (MAX_STEPS, *given["modulation"][0])
         return {**given, "embeddings": (embeddings, dtype), "modulation": (table, dtype)}
@@ -167,11 +171,12 @@ class Model:
         blas: int = 0,
         more: int = 0,
         given: int = 0,
+        away: int = 0,
     ) -> MemoryRequirements:
-        """The memory of one request besides weights. `tokens`: of text. `blas`: bytes of cuBLAS' workspaces. `more` and
-        `given`: see `MemoryRequirements`.
+        """The memory of one request besides weights. `tokens`: of text, of which `away` are of one to avoid. `blas`:
+        bytes of cuBLAS' workspaces. `more` and `given`: see `MemoryRequirements`.
         """
-        key = (height, width, batch, tokens, blas, more, given)
+        key = (height, width, batch, tokens, blas, more, given, away)
         if key in self._known:  # every picture asks
             return self._known[key]
         at_once = sorted({min(MOST_AT_ONCE, -(-batch // parts)) for parts in (1, 2, 4, 8, batch)}, reverse=True)
@@ -183,7 +188,7 @@ class Model:
             width,
             batch,
             scratch=sum(self.scratch),
-            steps=tuple(self._steps(height, width, tokens, number) for number in at_once),
+            steps=tuple(self._steps(height, width, StepSize(number, tokens, 0, away)) for number in at_once),
             decode=decode,
             rows=rows,
             # unpacked (noise, later clean latents), packed for the steps, and as predicted for `on_step`
@@ -213,13 +218,14 @@ class Model:
     def _decoder_graph(self, height: int, width: int) -> int:
         return round_up(self.decoder_bytes(height, width), POOL) if self.captures_decodes else 0
 
-    def _steps(self, height: int, width: int, tokens: int, batch: int) -> StepRequirements:
-        size = (batch, tokens, sampling.image_tokens(height, width))
+    def _steps(self, height: int, width: int, size: StepSize) -> StepRequirements:
+        """`size`: but for the image."""
+        size = size._replace(img=sampling.image_tokens(height, width))
         library = attention_bytes(self.flux, size, self.dtype, self.precision) + self.allocates
         return StepRequirements(
-            batch,
+            size.pictures,
             buffers=step_bytes(self.flux, size, self.dtype, self.precision)
-            + laid_out(self.call_inputs(height, width, tokens).values()),
+            + laid_out(self.call_inputs(height, width, size.txt, size.away).values()),
             library=library,
             graph=self._decoder_graph(height // 8, width // 8) + (round_up(library, POOL) if self.captured else 0),
         )
