@@ -39,7 +39,7 @@ from ..flux1.request import (
 )
 from ..flux1.schedule import timesteps
 from ..flux1.spec import DEFAULT_STEPS
-from ..flux1.start import DEFAULT_STRENGTH, check_start
+from ..flux1.start import DEFAULT_STRENGTH, check_pictures, check_start
 from ..flux1.texts import Texts
 from ..memory.offload import nbytes
 from ..memory.planner import MemoryPlan
@@ -372,6 +372,8 @@ class Engine(Turns):
         if batch_size is None:
             batch_size = len(prompts)
         start = check_start(image, mask, strength, height, width, batch_size)
+        if start is not None:
+            self._model.check_encoder()
         size = (self.native_size,) * 2 if start is None else start.size
         height, width = (own if side is None else side for own, side in zip(size, (height, width), strict=True))
         if strength is None:
@@ -438,6 +440,18 @@ class Engine(Turns):
         self._check_usable()
         check_latents(latents, self._spec.latent_channels)
         return self._run(lambda painter: painter.decode(latents))
+
+    def encode_image(self, pictures: Tensor) -> Tensor:
+        """Latents, float32 `[B, 16, H/8, W/8]` in the model's scale, of pictures `[B, H, W, 3]` in 0..1.
+
+        They are on the engine's device, and what `decode` takes; the same picture always has the same ones. Height and
+        width: multiples of 16 from 64 to 2048. Raises `VortexInputError` for other pictures, and
+        `VortexCheckpointError` where the model's VAE has no encoder; else as `generate`.
+        """
+        self._check_usable()
+        given = check_pictures("pictures", pictures)
+        self._model.check_encoder()
+        return self._run(lambda painter: painter.encode_image(given))
 
     def limit(self, vram_budget: float) -> None:
         """Keep within another budget, in GB, from the next call on. Raises `VortexInputError` as `load` does."""

@@ -31,6 +31,7 @@ from ..flux1.spec import T5_TOKENS
 from ..flux1.start import Start
 from ..flux1.texts import Texts
 from ..flux1.vae import decode
+from ..flux1.vae_encoder import encode
 from ..memory.planner import MemoryRequirements
 from ..utils.timing import mark
 from . import loading
@@ -165,7 +166,8 @@ class Painter:
         away = 0 if request.nag is None else lengths.pop()
         size = (request.height, request.width, request.batch_size, max(lengths) + away)
         more, given = (0, 0) if start is None else (start.more, start.nbytes)
-        return self._run(self.model.requirements(*size, self.memory.blas, more + request.guided, given, away), draw)
+        asked = self.model.requirements(*size, self.memory.blas, more + request.guided, given, away)
+        return self._run(asked if start is None else self.model.with_encode(asked), draw)
 
     def _conditioned(self, prompt: str | Conditioning, sigmas: Sequence[float], place: Place) -> Conditioning:
         if isinstance(prompt, str):
@@ -211,6 +213,21 @@ class Painter:
             return self._develop(place, kept, pictures, "The picture of these latents")
 
         return self._run(self.model.decode_requirements(height, width, batch, self.memory.blas), draw)
+
+    def encode_image(self, pictures: Tensor) -> Tensor:
+        """Latents, float32 `[B, 16, H/8, W/8]`, of pictures `[B, H, W, 3]` in 0..1."""
+        batch, height, width, _ = pictures.shape
+        asked = self.model.encode_requirements(height, width, batch, self.memory.blas)
+        return self._run(asked, lambda place: self._encoded(place, pictures))
+
+    def _encoded(self, place: Place, pictures: Tensor) -> Tensor:
+        batch, height, width, _ = pictures.shape
+        # allocated now, so that they do not lie in the block for libraries
+        latents = torch.empty(batch, self.model.flux.latent_channels, height // 8, width // 8, device=self.device)
+        pictures = pictures.to(self.device, torch.float32)
+        with place.encoder() as maps:
+            encode(self.model.encoder, pictures, latents, place.plan.requirements.rows, maps)
+        return latents
 
     def _denoise(
         self,
