@@ -31,7 +31,7 @@ def test_a_replay_reads_its_inputs_and_lays_out_no_step(
     captured(*first)
     graph = SimpleNamespace(replay=captured.run)  # in that memory, whoever filled it
     monkeypatch.setattr(Transformer, "step", lambda *arguments: pytest.fail("laid out"))
-    replayed = BoundStep(transformer, size, Region(memory))(*second, graph).clone()
+    replayed = BoundStep(transformer, size, Region(memory))(*second, graph=graph).clone()
     monkeypatch.undo()
     assert torch.equal(replayed, transformer(*second))
 
