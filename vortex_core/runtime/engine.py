@@ -24,7 +24,7 @@ from ..device.select import resolve_device
 from ..device.streams import blas_of
 from ..device.vram import Ledger, snapshot
 from ..device.worker import Worker, worker_of
-from ..errors import NoEffectWarning, VortexInputError
+from ..errors import NoEffectWarning, VortexInputError, quoted
 from ..flux1.conditioning import Conditioning, check_conditioning
 from ..flux1.request import (
     Request,
@@ -37,16 +37,17 @@ from ..flux1.request import (
     check_steps,
 )
 from ..flux1.schedule import timesteps
-from ..flux1.spec import DEFAULT_STEPS
+from ..flux1.spec import DEFAULT_STEPS, T5_TOKENS
 from ..flux1.start import DEFAULT_STRENGTH, check_start
 from ..memory.offload import nbytes
-from ..memory.planner import MemoryPlan
+from ..memory.planner import MemoryPlan, make_plan
 from . import loading
 from .loading import OnLoad, ResolvedConfig
+from .lending import Lent
 from .lora_files import LoraFiles, Pairs
 from .loras import Chosen
 from .painter import OnStep, Painter
-from .turns import Turns
+from .turns import Result, Turns
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
@@ -418,6 +419,34 @@ class Engine(Turns):
         self._check_usable()
         check_latents(latents, self._spec.latent_channels)
         return self._run(lambda painter: painter.decode(latents))
+
+    def lend(
+        self,
+        work: Callable[[Lent], Result],
+        height: int,
+        width: int,
+        batch_size: int = 1,
+        tokens: int = T5_TOKENS,
+        loras: Pairs | None = None,
+    ) -> Result:
+        """Do `work(lent)` on the engine's thread, where it can multiply by the transformer's weights; its result.
+
+        `height` and `width` in pixels, `tokens` of text: those of the pictures whose activations it will allocate,
+        which are planned into the budget. `loras` as in `generate`. `lent` is of no use later. Where memory runs out,
+        `work` is called once more. Raises what `work` raises, and errors as `condition`.
+        """
+        self._check_usable()
+        chosen = self._lora_files.of_call(loras, self._loras)
+        return self._run(lambda painter: painter.lend(work, height, width, batch_size, tokens, chosen))
+
+    def working_bytes(self, height: int, width: int, batch_size: int = 1, tokens: int = T5_TOKENS) -> int:
+        """Bytes besides those on the device now that steps of these pictures take, within the budget."""
+        memory, sizes = self._memory, (height, width, batch_size, tokens)
+        model, groups = memory.model, memory.model.sizes
+        asked = (model.requirements(*sizes, memory.blas), model.lent_requirements(*sizes, memory.blas))
+        plans = (make_plan(groups, each, memory.budget) for each in asked)
+        peak = max(memory.budget if plan is None else plan.peak for plan in plans)
+        return max(0, int(min(peak, memory.budget)) - memory.nbytes)
 
     def limit(self, vram_budget: float) -> None:
         """Keep within another budget, in GB, from the next call on. Raises `VortexInputError` as `load` does."""

@@ -236,3 +236,13 @@ def attention_bytes(spec: FluxSpec, size: Size, dtype: torch.dtype, precision: P
     """Bytes that attention allocates in a step: the library's result and its statistics in fp32; none in fp8."""
     tokens = 0 if precision.fp8_attention else size[0] * (size[1] + size[2])
     return aligned(tokens * spec.hidden * dtype.itemsize) + aligned(tokens * spec.heads * 4)
+
+
+def activation_bytes(spec: FluxSpec, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes that a step takes at most which allocates as it goes, for this many tokens of text and image in all.
+
+    The widest moment is inside a single block: its input and output, linear1's result (7 D), queries and keys before
+    and after their norms and in fp32 while they turn, and what linear2 takes (5 D), twice.
+    """
+    wide = 3 * spec.hidden + spec.mlp
+    return tokens * dtype.itemsize * (8 * spec.hidden + 3 * wide) + tokens * spec.hidden * 4 * 4

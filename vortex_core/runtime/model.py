@@ -27,7 +27,7 @@ from ..quant.linear import NF4Linear
 from ..quant.precision import EXACT, Precision
 from ..storage.materialize import Target, check, materialize, pack
 from ..storage.tensors import Tensors
-from .graphs import POOL, attention_bytes, inputs, step_bytes
+from .graphs import POOL, activation_bytes, attention_bytes, inputs, step_bytes
 
 Sources = Mapping[str, Tensors]  # the canonical tensors of `transformer`, `clip`, `t5` and `vae`
 Origin = tuple[str, str]  # where a module's tensors are: one of these four, and the prefix of their names
@@ -200,6 +200,25 @@ class Model:
         """The memory of encoding a prompt, without a picture."""
         library = self.t5.working_bytes + self._plain
         return MemoryRequirements(0, 0, 0, sum(self.scratch), library=library, blas=blas, slack=self._slack)
+
+    def lent_requirements(
+        self, height: int, width: int, batch: int, tokens: int = T5_TOKENS, blas: int = 0
+    ) -> MemoryRequirements:
+        """The memory of a step by code of others with these weights, which are dequantized in 16 bits."""
+        number = batch * (tokens + sampling.image_tokens(height, width))
+        packed = (part for module in (self.transformer, self.modulation) for part in module.modules())
+        largest = max((prod(part.shape) for part in packed if isinstance(part, NF4Linear)), default=0)
+        library = activation_bytes(self.flux, number, self.dtype) + self._plain
+        return MemoryRequirements(
+            height,
+            width,
+            batch,
+            scratch=max(sum(self.scratch), aligned(largest * self.dtype.itemsize)),
+            library=library,
+            blas=blas,
+            slack=SLACK + 5 * POOL,
+            packed=True,
+        )
 
     def decode_requirements(self, height: int, width: int, batch: int, blas: int = 0) -> MemoryRequirements:
         """The memory of decoding latents `[batch, 16, height, width]`."""
