@@ -1,7 +1,7 @@
-"""The host's `ModelPatcher` for an engine: it moves all weights or none, and translates patches in place of weights.
+"""The host's `ModelPatcher` for an engine: it moves weights in another way, and translates patches in place of weights.
 
 It is derived from the class of the running host: each release asks more of it, and what is new comes from there. All
-patchers of an engine share one `model`, so the host has one entry for it in its list of loaded models.
+patchers of an engine share one `model` (native_model.py), so the host has one entry for it in its list of models.
 """
 
 from __future__ import annotations
@@ -24,26 +24,36 @@ def patcher_class() -> type:
     from comfy.model_patcher import ModelPatcher
 
     class EnginePatcher(ModelPatcher):  # type: ignore[misc]
-        """Moves all weights or none: every step needs all of them, so a part on the device is of no use.
+        """A MODEL that can be cloned, patched and sampled with. Merging and saving are refused.
 
-        `ready`: called before a sampling; it loads the engine again where it was unloaded. `hooked`: the hooks of the
-        host whose LoRAs count now, with their strengths.
+        It moves all weights or none: every step needs all of them, so a part on the device is of no use. `handle`: the
+        loader's, for which the engine is loaded again where it was unloaded. `hooked`: the host's hooks whose LoRAs
+        count now, with their strengths.
         """
 
-        def __init__(self, model: torch.nn.Module, load_device: Any, offload_device: Any, *args: Any, **kw: Any) -> None:
+        def __init__(
+            self, model: torch.nn.Module, load_device: Any, offload_device: Any, *args: Any, **options: Any
+        ) -> None:
             self.hooked: tuple[Any, ...] = ()
-            self.ready: Any = None
-            super().__init__(model, load_device, offload_device, *args, **kw)
+            self.handle: Any = None
+            super().__init__(model, load_device, offload_device, *args, **options)
 
         @property
         def engine(self) -> Engine:
             return self.model.vortex.engine  # type: ignore[no-any-return]
 
-        def clone(self, *args: Any, **kwargs: Any) -> Any:
-            made = super().clone(*args, **kwargs)
-            made.ready = self.ready
+        def clone(self, *args: Any, **options: Any) -> Any:
+            made = super().clone(*args, **options)
+            made.handle = self.handle
             made.parent = self.parent or self  # the engine's own, which lives as long: the host falls back to it
             return made
+
+        def renew(self) -> None:
+            """Load the engine again, if it was unloaded."""
+            if self.handle is not None:
+                from . import engines
+
+                engines.renew(self.handle)
 
         # -------------------------------------------------------- where the weights are
 
@@ -61,41 +71,12 @@ def patcher_class() -> type:
         def current_loaded_device(self) -> Any:
             return self.load_device if self.engine.resident else self.offload_device
 
-        def partially_load(self, device_to: Any, extra_memory: int = 0, **ignored: Any) -> int:
-            if self.ready is not None:
-                self.ready(self)
-            before = self.engine.device_bytes
-            self.engine.resume()
-            self.model.vortex.install(self)
-            return self.engine.device_bytes - before
-
-        def partially_unload(self, device_to: Any, memory_to_free: int = 0, **ignored: Any) -> int:
-            return 0  # the host then calls detach, which frees all
-
-        def detach(self, unpatch_all: bool = True) -> Any:
-            # False: the host replaces an entry of its list, or this object dies; then nothing moves
-            super().detach(unpatch_all)
-            if unpatch_all:
-                self.engine.offload()
-            return self.model
-
-    return EnginePatcher
-
-
-@cache
-def native_class() -> type:
-    """`NativePatcher`, whose `model` is the host's own Flux."""
-
-    class NativePatcher(patcher_class()):  # type: ignore[misc]
-        """An `EnginePatcher` that can be a MODEL: cloned, patched, sampled with. Merging and saving are refused."""
-
         def load(self, *args: Any, **ignored: Any) -> None:
             self.engine.resume()
             self.model.vortex.install(self)
 
         def partially_load(self, device_to: Any, extra_memory: int = 0, **ignored: Any) -> int:
-            if self.ready is not None:
-                self.ready(self)
+            self.renew()
             before = self.engine.device_bytes
             with self.use_ejected(skip_and_inject_on_exit_only=True):
                 self.unpatch_model()
@@ -104,8 +85,18 @@ def native_class() -> type:
             self.model.current_weight_patches_uuid = self.patches_uuid
             return self.engine.device_bytes - before
 
+        def partially_unload(self, device_to: Any, memory_to_free: int = 0, **ignored: Any) -> int:
+            return 0  # the host then calls detach, which frees all
+
         def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> None:
             super().unpatch_model(None, unpatch_weights=False)  # no weight was patched, and none moves
+
+        def detach(self, unpatch_all: bool = True) -> Any:
+            # False: the host replaces an entry of its list, or this object dies; then nothing moves
+            super().detach(unpatch_all)
+            if unpatch_all:
+                self.engine.offload()
+            return self.model
 
         # -------------------------------------------------------- patches
 
@@ -139,10 +130,10 @@ def native_class() -> type:
 
         model_state_dict_for_saving = state_dict_for_saving
 
-        def patch_weight_to_device(self, key: str, *args: Any, **kwargs: Any) -> NoReturn:
+        def patch_weight_to_device(self, key: str, *args: Any, **options: Any) -> NoReturn:
             raise _refused("taken out one by one")
 
-    return NativePatcher
+    return EnginePatcher
 
 
 def _refused(what: str) -> Exception:

@@ -431,22 +431,27 @@ class Engine(Turns):
     ) -> Result:
         """Do `work(lent)` on the engine's thread, where it can multiply by the transformer's weights; its result.
 
-        `height` and `width` in pixels, `tokens` of text: those of the pictures whose activations it will allocate,
-        which are planned into the budget. `loras` as in `generate`. `lent` is of no use later. Where memory runs out,
-        `work` is called once more. Raises what `work` raises, and errors as `condition`.
+        `lent` (runtime/lending.py) gives products and norms by canonical names, and is of no use once `work` returns.
+        `height` and `width` in pixels, `tokens` of text: those of the pictures whose activations `work` allocates, which
+        are planned into the budget. `loras` as in `generate`. Where memory runs out, `work` is called once more. It must
+        not call this engine. Raises what `work` raises; `VortexInputError` for other LoRAs and after `unload`;
+        `MemoryPressureError` where the activations do not fit the budget.
         """
         self._check_usable()
         chosen = self._lora_files.of_call(loras, self._loras)
         return self._run(lambda painter: painter.lend(work, height, width, batch_size, tokens, chosen))
 
-    def working_bytes(self, height: int, width: int, batch_size: int = 1, tokens: int = T5_TOKENS) -> int:
-        """Bytes besides those on the device now that steps of these pictures take, within the budget."""
+    def peak_bytes(self, height: int, width: int, batch_size: int = 1, tokens: int = T5_TOKENS) -> int:
+        """Bytes on the device at the peak of steps of these pictures, weights included; at most the budget.
+
+        `height` and `width` in pixels, `tokens` of text. The larger of two plans: that of `velocity`, and that of code
+        which `lend` calls. Raises `VortexInputError` after `unload`.
+        """
         memory, sizes = self._memory, (height, width, batch_size, tokens)
         model, groups = memory.model, memory.model.sizes
         asked = (model.requirements(*sizes, memory.blas), model.lent_requirements(*sizes, memory.blas))
-        plans = (make_plan(groups, each, memory.budget) for each in asked)
-        peak = max(memory.budget if plan is None else plan.peak for plan in plans)
-        return max(0, int(min(peak, memory.budget)) - memory.nbytes)
+        plans = [make_plan(groups, each, memory.budget) for each in asked]
+        return int(max(memory.budget if plan is None else plan.peak for plan in plans))
 
     def limit(self, vram_budget: float) -> None:
         """Keep within another budget, in GB, from the next call on. Raises `VortexInputError` as `load` does."""
