@@ -60,7 +60,10 @@ def renew(model: Model) -> None:
 
 
 def native(model: Model) -> Any:
-    """The MODEL of a handle, for the host's nodes; None where the host's Flux is not what Vortex knows."""
+    """The MODEL of a handle, for the host's nodes; None where the host's Flux is not what Vortex knows.
+
+    Its engine is made resident, as by `acquire`.
+    """
     from .native_model import is_native
 
     found = patcher(model)

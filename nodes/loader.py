@@ -21,8 +21,8 @@ class NF4FluxLoader:
     OUTPUT_TOOLTIPS = (
         "For Vortex LoRA, the Schnell Sampler and the Latency Probe.",
         "The model's own VAE for the host's VAE Decode. It only decodes; to encode pictures use Load VAE.",
-        "The same model as the host's own MODEL, for KSampler, Load LoRA, ControlNet and other nodes that take a MODEL. It "
-        "is one engine: it is not loaded twice.",
+        "The same model for ComfyUI's own nodes: KSampler, Load LoRA, Apply ControlNet and others that take a MODEL. "
+        "It is not loaded twice.",
     )
     FUNCTION = "load"
 
@@ -96,5 +96,4 @@ class NF4FluxLoader:
         self, model: str, vram_budget: float, mode: str, clip_l: str = OWN, t5xxl: str = OWN, vae: str = OWN
     ) -> tuple[Model, Decoder, Any]:
         handle = find(model, vram_budget, mode, clip=clip_l, t5=t5xxl, vae=vae)
-        engines.acquire(handle)
         return handle, Decoder(handle), engines.native(handle)

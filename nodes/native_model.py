@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from .native_patches import cannot_be
 from .native_steps import Steps
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ def _take_over(model: Any, steps: Steps) -> None:
     steps.attach(model)
     model.vortex = steps
     model.memory_required = steps.memory_required
+    model.state_dict_for_saving = _refuse_to_save
     for module in (model, flux):  # `.to`, `.half`, `.cuda`: there are no weights to move
         module._apply = partial(_stay, module)
 
@@ -122,6 +124,10 @@ def _norm(steps: Steps, module: nn.Module, name: str, x: Tensor) -> Tensor:
         return type(module).forward(module, x)  # type: ignore[no-any-return]
     finally:
         module._parameters.update(parameters)
+
+
+def _refuse_to_save(*parts: Any, **named: Any) -> NoReturn:
+    raise cannot_be("saved")  # old hosts ask the model, new ones its patcher
 
 
 def _stay(module: torch.nn.Module, *ignored: Any, **options: Any) -> torch.nn.Module:

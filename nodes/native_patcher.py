@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 @cache
 def patcher_class() -> type:
     """`EnginePatcher`, made for the running host."""
-    import torch
     from comfy.model_patcher import ModelPatcher
 
     class EnginePatcher(ModelPatcher):  # type: ignore[misc]
@@ -123,23 +122,14 @@ def patcher_class() -> type:
         # -------------------------------------------------------- what needs the weights themselves
 
         def get_key_patches(self, filter_prefix: str | None = None) -> NoReturn:
-            raise _refused("merged")
+            raise native_patches.cannot_be("merged")
 
         def state_dict_for_saving(self, *parts: Any, **named: Any) -> NoReturn:
-            raise _refused("saved")
+            raise native_patches.cannot_be("saved")
 
         model_state_dict_for_saving = state_dict_for_saving
 
         def patch_weight_to_device(self, key: str, *args: Any, **options: Any) -> NoReturn:
-            raise _refused("taken out one by one")
+            raise native_patches.cannot_be("taken out one by one")
 
     return EnginePatcher
-
-
-def _refused(what: str) -> Exception:
-    from ..vortex_core.errors import VortexInputError
-
-    return VortexInputError(
-        f"The MODEL of NF4 Flux Loader cannot be {what}: its weights are in 4 bits, in Vortex's engine. Use Load "
-        "Diffusion Model with a file in 16 bits."
-    )

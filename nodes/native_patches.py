@@ -124,7 +124,7 @@ def read(key: str, found: Found) -> Patch | None:
     """One entry of the host's patches; None where it changes nothing. Raises `VortexInputError` for what is refused."""
     strength, what, strength_model, offset, function = (*found, None, None)[:5]
     if strength_model != 1.0 or isinstance(what, list):
-        raise refused(key, "it merges whole models. Merge 16-bit models, and load the result")
+        raise cannot_be("merged")
     module, _, kind = key.removeprefix(PREFIX).rpartition(".")
     method, weights = method_of(what)
     if kind == "bias":
@@ -190,3 +190,11 @@ def _swapped(key: str, function: Any) -> bool:
 def refused(key: str, why: str) -> VortexInputError:
     """The error for an entry that no engine can draw with."""
     return VortexInputError(f"{WHERE} cannot be added to 4-bit weights: {key.removeprefix(PREFIX)}: {why}.")
+
+
+def cannot_be(what: str) -> VortexInputError:
+    """The error for what needs the weights themselves; `what`: "merged"."""
+    return VortexInputError(
+        f"The MODEL of NF4 Flux Loader cannot be {what}: its weights are in 4 bits, in Vortex's engine. Use Load "
+        "Diffusion Model with a file in 16 bits."
+    )

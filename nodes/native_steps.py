@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from ..vortex_core import Engine
     from ..vortex_core.runtime.lending import Lent
-    from .types import Model
 
 log = logging.getLogger(__name__)
 
@@ -122,9 +121,7 @@ class Steps:
         why = self._original.declined(flux, call, spec)
         rows = None
         if call.suits(spec):
-            rows = self._guarded(
-                lambda: self._prompts.rows(self.engine, call, schedule_of(model, call), self.loras)
-            )
+            rows = self._guarded(lambda: self._prompts.rows(self.engine, call, schedule_of(model, call), self.loras))
             why = why or ("timesteps that are not from 0 to 1" if rows is None else None)
         self._tell(call.options, why)
         if why is None and rows is not None:

@@ -123,7 +123,7 @@ def model(comfy: FakeHost) -> Any:
     """The loader's handle of the miniature."""
     from fake_host import node
 
-    handle, _ = node("VortexFluxLoader").load("tiny-schnell", 6.5, "exact")
+    handle, *_ = node("VortexFluxLoader").load("tiny-schnell", 6.5, "exact")
     return handle
 
 

@@ -24,7 +24,7 @@ from ..device.select import resolve_device
 from ..device.streams import blas_of
 from ..device.vram import Ledger, snapshot
 from ..device.worker import Worker, worker_of
-from ..errors import NoEffectWarning, VortexInputError, quoted
+from ..errors import NoEffectWarning, VortexInputError
 from ..flux1.conditioning import Conditioning, check_conditioning
 from ..flux1.request import (
     Request,
@@ -42,8 +42,8 @@ from ..flux1.start import DEFAULT_STRENGTH, check_start
 from ..memory.offload import nbytes
 from ..memory.planner import MemoryPlan, make_plan
 from . import loading
-from .loading import OnLoad, ResolvedConfig
 from .lending import Lent
+from .loading import OnLoad, ResolvedConfig
 from .lora_files import LoraFiles, Pairs
 from .loras import Chosen
 from .painter import OnStep, Painter
@@ -432,9 +432,9 @@ class Engine(Turns):
         """Do `work(lent)` on the engine's thread, where it can multiply by the transformer's weights; its result.
 
         `lent` (runtime/lending.py) gives products and norms by canonical names, and is of no use once `work` returns.
-        `height` and `width` in pixels, `tokens` of text: those of the pictures whose activations `work` allocates, which
-        are planned into the budget. `loras` as in `generate`. Where memory runs out, `work` is called once more. It must
-        not call this engine. Raises what `work` raises; `VortexInputError` for other LoRAs and after `unload`;
+        `height` and `width` in pixels, `tokens` of text: those of the pictures whose activations `work` allocates,
+        which are planned into the budget. `loras` as in `generate`. Where memory runs out, `work` is called once more.
+        Raises what `work` raises; `VortexInputError` for other LoRAs and after `unload`;
         `MemoryPressureError` where the activations do not fit the budget.
         """
         self._check_usable()

@@ -85,6 +85,7 @@ class Model:
         self.groups = list(self._groups())
         self.sizes = self.measure()
         self.scratch = self._scratch()
+        self._largest = _most(self.transformer, self.modulation)
         # to dequantize; cudaMallocAsync leaves up to 0.17 GB between the small tensors that are allocated (H200)
         self._plain = 0 if backend is None or (fused and dtype != torch.float32) else backend.allocates(dtype)
         self.allocates = self._plain if fused else kernels.step_bytes(self.flux.hidden) + self._plain
@@ -93,13 +94,8 @@ class Model:
 
     def _scratch(self) -> tuple[int, ...]:
         """Bytes of the buffers that weights are dequantized into; in 8 bits there is a second one, for the text."""
-
-        def most(*modules: nn.Module) -> int:  # values of the largest weight
-            parts = (part for module in modules for part in module.modules())
-            return max((prod(part.shape) for part in parts if isinstance(part, NF4Linear)), default=0)
-
         size = self.dtype.itemsize
-        blocks, prompt = most(self.transformer), most(self.modulation, *self.t5.groups)
+        blocks, prompt = _most(self.transformer), _most(self.modulation, *self.t5.groups)
         text = self.flux.hidden * self.flux.mlp  # bytes; the largest weight for the text of a double block, in 8 bits
         sizes = (max(blocks, prompt * size), text) if self.precision.scaled else (max(blocks, prompt) * size,)
         return tuple(aligned(nbytes) for nbytes in sizes if nbytes)
@@ -206,15 +202,12 @@ class Model:
     ) -> MemoryRequirements:
         """The memory of a step by code of others with these weights, which are dequantized in 16 bits."""
         number = batch * (tokens + sampling.image_tokens(height, width))
-        packed = (part for module in (self.transformer, self.modulation) for part in module.modules())
-        largest = max((prod(part.shape) for part in packed if isinstance(part, NF4Linear)), default=0)
-        library = activation_bytes(self.flux, number, self.dtype) + self._plain
         return MemoryRequirements(
             height,
             width,
             batch,
-            scratch=max(sum(self.scratch), aligned(largest * self.dtype.itemsize)),
-            library=library,
+            scratch=max(sum(self.scratch), aligned(self._largest * self.dtype.itemsize)),
+            library=activation_bytes(self.flux, number, self.dtype) + self._plain,
             blas=blas,
             slack=SLACK + 5 * POOL,
             packed=True,
@@ -250,3 +243,9 @@ class Model:
             if nbytes <= TALL:
                 break
         return rows, nbytes
+
+
+def _most(*modules: nn.Module) -> int:
+    """Values of the largest weight in NF4."""
+    parts = (part for module in modules for part in module.modules())
+    return max((prod(part.shape) for part in parts if isinstance(part, NF4Linear)), default=0)
