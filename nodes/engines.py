@@ -47,8 +47,8 @@ def acquire(model: Model) -> Engine:
     """The engine of a handle: loaded if it was not, resident, and with the VRAM free that its budget promises."""
     with _lock:
         loaded = _used(model)
-        # a clone that is being sampled with stays the active one
-        patcher = loaded.patcher.model.vortex.active or loaded.patcher
+        # while a clone is sampled with, its patches stay where they are
+        patcher = getattr(loaded.patcher.model, "current_patcher", None) or loaded.patcher
         host.bring_back(patcher, max(0, loaded.budget - loaded.engine.device_bytes))
         return loaded.engine
 

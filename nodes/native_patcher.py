@@ -22,6 +22,8 @@ def patcher_class() -> type:
     """`EnginePatcher`, made for the running host."""
     from comfy.model_patcher import ModelPatcher
 
+    from . import engines  # which imports this
+
     class EnginePatcher(ModelPatcher):  # type: ignore[misc]
         """A MODEL that can be cloned, patched and sampled with. Merging and saving are refused.
 
@@ -50,8 +52,6 @@ def patcher_class() -> type:
         def renew(self) -> None:
             """Load the engine again, if it was unloaded."""
             if self.handle is not None:
-                from . import engines
-
                 engines.renew(self.handle)
 
         # -------------------------------------------------------- where the weights are
@@ -71,8 +71,13 @@ def patcher_class() -> type:
             return self.load_device if self.engine.resident else self.offload_device
 
         def load(self, *args: Any, **ignored: Any) -> None:
-            self.engine.resume()
-            self.model.vortex.install(self)
+            try:
+                with engines.torchs_own_memory_errors():
+                    self.engine.resume()
+                    self.model.vortex.install(self)
+            except Exception:
+                self.detach()  # as the host does: it does not list a model that was not loaded
+                raise
 
         def partially_load(self, device_to: Any, extra_memory: int = 0, **ignored: Any) -> int:
             self.renew()

@@ -1,7 +1,7 @@
 """The loader's MODEL inside a real ComfyUI: what its own nodes make of it, beside its own Flux with the same weights.
 
-The tree's Python runs all cases at once (model_by_comfyui.py), on the CPU with the bundled miniature; here their figures
-are judged.
+The tree's Python runs all cases at once (model_by_comfyui.py), on the CPU with the bundled miniature; here their
+figures are judged.
 """
 
 from __future__ import annotations
