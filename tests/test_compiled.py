@@ -15,7 +15,7 @@ SHARED = 99 * 1024  # bytes of a program on 8.6, 8.9 and 12.0
 # Bytes of a thread that its registers cannot hold: in the decoder alone, which runs once for a picture, and in
 # attention in fp8, which no card but Hopper uses.
 SPILLS = {"_convolve": 24, "_attend": 112}
-OTHERS = {"_dequantize", "_multiply", "_rotate", "_modulate", "_gelu", "_moments"}
+OTHERS = {"_dequantize", "_multiply", "_rotate", "_modulate", "_gelu", "_guide", "_moments"}
 
 
 @pytest.mark.slow

@@ -51,6 +51,19 @@ def test_modulate(compiled: Kernels, width: int, dtype: torch.dtype, residual: b
     assert_same(*results)
 
 
+@pytest.mark.parametrize("width", [64, 100, 192, 3072, 25000])
+@pytest.mark.parametrize("dtype", ALL)
+@pytest.mark.parametrize("terms", [(5.0, 1.5, 0.5), (1.0, 10.0, 1.0), (50.0, 1.0, 0.25)])
+def test_guide(compiled: Kernels, width: int, dtype: torch.dtype, terms: tuple[float, float, float]) -> None:
+    wanted, avoided = (part(2, 5, width, dtype)[0] for _ in range(2))
+    wanted[0, 1], avoided[1, 2] = 0, 0
+    given, results = torch.tensor(terms, device=DEVICE), []
+    for kernels in (compiled, reference):
+        results.append(empty(2, 5, width, dtype))
+        kernels.guide(wanted, avoided, given, results[-1].values)
+    assert_same(*results)
+
+
 @pytest.mark.parametrize(("heads", "channels"), [(2, 128), (3, 16), (24, 128), (9, 72), (2, 30), (1, 256), (1, 512)])
 @pytest.mark.parametrize("dtype", ALL)
 def test_rotate_leaves_values_alone(compiled: Kernels, heads: int, channels: int, dtype: torch.dtype) -> None:

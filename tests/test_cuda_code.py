@@ -18,7 +18,7 @@ from vortex_core.kernels import nvrtc
 
 SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_120": 99}  # KiB that a block can have
 KERNELS = {
-    "step": {"modulate", "decode"},
+    "step": {"modulate", "decode", "guide"},
     "eight": {"product_128", "decode_fp8"},
 } | {variant: {"weights"} for variant in nvrtc.VARIANTS}
 USAGE = re.compile(r"Function (\w+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")

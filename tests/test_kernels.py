@@ -53,6 +53,19 @@ def test_modulate(fused, width: int, dtype: torch.dtype, scaled: bool, residual:
     assert_same(*results)
 
 
+@pytest.mark.parametrize("width", [64, 192, 3072])
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("terms", [(5.0, 1.5, 0.5), (1.0, 10.0, 1.0), (50.0, 1.0, 0.25)])
+def test_guide(fused, width: int, dtype: torch.dtype, terms: tuple[float, float, float]) -> None:
+    wanted, avoided = (part(2, 5, width, dtype)[0] for _ in range(2))
+    wanted[0, 1], avoided[1, 2] = 0, 0
+    given, results = torch.tensor(terms, device=DEVICE), []
+    for kernels in (fused, reference):
+        results.append(empty(2, 5, width, dtype))
+        kernels.guide(wanted, avoided, given, results[-1].values)
+    assert_same(*results)
+
+
 @pytest.mark.parametrize("widths", [(0, 192), (64, 192), (3072, 12288)])
 @pytest.mark.parametrize("dtype", TYPES)
 def test_gelu(fused, widths: tuple[int, int], dtype: torch.dtype) -> None:

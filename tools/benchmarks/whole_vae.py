@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from vortex_core.flux1.vae import AttnBlock, Decoder, ResnetBlock
+from vortex_core.flux1.vae import Decoder
+from vortex_core.flux1.vae_blocks import AttnBlock, ResnetBlock
 
 
 def whole_decode(decoder: Decoder, latents: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from ..flux1.spec import FluxSpec, dev_checkpoint_message
 from ..storage.files import GgufFile, Raw
 from ..storage.refused_formats import ARCHITECTURES, READ, format_of
 from ..storage.tensors import Renamed, Stored, Tensors
-from .key_maps import SWAPPED, flux_sources, t5_gguf_sources, vae_sources
+from .key_maps import SWAPPED, flux_sources, t5_gguf_sources, vae_bfl_sources, vae_sources
 
 SourceNames = Callable[[str], tuple[str, ...]]  # a canonical name to the names that it has in a file
 
@@ -56,7 +56,7 @@ LAYOUTS = {
         Layout("llama.cpp", "enc.blk.0.attn_q.weight", t5_gguf_sources),
     ),
     "vae": (
-        Layout("BFL", "decoder.mid.block_1.norm1.weight", _after("decoder.")),
+        Layout("BFL", "decoder.mid.block_1.norm1.weight", vae_bfl_sources),
         Layout("diffusers", "decoder.mid_block.resnets.0.norm1.weight", vae_sources),
     ),
 }

@@ -60,6 +60,7 @@ _T5 = {
     ("1", "layer_norm"): "ffn_norm",
 }  # by sublayer and module
 VAE_LEVELS = 4
+ENCODER = "encoder."  # before canonical names of the VAE's encoder; those of its decoder have no prefix
 TIME = 256  # sinusoids of a timestep
 SWAPPED = ("final_layer.adaLN_modulation.1",)  # diffusers stores (scale, shift), BFL (shift, scale)
 
@@ -136,9 +137,15 @@ def t5_gguf_sources(name: str) -> tuple[str, ...]:
     return (f"{theirs}.{part[-1]}",)
 
 
+def vae_bfl_sources(name: str) -> tuple[str, ...]:
+    """BFL's name of a VAE tensor such as `up.3.block.0.conv1.weight` or `encoder.conv_in.weight`."""
+    return (name if name.startswith(ENCODER) else f"decoder.{name}",)
+
+
 def vae_sources(name: str) -> tuple[str, ...]:
-    """The diffusers name of a canonical VAE decoder tensor such as `up.3.block.0.conv1.weight`."""
-    part = name.split(".")
+    """The diffusers name of a VAE tensor: of the decoder's, such as `up.3.block.0.conv1.weight`, or of `encoder.`'s."""
+    half, _, inside = name.partition(".") if name.startswith(ENCODER) else ("decoder", "", name)
+    part = inside.split(".")
     match part:
         case ["mid", "attn_1", inner, kind]:
             theirs = f"mid_block.attentions.0.{_VAE_ATTENTION[inner]}.{kind}"
@@ -148,8 +155,12 @@ def vae_sources(name: str) -> tuple[str, ...]:
             theirs = f"up_blocks.{VAE_LEVELS - 1 - int(level)}.resnets.{'.'.join(rest)}"
         case ["up", level, "upsample", *rest]:
             theirs = f"up_blocks.{VAE_LEVELS - 1 - int(level)}.upsamplers.0.{'.'.join(rest)}"
+        case ["down", level, "block", *rest]:
+            theirs = f"down_blocks.{level}.resnets.{'.'.join(rest)}"
+        case ["down", level, "downsample", *rest]:
+            theirs = f"down_blocks.{level}.downsamplers.0.{'.'.join(rest)}"
         case ["norm_out", kind]:
             theirs = f"conv_norm_out.{kind}"
         case _:
-            theirs = name
-    return (f"decoder.{theirs.replace('nin_shortcut', 'conv_shortcut')}",)
+            theirs = inside
+    return (f"{half}.{theirs.replace('nin_shortcut', 'conv_shortcut')}",)

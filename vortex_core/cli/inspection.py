@@ -10,7 +10,7 @@ from typing import Any
 
 from ..checkpoint.bundle import SUBFOLDERS, WORDS, describe, find_parts
 from ..checkpoint.dialects import Part, depth
-from ..checkpoint.key_maps import modulation_shapes, step_shapes
+from ..checkpoint.key_maps import ENCODER, modulation_shapes, step_shapes
 from ..checkpoint.tokenizer import locate_tokenizers
 from ..errors import VortexCheckpointError
 from ..nf4 import BLOCK, UNQUANTIZED
@@ -76,6 +76,8 @@ def inspect(
 
 
 def _words(kind: str, part: Part, configs: Mapping[str, Mapping[str, Any]]) -> str:
+    if kind == "vae" and f"{ENCODER}conv_in.weight" not in part.tensors:
+        return f"{part.words}, without an encoder"
     if kind != "transformer":
         return part.words
     return f"{part.words}, {depth(describe(kind, part, configs.get(kind)))}"

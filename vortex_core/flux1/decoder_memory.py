@@ -1,28 +1,20 @@
-"""Feature maps as strips of rows in one block of memory: the same picture is decoded in a quarter of the memory.
+"""Where the decoder's feature maps lie: the same picture is decoded in a quarter of the memory.
 
-Independent tiles would be visible: they change the statistics of every GroupNorm and cut the mid block's attention.
-Here a norm takes its statistics over the whole map before it is applied, and a convolution sees the rows above and
-below its strip. So the height of the strips changes nothing but the order of sums.
-
-No map is allocated. `DecoderLayout` computes where each strip lies: it may overwrite what has been read by then. So
-about one map is in memory at a time, and the bytes that a decode takes are a sum. Maps have their channels last.
+A strip may overwrite what has been read by then, also a strip of the same level. So about one map is in memory at a
+time. flux1/strip_memory.py says how strips work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 
-import torch
 from torch import Tensor
 
-from ..kernels import Moments, Window, most_parts
-from ..memory.arena import Region, Shape, aligned, laid_out
-from .spec import VaeSpec
-
-Span = tuple[int, int]  # a strip's first byte in the memory, and the byte after its last
+from ..kernels import most_parts
+from ..memory.arena import Shape, aligned
+from .strip_memory import Map, Span, StripLayout, StripMemory
 
 
 @dataclass(frozen=True)
@@ -99,18 +91,10 @@ class Level:
 
 
 @dataclass(frozen=True)
-class DecoderLayout:
-    """Where everything lies in the memory for decoding one picture, and so how many bytes that takes.
-
-    `height`, `width`: those of the latents. Maps are cut into strips of at most `rows`; None: one strip. A level's maps
-    lie just so low that its output, the next level's arrival, overwrites nothing that is still to be read.
+class DecoderLayout(StripLayout):
+    """The decoder's layout. A level's maps lie just so low that its output, the next level's arrival, overwrites
+    nothing that is still to be read.
     """
-
-    spec: VaeSpec
-    height: int
-    width: int
-    rows: int | None
-    dtype: torch.dtype
 
     @cached_property
     def levels(self) -> tuple[Level, ...]:
@@ -139,7 +123,7 @@ class DecoderLayout:
 
     @property
     def attention(self) -> int:
-        """Where attention's four matrices `[h w, C]` begin: behind the lowest level's maps."""
+        """Behind the lowest level's maps."""
         return aligned(self.levels[0].end)
 
     @cached_property
@@ -172,24 +156,11 @@ class DecoderLayout:
             counts.append(sum(found))
         return max(counts)
 
-    @cached_property
-    def buffers(self) -> tuple[Shape, ...]:
-        """Shapes and types of what lies behind the maps, in order; see `DecoderMemory`."""
-        widest = max(self.spec.channels)
-        return (
-            ((self.bordered,), self.dtype),
-            ((16 * widest * widest,), self.dtype),
-            ((3, self.spec.groups, self.parts), torch.float32),
-            ((2 * widest,), torch.float32),
-            ((self.row,), self.dtype),
-            ((self.row,), self.dtype),
-            ((1, self.spec.latent_channels, self.height, self.width), self.dtype),
-        )
-
-    @cached_property
-    def nbytes(self) -> int:
-        """Bytes of everything."""
-        return aligned(self.maps_bytes) + laid_out(self.buffers)
+    @property
+    def own(self) -> tuple[Shape, ...]:
+        """The doubled convolutions' taps, and the latent."""
+        latent = (1, self.spec.latent_channels, self.height, self.width)
+        return ((16 * max(self.spec.channels) ** 2,), self.dtype), (latent, self.dtype)
 
 
 def _moved(span: Span, by: int) -> Span:
@@ -205,29 +176,14 @@ def _start(level: Level, above: Level) -> int:
     return aligned(max(needs))
 
 
-@dataclass(slots=True)
-class Map:
-    """Strips `[1, C, rows, W]` of a feature map, and its moments if they were computed while it was written.
-
-    The moments of the next map overwrite these.
-    """
-
-    strips: Sequence[Tensor]
-    moments: Moments | None = None
-
-
-class DecoderMemory:
-    """The layout's tensors in a block of memory, for one picture after the other."""
+class DecoderMemory(StripMemory):
+    """The decoder's maps, for one picture after the other."""
 
     def __init__(self, layout: DecoderLayout, memory: Tensor) -> None:
-        """`memory`: uint8, one dimension, of at least `layout.nbytes`. Raises `ValueError` where it is smaller."""
-        if memory.numel() < layout.nbytes:
-            raise ValueError(f"Decoding takes {layout.nbytes} bytes of memory; these are {memory.numel()}.")
-        self.layout, self._memory = layout, memory
-        region = Region(memory, aligned(layout.maps_bytes))
-        self._bordered, self._taps, self._moments, self._terms, *self._rows, self.latent = (
-            region.take(shape, dtype) for shape, dtype in layout.buffers
-        )
+        """See `StripMemory`."""
+        super().__init__(layout, memory)
+        self.layout = layout
+        self._taps, self.latent = self.own
 
     def arrival(self, k: int) -> Map:
         """The map that level `k` gets from the level below."""
@@ -250,49 +206,11 @@ class DecoderMemory:
         whole = replace(level, heights=(self.layout.height,))
         return self._map(level.channels, whole, [whole.residual(0)]), self._map(level.channels, whole, [whole.other(0)])
 
-    def matrices(self) -> list[Tensor]:
-        """Attention's four matrices, each `[h w, C]`."""
-        level, region = self.layout.levels[0], Region(self._memory, self.layout.attention)
-        return [region.take((self.layout.height * level.width, level.channels), self.layout.dtype) for _ in range(4)]
-
-    def bordered(self, channels: int, height: int, width: int) -> Tensor:
-        """A strip of that size with a border, `[1, C, h + 2, w + 2]`, uninitialized."""
-        return _channels_last(self._bordered, channels, height + 2, width + 2)
-
     def taps(self, weight: Tensor) -> Tensor:
         """For `kernels.corner_taps` of a weight: `[4 N, 4 C]`, uninitialized."""
         wide, channels = weight.shape[:2]
         return self._taps[: 16 * wide * channels].view(4 * wide, 4 * channels)
 
-    def moments(self) -> Moments:
-        """Empty moments for the next map; they overwrite those of the map before."""
-        return Moments(self._moments)
-
-    def terms(self, channels: int) -> Tensor:
-        """For `kernels.norm_terms`: `[2, C]`, uninitialized."""
-        return self._terms[: 2 * channels].view(2, channels)
-
-    def windows(self, strips: Sequence[Tensor], *, overwritten: bool = False) -> Iterator[Window]:
-        """Strips with their neighbours' rows, from top to bottom.
-
-        `overwritten`: a strip's memory, up to the next strip, may be overwritten as soon as that strip is done.
-        """
-        above = None
-        for i, strip in enumerate(strips):
-            below = strips[i + 1][:, :, :1] if i + 1 < len(strips) else None
-            last = strip[:, :, -1:]
-            if overwritten and below is not None:
-                last = _channels_last(self._rows[i % 2], strip.shape[1], 1, strip.shape[3]).copy_(last)
-            yield Window(above, strip, below)
-            above = last
-
     def _map(self, channels: int, level: Level, spans: list[Span]) -> Map:
-        strips = []
-        for rows, (begin, end) in zip(level.heights, spans, strict=True):
-            strips.append(_channels_last(self._memory[begin:end].view(self.layout.dtype), channels, rows, level.width))
-        return Map(strips)
-
-
-def _channels_last(flat: Tensor, channels: int, height: int, width: int) -> Tensor:
-    """`[1, C, h, w]` at the start of `flat`."""
-    return flat[: channels * height * width].view(1, height, width, channels).permute(0, 3, 1, 2)
+        sized = zip(level.heights, spans, strict=True)
+        return Map([self.at(span, channels, rows, level.width) for rows, span in sized])

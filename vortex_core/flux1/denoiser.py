@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ..kernels import ScaledTensor
 from ..quant.linear import multiply
 from .conditioning import Conditioning
+from .nag import Nag
 from .step_buffers import Rope
 from .transformer import Transformer
 
-Velocity = Callable[[Tensor, Tensor, Tensor, Rope], Tensor]  # latents, text, modulation and positions to a velocity
+
+class Velocity(Protocol):
+    """From latents, text, modulation, positions and the terms of NAG to a velocity: see `Transformer`."""
+
+    def __call__(self, img: Tensor, txt: Tensor, modulation: Tensor, pe: Rope, nag: Tensor | None = None) -> Tensor: ...
 
 
 class Denoiser:
@@ -21,12 +28,17 @@ class Denoiser:
     def __init__(self, transformer: Transformer, velocity: Velocity, inputs: Mapping[str, Tensor]) -> None:
         self._txt_in, self._velocity, self._inputs = transformer.txt_in, velocity, inputs
         self._held: tuple[Conditioning, tuple[float, ...]] | None = None
+        self._away = 0  # tokens of the text to avoid
+
+    def avoid(self, conditioning: Conditioning, nag: Nag) -> None:
+        """Lead all steps away from this text. It has its place before the others, and none of its own modulation."""
+        self._away = conditioning.txt.shape[1]
+        self._embed(conditioning, 0)
+        self._inputs["nag"].copy_(torch.tensor(nag.terms))
 
     def hold(self, conditioning: Conditioning, sigmas: Sequence[float]) -> None:
         """Bring what this conditioning has for these levels to the device; at most 8."""
-        tokens = conditioning.txt.shape[1]
-        embeddings = self._inputs["embeddings"][:, :tokens].copy_(conditioning.txt, non_blocking=True)
-        multiply(self._txt_in, ScaledTensor(embeddings), self._inputs["txt"][:, :tokens])
+        self._embed(conditioning, self._away)
         if tuple(sigmas) == conditioning.sigmas:
             self._inputs["modulation"][: len(sigmas)].copy_(conditioning.modulation, non_blocking=True)
         else:
@@ -48,7 +60,12 @@ class Denoiser:
             self.hold(conditioning, (sigma,))
         assert self._held is not None
         modulation = self._inputs["modulation"][self._held[1].index(sigma)]
-        tokens, known = conditioning.txt.shape[1], self._inputs["txt"].shape[1]
+        tokens, known = self._away + conditioning.txt.shape[1], self._inputs["txt"].shape[1]
         cos, sin = (self._inputs[name][known - tokens :] for name in ("cos", "sin"))  # text has no places: rows alike
         txt = self._inputs["txt"][:, :tokens].expand(len(img), -1, -1)
-        return self._velocity(img, txt, modulation, (cos, sin))
+        return self._velocity(img, txt, modulation, (cos, sin), self._inputs["nag"] if self._away else None)
+
+    def _embed(self, conditioning: Conditioning, start: int) -> None:
+        place = slice(start, start + conditioning.txt.shape[1])
+        embeddings = self._inputs["embeddings"][:, place].copy_(conditioning.txt, non_blocking=True)
+        multiply(self._txt_in, ScaledTensor(embeddings), self._inputs["txt"][:, place])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import VortexInputError, quoted
 from ..utils.numeric import finite, whole
+from .nag import Nag
 from .schedule import timesteps
 from .spec import DEFAULT_STEPS, MAX_SIZE, MAX_STEPS, MIN_SIZE, SIZE_MULTIPLE
 
@@ -38,6 +39,7 @@ class Request:
     sigmas: tuple[float, ...] | None = None
     strength: float = 1.0
     guidance: float = 0.0
+    nag: Nag | None = None
 
     def __post_init__(self) -> None:
         given = {name: getattr(self, name) for name in ("height", "width", "batch_size", "seed")}
@@ -56,6 +58,8 @@ class Request:
         reals = {"strength": check_strength(self.strength), "guidance": check_guidance(self.guidance)}
         for name, number in {**numbers, **reals, "steps": check_steps(self.steps)}.items():
             object.__setattr__(self, name, number)
+        if self.nag is not None and self.guided:
+            raise VortexInputError("Give guidance or nag, not both: each leads away from the negative prompt.")
         if self.sigmas is not None and self.strength != 1:
             raise VortexInputError("Give sigmas or strength, not both: sigmas begin at the strength.")
         given_sigmas = timesteps(self.steps, self.strength) if self.sigmas is None else check_schedule(self.sigmas)
@@ -71,6 +75,11 @@ class Request:
     def guided(self) -> bool:
         """Whether each step runs twice, with the negative prompt too."""
         return self.guidance > 1
+
+    @property
+    def avoids(self) -> bool:
+        """Whether a negative prompt counts."""
+        return self.guided or self.nag is not None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

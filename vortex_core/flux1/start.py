@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -34,8 +35,9 @@ class Start:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both on a device, fp32."""
-        return 4 * sum(given.numel() for given in (self.image, self.mask) if given is not None)
+        """Bytes of both on a device, fp32, and of the image's latents, a twelfth of the image."""
+        mask = 0 if self.mask is None else self.mask.numel()
+        return 4 * (self.image.numel() + mask) + self.image.numel() // 3
 
     def enter(self, img: Tensor, image: Tensor, more: list[Tensor], sigma: float) -> Kept | None:
         """Put the noise of `img` over the clean latents `image`, at the level `sigma`; what inpainting keeps.
@@ -61,7 +63,7 @@ class Start:
         if self.mask is None:
             return pictures
         image, mask = (given.to(pictures.device, pictures.dtype) for given in (self.image, self.mask))
-        return pictures.copy_(image.lerp(pictures, mask[..., None]))
+        return torch.lerp(image, pictures, mask[..., None], out=pictures)
 
 
 def check_start(
@@ -73,8 +75,7 @@ def check_start(
             if given is not None:
                 raise VortexInputError(f"{name} needs an image to begin from.")
         return None
-    found = _in_range("image", check_floats("image", image, ("B", "H", "W", 3), "a picture in 0..1"))
-    check_size(*found.shape[1:3])
+    found = check_pictures("image", image)
     for side, wanted, own in (("height", height, found.shape[1]), ("width", width, found.shape[2])):
         if wanted is not None and whole(wanted) != own:
             raise VortexInputError(f"{side} is {quoted(wanted)}, but the image's is {own}. Resize the image.")
@@ -85,6 +86,13 @@ def check_start(
     masked = _in_range("mask", check_floats("mask", known, ("B", *found.shape[1:3]), "1 where it is drawn anew"))
     _check_count("mask", masked, batch)
     return Start(found, masked)
+
+
+def check_pictures(name: str, pictures: object) -> Tensor:
+    """A caller's pictures `[B, H, W, 3]` in 0..1. Raises `VortexInputError` for what is none."""
+    found = check_floats(name, pictures, ("B", "H", "W", 3), "in 0..1")
+    check_size(*found.shape[1:3])
+    return _in_range(name, found)
 
 
 def _check_count(name: str, values: Tensor, batch: object) -> None:

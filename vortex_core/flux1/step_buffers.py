@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,17 @@ from ..memory.arena import Shape, round_up
 from ..quant.precision import EXACT, Precision
 from .spec import FluxSpec
 
+
+class StepSize(NamedTuple):
+    """Of a step: pictures, tokens of text and of the image. `away`: of the text, those to avoid, which come first."""
+
+    pictures: int
+    txt: int
+    img: int
+    away: int = 0
+
+
+Size = tuple[int, int, int] | StepSize
 Rope = tuple[Tensor, Tensor]  # cos and sin, fp32, each [L, C/2]
 Take = Callable[[str, tuple[int, ...], torch.dtype], Tensor]  # name, shape and type to an uninitialized tensor
 
@@ -86,7 +98,7 @@ class StepBuffers:
         self,
         spec: FluxSpec,
         kernels: Kernels,
-        size: tuple[int, int, int],
+        size: Size,
         dtype: torch.dtype,
         take: Take,
         precision: Precision = EXACT,
@@ -94,8 +106,8 @@ class StepBuffers:
         side: torch.cuda.Stream | None = None,
     ) -> None:
         """`size`: B, N, S. `side`: a second CUDA stream, for the text."""
-        scaled = precision.scaled
-        batch, txt_tokens, img_tokens = size
+        self.size, scaled = StepSize(*size), precision.scaled
+        batch, txt_tokens, img_tokens, away = self.size
         tokens, hidden, mlp = txt_tokens + img_tokens, spec.hidden, spec.mlp
         head = (3, spec.heads, spec.head_dim)
         flat = {name: take(name, *shape) for name, shape in buffers(spec, size, dtype, precision).items()}
@@ -129,8 +141,10 @@ class StepBuffers:
                 active=views.operand("active", tokens, hidden + mlp),
             )
         self.heads: Heads | None = None
-        if precision.fp8_attention:
+        if precision.fp8_attention and not away:
             self.heads = _heads(flat["active"], flat["v_scale"], (batch, tokens, *head[1:]))
+        self.apart = views.plain("apart", tokens - (txt_tokens - away), *head) if away else None
+        self.nag: Tensor | None = None  # the terms of `reference.guide`
         self.final = ScaledTensor(views.plain("linear1", img_tokens, hidden))
         self.velocity = views.plain("velocity", img_tokens, spec.in_channels)
 
@@ -160,11 +174,9 @@ class StepBuffers:
             stream.pe = (pe[0][stream.start : stream.stop], pe[1][stream.start : stream.stop])
 
 
-def buffers(
-    spec: FluxSpec, size: tuple[int, int, int], dtype: torch.dtype, precision: Precision = EXACT
-) -> dict[str, Shape]:
-    """Shape and type of every buffer of a step, for `size` = (pictures, text tokens, image tokens). All are flat."""
-    batch, txt_tokens, img_tokens = size
+def buffers(spec: FluxSpec, size: Size, dtype: torch.dtype, precision: Precision = EXACT) -> dict[str, Shape]:
+    """Shape and type of every buffer of a step. All are flat."""
+    batch, txt_tokens, img_tokens, away = StepSize(*size)
     rows = batch * (txt_tokens + img_tokens)
     flat: dict[str, Shape] = {
         "x": ((rows * spec.hidden,), dtype),
@@ -175,13 +187,17 @@ def buffers(
     }
     if precision.operand is not None:
         active = rows * (spec.hidden + spec.mlp)
-        if precision.fp8_attention:  # the MLP's operand, or the heads, with the values' tokens in whole tiles
+        if (
+            precision.fp8_attention and not away
+        ):  # the MLP's operand, or the heads, with the values' tokens in whole tiles
             values = batch * round_up(txt_tokens + img_tokens, TILE)
             active = max(active, (2 * rows + values) * spec.hidden)
             flat["v_scale"] = ((values // TILE * spec.heads + 2,), torch.float32)
         flat["active"] = ((active,), precision.operand)
         scales = batch * (_rounded(txt_tokens) + _rounded(img_tokens))
         flat["normal_scale"] = flat["active_scale"] = ((scales,), torch.float32)
+    if away:  # queries, keys and values of the text to avoid and of the image
+        flat["apart"] = ((batch * (away + img_tokens) * 3 * spec.hidden,), dtype)
     return flat
 
 

@@ -13,19 +13,19 @@ block ends with the gated sum *and* the adaLN of the next block: one pass over m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Linear
 
 from ..kernels import Kernels, ScaledTensor, reference
 from ..quant.linear import NF4Linear, multiply
 from ..quant.precision import EXACT, Precision
+from .attention import attend
 from .spec import DOUBLE_ROWS, FINAL_ROWS, SINGLE_ROWS, FluxSpec
-from .step_buffers import Rope, StepBuffers, Take, TokenStream
+from .step_buffers import Rope, Size, StepBuffers, Take, TokenStream
 
 HALF = DOUBLE_ROWS // 2  # modulation rows of one stream of a double block
 
@@ -151,8 +151,8 @@ class Transformer(nn.Module):
         """Every quantized linear."""
         return (part for part in self.modules() if isinstance(part, NF4Linear))
 
-    def step(self, size: tuple[int, int, int], take: Take | None = None) -> StepBuffers:
-        """Buffers for a step of `size` = (pictures, text tokens, image tokens), from `take`; default fresh ones."""
+    def step(self, size: Size, take: Take | None = None) -> StepBuffers:
+        """Buffers for a step of `size`, from `take`; default fresh ones."""
         weight = self.img_in.weight
 
         def fresh(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -162,16 +162,23 @@ class Transformer(nn.Module):
         return StepBuffers(*how, self.precision, side=self.side)
 
     def forward(
-        self, img: Tensor, txt: Tensor, modulation: Tensor, pe: Rope, step: StepBuffers | None = None
+        self,
+        img: Tensor,
+        txt: Tensor,
+        modulation: Tensor,
+        pe: Rope,
+        nag: Tensor | None = None,
+        step: StepBuffers | None = None,
     ) -> Tensor:
         """The velocity `[B, S, 64]` of packed latents `img [B, S, 64]` at one step.
 
         `txt` `[B, N, D]`: T5's embeddings after `txt_in`, which is the same in every step, so the caller runs it once.
-        `modulation` `[rows, D]`: the table of one step. `step`: the buffers to work in, default fresh ones; one of them
-        is returned.
+        `modulation` `[rows, D]`: the table of one step. `nag`: the terms of `reference.guide`, where `step` has a text
+        to avoid. `step`: the buffers to work in, default fresh ones; one of them is returned.
         """
         step = step or self.step((img.shape[0], txt.shape[1], img.shape[1]))
         step.place(pe)
+        step.nag = nag
         step.txt.x.copy_(txt)
         multiply(self.img_in, ScaledTensor(img.to(self.img_in.weight.dtype)), step.img.x)
 
@@ -218,22 +225,3 @@ def branch(
     kernels.residual_modulate(stream.x, stream.y, gate, shift, scale, stream.normal)
     multiply(wide, stream.normal, stream.wide, scratch, gelu=stream.active is None)
     multiply(narrow, stream.activate(kernels), stream.y, scratch)
-
-
-def attend(step: StepBuffers, qkv: Tensor, parts: Sequence[tuple[TokenStream, QKNorm]]) -> Tensor:
-    """Attention over `qkv` `[B, L, 3, H, C]`, of one or two streams with their own norms, to `[B, L, D]`.
-
-    In fp8 the result overwrites the queries. In 16 bits the library attends, into memory that it allocates.
-    """
-    if step.heads is not None:
-        ends = (parts[0][1], parts[-1][1])
-        norms = [weight.scale for norm in ends for weight in (norm.query_norm, norm.key_norm)]
-        step.kernels.pack_heads(qkv, norms, parts[-1][0].start, *step.joint.pe, step.heads)
-        out = qkv[:, :, 0]
-        step.kernels.attend_heads(step.heads, out)
-        return out.flatten(2)
-    for stream, norm in parts:
-        cos, sin = stream.pe
-        step.kernels.rotate(stream.qkv, norm.query_norm.scale, norm.key_norm.scale, cos, sin)
-    q, k, v = qkv.transpose(1, 3).unbind(2)  # each [B, H, L, C], where the products wrote them
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)

@@ -30,6 +30,7 @@ __all__ = [
     "dequantize",
     "gelu",
     "group_moments",
+    "guide",
     "modulate",
     "multiply_int8",
     "norm_silu",
@@ -142,6 +143,19 @@ def rotate(qkv: Tensor, query_norm: Tensor, key_norm: Tensor, cos: Tensor, sin: 
     launch(
         "rotate", (batch * tokens, 2), THREADS, qkv.device, qkv.dtype,
         *strided(qkv), query_norm, key_norm, cos, sin, tokens, heads, channels,
+    )  # fmt: skip
+
+
+@on_device
+def guide(wanted: Tensor, avoided: Tensor, terms: Tensor, out: Tensor) -> None:
+    """See `reference.guide`."""
+    batch, tokens, width = wanted.shape
+    if width > WIDEST_ADALN:
+        reference.guide(wanted, avoided, terms, out)
+        return
+    launch(
+        "guide", (batch * tokens, 1), adaln_threads(width), wanted.device, wanted.dtype,
+        *strided(wanted), *strided(avoided), terms, *strided(out), tokens, width,
     )  # fmt: skip
 
 

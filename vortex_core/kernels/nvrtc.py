@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..device.vram import driver_library
 from ..nf4 import LEVELS
-from .reference import EPSILON
+from .reference import EPSILON, LEAST_NORM
 
 Long = ctypes.c_longlong
 Argument = Tensor | ctypes.c_longlong | int | float | None
@@ -104,7 +104,8 @@ def _c(argument: Argument) -> Any:
 def source(dtype: torch.dtype, module: str = "step") -> str:
     """The text of a module's kernels for activations in `dtype`."""
     levels = ", ".join(f"{level!r}f" for level in LEVELS)
-    constants = {"VALUE": TYPES[dtype], "EPSILON": f"{EPSILON!r}f", "LEVELS": levels} | VARIANTS.get(module, {})
+    numbers = {"EPSILON": f"{EPSILON!r}f", "LEAST_NORM": f"{LEAST_NORM!r}f", "LEVELS": levels}
+    constants = {"VALUE": TYPES[dtype], **numbers, **VARIANTS.get(module, {})}
     lines = [f"#define {name} {value}" for name, value in constants.items()]
     folder = Path(__file__).with_name("cuda")
     return "\n".join([*lines, *((folder / name).read_text(encoding="utf-8") for name in MODULES[module])])

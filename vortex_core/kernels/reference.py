@@ -24,6 +24,7 @@ from .scaled_tensor import FP8_MAX, SMALLEST, TILE, Heads, Moments, ScaledTensor
 EPSILON = 1e-6  # of every norm in FLUX
 TOKENS = 1024  # of all pictures together, that a step's functions take at once
 ROWS = 256  # of a weight, that are rotated at once
+LEAST_NORM = 1e-6  # that a token is divided by
 EXACT = 1024  # products of two int8 values, whose sum in fp32 is exact
 
 
@@ -122,8 +123,23 @@ def rotate(qkv: Tensor, query_norm: Tensor, key_norm: Tensor, cos: Tensor, sin: 
             _turn(x[:, start:stop], norm, cos[start:stop], sin[start:stop])
 
 
+def guide(wanted: Tensor, avoided: Tensor, terms: Tensor, out: Tensor) -> None:
+    """Normalized attention guidance: what attention found with the prompt, led away from that with another text.
+
+    All `[B, T, D]`, `out` too; `terms` are fp32 `[3]`: scale, tau, alpha. The difference counts `scale` times, the L1
+    norm of a token grows at most `tau` times, and `alpha` of the result is blended in (arXiv 2505.21179, section 3.2).
+    """
+    scale, tau, alpha = terms
+    for start, stop in _chunks(wanted):
+        plain, led = (x[:, start:stop].to(torch.float32, copy=True) for x in (wanted, avoided))
+        led.lerp_(plain, scale)  # scale * wanted - (scale - 1) * avoided
+        before, after = (torch.linalg.vector_norm(x, 1, -1, keepdim=True).clamp_min_(LEAST_NORM) for x in (plain, led))
+        ratio = after.div_(before)
+        out[:, start:stop].copy_(plain.mul_(1 - alpha).add_(led.mul_(ratio.clamp_max(tau).div_(ratio).mul_(alpha))))
+
+
 def step_bytes(hidden: int) -> int:
-    """Bytes that `modulate`, `residual_modulate` and `rotate` allocate at most; `hidden` is D, and H times C."""
+    """Bytes that `guide`, `modulate`, `residual_modulate` and `rotate` allocate at most; `hidden`: D, and H times C."""
     # two chunks in fp32 (or one, and its two halves); moments of tokens and heads; rows as long as a token
     return TOKENS * (2 * 4 * hidden + hidden // 2) + 4 * 4 * hidden
 

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from . import rotated_rows
 from .launch import early, follow
+from .reference import LEAST_NORM
 from .row_parts import activated, modulated, row_of, strided
 from .scaled_tensor import FP8_MAX, SMALLEST, ScaledTensor
 
 _FP8_MAX = tl.constexpr(FP8_MAX)
 _SMALLEST = tl.constexpr(SMALLEST)
+_LEAST_NORM = tl.constexpr(LEAST_NORM)
 
 
 @triton.jit
@@ -59,6 +61,24 @@ def _gelu(
     _write(value, out, out_b, out_t, out_scale, scale_b, scale_t, T, column, column < A + W, True)
 
 
+@triton.jit(do_not_specialize=["T"])
+def _guide(
+    wanted, wanted_b, wanted_t, avoided, avoided_b, avoided_t, terms, out, out_b, out_t, T,
+    D: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    follow(EARLY)
+    column = tl.arange(0, BLOCK)
+    mask = column < D
+    plain = tl.load(row_of(wanted, wanted_b, wanted_t, T) + column, mask=mask, other=0.0).to(tl.float32)
+    other = tl.load(row_of(avoided, avoided_b, avoided_t, T) + column, mask=mask, other=0.0).to(tl.float32)
+    scale, tau, alpha = tl.load(terms), tl.load(terms + 1), tl.load(terms + 2)
+    led = plain * scale - other * (scale - 1)
+    before = tl.maximum(tl.sum(tl.abs(plain), 0), _LEAST_NORM)
+    ratio = tl.maximum(tl.sum(tl.abs(led), 0), _LEAST_NORM) / before
+    led = plain * (1 - alpha) + led * (alpha * tl.minimum(ratio, tau) / ratio)
+    tl.store(row_of(out, out_b, out_t, T) + column, led.to(out.dtype.element_ty), mask=mask)
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, out: ScaledTensor) -> None:
     """See `reference.modulate`."""
     _launch_modulate(x, None, None, shift, scale, out)
@@ -77,6 +97,15 @@ def gelu(x: Tensor, out: ScaledTensor, before: Tensor | None = None) -> None:
 def quantize(x: Tensor, out: ScaledTensor) -> None:
     """See `reference.quantize`."""
     _launch_gelu(x, out, None, gelu=False)
+
+
+def guide(wanted: Tensor, avoided: Tensor, terms: Tensor, out: Tensor) -> None:
+    """See `reference.guide`."""
+    batch, tokens, width = wanted.shape
+    _guide[(batch * tokens,)](
+        *strided(wanted), *strided(avoided), terms, *strided(out), tokens,
+        D=width, BLOCK=triton.next_power_of_2(width), num_warps=4, **early(out),
+    )  # fmt: skip
 
 
 def _launch_modulate(

@@ -52,8 +52,9 @@ class StepRequirements:
 class MemoryRequirements:
     """What one request takes besides weights.
 
-    In the arena: `scratch` for dequantized weights; `steps`, for each number of pictures that may be drawn at once,
-    the largest first; `decode` for the VAE, in strips of `rows`; `latents` of the whole batch. Outside: `library`, what
+    In the arena: `scratch` for dequantized weights; `encode` for the VAE's encoder, with its weights; `steps`, for each
+    number of pictures that may be drawn at once, the largest first; `decode` for the VAE's decoder; both in strips of
+    `rows`; `latents` of the whole batch. Outside: `library`, what
     libraries allocate for text encoders and decoder; `blas`, cuBLAS' workspaces; `slack` for what is no tensor of ours.
     `more`: how many tensors of the latents' size there are besides the usual three, and `given`: a caller's pictures.
     `packed`: weights are asked for as they are, so that none may be resident as a copy.
@@ -73,6 +74,7 @@ class MemoryRequirements:
     more: int = 0
     given: int = 0
     packed: bool = False
+    encode: int = 0
 
     @property
     def pictures(self) -> int:
@@ -107,9 +109,10 @@ class MemoryPlan:
     @property
     def stages(self) -> dict[str, int]:
         """What each phase takes of the arena, from its start."""
-        scratch = self.requirements.scratch
+        scratch, encode = self.requirements.scratch, self.requirements.encode
         return {
             "prompt": scratch + self.staging(*PROMPT),
+            **({"encode": encode} if encode else {}),
             "steps": scratch + self.staging(BLOCKS) + self.step.buffers,
             "decode": self.requirements.decode,
         }

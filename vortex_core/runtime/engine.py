@@ -26,6 +26,7 @@ from ..device.vram import Ledger, snapshot
 from ..device.worker import Worker, worker_of
 from ..errors import NoEffectWarning, VortexInputError
 from ..flux1.conditioning import Conditioning, check_conditioning
+from ..flux1.nag import Nag, check_nag
 from ..flux1.request import (
     Request,
     check_callback,
@@ -38,7 +39,8 @@ from ..flux1.request import (
 )
 from ..flux1.schedule import timesteps
 from ..flux1.spec import DEFAULT_STEPS, T5_TOKENS
-from ..flux1.start import DEFAULT_STRENGTH, check_start
+from ..flux1.start import DEFAULT_STRENGTH, check_pictures, check_start
+from ..flux1.texts import Texts
 from ..memory.offload import nbytes
 from ..memory.planner import MemoryPlan, make_plan
 from . import loading
@@ -221,22 +223,36 @@ class Engine(Turns):
         check_conditioning(conditioning, self._spec, self.dtype)
         return self._run(lambda painter: painter.schedule(conditioning, levels, chosen))
 
-    def velocity(self, latents: Tensor, sigma: float, conditioning: Conditioning, loras: Pairs | None = None) -> Tensor:
+    def velocity(
+        self,
+        latents: Tensor,
+        sigma: float,
+        conditioning: Conditioning,
+        loras: Pairs | None = None,
+        *,
+        negative: Conditioning | None = None,
+        nag: float | Nag = 0.0,
+    ) -> Tensor:
         """What the transformer says of noisy latents: one step of a sampler of one's own.
 
         `latents` `[B, 16, H/8, W/8]` in the model's scale, all at the noise level `sigma` (0 to 1), which are noise
         times sigma plus clean latents times 1 - sigma. The velocity, fp32, of the same shape on the engine's device, is
         noise less clean latents. A level that the Conditioning has not is computed first: `schedule` does that for all
-        steps in one pass. `loras` as in `generate`. Raises `VortexInputError` for other shapes or levels, and as
-        `generate`.
+        steps in one pass. `loras` as in `generate`; so is `nag`, which leads away from `negative`. Raises
+        `VortexInputError` for other shapes or levels, and as `generate`.
         """
         self._check_usable()
         check_latents(latents, self._spec.latent_channels)
         check_size(8 * latents.shape[2], 8 * latents.shape[3])
         (level,) = check_sigmas((sigma,))
-        check_conditioning(conditioning, self._spec, self.dtype)
+        strength = check_nag(nag)
+        if (strength is None) != (negative is None):
+            raise VortexInputError("nag needs a negative Conditioning to lead away from, and that needs nag.")
+        for text in (conditioning, *([] if negative is None else [negative])):
+            check_conditioning(text, self._spec, self.dtype)
         chosen = self._lora_files.of_call(loras, self._loras)
-        return self._run(lambda painter: painter.velocity(latents, level, conditioning, chosen))
+        texts = Texts([conditioning], negative, nag=strength)
+        return self._run(lambda painter: painter.velocity(latents, level, texts, chosen))
 
     @property
     def loras(self) -> tuple[tuple[str, float], ...]:
@@ -277,6 +293,7 @@ class Engine(Turns):
         strength: float | None = None,
         mask: Tensor | None = None,
         guidance: float = 0.0,
+        nag: float | Nag = 0.0,
         sigmas: Sequence[float] | None = None,
     ) -> Tensor:
         """Draw `batch_size` pictures; float32 `[B, H, W, 3]` in 0..1 on the engine's device.
@@ -296,8 +313,9 @@ class Engine(Turns):
         to 1: it begins at this noise level, and takes that share of `steps`, rounded up. Default 0.6, with a mask 1.
         `mask` `[H, W]` or `[1 or B, H, W]` in 0..1: where the image is drawn anew; where it is 0, the image stays as it
         is, bit for bit. `guidance` above 1: each step runs twice, and is led away from `negative_prompt` (which may be
-        empty) by that factor; twice the time. schnell is made for guidance 0, where `negative_prompt` has no effect,
-        and a warning says so.
+        empty) by that factor; twice the time. `nag`: normalized attention guidance, which does the same inside
+        attention and in a part of that time; schnell heeds it in 4 steps. A scale from 1 to 50, such as 5, or a `Nag`.
+        schnell is made without either, and then `negative_prompt` has no effect, and a warning says so.
 
         Raises `VortexInputError` before any work, also in a forked process; `BusyError` where too many calls wait
         already; `DeadlineError`; `MemoryPressureError` where the pictures do not fit the budget, or memory ran out
@@ -307,7 +325,7 @@ class Engine(Turns):
         job = self._job(
             prompt, negative_prompt, seed=seed, height=height, width=width, steps=steps, batch_size=batch_size,
             out=out, on_step=on_step, loras=loras, image=image, strength=strength, mask=mask, guidance=guidance,
-            sigmas=sigmas,
+            nag=nag, sigmas=sigmas,
         )  # fmt: skip
         return self._run(job, deadline)
 
@@ -343,6 +361,7 @@ class Engine(Turns):
         strength: float | None = None,
         mask: Tensor | None = None,
         guidance: float = 0.0,
+        nag: float | Nag = 0.0,
         sigmas: Sequence[float] | None = None,
     ) -> Callable[[Painter], Tensor]:
         """Check the arguments of `generate`; the work to do for it."""
@@ -354,24 +373,27 @@ class Engine(Turns):
         if batch_size is None:
             batch_size = len(prompts)
         start = check_start(image, mask, strength, height, width, batch_size)
+        if start is not None:
+            self._model.check_encoder()
         size = (self.native_size,) * 2 if start is None else start.size
         height, width = (own if side is None else side for own, side in zip(size, (height, width), strict=True))
         if strength is None:
             strength = 1.0 if start is None or mask is not None or sigmas is not None else DEFAULT_STRENGTH
-        request = Request(seed, height, width, steps, batch_size, sigmas, strength, guidance)  # type: ignore[arg-type]
+        led = guidance, check_nag(nag)
+        request = Request(seed, height, width, steps, batch_size, sigmas, strength, *led)  # type: ignore[arg-type]
         if len(prompts) not in (1, request.batch_size):
             raise VortexInputError(f"{len(prompts)} prompts for {request.batch_size} pictures: give one, or one each.")
         if out is not None:
             request.check_out(out, self.device)
         check_callback("on_step", on_step)
-        if request.guided:
+        if request.avoids:
             prompts += self._prompts("" if negative_prompt is None else negative_prompt)
         elif negative_prompt is not None:
             self._prompts(negative_prompt)
             if negative_prompt:
                 warn(
-                    "negative_prompt has no effect at guidance 0, which schnell is made for. With guidance above 1 it "
-                    "has, and each step runs twice.",
+                    "negative_prompt has no effect without guidance, which schnell is made for. With nag=5 it has, or "
+                    "with guidance above 1, where each step runs twice.",
                     NoEffectWarning,
                 )
         chosen = self._lora_files.of_call(loras, self._loras)
@@ -419,6 +441,18 @@ class Engine(Turns):
         self._check_usable()
         check_latents(latents, self._spec.latent_channels)
         return self._run(lambda painter: painter.decode(latents))
+
+    def encode_image(self, pictures: Tensor) -> Tensor:
+        """Latents, float32 `[B, 16, H/8, W/8]` in the model's scale, of pictures `[B, H, W, 3]` in 0..1.
+
+        They are on the engine's device, and what `decode` takes; the same picture always has the same ones. Height and
+        width: multiples of 16 from 64 to 2048. Raises `VortexInputError` for other pictures, and
+        `VortexCheckpointError` where the model's VAE has no encoder; else as `generate`.
+        """
+        self._check_usable()
+        given = check_pictures("pictures", pictures)
+        self._model.check_encoder()
+        return self._run(lambda painter: painter.encode_image(given))
 
     def lend(
         self,

@@ -28,7 +28,7 @@ from ..device.streams import streams_of
 from ..device.vram import counters, graph_memory, hand_back
 from ..flux1.denoiser import Velocity
 from ..flux1.spec import FluxSpec
-from ..flux1.step_buffers import Rope, StepBuffers, buffers
+from ..flux1.step_buffers import Rope, Size, StepBuffers, StepSize, buffers
 from ..flux1.transformer import Transformer
 from ..memory.arena import MIB, Region, Shape, aligned, laid_out, round_up
 from ..memory.offload import Act, Prefetcher
@@ -38,7 +38,6 @@ log = logging.getLogger(__name__)
 
 KEPT = 8  # graphs; about a megabyte each, more where they are cut
 POOL = 32 * MIB  # what cudaMallocAsync takes at a time for graphs; torch's own allocator takes less
-Size = tuple[int, int, int]  # pictures, text tokens, image tokens
 Address = tuple[int, ...]
 
 
@@ -54,10 +53,17 @@ class BoundStep:
         self._velocity = region.take(self._inputs[0].shape, torch.float32)
 
     def __call__(
-        self, img: Tensor, txt: Tensor, modulation: Tensor, pe: Rope, graph: PiecewiseGraph | None = None
+        self,
+        img: Tensor,
+        txt: Tensor,
+        modulation: Tensor,
+        pe: Rope,
+        nag: Tensor | None = None,
+        graph: PiecewiseGraph | None = None,
     ) -> Tensor:
         """The velocity, fp32 `[B, S, 64]`, valid until the next call; see `Transformer`. Replays `graph` if given."""
-        for kept, given in zip(self._inputs, (img, txt, modulation, *pe), strict=True):
+        terms = () if nag is None else (nag,)
+        for kept, given in zip(self._inputs, (img, txt, modulation, *pe, *terms), strict=True):
             kept.copy_(given)
         if graph is None:
             self.run()
@@ -71,8 +77,8 @@ class BoundStep:
 
     def run(self) -> None:
         """From the inputs to the velocity, kernel by kernel."""
-        img, txt, modulation, cos, sin = self._inputs
-        self._transformer(img, txt, modulation, (cos, sin), self._step)
+        img, txt, modulation, cos, sin, *terms = self._inputs
+        self._transformer(img, txt, modulation, (cos, sin), terms[0] if terms else None, self._step)
 
 
 class PiecewiseGraph:
@@ -128,14 +134,14 @@ class GraphCache:
         """`allocates`: bytes that a step takes besides its buffers and attention."""
         self.reserved = 0
         self._transformer, self._device, self._allocates = transformer, device, allocates
-        self._graphs: OrderedDict[tuple[Size, Address], PiecewiseGraph] = OrderedDict()
+        self._graphs: OrderedDict[tuple[StepSize, Address], PiecewiseGraph] = OrderedDict()
         self._pool: Any = None
         self.planned = 0
 
     @property
-    def sizes(self) -> tuple[Size, ...]:
-        """The sizes that are captured: pictures, text tokens, image tokens."""
-        return tuple(size for size, _ in tuple(self._graphs))
+    def sizes(self) -> tuple[tuple[int, int, int], ...]:
+        """The sizes that are captured: pictures, text tokens (with those to avoid), image tokens."""
+        return tuple(size[:3] for size, _ in tuple(self._graphs))
 
     @property
     def nbytes(self) -> int:
@@ -155,29 +161,29 @@ class GraphCache:
         `prefetcher` brings the blocks that stream. `address`: where weights and workspaces lie now. On a card the
         first call of a size is captured, and later ones replay it. What is not replayed runs inside `lend`.
         """
-        transformer, start = self._transformer, region.used
+        transformer, start, away = self._transformer, region.used, StepSize(*size).away
         weight = transformer.img_in.weight
         region.take((step_bytes(transformer.spec, size, weight.dtype, transformer.precision),), torch.uint8)
-        steps: dict[Size, BoundStep] = {}
+        steps: dict[StepSize, BoundStep] = {}
 
-        def velocity(img: Tensor, txt: Tensor, modulation: Tensor, pe: Rope) -> Tensor:
-            size = (img.shape[0], txt.shape[1], img.shape[1])
+        def velocity(img: Tensor, txt: Tensor, modulation: Tensor, pe: Rope, nag: Tensor | None = None) -> Tensor:
+            size = StepSize(img.shape[0], txt.shape[1], img.shape[1], away)
             if size not in steps:
                 steps[size] = BoundStep(transformer, size, region.again(start))
             place = (region.memory.data_ptr(), start, *address())
             graph = self._graphs.get((size, place))
             if graph is not None:
                 self._graphs.move_to_end((size, place))
-                return steps[size](img, txt, modulation, pe, graph)
+                return steps[size](img, txt, modulation, pe, nag, graph)
             with lend():
-                found = steps[size](img, txt, modulation, pe)  # compiles kernels, too
+                found = steps[size](img, txt, modulation, pe, nag)  # compiles kernels, too
             if transformer.on_card:
                 self._capture(size, place, steps[size], prefetcher)
             return found
 
         return velocity
 
-    def _capture(self, size: Size, place: Address, step: BoundStep, prefetcher: Prefetcher) -> None:
+    def _capture(self, size: StepSize, place: Address, step: BoundStep, prefetcher: Prefetcher) -> None:
         transformer = self._transformer
         dtype = transformer.img_in.weight.dtype
         attention = attention_bytes(transformer.spec, size, dtype, transformer.precision)
@@ -196,7 +202,7 @@ class GraphCache:
         self.planned = max(self.planned, needed)
         if len(self._graphs) > KEPT:
             self._graphs.popitem(last=False)
-        log.info("Captured the step of %d x (%d + %d) tokens", *size)
+        log.info("Captured the step of %d x (%d + %d) tokens%s", *size[:3], ", with NAG" if size.away else "")
 
     def _record(self, step: BoundStep, prefetcher: Prefetcher) -> PiecewiseGraph:
         streams, graph = streams_of(self._device), PiecewiseGraph(self._pool)
@@ -215,7 +221,7 @@ class GraphCache:
 
 def inputs(spec: FluxSpec, size: Size, dtype: torch.dtype) -> dict[str, Shape]:
     """Shapes and types of a step's inputs."""
-    batch, txt_tokens, img_tokens = size
+    batch, txt_tokens, img_tokens, away = StepSize(*size)
     rope = ((txt_tokens + img_tokens, spec.head_dim // 2), torch.float32)
     return {
         "img": ((batch, img_tokens, spec.in_channels), dtype),
@@ -223,7 +229,7 @@ def inputs(spec: FluxSpec, size: Size, dtype: torch.dtype) -> dict[str, Shape]:
         "modulation": ((spec.modulation_rows, spec.hidden), dtype),
         "cos": rope,
         "sin": rope,
-    }
+    } | ({"nag": ((3,), torch.float32)} if away else {})
 
 
 def step_bytes(spec: FluxSpec, size: Size, dtype: torch.dtype, precision: Precision = EXACT) -> int:
@@ -233,9 +239,11 @@ def step_bytes(spec: FluxSpec, size: Size, dtype: torch.dtype, precision: Precis
 
 
 def attention_bytes(spec: FluxSpec, size: Size, dtype: torch.dtype, precision: Precision = EXACT) -> int:
-    """Bytes that attention allocates in a step: the library's result and its statistics in fp32; none in fp8."""
-    tokens = 0 if precision.fp8_attention else size[0] * (size[1] + size[2])
-    return aligned(tokens * spec.hidden * dtype.itemsize) + aligned(tokens * spec.heads * 4)
+    """Bytes that attention allocates in a step: the library's results and their statistics in fp32; none in fp8."""
+    pictures, txt, img, away = StepSize(*size)
+    lengths = (away + img, txt - away + img) if away else () if precision.fp8_attention else (txt + img,)
+    values = (pictures * tokens for tokens in lengths)
+    return sum(aligned(each * spec.hidden * dtype.itemsize) + aligned(each * spec.heads * 4) for each in values)
 
 
 def activation_bytes(spec: FluxSpec, tokens: int, dtype: torch.dtype) -> int:

@@ -207,6 +207,11 @@ def _place(model: Model, sources: Sources, target: Target, plan: MemoryPlan, pla
         else:
             group.settle(device=resident.pop(group.name))
         mark(group.part)
+    if model.no_encoder is None:
+        host = torch.device("cpu")
+        model.read(model.encoder_group, sources, target, host)
+        model.encoder_group.settle(host=torch.empty(model.encoder_group.measure(), dtype=torch.uint8))
+        mark("encoder")
     placement.start(plan.streamed)
     hand_back(target.device)
     placement.place(plan.streamed, plan.copies)

@@ -22,7 +22,9 @@ from ..device.streams import blas_of
 from ..device.vram import Counters, Ledger, available, cap_process, counters, graph_memory, hand_back, shortage
 from ..errors import GB, MemoryPressureError, MemoryPressureWarning
 from ..flux1.denoiser import Denoiser
+from ..flux1.step_buffers import StepSize
 from ..memory.arena import Region, Views, block
+from ..memory.offload import Prefetcher
 from ..memory.planner import MemoryPlan, MemoryRequirements, WeightGroupSize, make_plan, smallest_budget
 from ..memory.weights import Placement
 from .decoder_graphs import DecoderGraphs
@@ -50,6 +52,7 @@ class MemoryManager:
         self.placement = Placement(model.groups, setup.device)
         self.graphs = GraphCache(model.transformer, setup.device, model.allocates)
         self.decodes = DecoderGraphs(setup.device)
+        self.encoder = Prefetcher([model.encoder_group], setup.device)
         self.arena = self.library = block(0, setup.device)  # what calls work in; what libraries get
         self.views: Views = {}  # of the arena
         self._blas, self._streams = blas_of(setup.device), model.cuda_streams
@@ -307,7 +310,7 @@ class Place:
     def __init__(self, memory: MemoryManager, plan: MemoryPlan) -> None:
         self.plan, self._memory = plan, memory
         self._block, self._end = memory.arena, plan.arena - plan.requirements.latents
-        self.maps = self._block[: self._end]  # memory for the VAE's decoder
+        self.maps = self._block[: self._end]  # memory for the VAE
 
     def scratch(self) -> AbstractContextManager[None]:
         """Inside, NF4 weights are dequantized into the arena's start, where the plan has scratch for them."""
@@ -340,15 +343,24 @@ class Place:
             yield Lent(memory.model, prefetcher)
 
     @contextmanager
-    def steps(self, height: int, width: int, tokens: int, rounds: int) -> Iterator[Denoiser]:
-        """What draws pictures of this size with texts of at most `tokens`; the blocks run `rounds` times."""
+    def steps(self, height: int, width: int, tokens: int, rounds: int, away: int = 0) -> Iterator[Denoiser]:
+        """What draws pictures of this size with at most `tokens` of text, of which `away` are of one to avoid; the
+        blocks run `rounds` times.
+        """
         memory, region, prefetcher = self._memory, self._region(), self._memory.placement.steps
-        size = (self.plan.slice, tokens, height // 16 * (width // 16))
+        size = StepSize(self.plan.slice, tokens, height // 16 * (width // 16), away)
         with prefetcher.open(region, rounds):
             velocity = memory.graphs.open(size, region, prefetcher, memory.address, self.libraries)
-            inputs = memory.model.call_inputs(height, width, tokens)
+            inputs = memory.model.call_inputs(height, width, tokens, away)
             taken = {name: region.take(shape, kind) for name, (shape, kind) in inputs.items()}
             yield Denoiser(memory.model.transformer, velocity, taken)
+
+    @contextmanager
+    def encoder(self) -> Iterator[Tensor]:
+        """Inside, the VAE's encoder can run; memory for its maps."""
+        region = Region(self.maps, 0, self._memory.views)
+        with self._memory.encoder.open(region), self.libraries():
+            yield self.maps[region.used :]
 
     def launcher(self, height: int, width: int) -> Launcher | None:
         """What launches the decode of latents of this size, captured; None where it is launched as it is."""

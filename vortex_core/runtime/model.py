@@ -9,15 +9,21 @@ from math import prod
 import torch
 from torch import nn
 
+from ..checkpoint.key_maps import ENCODER
 from ..checkpoint.write import Named
 from ..device.streams import Streams
+from ..errors import VortexCheckpointError
 from ..flux1 import sampling
 from ..flux1.conditioning import Modulation
 from ..flux1.decoder_memory import DecoderLayout
+from ..flux1.encoder_memory import EncoderLayout
 from ..flux1.spec import MAX_STEPS, T5_TOKENS, ModelSpec
+from ..flux1.step_buffers import StepSize
 from ..flux1.text_encoders import T5, Clip
 from ..flux1.transformer import Transformer
 from ..flux1.vae import Decoder, library_bytes
+from ..flux1.vae_blocks import StripModule
+from ..flux1.vae_encoder import Encoder, encoder_library_bytes
 from ..kernels import Kernels, reference
 from ..memory.arena import Shape, aligned, laid_out, round_up
 from ..memory.offload import WeightGroup
@@ -43,6 +49,9 @@ class Model:
     Linears are NF4 where there is a `backend`. Products are in `dtype`, those of blocks in `precision`. `fused`: plan
     for Triton's kernels, which allocate nothing, whatever `kernels` are. `allocates`: the bytes that a step takes
     besides its buffers and attention. `cuda_streams`: those that products run on, besides the default one.
+
+    `encoder` is the VAE's, and `encoder_group` its weights. They are in no plan but that of an encode: they stay in
+    host memory. `no_encoder` says why there is none, if so.
     """
 
     def __init__(
@@ -67,13 +76,19 @@ class Model:
         self.clip, self.t5 = Clip(spec.clip), T5(spec.t5)
         with torch.device("meta"):
             self.transformer, self.modulation = Transformer(self.flux), Modulation(self.flux)
-            self.decoder = Decoder(self.vae)
+            self.decoder, self.encoder = Decoder(self.vae), Encoder(self.vae)
         flux: list[Named] = [(self.transformer, ""), (self.modulation, "")]
         self.modules = {"clip": self.clip.modules, "t5": self.t5.modules, "transformer": flux}
         self.modules["vae"] = [(self.decoder, "")]
         # on `meta`, but with the final types, so that sizes can be measured; CLIP and the VAE are small and stay plain
         packed = (*flux, *self.t5.modules)
-        for module in (*(module for module, _ in packed), *self.clip.groups, self.clip.norm, self.decoder):
+        for module in (
+            *(module for module, _ in packed),
+            *self.clip.groups,
+            self.clip.norm,
+            self.decoder,
+            self.encoder,
+        ):
             module.to(dtype)
         if backend is not None:
             for module, prefix in packed:
@@ -81,9 +96,13 @@ class Model:
         side = streams.side if streams and precision.scaled else None
         self.transformer.use(kernels, precision, side=side)
         self.decoder.use(self._vae_kernels)
+        self.encoder.use(self._vae_kernels)
+        self.no_encoder: str | None = None
         self.origins: dict[str, tuple[Origin, ...]] = {}
         self.groups = list(self._groups())
+        self.encoder_group = self._group("encoder", "encoder", {("vae", ENCODER): self.encoder})
         self.sizes = self.measure()
+        self.encoder_group.measure()
         self.scratch = self._scratch()
         self._largest = _most(self.transformer, self.modulation)
         # to dequantize; cudaMallocAsync leaves up to 0.17 GB between the small tensors that are allocated (H200)
@@ -135,21 +154,49 @@ class Model:
         return WeightGroup(name, part, *modules.values())
 
     def check(self, sources: Sources) -> int:
-        """Compare every part with the headers of its file; the bytes to read. Raises `VortexCheckpointError`."""
+        """Compare every part with the headers of its file; the bytes to read. Raises `VortexCheckpointError`.
+
+        A VAE may lack its encoder, which only drawing from a picture needs.
+        """
         named = ((kind, *one) for kind, modules in self.modules.items() for one in modules)
-        return sum(check(module, sources[kind], prefix) for kind, module, prefix in named)
+        return sum(check(module, sources[kind], prefix) for kind, module, prefix in named) + self._check_encoder(
+            sources["vae"]
+        )
 
-    def read(self, group: WeightGroup, sources: Sources, target: Target) -> None:
-        """Fill a group's modules on `target.device`."""
+    def _check_encoder(self, vae: Tensors) -> int:
+        if f"{ENCODER}conv_in.weight" not in vae:
+            self.no_encoder = f"{vae.where} has no encoder."
+            return 0
+        try:
+            nbytes = check(self.encoder, vae, ENCODER)
+        except VortexCheckpointError as error:
+            self.no_encoder = f"The encoder cannot be used: {error}"
+            return 0
+        self.no_encoder = None
+        return nbytes
+
+    def check_encoder(self) -> None:
+        """Raise `VortexCheckpointError` where this model cannot encode pictures."""
+        if self.no_encoder is not None:
+            raise VortexCheckpointError(
+                f"{self.no_encoder} To begin from a picture, give a VAE with both halves, such as FLUX.1-schnell's "
+                "ae.safetensors, as `vae`."
+            )
+
+    def read(self, group: WeightGroup, sources: Sources, target: Target, home: torch.device | None = None) -> None:
+        """Fill a group's modules on `home`, by default `target.device`."""
         for module, (source, prefix) in zip(group.modules, self.origins[group.name], strict=True):
-            materialize(module, sources[source], target, prefix=prefix)
-        if group.part == "vae":
-            self.decoder.channels_last()
+            materialize(module, sources[source], target, prefix=prefix, home=home)
+            if isinstance(module, StripModule):
+                module.channels_last()
 
-    def call_inputs(self, height: int, width: int, tokens: int) -> dict[str, Shape]:
-        """Shapes and types of what all steps of a call read besides latents: text, modulation, positions."""
+    def call_inputs(self, height: int, width: int, tokens: int, away: int = 0) -> dict[str, Shape]:
+        """Shapes and types of what all steps of a call read besides latents: text, modulation, positions, NAG's terms.
+
+        `tokens`: of text, of which `away` are of one to avoid.
+        """
         flux, dtype = self.flux, self.dtype
-        given = inputs(flux, (1, tokens, sampling.image_tokens(height, width)), dtype)
+        given = inputs(flux, StepSize(1, tokens, sampling.image_tokens(height, width), away), dtype)
         del given["img"]  # each slice has its own
         embeddings, table = (1, tokens, flux.context), (MAX_STEPS, *given["modulation"][0])
         return {**given, "embeddings": (embeddings, dtype), "modulation": (table, dtype)}
@@ -163,11 +210,12 @@ class Model:
         blas: int = 0,
         more: int = 0,
         given: int = 0,
+        away: int = 0,
     ) -> MemoryRequirements:
-        """The memory of one request besides weights. `tokens`: of text. `blas`: bytes of cuBLAS' workspaces. `more` and
-        `given`: see `MemoryRequirements`.
+        """The memory of one request besides weights. `tokens`: of text, of which `away` are of one to avoid. `blas`:
+        bytes of cuBLAS' workspaces. `more` and `given`: see `MemoryRequirements`.
         """
-        key = (height, width, batch, tokens, blas, more, given)
+        key = (height, width, batch, tokens, blas, more, given, away)
         if key in self._known:  # every picture asks
             return self._known[key]
         at_once = sorted({min(MOST_AT_ONCE, -(-batch // parts)) for parts in (1, 2, 4, 8, batch)}, reverse=True)
@@ -179,7 +227,7 @@ class Model:
             width,
             batch,
             scratch=sum(self.scratch),
-            steps=tuple(self._steps(height, width, tokens, number) for number in at_once),
+            steps=tuple(self._steps(height, width, StepSize(number, tokens, 0, away)) for number in at_once),
             decode=decode,
             rows=rows,
             # unpacked (noise, later clean latents), packed for the steps, and as predicted for `on_step`
@@ -218,6 +266,20 @@ class Model:
         asked = self.requirements(8 * height, 8 * width, batch, blas=blas)
         return replace(asked, scratch=0, steps=(StepRequirements(1, graph=self._decoder_graph(height, width)),))
 
+    def with_encode(self, asked: MemoryRequirements) -> MemoryRequirements:
+        """`asked`, with the encode of pictures of that size before it: the encoder's weights and maps."""
+        height, width = asked.height // 8, asked.width // 8
+        layout = EncoderLayout(self.vae, height, width, asked.rows, self.dtype)
+        kernels = None if self._fused else self._vae_kernels
+        library = encoder_library_bytes(self.vae, height, width, self.dtype, kernels)
+        encode = aligned(self.encoder_group.nbytes) + layout.nbytes
+        return replace(asked, encode=encode, library=max(asked.library, library))
+
+    def encode_requirements(self, height: int, width: int, batch: int, blas: int = 0) -> MemoryRequirements:
+        """The memory of encoding pictures `[batch, height, width, 3]`."""
+        asked = self.with_encode(self.requirements(height, width, batch, blas=blas))
+        return replace(asked, scratch=0, decode=0, latents=0, steps=(StepRequirements(1),))
+
     def decoder_bytes(self, height: int, width: int) -> int:
         """Bytes that torch allocates at most while latents of this size are decoded, besides the maps."""
         return library_bytes(self.vae, height, width, self.dtype, None if self._fused else self._vae_kernels)
@@ -225,13 +287,14 @@ class Model:
     def _decoder_graph(self, height: int, width: int) -> int:
         return round_up(self.decoder_bytes(height, width), POOL) if self.captures_decodes else 0
 
-    def _steps(self, height: int, width: int, tokens: int, batch: int) -> StepRequirements:
-        size = (batch, tokens, sampling.image_tokens(height, width))
+    def _steps(self, height: int, width: int, size: StepSize) -> StepRequirements:
+        """`size`: but for the image."""
+        size = size._replace(img=sampling.image_tokens(height, width))
         library = attention_bytes(self.flux, size, self.dtype, self.precision) + self.allocates
         return StepRequirements(
-            batch,
+            size.pictures,
             buffers=step_bytes(self.flux, size, self.dtype, self.precision)
-            + laid_out(self.call_inputs(height, width, tokens).values()),
+            + laid_out(self.call_inputs(height, width, size.txt, size.away).values()),
             library=library,
             graph=self._decoder_graph(height // 8, width // 8) + (round_up(library, POOL) if self.captured else 0),
         )

@@ -11,6 +11,7 @@ import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -28,7 +29,9 @@ from ..flux1.conditioning import Conditioner, Conditioning, in_fp32
 from ..flux1.request import Request
 from ..flux1.spec import T5_TOKENS
 from ..flux1.start import Start
+from ..flux1.texts import Texts
 from ..flux1.vae import decode
+from ..flux1.vae_encoder import encode
 from ..memory.planner import MemoryRequirements
 from ..utils.timing import mark
 from . import loading
@@ -143,32 +146,36 @@ class Painter:
         start: Start | None = None,
     ) -> Tensor:
         """Pictures, float32 `[B, H, W, 3]` in 0..1, in `out` if that is given. `prompts`: one for all, or one for each
-        picture; where the request is guided, the last one is what to keep away from.
+        picture; where the request avoids something, the last one is that.
         """
-        texts = [prompt.txt.shape[1] if isinstance(prompt, Conditioning) else T5_TOKENS for prompt in prompts]
+        lengths = [prompt.txt.shape[1] if isinstance(prompt, Conditioning) else T5_TOKENS for prompt in prompts]
 
         def draw(place: Place) -> Tensor:
             # allocated now, so that they do not lie in the block for libraries
             pictures = torch.empty(request.shape, device=self.device) if out is None else out
             sigmas = request.schedule[:-1]
-            conditionings = [self._conditioned(prompt, sigmas, place) for prompt in prompts]
+            wanted = [self._conditioned(prompt, sigmas, place) for prompt in prompts]
+            avoided = wanted.pop() if request.avoids else None
+            texts = Texts(wanted, avoided, request.guidance, request.nag)
             mark("prompt")
             image = None if start is None else self._encoded(place, start.image)
-            latents = self._denoise(place, conditionings, request, on_step, start, image)
+            latents = self._denoise(place, texts, request, on_step, start, image)
             check()
             found = self._develop(place, latents, pictures, f"The picture of seed {request.seed}")
             return found if start is None else start.compose(found)
 
-        size = (request.height, request.width, request.batch_size, max(texts))
+        away = 0 if request.nag is None else lengths.pop()
+        size = (request.height, request.width, request.batch_size, max(lengths) + away)
         more, given = (0, 0) if start is None else (start.more, start.nbytes)
-        return self._run(self.model.requirements(*size, self.memory.blas, more + request.guided, given), draw)
+        asked = self.model.requirements(*size, self.memory.blas, more + request.guided, given, away)
+        return self._run(asked if start is None else self.model.with_encode(asked), draw)
 
     def _conditioned(self, prompt: str | Conditioning, sigmas: Sequence[float], place: Place) -> Conditioning:
         if isinstance(prompt, str):
             return self.conditioner(prompt, sigmas, place.prompt)
         return self.conditioner.at(prompt, sigmas, place.prompt)
 
-    def velocity(self, latents: Tensor, sigma: float, conditioning: Conditioning, loras: Chosen = ()) -> Tensor:
+    def velocity(self, latents: Tensor, sigma: float, texts: Texts, loras: Chosen = ()) -> Tensor:
         """The velocity of latents `[B, 16, H/8, W/8]`, fp32."""
         batch, _, height, width = latents.shape
         size = (8 * height, 8 * width)
@@ -176,14 +183,15 @@ class Painter:
         def step(place: Place) -> Tensor:
             found = torch.empty(latents.shape, device=self.device)
             (level,) = in_fp32((sigma,))
-            known = conditioning
+            (known,) = texts.wanted
             if level not in known.sigmas:
                 known = self.conditioner.at(known, (level,), place.prompt)
+            here = replace(texts, wanted=[known])
             tokens = (batch, sampling.image_tokens(*size), self.model.flux.in_channels)
             slices = -(-batch // place.plan.slice)
-            with place.steps(*size, known.txt.shape[1], slices) as denoiser:
-                denoiser.hold(known, (level,))
-                denoiser.place(sampling.rope_of(*size, known.txt.shape[1], self.model.flux, self.device))
+            with place.steps(*size, here.tokens, slices, here.away) as denoiser:
+                here.enter(denoiser, (level,))
+                denoiser.place(sampling.rope_of(*size, here.tokens, self.model.flux, self.device))
                 (img,) = place.latents(tokens)
                 sampling.as_patches(img, *size).copy_(sampling.patches(latents.to(self.device)))
                 for part in img.split(place.plan.slice):
@@ -192,7 +200,8 @@ class Painter:
             return found
 
         self.use_loras(loras)
-        return self._run(self.model.requirements(*size, batch, conditioning.txt.shape[1], self.memory.blas), step)
+        asked = self.model.requirements(*size, batch, texts.tokens, self.memory.blas, away=texts.away)
+        return self._run(asked, step)
 
     def lend(
         self, work: Callable[[Lent], Result], height: int, width: int, batch: int, tokens: int, loras: Chosen
@@ -218,10 +227,25 @@ class Painter:
 
         return self._run(self.model.decode_requirements(height, width, batch, self.memory.blas), draw)
 
+    def encode_image(self, pictures: Tensor) -> Tensor:
+        """Latents, float32 `[B, 16, H/8, W/8]`, of pictures `[B, H, W, 3]` in 0..1."""
+        batch, height, width, _ = pictures.shape
+        asked = self.model.encode_requirements(height, width, batch, self.memory.blas)
+        return self._run(asked, lambda place: self._encoded(place, pictures))
+
+    def _encoded(self, place: Place, pictures: Tensor) -> Tensor:
+        batch, height, width, _ = pictures.shape
+        # allocated now, so that they do not lie in the block for libraries
+        latents = torch.empty(batch, self.model.flux.latent_channels, height // 8, width // 8, device=self.device)
+        pictures = pictures.to(self.device, torch.float32)
+        with place.encoder() as maps:
+            encode(self.model.encoder, pictures, latents, place.plan.requirements.rows, maps)
+        return latents
+
     def _denoise(
         self,
         place: Place,
-        conditionings: Sequence[Conditioning],
+        texts: Texts,
         request: Request,
         on_step: OnStep | None,
         start: Start | None,
@@ -229,30 +253,21 @@ class Painter:
     ) -> Tensor:
         """Clean latents `[B, 16, H/8, W/8]`, fp32, in memory that the VAE leaves alone."""
         batch, height, width = request.batch_size, request.height, request.width
-        flux, tokens = self.model.flux, max(each.txt.shape[1] for each in conditionings)
+        flux = self.model.flux
         shape = (batch, flux.latent_channels, height // 8, width // 8)
         packed = (batch, sampling.image_tokens(height, width), flux.in_channels)
         latents, img, clean, *more = place.latents(shape, *[packed] * (2 + place.plan.requirements.more))
-        away = conditionings[-1] if request.guided else None
-        wanted = conditionings[:-1] if request.guided else conditionings
-        parts = [1] * batch if len(wanted) > 1 else [len(part) for part in img.split(place.plan.slice)]
+        parts = [1] * batch if len(texts.wanted) > 1 else [len(part) for part in img.split(place.plan.slice)]
 
         def report(i: int, n: int, clean: Tensor) -> None:
             if on_step is not None:
                 ask(on_step, i, n, sampling.unpack(clean, height, width))
                 self.memory.check_workspaces()
 
-        def velocity(x: Tensor, first: int, sigma: float) -> Tensor:
-            one = wanted[first % len(wanted)]
-            if away is None:
-                return denoiser(x, sigma, one)
-            opposite = more[0][: len(x)].copy_(denoiser(x, sigma, away))
-            return torch.lerp(opposite, denoiser(x, sigma, one), request.guidance)
-
         rounds = (len(request.schedule) - 1) * len(parts) * (1 + request.guided)
-        with place.steps(height, width, tokens, rounds) as denoiser:
-            denoiser.hold(wanted[0], wanted[0].sigmas)
-            denoiser.place(sampling.rope_of(height, width, tokens, flux, self.device))
+        with place.steps(height, width, texts.tokens, rounds, texts.away) as denoiser:
+            texts.enter(denoiser, request.schedule[:-1])
+            denoiser.place(sampling.rope_of(height, width, texts.tokens, flux, self.device))
             # last: the device copies the other inputs while the host draws noise
             noise = sampling.noise(request.seed, batch, height, width, flux.latent_channels, self.device)
             latents.copy_(noise, non_blocking=True)
@@ -263,6 +278,7 @@ class Painter:
                 kept = start.enter(img, image, more[request.guided :], request.schedule[0])
             mark("prepare")
             watched = None if on_step is None else report
+            velocity = texts.velocity(denoiser, more[0] if request.guided else None)
             sampling.denoise(velocity, img, request.schedule, watched, parts, clean, kept)
             sampling.patches(latents).copy_(in_patches)
             return latents

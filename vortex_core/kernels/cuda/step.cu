@@ -49,6 +49,40 @@ extern "C" __global__ void __launch_bounds__(512) modulate(
     }
 }
 
+// Normalized attention guidance of a token by a block: `wanted` led away from `avoided`. `terms`: scale, tau, alpha.
+extern "C" __global__ void __launch_bounds__(512) guide(
+    const value *wanted, long long wanted_b, long long wanted_t, const value *avoided, long long avoided_b,
+    long long avoided_t, const float *terms, value *out, long long out_b, long long out_t, int tokens, int width)
+{
+    const long long picture = blockIdx.x / tokens, token = blockIdx.x % tokens;
+    wanted += picture * wanted_b + token * wanted_t;
+    avoided += picture * avoided_b + token * avoided_t;
+    value *to = out + picture * out_b + token * out_t;
+    const float scale = terms[0], tau = terms[1], alpha = terms[2];
+    float plain[TURNS][8], led[TURNS][8], before = 0, after = 0;
+#pragma unroll
+    for (int k = 0; k < TURNS; k++) {  // columns beyond the row are 0
+        const int column = 8 * (k * blockDim.x + threadIdx.x);
+        load8(plain[k], wanted + column, width - column);
+        load8(led[k], avoided + column, width - column);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            led[k][i] = plain[k][i] * scale - led[k][i] * (scale - 1);
+            before += fabsf(plain[k][i]);
+            after += fabsf(led[k][i]);
+        }
+    }
+    before = fmaxf(block_sum(before), LEAST_NORM);
+    const float ratio = fmaxf(block_sum(after), LEAST_NORM) / before, share = alpha * fminf(ratio, tau) / ratio;
+#pragma unroll
+    for (int k = 0; k < TURNS; k++) {
+        const int column = 8 * (k * blockDim.x + threadIdx.x);
+#pragma unroll
+        for (int i = 0; i < 8; i++) plain[k][i] = plain[k][i] * (1 - alpha) + led[k][i] * share;
+        store8(to + column, plain[k], width - column);
+    }
+}
+
 // RMS norm and rotary embedding in place, of the queries (blockIdx.y 0) or keys of a token: a warp for HEADS heads at a
 // time. A lane takes 4 channels, which are two pairs; their number is a multiple of 4, and at most 128.
 #define HEADS 3
