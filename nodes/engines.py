@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 from . import host
 from .types import Model
@@ -38,22 +39,39 @@ class Loaded:
 
 
 _loaded: OrderedDict[tuple[str, str], Loaded] = OrderedDict()  # least recently used first
+_models: WeakValueDictionary[tuple[str, str], Any] = WeakValueDictionary()  # the host's, while a MODEL has them
 _lock = threading.RLock()
 
 
 def acquire(model: Model) -> Engine:
     """The engine of a handle: loaded if it was not, resident, and with the VRAM free that its budget promises."""
     with _lock:
-        loaded = _loaded.pop(model.key, None)
-        if loaded is None:
-            loaded = _load(model)
-        if loaded.budget != model.budget:
-            loaded.engine.limit(model.vram_budget)
-            loaded.budget = model.budget
-        _loaded[model.key] = loaded
-        _offload_others(model, loaded.engine.device)
-        host.bring_back(loaded.patcher, max(0, loaded.budget - loaded.engine.device_bytes))
+        loaded = _used(model)
+        # while a clone is sampled with, its patches stay where they are
+        patcher = getattr(loaded.patcher.model, "current_patcher", None) or loaded.patcher
+        host.bring_back(patcher, max(0, loaded.budget - loaded.engine.device_bytes))
         return loaded.engine
+
+
+def renew(model: Model) -> None:
+    """Load the engine of a handle, if it was not, while the host makes it resident by itself."""
+    with _lock:
+        _used(model)
+
+
+def native(model: Model) -> Any:
+    """The MODEL of a handle, for the host's nodes; None where the host's Flux is not what Vortex knows.
+
+    Its engine is made resident, as by `acquire`.
+    """
+    from .native_model import is_native
+
+    found = patcher(model)
+    if not is_native(found.model):
+        return None
+    made = found.clone()
+    made.handle = model
+    return made
 
 
 def patcher(model: Model) -> Any:
@@ -61,6 +79,19 @@ def patcher(model: Model) -> Any:
     with _lock:
         acquire(model)
         return _loaded[model.key].patcher
+
+
+def _used(model: Model) -> Loaded:
+    """The engine of a handle, with its budget; others leave the card where the budgets do not fit."""
+    loaded = _loaded.pop(model.key, None)
+    if loaded is None:
+        loaded = _load(model)
+    if loaded.budget != model.budget:
+        loaded.engine.limit(model.vram_budget)
+        loaded.budget = model.budget
+    _loaded[model.key] = loaded
+    _offload_others(model, loaded.engine.device)
+    return loaded
 
 
 @contextmanager
@@ -99,7 +130,9 @@ def _load(model: Model) -> Loaded:
             cache_dir=host.cache_dir(),
             on_progress=lambda done, all: report(1000 * done // all),
         )
-    return Loaded(engine, host.register(engine), model.budget)
+    patcher = host.register(engine, _models.get(model.key))
+    _models[model.key] = patcher.model
+    return Loaded(engine, patcher, model.budget)
 
 
 def _device() -> torch.device:

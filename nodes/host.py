@@ -86,9 +86,20 @@ def make_room(size: int, device: torch.device) -> None:
         management.free_memory(size, device)
 
 
-def register(engine: Engine) -> Any:
-    """The stand-in for an engine in the host's list of loaded models. Keep it: the host holds it weakly."""
-    return _patcher_class()(engine)
+def register(engine: Engine, model: torch.nn.Module | None = None) -> Any:
+    """The stand-in for an engine in the host's list of loaded models. Keep it: the host holds it weakly.
+
+    `model`: the host's, of an engine of the same weights that was unloaded.
+    """
+    import torch
+
+    from . import native_model, native_patcher
+
+    if model is None:
+        model = native_model.model_of(engine)
+    else:
+        model.vortex.renew(engine)  # type: ignore[union-attr, operator]
+    return native_patcher.patcher_class()(model, engine.device, torch.device("cpu"), size=engine.device_bytes)
 
 
 def bring_back(patcher: Any, working: int) -> None:
@@ -96,55 +107,6 @@ def bring_back(patcher: Any, working: int) -> None:
     import comfy.model_management as management
 
     management.load_models_gpu([patcher], memory_required=working)
-
-
-@cache
-def _patcher_class() -> type:
-    """The host's `ModelPatcher` with another way to move weights.
-
-    It is derived from the class of the running host: each release asks more of it, and what is new comes from there.
-    """
-    import torch
-    from comfy.model_patcher import ModelPatcher
-
-    class VortexFlux(torch.nn.Module):
-        """What the host takes for the model. It has no weights, so nobody moves any without the engine's knowledge."""
-
-    class EnginePatcher(ModelPatcher):
-        """Moves all weights or none: every step needs all of them, so a part on the device is of no use."""
-
-        def __init__(self, engine: Engine) -> None:
-            self.engine = engine
-            self.resident_size = engine.device_bytes
-            super().__init__(VortexFlux(), engine.device, torch.device("cpu"), size=self.resident_size)
-
-        def model_size(self) -> int:
-            # the size grows a little with each new picture size; while offloaded the last size counts
-            self.resident_size = self.engine.device_bytes or self.resident_size
-            return self.resident_size
-
-        def loaded_size(self) -> int:
-            return self.engine.device_bytes
-
-        def current_loaded_device(self) -> torch.device:
-            return self.load_device if self.engine.resident else self.offload_device
-
-        def partially_load(self, device_to: torch.device, extra_memory: int = 0, **ignored: Any) -> int:
-            before = self.engine.device_bytes
-            self.engine.resume()
-            return self.engine.device_bytes - before
-
-        def partially_unload(self, device_to: torch.device, memory_to_free: int = 0, **ignored: Any) -> int:
-            return 0  # the host then calls detach, which frees all
-
-        def detach(self, unpatch_all: bool = True) -> torch.nn.Module:
-            # False: the host replaces an entry of its list, or this object dies; then nothing moves
-            if unpatch_all:
-                super().detach(False)
-                self.engine.offload()
-            return self.model
-
-    return EnginePatcher
 
 
 # ---------------------------------------------------------------- progress, previews, interrupts

@@ -16,11 +16,13 @@ class NF4FluxLoader:
 
     CATEGORY = "Vortex"
     DESCRIPTION = "Loads FLUX.1-schnell in 4-bit NF4, once; queueing again does not load again."
-    RETURN_TYPES = (MODEL, "VAE")
-    RETURN_NAMES = ("model", "vae")
+    RETURN_TYPES = (MODEL, "VAE", "MODEL")  # new outputs come last: saved workflows link them by position
+    RETURN_NAMES = ("model", "vae", "native_model")
     OUTPUT_TOOLTIPS = (
         "For Vortex LoRA, the Schnell Sampler and the Latency Probe.",
         "The model's own VAE for the host's VAE Decode. It only decodes; to encode pictures use Load VAE.",
+        "The same model for ComfyUI's own nodes: KSampler, Load LoRA, Apply ControlNet and others that take a MODEL. "
+        "It is not loaded twice.",
     )
     FUNCTION = "load"
 
@@ -92,7 +94,6 @@ class NF4FluxLoader:
 
     def load(
         self, model: str, vram_budget: float, mode: str, clip_l: str = OWN, t5xxl: str = OWN, vae: str = OWN
-    ) -> tuple[Model, Decoder]:
+    ) -> tuple[Model, Decoder, Any]:
         handle = find(model, vram_budget, mode, clip=clip_l, t5=t5xxl, vae=vae)
-        engines.acquire(handle)
-        return handle, Decoder(handle)
+        return handle, Decoder(handle), engines.native(handle)

@@ -101,14 +101,14 @@ def _host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHost]:
     from fake_host import FakeHost, module
 
     fake = FakeHost(tmp_path_factory.mktemp("host"))
-    engines, host = module("nodes.engines"), module("nodes.host")
+    engines, native_patcher = module("nodes.engines"), module("nodes.native_patcher")
     with pytest.MonkeyPatch.context() as patch:
         for name, content in fake.modules().items():
             patch.setitem(sys.modules, name, content)
-        host._patcher_class.cache_clear()
+        native_patcher.patcher_class.cache_clear()
         yield fake
         engines._loaded.clear()
-        host._patcher_class.cache_clear()
+        native_patcher.patcher_class.cache_clear()
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def model(comfy: FakeHost) -> Any:
     """The loader's handle of the miniature."""
     from fake_host import node
 
-    handle, _ = node("VortexFluxLoader").load("tiny-schnell", 6.5, "exact")
+    handle, *_ = node("VortexFluxLoader").load("tiny-schnell", 6.5, "exact")
     return handle
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -31,6 +32,16 @@ class ModelPatcher:
 
     def __init__(self, model: torch.nn.Module, load_device: Any, offload_device: Any, size: int = 0) -> None:
         self.model, self.load_device, self.offload_device, self.size = model, load_device, offload_device, size
+        self.patches: dict[str, list[Any]] = {}
+        self.patches_uuid, self.parent = object(), None
+
+    def use_ejected(self, **options: Any) -> Any:
+        return nullcontext()
+
+    def patch_model(self, **options: Any) -> torch.nn.Module:
+        return self.model
+
+    def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> None: ...
 
     def detach(self, unpatch_all: bool = True) -> torch.nn.Module:
         return self.model

@@ -26,7 +26,7 @@ look, TINY = files.look, module("vortex_core.checkpoint.bundle").TINY
 
 def test_loading_again_does_not_load_again(comfy: FakeHost, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "_load", lambda model: pytest.fail("loaded again"))
-    again, _ = node("VortexFluxLoader").load(models.BUNDLED, 8.0, "exact")
+    again, *_ = node("VortexFluxLoader").load(models.BUNDLED, 8.0, "exact")
     assert again.key == model.key
     assert engines.acquire(model) is engines.acquire(again)
 
@@ -109,8 +109,8 @@ def test_a_single_file_takes_the_parts_that_fit_and_the_hosts_tokenizers(
     assert [models.choices(part) for part in ("clip", "t5", "vae")] == [
         [models.OWN, "clip_l.safetensors"], [models.OWN, "t5xxl_fp16.safetensors"], [models.OWN, "ae.safetensors"],
     ]  # fmt: skip
-    handle, _ = node("VortexFluxLoader").load(FILE, 6.5, "exact")
-    chosen, _ = node("VortexFluxLoader").load(
+    handle, *_ = node("VortexFluxLoader").load(FILE, 6.5, "exact")
+    chosen, *_ = node("VortexFluxLoader").load(
         FILE, 6.5, "exact", "clip_l.safetensors", "t5xxl_fp16.safetensors", "ae.safetensors"
     )
     assert handle == chosen

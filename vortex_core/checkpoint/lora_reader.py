@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -19,6 +20,7 @@ from ..quant.adapters import LoraFile, LoraPart, LowRank, Magnitude, NormChange
 from ..quant.low_rank import largest
 from ..storage.files import Raw
 from ..storage.finite_weights import Finite
+from .lora_alphas import Alphas
 from .lora_factors import bias_of, dense, flat, low_rank, low_rank_input, rank_of_alpha, rotation, swapped
 from .lora_header import LoraHeader, open_lora
 from .lora_kinds import kind_of
@@ -40,12 +42,12 @@ def read_lora(path: str | Path, spec: ModelSpec) -> LoraFile:
 
 def read(header: LoraHeader) -> LoraFile:
     """The tensors of an opened LoRA."""
-    parts: dict[str, _Parts] = defaultdict(_Parts)
+    parts: dict[str, Parts] = defaultdict(Parts)
     reader = _Reader(header)
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
         every = (pool.map if header.nbytes > LARGE else map)(reader.read, header.layers)
         for one, tensors in zip(header.layers, every, strict=True):
-            reader.add(one, tensors, parts[one.place.part])
+            parts[one.place.part].take(one, tensors, header.alphas)
     return LoraFile(
         path=header.where,
         kind=kind_of(header),
@@ -58,7 +60,7 @@ def read(header: LoraHeader) -> LoraFile:
 
 
 @dataclass(slots=True)
-class _Parts:
+class Parts:
     """A `LoraPart` in the making: lists by module."""
 
     lists: dict[str, dict[str, list[Any]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(list)))
@@ -67,6 +69,29 @@ class _Parts:
 
     def add(self, what: str, module: str, change: Any) -> None:
         self.lists[what][module].append(change)
+
+    def take(self, one: Layer, tensors: Mapping[str, Tensor], alphas: Alphas) -> None:
+        """Put what `one` changes in here."""
+        module = one.place.module
+        scale = _scale(one, tensors, alphas)
+        if one.form == LOW:
+            self.add("updates", module, low_rank(one, tensors, scale))
+        elif one.form == DENSE:
+            self.add("dense", module, dense(one, tensors, scale))
+        elif one.form == INPUT:
+            before, after = low_rank_input(one, tensors, scale)
+            self.add("inputs", module, before)
+            self.add("updates", module, after)
+        elif one.form == TURN:
+            constraint = tensors["alpha"].item() if "alpha" in tensors else 0.0
+            self.add("rotations", module, rotation(one, tensors, constraint))
+        elif one.form == NORM:
+            self.norms[module] = _norm(tensors)
+        if "dora" in tensors:
+            self.add("row_scales", module, _magnitude(one, tensors["dora"]))
+        if not tensors.keys().isdisjoint(("diff_b", "up_bias")):
+            bias = self.biases.setdefault(module, torch.zeros(one.place.shape[0]))
+            bias[one.place.rows] += bias_of(one, tensors, scale)
 
     def merged(self) -> LoraPart:
         """In the order of rows; updates that follow each other and share a `down` become one."""
@@ -104,54 +129,34 @@ class _Reader:
 
     def __init__(self, header: LoraHeader) -> None:
         self._raw: Raw = header.raw
-        self._alphas = header.alphas
         self._finite = Finite(header.where)
 
     def read(self, one: Layer) -> dict[str, Tensor]:
         """The tensors of `one` by role. Any thread may read."""
         return {role: self._read(key) for role, key in one.keys.items()}
 
-    def add(self, one: Layer, tensors: dict[str, Tensor], parts: _Parts) -> None:
-        """Put what `one` changes into `parts`."""
-        module = one.place.module
-        scale = self._scale(one, tensors)
-        if one.form == LOW:
-            parts.add("updates", module, low_rank(one, tensors, scale))
-        elif one.form == DENSE:
-            parts.add("dense", module, dense(one, tensors, scale))
-        elif one.form == INPUT:
-            before, after = low_rank_input(one, tensors, scale)
-            parts.add("inputs", module, before)
-            parts.add("updates", module, after)
-        elif one.form == TURN:
-            constraint = tensors["alpha"].item() if "alpha" in tensors else 0.0
-            parts.add("rotations", module, rotation(one, tensors, constraint))
-        elif one.form == NORM:
-            parts.norms[module] = _norm(tensors)
-        if "dora" in tensors:
-            parts.add("row_scales", module, _magnitude(one, tensors["dora"]))
-        if not tensors.keys().isdisjoint(("diff_b", "up_bias")):
-            bias = parts.biases.setdefault(module, torch.zeros(one.place.shape[0]))
-            bias[one.place.rows] += bias_of(one, tensors, scale)
-
     def _read(self, key: str) -> Tensor:
-        tensor = self._raw.read(key)
-        if tensor.dtype in EIGHT:
-            tensor = tensor.bfloat16()  # which holds them exactly
-        elif tensor.dtype == torch.float64 or not tensor.is_floating_point():
-            tensor = tensor.float()
+        tensor = plain(self._raw.read(key))
         if not isfinite(largest(tensor)):
             self._finite.watch(key, tensor)  # which says so
         return flat(tensor)
 
-    def _scale(self, one: Layer, tensors: dict[str, Tensor]) -> float:
-        rank = rank_of_alpha(one, tensors)
-        if "alpha" in tensors:
-            return 1.0 if rank is None else tensors["alpha"].item() / rank
-        return self._alphas.scale(one.stem, rank) if one.method in SCALED else 1.0
+
+def plain(tensor: Tensor) -> Tensor:
+    """A tensor in a type that updates are made of."""
+    if tensor.dtype in EIGHT:
+        return tensor.bfloat16()  # which holds them exactly
+    return tensor.float() if tensor.dtype == torch.float64 or not tensor.is_floating_point() else tensor
 
 
-def _norm(tensors: dict[str, Tensor]) -> NormChange:
+def _scale(one: Layer, tensors: Mapping[str, Tensor], alphas: Alphas) -> float:
+    rank = rank_of_alpha(one, tensors)
+    if "alpha" in tensors:
+        return 1.0 if rank is None else tensors["alpha"].item() / rank
+    return alphas.scale(one.stem, rank) if one.method in SCALED else 1.0
+
+
+def _norm(tensors: Mapping[str, Tensor]) -> NormChange:
     if "diff" in tensors:
         return NormChange(tensors["diff"].float().view(-1))
     return NormChange(tensors["set" if "set" in tensors else "weight"].float().view(-1), replaces=True)

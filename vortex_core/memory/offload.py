@@ -232,6 +232,7 @@ class Prefetcher:
         self._inside: list[int | None] = [None, None]  # the group in each buffer
         self._copied: list[Any] = [None, None]
         self._left = 0  # rounds to come
+        self._brought: int | None = None  # the group that `bring` was asked for last
         self._act: Callable[[Act], None] = lambda act: act()
         self._hooks = [
             hook
@@ -250,7 +251,7 @@ class Prefetcher:
         self._buffers = [region.take((size,), torch.uint8) for _ in range(count)]
         for k, group in enumerate(self.groups):
             group.bind(self._buffers[k % 2])
-        self._left = rounds
+        self._left, self._brought = rounds, None
         try:
             for k in range(count):
                 self._fetch(k)
@@ -263,6 +264,16 @@ class Prefetcher:
                 assert group.host is not None
                 group.bind(group.host)
             self._buffers, self._inside, self._copied = [], [None, None], [None, None]
+
+    def bring(self, k: int) -> None:
+        """Inside `open`: have what is launched from now on find group `k`, whichever ran before, and copy the next."""
+        if self._brought == k:
+            return
+        self._arrive(k)
+        following = (k + 1) % len(self.groups)
+        if following % 2 != k % 2:
+            self._fetch(following)
+        self._brought = k
 
     @contextmanager
     def deferred(self, defer: Callable[[Act], None]) -> Iterator[None]:

@@ -57,6 +57,7 @@ class MemoryRequirements:
     `rows`; `latents` of the whole batch. Outside: `library`, what
     libraries allocate for text encoders and decoder; `blas`, cuBLAS' workspaces; `slack` for what is no tensor of ours.
     `more`: how many tensors of the latents' size there are besides the usual three, and `given`: a caller's pictures.
+    `packed`: weights are asked for as they are, so that none may be resident as a copy.
     """
 
     height: int
@@ -72,6 +73,7 @@ class MemoryRequirements:
     slack: int = SLACK
     more: int = 0
     given: int = 0
+    packed: bool = False
     encode: int = 0
 
     @property
@@ -200,7 +202,7 @@ def make_plan(
         plans = [MemoryPlan(groups, requirements, streamed, step.pictures) for step in requirements.steps]
         if plans[-1].peak <= budget:
             plan = next(plan for plan in plans if plan.peak <= budget)
-            return plan if streamed else _with_copies(plan, budget, copies)
+            return plan if streamed or requirements.packed else _with_copies(plan, budget, copies)
     return None
 
 

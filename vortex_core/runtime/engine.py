@@ -38,17 +38,18 @@ from ..flux1.request import (
     check_steps,
 )
 from ..flux1.schedule import timesteps
-from ..flux1.spec import DEFAULT_STEPS
+from ..flux1.spec import DEFAULT_STEPS, T5_TOKENS
 from ..flux1.start import DEFAULT_STRENGTH, check_pictures, check_start
 from ..flux1.texts import Texts
 from ..memory.offload import nbytes
-from ..memory.planner import MemoryPlan
+from ..memory.planner import MemoryPlan, make_plan
 from . import loading
+from .lending import Lent
 from .loading import OnLoad, ResolvedConfig
 from .lora_files import LoraFiles, Pairs
 from .loras import Chosen
 from .painter import OnStep, Painter
-from .turns import Turns
+from .turns import Result, Turns
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
@@ -452,6 +453,39 @@ class Engine(Turns):
         given = check_pictures("pictures", pictures)
         self._model.check_encoder()
         return self._run(lambda painter: painter.encode_image(given))
+
+    def lend(
+        self,
+        work: Callable[[Lent], Result],
+        height: int,
+        width: int,
+        batch_size: int = 1,
+        tokens: int = T5_TOKENS,
+        loras: Pairs | None = None,
+    ) -> Result:
+        """Do `work(lent)` on the engine's thread, where it can multiply by the transformer's weights; its result.
+
+        `lent` (runtime/lending.py) gives products and norms by canonical names, and is of no use once `work` returns.
+        `height` and `width` in pixels, `tokens` of text: those of the pictures whose activations `work` allocates,
+        which are planned into the budget. `loras` as in `generate`. Where memory runs out, `work` is called once more.
+        Raises what `work` raises; `VortexInputError` for other LoRAs and after `unload`;
+        `MemoryPressureError` where the activations do not fit the budget.
+        """
+        self._check_usable()
+        chosen = self._lora_files.of_call(loras, self._loras)
+        return self._run(lambda painter: painter.lend(work, height, width, batch_size, tokens, chosen))
+
+    def peak_bytes(self, height: int, width: int, batch_size: int = 1, tokens: int = T5_TOKENS) -> int:
+        """Bytes on the device at the peak of steps of these pictures, weights included; at most the budget.
+
+        `height` and `width` in pixels, `tokens` of text. The larger of two plans: that of `velocity`, and that of code
+        which `lend` calls. Raises `VortexInputError` after `unload`.
+        """
+        memory, sizes = self._memory, (height, width, batch_size, tokens)
+        model, groups = memory.model, memory.model.sizes
+        asked = (model.requirements(*sizes, memory.blas), model.lent_requirements(*sizes, memory.blas))
+        plans = [make_plan(groups, each, memory.budget) for each in asked]
+        return int(max(memory.budget if plan is None else plan.peak for plan in plans))
 
     def limit(self, vram_budget: float) -> None:
         """Keep within another budget, in GB, from the next call on. Raises `VortexInputError` as `load` does."""

@@ -244,3 +244,13 @@ def attention_bytes(spec: FluxSpec, size: Size, dtype: torch.dtype, precision: P
     lengths = (away + img, txt - away + img) if away else () if precision.fp8_attention else (txt + img,)
     values = (pictures * tokens for tokens in lengths)
     return sum(aligned(each * spec.hidden * dtype.itemsize) + aligned(each * spec.heads * 4) for each in values)
+
+
+def activation_bytes(spec: FluxSpec, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes that a step takes at most which allocates as it goes, for this many tokens of text and image in all.
+
+    The widest moment is inside a single block: its input and output, linear1's result (7 D), queries and keys before
+    and after their norms and in fp32 while they turn, and what linear2 takes (5 D), twice.
+    """
+    wide = 3 * spec.hidden + spec.mlp
+    return tokens * dtype.itemsize * (8 * spec.hidden + 3 * wide) + tokens * spec.hidden * 4 * 4

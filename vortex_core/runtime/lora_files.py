@@ -17,7 +17,7 @@ from .loras import MOST, Chosen
 
 KEPT = 6  # files, of some 0.2 GB of host memory each at full size
 STRONGEST = 100.0
-Pairs = Iterable[tuple[str | Path, float]]  # files and strengths
+Pairs = Iterable[tuple[str | Path | LoraFile, float]]  # files, or what was read of one, and strengths
 
 
 class LoraFiles:
@@ -31,11 +31,11 @@ class LoraFiles:
         """`loras`: pairs of a path and a strength. Raises `VortexInputError` and `VortexCheckpointError`."""
         if isinstance(loras, str | bytes | Path) or not isinstance(loras, Iterable):
             raise VortexInputError(f"loras is a list of pairs (path, strength), not {quoted(loras)}.")
-        pairs = [check_pair(one) for one in loras]
+        pairs = [_checked(one) for one in loras]
         if len(pairs) > MOST:
             raise VortexInputError(f"{len(pairs)} LoRAs are too many at once; {MOST} are the most.")
         with self._lock:
-            chosen = tuple((self._file(path), strength) for path, strength in pairs)
+            chosen = tuple((self._file(one), strength) for one, strength in pairs)
             while len(self._read) > max(KEPT, len(pairs)):
                 self._read.popitem(last=False)
         return chosen
@@ -50,7 +50,9 @@ class LoraFiles:
             self._read.clear()
         return ()
 
-    def _file(self, path: Path) -> LoraFile:
+    def _file(self, path: Path | LoraFile) -> LoraFile:
+        if isinstance(path, LoraFile):
+            return path
         try:
             found = path.stat()
         except OSError:
@@ -66,9 +68,20 @@ def check_pair(one: object) -> tuple[Path, float]:
     """A path and a strength. Raises `VortexInputError` for anything else."""
     if not isinstance(one, tuple | list) or len(one) != 2 or not isinstance(one[0], str | Path):
         raise VortexInputError(f"Each of loras is a pair of a path and a strength, not {quoted(one)}.")
-    strength = finite(one[1])
+    return expanded(one[0]), _strength(one[1])
+
+
+def _checked(one: object) -> tuple[Path | LoraFile, float]:
+    """The same, and what was read already."""
+    if isinstance(one, tuple) and len(one) == 2 and isinstance(one[0], LoraFile):
+        return one[0], _strength(one[1])
+    return check_pair(one)
+
+
+def _strength(given: object) -> float:
+    strength = finite(given)
     if strength is None or abs(strength) > STRONGEST:
         raise VortexInputError(
-            f"The strength of a LoRA is a number from {-STRONGEST:g} to {STRONGEST:g}, not {quoted(one[1])}."
+            f"The strength of a LoRA is a number from {-STRONGEST:g} to {STRONGEST:g}, not {quoted(given)}."
         )
-    return expanded(one[0]), strength
+    return strength

@@ -29,6 +29,7 @@ from ..memory.planner import MemoryPlan, MemoryRequirements, WeightGroupSize, ma
 from ..memory.weights import Placement
 from .decoder_graphs import DecoderGraphs
 from .graphs import GraphCache
+from .lending import Lent
 from .loading import ResolvedConfig
 from .model import Model
 
@@ -151,12 +152,14 @@ class MemoryManager:
                 "GB. Close other programs that use it, or name a smaller vram_budget.",
                 MemoryPressureWarning,
             )
+        copied = bool(self.placement.copies)
         try:
             self._apply(plan, limit)
         except torch.OutOfMemoryError as error:
             self.offload()
             raise self._pressure("Memory ran out", plan, limit) from error.with_traceback(None)
-        self.plan, self._settled = plan, True
+        # copies that leave for packed weights come back: the next plan is made as if there had been none
+        self.plan, self._settled = plan, not (requirements.packed and copied)
 
     def _apply(self, plan: MemoryPlan, limit: float) -> None:
         placement = self.placement
@@ -329,6 +332,15 @@ class Place:
         """Inside, text encoders and modulation can run, streamed or not."""
         with self._memory.placement.prompt.open(self._region()), self.libraries():
             yield
+
+    @contextmanager
+    def lent(self) -> Iterator[Lent]:
+        """Inside, code of others can multiply by the weights of the transformer and of modulation, streamed or not."""
+        memory, prefetcher = self._memory, self._memory.placement.steps
+        scratch = Region(self._block, 0, memory.views).take((self.plan.requirements.scratch,), torch.uint8)
+        using = nullcontext() if memory.backend is None else memory.backend.using(scratch)
+        with prefetcher.open(self._region()), using, self.libraries():
+            yield Lent(memory.model, prefetcher)
 
     @contextmanager
     def steps(self, height: int, width: int, tokens: int, rounds: int, away: int = 0) -> Iterator[Denoiser]:

@@ -33,7 +33,7 @@ from ..quant.linear import NF4Linear
 from ..quant.precision import EXACT, Precision
 from ..storage.materialize import Target, check, materialize, pack
 from ..storage.tensors import Tensors
-from .graphs import POOL, attention_bytes, inputs, step_bytes
+from .graphs import POOL, activation_bytes, attention_bytes, inputs, step_bytes
 
 Sources = Mapping[str, Tensors]  # the canonical tensors of `transformer`, `clip`, `t5` and `vae`
 Origin = tuple[str, str]  # where a module's tensors are: one of these four, and the prefix of their names
@@ -104,6 +104,7 @@ class Model:
         self.sizes = self.measure()
         self.encoder_group.measure()
         self.scratch = self._scratch()
+        self._largest = _most(self.transformer, self.modulation)
         # to dequantize; cudaMallocAsync leaves up to 0.17 GB between the small tensors that are allocated (H200)
         self._plain = 0 if backend is None or (fused and dtype != torch.float32) else backend.allocates(dtype)
         self.allocates = self._plain if fused else kernels.step_bytes(self.flux.hidden) + self._plain
@@ -112,13 +113,8 @@ class Model:
 
     def _scratch(self) -> tuple[int, ...]:
         """Bytes of the buffers that weights are dequantized into; in 8 bits there is a second one, for the text."""
-
-        def most(*modules: nn.Module) -> int:  # values of the largest weight
-            parts = (part for module in modules for part in module.modules())
-            return max((prod(part.shape) for part in parts if isinstance(part, NF4Linear)), default=0)
-
         size = self.dtype.itemsize
-        blocks, prompt = most(self.transformer), most(self.modulation, *self.t5.groups)
+        blocks, prompt = _most(self.transformer), _most(self.modulation, *self.t5.groups)
         text = self.flux.hidden * self.flux.mlp  # bytes; the largest weight for the text of a double block, in 8 bits
         sizes = (max(blocks, prompt * size), text) if self.precision.scaled else (max(blocks, prompt) * size,)
         return tuple(aligned(nbytes) for nbytes in sizes if nbytes)
@@ -249,6 +245,22 @@ class Model:
         library = self.t5.working_bytes + self._plain
         return MemoryRequirements(0, 0, 0, sum(self.scratch), library=library, blas=blas, slack=self._slack)
 
+    def lent_requirements(
+        self, height: int, width: int, batch: int, tokens: int = T5_TOKENS, blas: int = 0
+    ) -> MemoryRequirements:
+        """The memory of a step by code of others with these weights, which are dequantized in 16 bits."""
+        number = batch * (tokens + sampling.image_tokens(height, width))
+        return MemoryRequirements(
+            height,
+            width,
+            batch,
+            scratch=max(sum(self.scratch), aligned(self._largest * self.dtype.itemsize)),
+            library=activation_bytes(self.flux, number, self.dtype) + self._plain,
+            blas=blas,
+            slack=SLACK + 5 * POOL,
+            packed=True,
+        )
+
     def decode_requirements(self, height: int, width: int, batch: int, blas: int = 0) -> MemoryRequirements:
         """The memory of decoding latents `[batch, 16, height, width]`."""
         asked = self.requirements(8 * height, 8 * width, batch, blas=blas)
@@ -294,3 +306,9 @@ class Model:
             if nbytes <= TALL:
                 break
         return rows, nbytes
+
+
+def _most(*modules: nn.Module) -> int:
+    """Values of the largest weight in NF4."""
+    parts = (part for module in modules for part in module.modules())
+    return max((prod(part.shape) for part in parts if isinstance(part, NF4Linear)), default=0)

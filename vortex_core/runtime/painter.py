@@ -35,6 +35,7 @@ from ..flux1.vae_encoder import encode
 from ..memory.planner import MemoryRequirements
 from ..utils.timing import mark
 from . import loading
+from .lending import Lent
 from .loading import OnLoad, ResolvedConfig
 from .loras import Chosen, Loras
 from .memory_manager import MemoryManager, Place
@@ -201,6 +202,18 @@ class Painter:
         self.use_loras(loras)
         asked = self.model.requirements(*size, batch, texts.tokens, self.memory.blas, away=texts.away)
         return self._run(asked, step)
+
+    def lend(
+        self, work: Callable[[Lent], Result], height: int, width: int, batch: int, tokens: int, loras: Chosen
+    ) -> Result:
+        """Do `work` with the weights, with room for its activations; see `Engine.lend`."""
+        self.use_loras(loras)
+
+        def with_weights(place: Place) -> Result:
+            with place.lent() as lent:
+                return work(lent)
+
+        return self._run(self.model.lent_requirements(height, width, batch, tokens, self.memory.blas), with_weights)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures of clean latents `[B, 16, H/8, W/8]`."""

@@ -1,0 +1,178 @@
+"""The innermost forward of the host's Flux: by the engine's own step where that can be, else by the host's code.
+
+It is below the host's wrappers, so caches and wrappers of other packs work with both.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from .native_eager import Eager, inputs_of, table_of
+from .native_patches import Translator
+from .native_prompts import Loras, Prompts, Row, schedule_of
+from .native_route import Call, Original, pixels
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ..vortex_core import Engine
+    from ..vortex_core.runtime.lending import Lent
+
+log = logging.getLogger(__name__)
+
+LEAST = 16  # pixels; a side of the picture whose memory is planned where only a single product is asked for
+
+
+class Steps:
+    """What stands behind the host's model: the engine, the LoRAs that it draws with now, and the route of each step.
+
+    `size`: bytes of the engine when it was last on its device.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.size = engine.device_bytes
+        self.loras: Loras = ()
+        self._prompts = Prompts()
+        self._here = threading.local()
+        self._translate: Translator | None = None
+        self._installed: Any = None  # what `loras` were made of
+        self._active: Callable[[], Any] = lambda: None
+        self._told: tuple[Any, Any] = (None, None)
+
+    def attach(self, model: Any) -> None:
+        """Stand behind the innermost forward of the host's `model`."""
+        from ..vortex_core.runtime.lending import modulation_rows
+
+        flux = model.diffusion_model
+        self._model = weakref.ref(model)
+        self._original = Original(flux)
+        self._rows = modulation_rows(self.engine.spec.flux)
+        self._translate = Translator(self.engine.spec)
+        setattr(flux, self._original.name, self._step)
+
+    def renew(self, engine: Engine) -> None:
+        """Go on with another engine of the same weights: the one before was unloaded."""
+        self.engine, self._installed = engine, None
+        self._prompts.forget()
+
+    # ------------------------------------------------------------ single products
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        """`x` `[..., K]` times a linear: inside a step, or by itself for code that reaches past it."""
+        eager = getattr(self._here, "eager", None)
+        if eager is not None:
+            return eager.linear(name, x)  # type: ignore[no-any-return]
+        return self._lend(lambda lent: lent.linear(name, x), LEAST, LEAST, x.numel() // x.shape[-1], 0)
+
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        """The scale of a norm, where `x` is: inside a step or by itself."""
+        eager = getattr(self._here, "eager", None)
+        if eager is None:
+            return self._lend(lambda lent: lent.norm(name).clone(), LEAST, LEAST, 1, 0).to(x.device)
+        return eager.lent.norm(name).to(x.device)  # type: ignore[no-any-return]
+
+    def _lend(self, work: Callable[[Lent], Tensor], height: int, width: int, batch: int, tokens: int) -> Tensor:
+        from . import engines
+
+        with engines.torchs_own_memory_errors():
+            return self.engine.lend(work, height, width, batch, tokens, self.loras)
+
+    def memory_required(self, input_shape: Any, cond_shapes: Any = None, **others: Any) -> int:
+        """Bytes that the host should have free for a step besides the engine's own, as the plan has them."""
+        patcher = self.active
+        if patcher is not None:
+            patcher.renew()
+        batch, (height, width) = input_shape[0], input_shape[-2:]
+        peak = self.engine.peak_bytes(16 * -(-height // 2), 16 * -(-width // 2), batch)
+        return max(0, peak - max(self.size, self.engine.device_bytes))
+
+    # ------------------------------------------------------------ whose patches
+
+    @property
+    def active(self) -> Any:
+        """The patcher that is drawn for, or None."""
+        return self._active()
+
+    def install(self, patcher: Any) -> None:
+        """Draw for `patcher` from now on. Raises `VortexError` where its patches cannot be translated."""
+        wanted = patcher.patches_uuid, patcher.hooked
+        if wanted != self._installed and self._translate is not None:
+            patches = {key: list(several) for key, several in patcher.patches.items()}
+            for key, several in patcher.hooked_patches().items():
+                patches.setdefault(key, []).extend(several)
+            self.loras = self._translate(patches)
+            self._installed = wanted
+        self._active = weakref.ref(patcher)
+
+    # ------------------------------------------------------------ a step
+
+    def _step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The host's innermost forward: `x [B, 16, H/8, W/8]` to the velocity."""
+        model, patcher, call = self._model(), self.active, self._original.call(args, kwargs)
+        if patcher is not None:
+            self.install(patcher)  # nothing where nothing changed
+        flux, spec = model.diffusion_model, self.engine.spec.flux
+        why = self._original.declined(flux, call, spec)
+        rows = None
+        if call.suits(spec):
+            rows = self._guarded(lambda: self._prompts.rows(self.engine, call, schedule_of(model, call), self.loras))
+            why = why or ("timesteps that are not from 0 to 1" if rows is None else None)
+        self._tell(call.options, why)
+        if why is None and rows is not None:
+            return self._fast(call.x, rows)
+        return self._eager(flux, call, rows)
+
+    def _tell(self, options: Mapping[str, Any], why: str | None) -> None:
+        """Log the route, once a sampling and when it changes."""
+        sampling = options.get("sample_sigmas")
+        if (sampling is not self._told[0]) or (why != self._told[1]):
+            self._told = sampling, why
+            log.info("MODEL: steps are %s", "Vortex's own" if why is None else f"ComfyUI's code, because of {why}")
+
+    def _guarded(self, work: Callable[[], Any]) -> Any:
+        from . import engines
+
+        with engines.torchs_own_memory_errors():
+            return work()
+
+    def _fast(self, x: Tensor, rows: list[Row]) -> Tensor:
+        """The engine's own step, for rows of one time and text together."""
+        import comfy.ldm.common_dit
+        import torch
+
+        height, width = x.shape[-2:]
+        latents = comfy.ldm.common_dit.pad_to_patch_size(x, (2, 2))
+        out = torch.empty(latents.shape, dtype=torch.float32, device=x.device)
+        left = list(range(len(rows)))
+        while left:
+            t, conditioning = rows[left[0]]
+            group = [i for i in left if rows[i][0] == t and rows[i][1] is conditioning]
+            left = [i for i in left if i not in group]
+            some = latents if len(group) == len(latents) else latents[group]
+            found = self._guarded(lambda: self.engine.velocity(some, t, conditioning, self.loras))  # noqa: B023
+            out[group] = found.to(x.device)
+        return out[..., :height, :width]
+
+    def _eager(self, flux: nn.Module, call: Call, rows: list[Row] | None) -> Tensor:
+        """The host's code over the engine's weights."""
+        x, txt = call.x, call.given.get("context")
+        references = call.given.get("ref_latents") or []
+        tokens = (0 if txt is None else txt.shape[1]) + sum(math.prod(one.shape[-2:]) // 4 for one in references)
+
+        def work(lent: Lent) -> Tensor:
+            table = None if rows is None else table_of(rows, x)
+            inputs = {} if table is None else inputs_of(call, self.engine.spec.flux)
+            outer = getattr(self._here, "eager", None)
+            self._here.eager = Eager(lent, self._rows, table, inputs)
+            try:
+                return self._original.forward(flux, *call.args, **call.kwargs)
+            finally:
+                self._here.eager = outer
+
+        return self._lend(work, *pixels(x), len(x), tokens)
