@@ -3,6 +3,7 @@
 from .latency_probe import LatencyProbe
 from .loader import NF4FluxLoader
 from .lora import VortexLora
+from .nag import VortexNag
 from .sampler import SchnellSampler
 from .vram_monitor import VRAMMonitor
 
@@ -10,6 +11,7 @@ NODES = {
     "VortexFluxLoader": ("NF4 Flux Loader", NF4FluxLoader),
     "VortexLoRA": ("Vortex LoRA", VortexLora),
     "VortexSchnellSampler": ("Schnell Sampler", SchnellSampler),
+    "VortexNAG": ("Vortex NAG", VortexNag),
     "VortexVRAMMonitor": ("VRAM Monitor", VRAMMonitor),
     "VortexLatencyProbe": ("Latency Probe", LatencyProbe),
 }

@@ -75,11 +75,13 @@ class Prompts:
         texts, pooled = call.given["context"].to("cpu", dtype), call.given.get("y")
         vectors = torch.zeros(len(texts), width, dtype=dtype) if pooled is None else pooled[:, :width].to("cpu", dtype)
         every = zip(times, texts.split(1), vectors.split(1), strict=True)
-        return [(t, self._conditioning(engine, (txt, vector), t, schedule, loras)) for t, txt, vector in every]
+        return [(t, self.of(engine, (txt, vector), t, schedule, loras)) for t, txt, vector in every]
 
-    def _conditioning(
+    def of(
         self, engine: Engine, text: tuple[Tensor, Tensor], t: float, schedule: list[float], loras: Loras
     ) -> Conditioning:
+        """The conditioning of T5's `[1, N, context]` and CLIP's `[1, vec]` for a timestep, of any type and device."""
+        text = (text[0].to("cpu", engine.dtype), text[1][:, : engine.spec.flux.vec].to("cpu", engine.dtype))
         prompt = next((known for known in self._latest if known.fits(*text, loras)), None)
         if prompt is None:
             txt, pooled = (part.clone() for part in text)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .native_eager import Eager, inputs_of, table_of
+from .native_nag import is_wanted, wish_of
 from .native_patches import Translator
 from .native_prompts import Loras, Prompts, Row, schedule_of
 from .native_route import Call, Original, pixels
@@ -26,6 +27,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LEAST = 16  # pixels; a side of the picture whose memory is planned where only a single product is asked for
+
+
+def refused_nag(why: str | None) -> Exception:
+    """The error for a step that Vortex NAG is asked of, and that the host's code has to take."""
+    from ..vortex_core.errors import VortexInputError
+
+    return VortexInputError(
+        f"Vortex NAG works in Vortex's own steps only, and these are ComfyUI's code, because of {why}. Remove one of "
+        "both, or use ComfyUI's Normalized Attention Guidance with a negative prompt in KSampler."
+    )
 
 
 class Steps:
@@ -125,7 +136,9 @@ class Steps:
             why = why or ("timesteps that are not from 0 to 1" if rows is None else None)
         self._tell(call.options, why)
         if why is None and rows is not None:
-            return self._fast(call.x, rows)
+            return self._fast(call, rows, schedule_of(model, call))
+        if wish_of(call.options) is not None:
+            raise refused_nag(why)
         return self._eager(flux, call, rows)
 
     def _tell(self, options: Mapping[str, Any], why: str | None) -> None:
@@ -141,22 +154,32 @@ class Steps:
         with engines.torchs_own_memory_errors():
             return work()
 
-    def _fast(self, x: Tensor, rows: list[Row]) -> Tensor:
-        """The engine's own step, for rows of one time and text together."""
+    def _fast(self, call: Call, rows: list[Row], schedule: list[float]) -> Tensor:
+        """The engine's own step, for rows of one time, text and guidance together."""
         import comfy.ldm.common_dit
         import torch
 
+        x, wish = call.x, wish_of(call.options)
         height, width = x.shape[-2:]
         latents = comfy.ldm.common_dit.pad_to_patch_size(x, (2, 2))
         out = torch.empty(latents.shape, dtype=torch.float32, device=x.device)
+        led = [wish is not None and is_wanted(call.options, i, len(rows)) for i in range(len(rows))]
         left = list(range(len(rows)))
         while left:
             t, conditioning = rows[left[0]]
-            group = [i for i in left if rows[i][0] == t and rows[i][1] is conditioning]
+            alike = (t, id(conditioning), led[left[0]])
+            group = [i for i in left if (rows[i][0], id(rows[i][1]), led[i]) == alike]
             left = [i for i in left if i not in group]
             some = latents if len(group) == len(latents) else latents[group]
-            found = self._guarded(lambda: self.engine.velocity(some, t, conditioning, self.loras))  # noqa: B023
-            out[group] = found.to(x.device)
+
+            def step() -> Tensor:
+                away: dict[str, Any] = {}
+                if wish is not None and alike[2]:  # noqa: B023
+                    text = self._prompts.of(self.engine, (wish.txt, wish.pooled), t, schedule, self.loras)  # noqa: B023
+                    away = {"negative": text, "nag": wish.nag}
+                return self.engine.velocity(some, t, conditioning, self.loras, **away)  # noqa: B023
+
+            out[group] = self._guarded(step).to(x.device)
         return out[..., :height, :width]
 
     def _eager(self, flux: nn.Module, call: Call, rows: list[Row] | None) -> Tensor:

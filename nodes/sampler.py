@@ -1,10 +1,11 @@
-"""Schnell Sampler: from a prompt, or native CONDITIONING, to pictures and their latents."""
+"""Schnell Sampler: from a prompt or native CONDITIONING, and perhaps a picture, to pictures and their latents."""
 
 from __future__ import annotations
 
 import logging
 from typing import TYPE_CHECKING, Any
 
+from ..vortex_core.flux1.request import DEFAULT_STRENGTH, MOST_GUIDANCE
 from ..vortex_core.flux1.spec import DEFAULT_STEPS, MAX_SIZE, MAX_STEPS, MIN_SIZE, SIZE_MULTIPLE
 from . import engines, host
 from .types import MODEL, Model, verdict
@@ -30,15 +31,50 @@ STEPS = (
     "INT",
     {"default": DEFAULT_STEPS, "min": 1, "max": MAX_STEPS, "tooltip": "schnell is distilled for 4; more seldom help."},
 )
+STRENGTH = (
+    "FLOAT",
+    {
+        "default": DEFAULT_STRENGTH,
+        "min": 0.05,
+        "max": 1.0,
+        "step": 0.05,
+        "tooltip": "How much of the image is drawn anew, and which share of the steps is taken. Without an image it "
+        "has no effect.",
+    },
+)
+NAG = (
+    "FLOAT",
+    {
+        "default": 0.0,
+        "min": 0.0,
+        "max": 50.0,
+        "step": 0.5,
+        "tooltip": "Normalized attention guidance: how far to keep away from negative_prompt. 5 is usual, 0 is off. It "
+        "costs a part of a step.",
+    },
+)
+GUIDANCE = (
+    "FLOAT",
+    {
+        "default": 0.0,
+        "min": 0.0,
+        "max": MOST_GUIDANCE,
+        "step": 0.1,
+        "tooltip": "Classifier-free guidance (CFG) away from negative_prompt: each step runs twice. 0 and 1 are off, "
+        "as schnell is made.",
+    },
+)
 MAX_BATCH = 64
 USED = {"pooled_output", "guidance"}  # guidance has no effect, without a warning: Flux graphs often set it
 
 
 class SchnellSampler:
-    """Draws in 4 steps at guidance 0, as schnell is made."""
+    """Draws in 4 steps without guidance, as schnell is made, unless it is asked for."""
 
     CATEGORY = "Vortex"
-    DESCRIPTION = "Draws pictures with FLUX.1-schnell in 4 steps. Guidance is 0 by design."
+    DESCRIPTION = (
+        "Draws pictures with FLUX.1-schnell in 4 steps, from nothing or from a picture. It needs no guidance by design."
+    )
     RETURN_TYPES = ("IMAGE", "LATENT")
     RETURN_NAMES = ("image", "latent")
     OUTPUT_TOOLTIPS = ("The pictures.", "Their latents, for VAE Decode, latent upscalers and Save Latent.")
@@ -88,13 +124,31 @@ class SchnellSampler:
                     {
                         "multiline": True,
                         "default": "",
-                        "tooltip": "Has no effect, and the log says so: at guidance 0 there is no second pass for it.",
+                        "tooltip": "What to keep away from. It needs nag or guidance, and the log says so where it has "
+                        "none: by itself schnell has no second pass for it.",
                     },
                 ),
                 "conditioning": (
                     "CONDITIONING",
                     {"tooltip": "From CLIP Text Encode with a Flux CLIP (T5-XXL and CLIP-L), in place of the prompt."},
                 ),
+                "image": (
+                    "IMAGE",
+                    {
+                        "tooltip": "A picture to begin from. Its size counts, cut in the middle to multiples of 16, in "
+                        "place of width and height."
+                    },
+                ),
+                "mask": (
+                    "MASK",
+                    {
+                        "tooltip": "Where the image is drawn anew. The rest of it stays as it is, to the bit. Take "
+                        "strength 1 with it, for a thing that was not there."
+                    },
+                ),
+                "strength": STRENGTH,
+                "nag": NAG,
+                "guidance": GUIDANCE,
             },
         }
 
@@ -121,58 +175,106 @@ class SchnellSampler:
         steps: int,
         negative_prompt: str = "",
         conditioning: list[Any] | None = None,
+        image: Tensor | None = None,
+        mask: Tensor | None = None,
+        strength: float = DEFAULT_STRENGTH,
+        nag: float = 0.0,
+        guidance: float = 0.0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         import torch
 
         from ..vortex_core.device.finite_pictures import check_finite
         from ..vortex_core.flux1.request import check_prompt
 
-        check(width, height, batch_size, seed, steps)
+        given = given_pictures(image, mask, batch_size, strength)
+        if image is not None:
+            (height, width), batch_size = given["image"].shape[1:3], given["batch_size"]
+        check(width, height, batch_size, seed, steps, strength=strength, nag=nag, guidance=guidance)
         if conditioning is None:
             check_prompt(prompt)
-            engine = engines.acquire(model)
-            calls: list[tuple[Any, int, int]] = [(prompt, seed, batch_size)]
+            engine, texts = engines.acquire(model), [prompt]
         else:
             pairs = from_native(conditioning)
             engine = engines.acquire(model)
             with engines.torchs_own_memory_errors():  # LoRAs may take room
-                several = [engine.condition(txt, pooled, steps, model.pairs) for txt, pooled in pairs]
-            calls = [(several[0], seed, batch_size)]
-            if len(several) > 1:
-                calls = [(several[i % len(several)], seed + i, 1) for i in range(batch_size)]
-        report = host.progress(len(calls) * steps)
-        preview = host.previewer(engine.device)
-        images, latents = [], []
+                texts = [engine.condition(txt, pooled, steps, model.pairs) for txt, pooled in pairs]
+        if len(texts) > 1:
+            texts = [texts[i % len(texts)] for i in range(batch_size)]
+        report, preview = host.progress(steps), host.previewer(engine.device)
+        latents: list[Tensor] = []
 
         def on_step(i: int, n: int, clean: Tensor) -> None:
             if clean.is_cuda:
                 # work is queued ahead of the card: the bar would jump, and an interrupt would come too late
                 torch.cuda.synchronize(clean.device)
-            report(len(latents) * n + i, preview(clean) if preview else None)
+            report(steps - n + i, preview(clean) if preview else None)
             if i == n:
                 latents.append(host.to_native(clean))
 
-        for what, first, count in calls:
-            with engines.torchs_own_memory_errors():
-                done = engine.generate(
-                    what, negative_prompt, seed=first, height=height, width=width, steps=steps, batch_size=count,
-                    on_step=on_step, loras=model.pairs,
-                )  # fmt: skip
-            images.append(done.cpu())
-            check_finite(images[-1], "The picture")
-        return torch.cat(images), {"samples": torch.cat(latents)}
+        with engines.torchs_own_memory_errors():
+            pictures = engine.generate(
+                texts, negative_prompt, seed=seed, height=height, width=width, steps=steps, on_step=on_step,
+                loras=model.pairs, nag=nag, guidance=guidance, **{"batch_size": batch_size, **given},
+            ).cpu()  # fmt: skip
+        check_finite(pictures, "The picture")
+        return pictures, {"samples": latents[-1]}
 
 
 def check(
-    width: int = MIN_SIZE, height: int = MIN_SIZE, batch_size: int = 1, seed: int = 0, steps: int = DEFAULT_STEPS
+    width: int = MIN_SIZE,
+    height: int = MIN_SIZE,
+    batch_size: int = 1,
+    seed: int = 0,
+    steps: int = DEFAULT_STEPS,
+    *,
+    strength: float = 1.0,
+    nag: float = 0.0,
+    guidance: float = 0.0,
 ) -> None:
-    """Raise `VortexInputError` for a size, batch, seed or number of steps that no model draws."""
+    """Raise `VortexInputError` for a size, batch, seed, number of steps or guidance that no model draws with."""
     from ..vortex_core.errors import VortexInputError, quoted
+    from ..vortex_core.flux1.nag import check_nag
     from ..vortex_core.flux1.request import Request
 
-    Request(seed=seed, height=height, width=width, steps=steps, batch_size=batch_size)
+    Request(seed, height, width, steps, batch_size, strength=strength, guidance=guidance, nag=check_nag(nag))
     if batch_size > MAX_BATCH:
         raise VortexInputError(f"batch_size must be at most {MAX_BATCH}, not {quoted(batch_size)}. Queue more often.")
+
+
+def given_pictures(image: Tensor | None, mask: Tensor | None, batch_size: int, strength: float) -> dict[str, Any]:
+    """What `Engine.generate` is given for a picture to begin from: nothing where there is none.
+
+    `image` `[B, H, W, 3 or 4]`, and `mask` `[B, h, w]` or `[h, w]`, which is stretched over it, as the host does. Both
+    are cut in the middle to multiples of 16.
+    """
+    from ..vortex_core.errors import VortexInputError
+
+    if image is None:
+        if mask is not None:
+            raise VortexInputError("mask needs an image. Connect both.")
+        return {}
+    if image.ndim != 4:
+        raise VortexInputError(f"image must be [B, H, W, 3], as Load Image gives it, not {list(image.shape)}.")
+    size = image.shape[1:3]
+    found: dict[str, Any] = {"image": _cut(image[..., :3]), "strength": strength, "batch_size": batch_size}
+    if batch_size == 1:
+        found["batch_size"] = len(image)
+    if mask is not None:
+        import torch.nn.functional as F
+
+        masks = mask.reshape(-1, 1, *mask.shape[-2:]).float()
+        if masks.shape[2:] != size:
+            masks = F.interpolate(masks, size, mode="bilinear", antialias=False)
+        found["mask"] = _cut(masks[:, 0]).clamp(0, 1)
+    return found
+
+
+def _cut(picture: Tensor) -> Tensor:
+    """`[B, H, W, ...]`, cut in the middle to multiples of 16."""
+    for dim in (1, 2):
+        size = picture.shape[dim] // SIZE_MULTIPLE * SIZE_MULTIPLE
+        picture = picture.narrow(dim, (picture.shape[dim] - size) // 2, size)
+    return picture
 
 
 def from_native(conditioning: Any) -> list[tuple[Tensor, Tensor]]:

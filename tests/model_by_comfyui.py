@@ -1,8 +1,8 @@
 """Runs inside a ComfyUI tree's own Python: the pack's MODEL beside the host's own Flux with the same weights.
 
 Arguments: a folder, the tree, and names of cases; without names, all. Each function of model_cases.py and
-model_patch_cases.py whose name begins with `case_` gives figures by name. All are written to `figures.json` in the folder, and the traceback of one that
-failed. Nothing here imports pytest: the tree's Python may have none.
+model_patch_cases.py whose name begins with `case_` gives figures by name. All are written to `figures.json` in the
+folder, and the traceback of one that failed. Nothing here imports pytest: the tree's Python may have none.
 """
 
 from __future__ import annotations

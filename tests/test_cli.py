@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from test_disk import file_size_limit
 from typer.testing import CliRunner
@@ -16,6 +17,7 @@ import vortex_core
 from vortex_core import Engine
 from vortex_core.cli import png
 from vortex_core.cli.main import app
+from vortex_core.cli.start import read_start
 from vortex_core.utils import packages, whole_files
 
 runner = CliRunner()
@@ -111,6 +113,67 @@ def test_warnings_are_notes(tmp_path: Path) -> None:
     path = str(tmp_path / "x.png")
     said = run("generate", "a red circle", "--negative-prompt", "blue", "-o", path, *SMALL)
     assert "note: negative_prompt has no effect" in said
+
+
+def test_a_negative_prompt_counts_and_is_remembered(tmp_path: Path) -> None:
+    plain, led = tmp_path / "plain.png", tmp_path / "led.png"
+    run("generate", "a circle", "--seed", "1", "-o", str(plain), *SMALL)
+    said = run(
+        "generate", "a circle", "--seed", "1", "--negative", "a gray circle", "--nag", "5", "-o", str(led), *SMALL
+    )
+    assert "no effect" not in said
+    assert plain.read_bytes() != led.read_bytes()
+    with Image.open(led) as image:
+        assert image.text["parameters"].startswith("a circle\nNegative prompt: a gray circle\nSteps: 1, ")
+        assert "NAG scale: 5" in image.text["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--nag", "99"], "nag must be 0 (off), a scale from 1 to 50"),
+        (["--guidance", "0.5"], "guidance must be 0"),
+        (["--nag", "5", "--guidance", "2"], "not both"),
+        (["--strength", "0.5"], "--strength needs --image"),
+        (["--mask", "{text}"], "--mask needs --image"),
+        (["--image", "{text}"], "is not a picture that can be read"),
+        (["--image", "{none}"], "cannot be read"),
+        (["--image", "{wide}", "--mask", "{other}"], "--mask is 64x64, but the image 96x70"),
+        (["--image", "{small}"], "height must be a multiple of 16 from 64"),
+        (["--image", "{wide}", "--strength", "0"], "strength must be a number above 0"),
+    ],
+)
+def test_pictures_to_begin_from_are_checked_before_a_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], sentence: str
+) -> None:
+    monkeypatch.setattr("vortex_core.cli.main.load_engine", lambda *a, **o: pytest.fail("loaded"))
+    places = {name: tmp_path / f"{name}.png" for name in ("text", "none", "wide", "other", "small")}
+    places["text"].write_text("no picture")
+    for name, size in (("wide", (96, 70)), ("other", (64, 64)), ("small", (96, 60))):
+        Image.new("RGB", size).save(places[name])
+    named = [option.format(**places) for option in options]
+    said = run("generate", "a circle", *named, "-o", str(tmp_path / "x.png"), code=2)
+    assert sentence in said
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_a_picture_to_begin_from_is_cut_or_scaled(tmp_path: Path) -> None:
+    path, mask = tmp_path / "wide.png", tmp_path / "mask.png"
+    picture = Image.new("RGB", (100, 70))
+    picture.paste((255, 0, 0), (50, 0, 100, 70))
+    picture.save(path)
+    Image.new("L", (100, 70), 255).save(mask)
+    image, white = read_start(path, mask, None, None, None)
+    assert image is not None
+    assert white is not None
+    assert (tuple(image.shape), tuple(white.shape)) == ((1, 64, 96, 3), (1, 64, 96))
+    assert image[0, :, 48:].eq(torch.tensor([1.0, 0, 0])).all()
+    assert image[0, :, :48].eq(0).all()
+    assert white.eq(1).all()
+    scaled, _ = read_start(path, None, None, 128, 64)
+    assert scaled is not None
+    assert tuple(scaled.shape) == (1, 64, 128, 3)
+    assert read_start(None, None, None, 64, 64) == (None, None)
 
 
 @pytest.fixture

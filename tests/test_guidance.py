@@ -115,7 +115,7 @@ def test_texts_of_other_lengths_are_guided_and_avoided(engine: Engine) -> None:
 
 
 def test_what_has_no_effect_is_told(engine: Engine) -> None:
-    with pytest.warns(NoEffectWarning, match="nag=5"):
+    with pytest.warns(NoEffectWarning, match="nag at 5"):
         engine.generate(RED, BLUE, seed=1, **SIZE)
 
 

@@ -11,7 +11,8 @@ import typer
 
 from .. import __version__
 from ..errors import VortexInputError
-from ..flux1.request import Request, check_choice, check_prompt
+from ..flux1.nag import check_nag
+from ..flux1.request import DEFAULT_STRENGTH, Request, check_choice, check_prompt
 from ..flux1.spec import DEFAULT_STEPS, MAX_STEPS, MIN_SIZE, MODES, QUANTIZATIONS
 from ..utils.packages import need
 from ..utils.printable import printable, printable_lines
@@ -20,6 +21,7 @@ from . import interrupt
 from .bench import app as bench
 from .loras import check_loras, parse_lora
 from .pictures import Pictures, check_new, output_paths
+from .start import read_start
 from .terminal import (
     T5,
     CacheDir,
@@ -105,7 +107,9 @@ def vortex(
 @app.command(
     epilog='Examples:\n\n  vortex generate "a red circle on a white background"\n\n'
     '  vortex generate "a lighthouse at dusk" --model ~/models/FLUX.1-schnell --size 1024x1024 -o lighthouse.png\n\n'
-    '  vortex generate "a lighthouse" --model ~/models/FLUX.1-schnell --lora ink.safetensors:0.8 --lora fog.safetensors'
+    '  vortex generate "a lighthouse" --model ~/models/FLUX.1-schnell --lora ink.safetensors:0.8\n\n'
+    '  vortex generate "a blue circle" --image circle.png --strength 0.75 -o blue.png\n\n'
+    '  vortex generate "a street" --negative "cars" --nag 5'
 )
 def generate(
     prompt: Annotated[str, typer.Argument(help="What the picture shows, in words.", show_default=False)],
@@ -124,7 +128,27 @@ def generate(
     steps: Annotated[int, typer.Option(help=f"1 to {MAX_STEPS}; schnell is made for 4.")] = DEFAULT_STEPS,
     batch: Annotated[int, typer.Option(help=f"How many pictures, up to {MAX_BATCH}.")] = 1,
     negative_prompt: Annotated[
-        str | None, typer.Option(help="Accepted, but without effect: schnell draws at guidance 0.")
+        str | None,
+        typer.Option("--negative", "--negative-prompt", help="What to keep away from. Needs --nag or --guidance."),
+    ] = None,
+    nag: Annotated[
+        float, typer.Option(help="How far to keep away from --negative, inside attention: 5 is usual, 0 is off.")
+    ] = 0.0,
+    guidance: Annotated[
+        float, typer.Option(help="The same by classifier-free guidance: twice the time. From 1 on; 0 is off.")
+    ] = 0.0,
+    image: Annotated[
+        Path | None,
+        typer.Option(help="A picture to begin from. Without --size it keeps its own, cut to multiples of 16."),
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(
+            help=f"How much of --image is drawn anew, above 0 to 1. [default: {DEFAULT_STRENGTH:g}, with a mask 1]"
+        ),
+    ] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="A picture as large as --image: white is drawn anew, black stays as it is.")
     ] = None,
     lora: Lora = None,
     device: Device = None,
@@ -141,14 +165,17 @@ def generate(
             raise VortexInputError(f"--batch must be at least 1 and at most {MAX_BATCH}, not {batch}.")
         seed = secrets.randbits(32) if seed is None else seed
         width, height = parse_size(size)
-        Request(seed, height or MIN_SIZE, width or MIN_SIZE, steps, batch)
+        led = {"strength": 1.0 if strength is None else strength, "guidance": guidance, "nag": check_nag(nag)}
+        Request(seed, height or MIN_SIZE, width or MIN_SIZE, steps, batch, **led)  # type: ignore[arg-type]
         check_choice("mode", mode, MODES)
         check_choice("quantization", quantization, QUANTIZATIONS)
         check_number("--vram", vram, **BUDGETS)
         need("PIL.PngImagePlugin", "Writing a picture")
         paths = output_paths(output or Path(f"vortex-{seed}.png"), batch, overwrite)
         loras = [parse_lora(text) for text in lora or ()]
-        pictures = Pictures(prompt, negative_prompt, seed, steps, height, width, paths, overwrite, loras)
+        begin = read_start(image, mask, strength, width, height)
+        wishes = (*begin, strength, nag, guidance)
+        pictures = Pictures(prompt, negative_prompt, seed, steps, height, width, paths, overwrite, loras, *wishes)
         with progress_bars() as progress:
             parts = {"clip": clip, "t5": t5, "vae": vae, "tokenizers": tokenizers, "cache_dir": cache_dir}
             limits = {"vram_budget": vram, "cap_process": True}  # the process is ours

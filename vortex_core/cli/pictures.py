@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import VortexInputError, quoted
+from ..flux1.request import DEFAULT_STRENGTH
 from ..utils.whole_files import check_folder, check_name, write
 from . import interrupt
 from .terminal import err
@@ -26,7 +27,9 @@ AT_ONCE = 4  # pictures of one call; Ctrl-C or a full disk costs at most this ma
 
 @dataclass(frozen=True, slots=True)
 class Pictures:
-    """One picture for each of `paths`, with consecutive seeds. `height` or `width` None: the model's own."""
+    """One picture for each of `paths`, with consecutive seeds. `height` or `width` None: the model's own, or those of
+    `image`, which they begin from. The last fields are as in `Engine.generate`.
+    """
 
     prompt: str
     negative_prompt: str | None
@@ -37,16 +40,21 @@ class Pictures:
     paths: list[Path]
     replace: bool
     loras: Sequence[tuple[Path, float]] = ()
+    image: Tensor | None = None
+    mask: Tensor | None = None
+    strength: float | None = None
+    nag: float = 0.0
+    guidance: float = 0.0
 
     def draw(self, engine: Engine, progress: Bars) -> None:
         """Draw with a progress bar, and write each picture as soon as it is drawn."""
         total = len(self.paths)
         interrupt.tally.begin(total)
-        task = progress.add_task("drawing", total=self.steps * total, count=f"0/{self.steps} steps")
+        task = progress.add_task("drawing", total=total, count=f"0/{self.steps} steps")
 
         def report(first: int, some: int, i: int, n: int, latents: Tensor) -> None:
             count = f"{i}/{n} steps" if total == 1 else f"{first}/{total} pictures"
-            progress.update(task, completed=first * n + i * some, count=count)
+            progress.update(task, completed=first + i * some / n, count=count)
 
         for first in range(0, total, AT_ONCE):
             paths = self.paths[first : first + AT_ONCE]
@@ -60,6 +68,11 @@ class Pictures:
                 batch_size=len(paths),
                 on_step=partial(report, first, len(paths)),
                 loras=self.loras,
+                image=self.image,
+                mask=self.mask,
+                strength=self.strength,
+                nag=self.nag,
+                guidance=self.guidance,
             )
             for i, path in enumerate(paths):
                 self._keep(drawn[i], self.seed + first + i, path, engine.name)
@@ -71,7 +84,14 @@ class Pictures:
         tags = "".join(
             f" <lora:{path.stem}:{strength:g}>" for path, strength in self.loras
         )  # as AUTOMATIC1111 has them
-        made = parameters(self.prompt + tags, steps=self.steps, seed=seed, width=wide, height=high, model=model)
+        led = self.guidance > 1 or self.nag > 0
+        others = {"NAG scale": self.nag} if self.nag else {}
+        if self.image is not None:
+            others["Denoising strength"] = self.strength or (DEFAULT_STRENGTH if self.mask is None else 1.0)
+        made = parameters(
+            self.prompt + tags, steps=self.steps, seed=seed, width=wide, height=high, model=model,
+            negative=(self.negative_prompt or "") if led else "", guidance=self.guidance, others=others,
+        )  # fmt: skip
         with interrupt.held():
             kept = keep(path, encode(picture, {"parameters": made}), replace=self.replace)
             interrupt.tally.written += 1

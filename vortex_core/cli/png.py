@@ -37,16 +37,32 @@ def encode(picture: Tensor, texts: Mapping[str, str]) -> bytes:
     return file.getvalue()
 
 
-def parameters(prompt: str, *, steps: int, seed: int, width: int, height: int, model: str) -> str:
-    """How a picture was made, as AUTOMATIC1111 writes it: the prompt, then one line of `Name: value, ...`."""
+def parameters(
+    prompt: str,
+    *,
+    steps: int,
+    seed: int,
+    width: int,
+    height: int,
+    model: str,
+    negative: str = "",
+    guidance: float = 0.0,
+    others: Mapping[str, float] | None = None,
+) -> str:
+    """How a picture was made, as AUTOMATIC1111 writes it: the prompt, then one line of `Name: value, ...`.
+
+    `negative`: the prompt that it keeps away from, if that had an effect.
+    """
     model = printable(model)  # a file's name may have bytes that are no text
     facts = {
         "Steps": steps,
         "Sampler": "Euler",
-        "CFG scale": 1,  # no guidance
+        "CFG scale": f"{max(guidance, 1):g}",  # 1: no guidance
         "Seed": seed,
         "Size": f"{width}x{height}",
         "Model": json.dumps(model, ensure_ascii=False) if set(model) & set(',:"\n') else model,
+        **{name: f"{value:g}" for name, value in (others or {}).items()},
         "Version": f"vortex {__version__}",
     }
-    return f"{prompt}\n" + ", ".join(f"{name}: {value}" for name, value in facts.items())
+    away = f"Negative prompt: {negative}\n" if negative else ""
+    return f"{prompt}\n{away}" + ", ".join(f"{name}: {value}" for name, value in facts.items())

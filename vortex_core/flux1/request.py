@@ -22,6 +22,7 @@ MAX_SEED = 2**64 - 1
 HALF = re.compile("[\ud800-\udfff]")  # half of a pair that stands for one character
 MAX_BATCH = 1024  # no memory is known to hold more
 MOST_GUIDANCE = 30.0
+DEFAULT_STRENGTH = 0.6  # of a picture to begin from
 
 
 @dataclass(frozen=True, slots=True)

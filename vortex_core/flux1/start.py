@@ -13,8 +13,6 @@ from ..utils.numeric import whole
 from .request import check_floats, check_size
 from .sampling import Kept, as_patches, patches
 
-DEFAULT_STRENGTH = 0.6
-
 
 @dataclass(frozen=True, slots=True)
 class Start:

@@ -28,6 +28,7 @@ from ..errors import NoEffectWarning, VortexInputError
 from ..flux1.conditioning import Conditioning, check_conditioning
 from ..flux1.nag import Nag, check_nag
 from ..flux1.request import (
+    DEFAULT_STRENGTH,
     Request,
     check_callback,
     check_embeddings,
@@ -39,7 +40,7 @@ from ..flux1.request import (
 )
 from ..flux1.schedule import timesteps
 from ..flux1.spec import DEFAULT_STEPS, T5_TOKENS
-from ..flux1.start import DEFAULT_STRENGTH, check_pictures, check_start
+from ..flux1.start import check_pictures, check_start
 from ..flux1.texts import Texts
 from ..memory.offload import nbytes
 from ..memory.planner import MemoryPlan, make_plan
@@ -392,8 +393,8 @@ class Engine(Turns):
             self._prompts(negative_prompt)
             if negative_prompt:
                 warn(
-                    "negative_prompt has no effect without guidance, which schnell is made for. With nag=5 it has, or "
-                    "with guidance above 1, where each step runs twice.",
+                    "negative_prompt has no effect without guidance, as schnell is made. With nag at 5 it has, or with "
+                    "guidance above 1, where each step runs twice.",
                     NoEffectWarning,
                 )
         chosen = self._lora_files.of_call(loras, self._loras)
