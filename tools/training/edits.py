@@ -119,15 +119,16 @@ def main(
     model: Annotated[Path, typer.Argument(help="Model directory in diffusers' layout.")] = MODEL,
     count: Annotated[int, typer.Option(help="Pictures of each kind.")] = 100,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    other: Annotated[int, typer.Option(help="Other cases than those of the tests: added to their seeds.")] = 0,
 ) -> None:
     """Score a model on drawing from pictures; prints one JSON line."""
     with Engine.load(model, device=device) as engine:
-        share, mean, lowest = reconstructed(engine, count)
+        share, mean, lowest = reconstructed(engine, count, 79 + other)
         result = {"count": count, "reconstructed": share, "psnr": round(mean, 1), "lowest psnr": round(lowest, 1)}
-        edits = list(recoloured(count))
+        edits = list(recoloured(count, 77 + other))
         result["another colour, in place"] = right(edits, drawn(engine, edits, masked=False), in_place=True)
         for things in (1, 2):
-            edits = list(redrawn(count, things))
+            edits = list(redrawn(count, things, 78 + other))
             result[f"another thing in a mask, of {things}"] = right(edits, drawn(engine, edits, masked=True))
     print(json.dumps(result))
 
