@@ -304,7 +304,7 @@ def test_a_tight_budget_encodes_the_same(roomy: Engine) -> None:
     for asked, work, expected in (
         (model.encode_requirements(*SIZE.values(), 2), lambda: roomy.encode_image(x), latents),
         (
-            model.with_encode(replace(text, given=65 * 96 * 13)),
+            model.with_encode(replace(text, given=64 * 96 * 13)),
             lambda: roomy.generate(PROMPT, seed=1, image=x[:1]),
             drawn,
         ),
