@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from native_workflows import NATIVE
 from workflow_format import ROOT, Node, Schemas, Workflow, api, ui
 
 FOLDER = ROOT / "workflows"
@@ -188,6 +189,7 @@ WORKFLOWS: dict[str, Workflow] = {
         "VAE Decode, upscalers and Save Latent work with it.\n\nThe decoder comes with the model; **Load VAE** with "
         "FLUX's ae.safetensors does as well for a real checkpoint.",
     ),
+    **NATIVE,
 }
 
 # ---------------------------------------------------------------- writing
