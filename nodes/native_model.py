@@ -112,7 +112,7 @@ def _take_over(model: Any, steps: Steps) -> None:
     model.memory_required = steps.memory_required
     model.state_dict_for_saving = _refuse_to_save
     for module in (model, flux):  # `.to`, `.half`, `.cuda`: there are no weights to move
-        module._apply = partial(_stay, module)
+        module._apply = partial(stay, module)
 
 
 def _norm(steps: Steps, module: nn.Module, name: str, x: Tensor) -> Tensor:
@@ -130,5 +130,6 @@ def _refuse_to_save(*parts: Any, **named: Any) -> NoReturn:
     raise cannot_be("saved")  # old hosts ask the model, new ones its patcher
 
 
-def _stay(module: torch.nn.Module, *ignored: Any, **options: Any) -> torch.nn.Module:
+def stay(module: torch.nn.Module, *ignored: Any, **options: Any) -> torch.nn.Module:
+    """In place of `_apply` of a module whose weights are an engine's."""
     return module

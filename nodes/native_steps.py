@@ -42,13 +42,14 @@ def refused_nag(why: str | None) -> Exception:
 class Steps:
     """What stands behind the host's model: the engine, the LoRAs that it draws with now, and the route of each step.
 
-    `size`: bytes of the engine when it was last on its device.
+    `size`: bytes of the engine when it was last on its device. `texts`: the host's text encoders, if they were made.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.size = engine.device_bytes
         self.loras: Loras = ()
+        self.texts: Any = None
         self._prompts = Prompts()
         self._here = threading.local()
         self._translate: Translator | None = None

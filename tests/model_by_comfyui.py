@@ -177,8 +177,11 @@ def main(folder: Path, tree: Path, only: list[str]) -> None:
     import torch
 
     torch.set_num_threads(1)  # as the engine does for the miniature: sums in another order round otherwise
-    bench = Bench(folder)
-    every = vars(model_cases) | vars(model_patch_cases)
+    run_cases(Bench(folder), vars(model_cases) | vars(model_patch_cases), folder, only)
+
+
+def run_cases(bench: Bench, every: dict[str, Any], folder: Path, only: list[str]) -> None:
+    """Write the figures of the cases among `every`; `only` names some."""
     cases = {name.removeprefix("case_"): case for name, case in every.items() if name.startswith("case_")}
     figures: dict[str, Any] = {}
     for name, case in cases.items():
