@@ -311,9 +311,8 @@ def case_one_entry(bench: ClipBench) -> dict[str, Any]:
 
 
 def case_refused(bench: ClipBench) -> dict[str, Any]:
-    from safetensors.torch import save_file
-
     import folder_paths
+    from safetensors.torch import save_file
 
     merging = find("nodes_model_merging", "CLIPMergeSimple")
     saving = find("nodes_model_merging", "CLIPSave")

@@ -49,7 +49,6 @@ from .embeds import Embeds
 from .lending import Lent
 from .loading import OnLoad, ResolvedConfig
 from .lora_files import LoraFiles, Pairs
-from .loras import Chosen
 from .painter import OnStep, Painter
 from .turns import Result
 
@@ -447,8 +446,8 @@ class Engine(Embeds):
         """Latents, float32 `[B, 16, H/8, W/8]` in the model's scale, of pictures `[B, H, W, 3]` in 0..1.
 
         They are on the engine's device, and what `decode` takes; the same picture always has the same ones. Height and
-        width: multiples of 8, and at most as many pixels as 2048 x 2048 have. Raises `VortexInputError` for other pictures, and
-        `VortexCheckpointError` where the model's VAE has no encoder; else as `generate`.
+        width: multiples of 8, and at most as many pixels as 2048 x 2048 have. Raises `VortexInputError` for other
+        pictures, and `VortexCheckpointError` where the model's VAE has no encoder; else as `generate`.
         """
         self._check_usable()
         given = check_encodable(pictures)
