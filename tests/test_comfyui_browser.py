@@ -277,8 +277,9 @@ def thumbnail_box(name: str) -> tuple[float, float, float, float]:
         (x, y), (width, _) = workflow.nodes[2].at, workflow.nodes[2].size
         return x - 20, y - 50, width + 40, width + 40
     if name in NEED_FILES:
-        _, x, y, width, height = workflow.groups[-2]
-        return x, y, max(width, height), max(width, height)
+        loads = next(node for node in workflow.nodes.values() if node.type in ("LoraLoader", "ControlNetApplyAdvanced"))
+        (x, y), (width, _) = loads.at, loads.size
+        return x - 20, y - 50, width + 40, width + 40
     if name == "latency-probe":
         _, x, y, width, height = workflow.groups[-1]
         return x + width - height, y, height, height
