@@ -24,6 +24,7 @@ from PIL import Image
 import workflows
 
 SHOTS = os.environ.get("VORTEX_SCREENSHOTS")
+closest: dict[Path, int] = {}  # how wide the picture of a node is that was kept
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FLAGS = (
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
@@ -268,7 +269,8 @@ def take(page: Page, name: str) -> None:
             code = "const n = app.graph.nodes.find(n => n.type === arguments[0]); return [...n.pos, ...n.size]"
             x, y, width, height = page.js(code, node.type)
             path, shot = folder / "nodes" / f"{node.type}.jpg", page.shot([x - 20, y - 50, width + 40, height + 70])
-            if not path.exists() or shot.width > Image.open(path).width:  # the closest look
+            if shot.width > closest.get(path, 0):
+                closest[path] = shot.width
                 shot.save(path, quality=90)
     box = thumbnail_box(name)
     page.frame(box)
