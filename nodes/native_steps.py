@@ -60,12 +60,14 @@ class Steps:
         """Stand behind the innermost forward of the host's `model`."""
         from ..vortex_core.runtime.lending import modulation_rows
 
+        import torch
+
         flux = model.diffusion_model
-        self._model = weakref.ref(model)
+        self._model, self._flux = weakref.ref(model), weakref.ref(flux)
         self._original = Original(flux)
         self._rows = modulation_rows(self.engine.spec.flux)
         self._translate = Translator(self.engine.spec)
-        setattr(flux, self._original.name, self._step)
+        setattr(flux, self._original.name, torch.compiler.disable(self._step))
 
     def renew(self, engine: Engine) -> None:
         """Go on with another engine of the same weights: the one before was unloaded."""
@@ -128,7 +130,7 @@ class Steps:
         model, patcher, call = self._model(), self.active, self._original.call(args, kwargs)
         if patcher is not None:
             self.install(patcher)  # nothing where nothing changed
-        flux, spec = model.diffusion_model, self.engine.spec.flux
+        flux, spec = self._flux(), self.engine.spec.flux  # not the host's attribute: that may be a compiled one now
         why = self._original.declined(flux, call, spec)
         rows = None
         if call.suits(spec):

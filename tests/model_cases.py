@@ -196,6 +196,25 @@ def case_unloaded(bench: Bench) -> dict[str, Any]:
     return {"same": same, "loaded again": again, "one model": one}
 
 
+def case_freed(bench: Bench) -> dict[str, Any]:
+    """Without its patchers the host's model is gone at once: the host takes one that waits for Python for a leak."""
+    import gc
+    import weakref
+
+    engines = part("nodes.engines")
+    handle, _, model = part("nodes").NODE_CLASS_MAPPINGS["VortexFluxLoader"]().load("tiny-schnell", 6.5, "fast")[:3]
+    bench.sample(replaced(model))
+    found = weakref.ref(model.model)
+    gc.disable()
+    try:
+        engines._unload(handle.key)
+        kept = found() is not None
+        del model
+        return {"while there is a MODEL": kept, "later": found() is not None}
+    finally:
+        gc.enable()
+
+
 def case_refused(bench: Bench) -> dict[str, Any]:
     import comfy.sd
 

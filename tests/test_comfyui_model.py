@@ -156,6 +156,23 @@ def test_what_reaches_into_the_model_takes_the_hosts_code(figures: Figures, whic
     assert found[f"after {which}"]["effect"] == 0
 
 
+@pytest.mark.parametrize("which", ["forward_orig", "process_img"])
+def test_functions_that_were_replaced_in_the_hosts_class_are_called(figures: Figures, which: str) -> None:
+    found = of(figures, "class_patches")
+    if which not in found:
+        pytest.skip("this ComfyUI has no such function")
+    check(found[which], f"another {which} of the class Flux")
+    assert found[which]["effect"] > EFFECT
+    check(found["after"])
+
+
+@pytest.mark.parametrize(("which", "reason"), [("whole", None), ("blocks", "other modules")])
+def test_torch_compile(figures: Figures, which: str, reason: str | None) -> None:
+    found = of(figures, "compiled")
+    check(found[which], reason)
+    check(found["after"])
+
+
 def test_the_hosts_code_with_our_weights_is_its_own_bit_for_bit(figures: Figures) -> None:
     found = of(figures, "eager_is_the_same")
     assert found["no table"]["off"] == 0  # only the modulation of all steps at once rounds otherwise
@@ -182,6 +199,10 @@ def test_the_host_asks_the_plan_for_memory(figures: Figures) -> None:
 
 def test_unloading_changes_no_picture(figures: Figures) -> None:
     assert of(figures, "unloaded") == {"same": True, "loaded again": True, "one model": True}
+
+
+def test_a_model_is_gone_with_its_last_patcher(figures: Figures) -> None:
+    assert of(figures, "freed") == {"while there is a MODEL": True, "later": False}
 
 
 def test_merging_and_saving_are_refused_in_words(figures: Figures) -> None:
