@@ -74,6 +74,13 @@ def native(model: Model) -> Any:
     return made
 
 
+def native_clip(model: Model) -> Any:
+    """The CLIP of a handle, for the host's nodes; None where the host's text encoders are not what Vortex knows."""
+    from .native_clip import clip_of
+
+    return clip_of(patcher(model), model)
+
+
 def patcher(model: Model) -> Any:
     """The stand-in, in the host's list of loaded models, for the engine of a handle. Loads it if it was not."""
     with _lock:

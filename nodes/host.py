@@ -78,6 +78,22 @@ def device() -> torch.device:
     return management.get_torch_device()
 
 
+def intermediate_device() -> torch.device:
+    """The device that results lie on between nodes: the CPU, unless the user asked for another."""
+    import comfy.model_management as management
+
+    return management.intermediate_device()
+
+
+def intermediate_dtype() -> torch.dtype:
+    """The type of pictures and latents between nodes."""
+    import comfy.model_management as management
+    import torch
+
+    kind = getattr(management, "intermediate_dtype", None)  # since 2026; before, it is fp32
+    return torch.float32 if kind is None else kind()
+
+
 def make_room(size: int, device: torch.device) -> None:
     """Have the host move its models off the GPU until `size` bytes are free."""
     import comfy.model_management as management

@@ -8,7 +8,7 @@ from ..vortex_core.flux1.spec import MODES
 from . import engines
 from .models import OWN, available, choices, find
 from .types import MODEL, Model, verdict
-from .vae import Decoder
+from .vae import Decoder, vae_of
 
 
 class NF4FluxLoader:
@@ -16,13 +16,15 @@ class NF4FluxLoader:
 
     CATEGORY = "Vortex"
     DESCRIPTION = "Loads FLUX.1-schnell in 4-bit NF4, once; queueing again does not load again."
-    RETURN_TYPES = (MODEL, "VAE", "MODEL")  # new outputs come last: saved workflows link them by position
-    RETURN_NAMES = ("model", "vae", "native_model")
+    RETURN_TYPES = (MODEL, "VAE", "MODEL", "CLIP")  # new outputs come last: saved workflows link them by position
+    RETURN_NAMES = ("model", "vae", "native_model", "clip")
     OUTPUT_TOOLTIPS = (
         "For Vortex LoRA, the Schnell Sampler and the Latency Probe.",
-        "The model's own VAE for the host's VAE Decode. It only decodes; to encode pictures use Load VAE.",
+        "The model's own VAE for the host's nodes: VAE Decode, VAE Encode and others that take a VAE.",
         "The same model for ComfyUI's own nodes: KSampler, Load LoRA, Apply ControlNet and others that take a MODEL. "
         "It is not loaded twice.",
+        "The model's own text encoders for the host's nodes: CLIP Text Encode, Load LoRA and others that take a CLIP. "
+        "T5 reads long prompts whole, and weights such as (word:1.2) count.",
     )
     FUNCTION = "load"
 
@@ -94,6 +96,6 @@ class NF4FluxLoader:
 
     def load(
         self, model: str, vram_budget: float, mode: str, clip_l: str = OWN, t5xxl: str = OWN, vae: str = OWN
-    ) -> tuple[Model, Decoder, Any]:
+    ) -> tuple[Model, Decoder, Any, Any]:
         handle = find(model, vram_budget, mode, clip=clip_l, t5=t5xxl, vae=vae)
-        return handle, Decoder(handle), engines.native(handle)
+        return handle, vae_of(handle), engines.native(handle), engines.native_clip(handle)

@@ -15,7 +15,6 @@ from .native_patches import cannot_be
 from .native_steps import Steps
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
     from ..vortex_core import Engine
@@ -115,7 +114,7 @@ def _take_over(model: Any, steps: Steps) -> None:
     model.memory_required = steps.memory_required
     model.state_dict_for_saving = _refuse_to_save
     for module in (model, flux):  # `.to`, `.half`, `.cuda`: there are no weights to move
-        module._apply = partial(_stay, weakref.ref(module))  # weak: in a circle, it would outlive its patchers
+        module._apply = partial(stay, weakref.ref(module))  # weak: in a circle, it would outlive its patchers
 
 
 def _norm(steps: Steps, module: nn.Module, name: str, x: Tensor) -> Tensor:
@@ -133,5 +132,6 @@ def _refuse_to_save(*parts: Any, **named: Any) -> NoReturn:
     raise cannot_be("saved")  # old hosts ask the model, new ones its patcher
 
 
-def _stay(module: Callable[[], nn.Module], *ignored: Any, **options: Any) -> nn.Module:
+def stay(module: Callable[[], nn.Module], *ignored: Any, **options: Any) -> nn.Module:
+    """In place of `_apply` of a module whose weights are an engine's."""
     return module()

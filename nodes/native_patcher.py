@@ -1,7 +1,8 @@
 """The host's `ModelPatcher` for an engine: it moves weights in another way, and translates patches in place of weights.
 
 It is derived from the class of the running host: each release asks more of it, and what is new comes from there. All
-patchers of an engine share one `model` (native_model.py), so the host has one entry for it in its list of models.
+patchers of an engine count as clones of each other, so the host has one entry for it in its list of models. Those of
+MODEL share one `model` (native_model.py), those of CLIP another (native_clip.py).
 """
 
 from __future__ import annotations
@@ -48,6 +49,11 @@ def patcher_class() -> type:
             made.handle = self.handle
             made.parent = self.parent or self  # the engine's own, which lives as long: the host falls back to it
             return made
+
+        def is_clone(self, other: Any) -> bool:
+            # MODEL and CLIP of an engine are one entry in the host's list, whose bytes count once
+            stands = getattr(getattr(other, "model", None), "vortex", None)
+            return stands is not None and stands.engine is self.engine
 
         def renew(self) -> None:
             """Load the engine again, if it was unloaded."""

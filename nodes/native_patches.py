@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from ..vortex_core.flux1.spec import ModelSpec
     from ..vortex_core.quant.adapters import LoraFile
 
-PREFIX = "diffusion_model."
+PARTS = {
+    "diffusion_model.": "transformer",
+    "clip_l.transformer.text_model.": "clip",
+    "t5xxl.transformer.": "t5",
+}  # what the host's keys begin with
+UNUSED = ("clip_l.transformer.text_projection.", "clip_l.logit_scale")  # FLUX takes CLIP's vector before its projection
 WHERE = "A LoRA from ComfyUI's loader"
 KEPT = 4  # LoRAs that were translated
 ROLES = {
@@ -30,8 +35,12 @@ Found = tuple[Any, ...]  # one entry of the host's patches
 
 
 class Patch(NamedTuple):
-    """What one entry does: `values` by role, to `rows` (None: all) of a module; `swapped`: halves change places."""
+    """What one entry does: `values` by role, to `rows` (None: all) of a module of a `part`.
 
+    `swapped`: halves change places.
+    """
+
+    part: str
     module: str
     values: Mapping[str, Any]
     rows: tuple[int, int] | None
@@ -42,11 +51,13 @@ class Patch(NamedTuple):
     def signature(self) -> tuple[Any, ...]:
         """Equal to that of the same tensors at the same place, while those live; whatever the strength is."""
         values = ((role, value if isinstance(value, float) else id(value)) for role, value in self.values.items())
-        return self.module, self.rows, self.swapped, *values
+        return self.part, self.module, self.rows, self.swapped, *values
 
     def meets(self, other: Patch) -> bool:
         """Whether both change the same rows of the same tensor."""
-        if self.module != other.module or ("diff_b" in self.values) != ("diff_b" in other.values):
+        if (self.part, self.module) != (other.part, other.module) or ("diff_b" in self.values) != (
+            "diff_b" in other.values
+        ):
             return False
         if self.rows is None or other.rows is None:
             return True
@@ -105,6 +116,7 @@ class Translator:
                     {role: torch.as_tensor(value) for role, value in patch.values.items()},
                     None if patch.rows is None else slice(*patch.rows),
                     patch.swapped,
+                    patch.part,
                 )
                 for patch in patches
             )
@@ -125,11 +137,11 @@ def read(key: str, found: Found) -> Patch | None:
     strength, what, strength_model, offset, function = (*found, None, None)[:5]
     if strength_model != 1.0 or isinstance(what, list):
         raise cannot_be("merged")
-    module, _, kind = key.removeprefix(PREFIX).rpartition(".")
+    part, module, kind = split(key)
     method, weights = method_of(what)
     if kind == "bias":
         values = _beside(key, method, weights, "diff_b")
-    elif module.endswith("_norm"):
+    elif is_norm(module):
         values = _beside(key, method, weights, "diff")
     elif method in ROLES:
         values = _factors(key, method, weights)
@@ -139,9 +151,21 @@ def read(key: str, found: Found) -> Patch | None:
         raise refused(key, f"it is {quoted(method)}, which is no low-rank update")
     if method == "set":
         strength = 1.0  # as the host has it
-    if not values or strength == 0:
+    if not values or strength == 0 or key.startswith(UNUSED):
         return None
-    return Patch(module, values, _rows(key, offset), _swapped(key, function), float(strength))
+    return Patch(part, module, values, _rows(key, offset), _swapped(key, function), float(strength))
+
+
+def split(key: str) -> tuple[str, str, str]:
+    """The part, the module and the kind of tensor (`weight`) of one of the host's keys."""
+    prefix = next((prefix for prefix in PARTS if key.startswith(prefix)), "")
+    module, _, kind = key.removeprefix(prefix).rpartition(".")
+    return PARTS.get(prefix, "transformer"), module, kind
+
+
+def is_norm(module: str) -> bool:
+    """Whether a module is a norm: `query_norm`, `layer_norm1`."""
+    return module.rstrip("12").endswith("_norm")
 
 
 def method_of(what: Any) -> tuple[str, Any]:
@@ -189,7 +213,8 @@ def _swapped(key: str, function: Any) -> bool:
 
 def refused(key: str, why: str) -> VortexInputError:
     """The error for an entry that no engine can draw with."""
-    return VortexInputError(f"{WHERE} cannot be added to 4-bit weights: {key.removeprefix(PREFIX)}: {why}.")
+    name = ".".join(split(key)[1:])
+    return VortexInputError(f"{WHERE} cannot be added to 4-bit weights: {name}: {why}.")
 
 
 def cannot_be(what: str) -> VortexInputError:

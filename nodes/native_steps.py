@@ -42,13 +42,14 @@ def refused_nag(why: str | None) -> Exception:
 class Steps:
     """What stands behind the host's model: the engine, the LoRAs that it draws with now, and the route of each step.
 
-    `size`: bytes of the engine when it was last on its device.
+    `size`: bytes of the engine when it was last on its device. `texts`: the host's text encoders, while a CLIP has them.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.size = engine.device_bytes
         self.loras: Loras = ()
+        self.texts: Callable[[], Any] = lambda: None
         self._prompts = Prompts()
         self._here = threading.local()
         self._translate: Translator | None = None
@@ -58,9 +59,9 @@ class Steps:
 
     def attach(self, model: Any) -> None:
         """Stand behind the innermost forward of the host's `model`."""
-        from ..vortex_core.runtime.lending import modulation_rows
-
         import torch
+
+        from ..vortex_core.runtime.lending import modulation_rows
 
         flux = model.diffusion_model
         self._model, self._flux = weakref.ref(model), weakref.ref(flux)

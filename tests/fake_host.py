@@ -47,6 +47,10 @@ class ModelPatcher:
         return self.model
 
 
+class VAE:
+    """The host's, which is told from others by its class."""
+
+
 class Bar:
     """The host's progress bar, remembered."""
 
@@ -113,12 +117,14 @@ class FakeHost:
             "comfy": {},
             "comfy.model_management": {
                 "get_torch_device": lambda: torch.device("cpu"),
+                "intermediate_device": lambda: torch.device("cpu"),
                 "free_memory": lambda size, device: None,
                 "load_models_gpu": self.load_models_gpu,
                 "throw_exception_if_processing_interrupted": self.check,
                 "__file__": str(self.comfy / "model_management.py"),
             },
             "comfy.model_patcher": {"ModelPatcher": ModelPatcher},
+            "comfy.sd": {"VAE": VAE},
             "comfy.utils": {"ProgressBar": lambda total: Bar(self, total)},
             "comfy.latent_formats": {"Flux": Flux},
             "latent_preview": {"get_previewer": lambda device, latent_format: self.previewer},

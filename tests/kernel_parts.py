@@ -7,10 +7,13 @@ stands for the one, and for the other fp32: what is checked there is everything 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from vortex_core.kernels import Moments, ScaledTensor
+from vortex_core.kernels import Moments, ScaledTensor, reference
 from vortex_core.kernels.scaled_tensor import FP8
 
 GPU = torch.cuda.is_available()
@@ -61,3 +64,17 @@ def picture(*shape: int, dtype: torch.dtype) -> Tensor:
 
 def no_moments(groups: int, capacity: int) -> Moments:
     return Moments(torch.full((3, groups, capacity), torch.nan, device=DEVICE))
+
+
+class ChannelsLast:
+    """Kernels, for maps as the fused ones take them: these read memory, whatever the strides say."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        def checked(*arguments: object, **options: object) -> None:
+            for tensor in tree_leaves((arguments, options)):
+                if isinstance(tensor, torch.Tensor) and tensor.ndim == 4:
+                    assert tensor.is_contiguous(memory_format=torch.channels_last), name
+                    assert not tensor.data_ptr() % 16, name
+            getattr(reference, name)(*arguments, **options)
+
+        return checked

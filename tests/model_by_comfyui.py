@@ -1,8 +1,9 @@
 """Runs inside a ComfyUI tree's own Python: the pack's MODEL beside the host's own Flux with the same weights.
 
-Arguments: a folder, the tree, and names of cases; without names, all. Each function of model_cases.py and
-model_patch_cases.py whose name begins with `case_` gives figures by name. All are written to `figures.json` in the
-folder, and the traceback of one that failed. Nothing here imports pytest: the tree's Python may have none.
+Arguments: a folder, the tree, and names of cases; without names, all. Each function of model_cases.py,
+model_nag_cases.py and model_patch_cases.py whose name begins with `case_` gives figures by name. All are written to
+`figures.json` in the folder, and the traceback of one that failed. Nothing here imports pytest: the tree's Python may
+have none.
 """
 
 from __future__ import annotations
@@ -173,12 +174,17 @@ def node(module: str, name: str, *inputs: Any) -> Any:
 def main(folder: Path, tree: Path, only: list[str]) -> None:
     start(tree)
     import model_cases
+    import model_nag_cases
     import model_patch_cases
     import torch
 
     torch.set_num_threads(1)  # as the engine does for the miniature: sums in another order round otherwise
-    bench = Bench(folder)
-    every = vars(model_cases) | vars(model_patch_cases)
+    every = vars(model_cases) | vars(model_nag_cases) | vars(model_patch_cases)
+    run_cases(Bench(folder), every, folder, only)
+
+
+def run_cases(bench: Bench, every: dict[str, Any], folder: Path, only: list[str]) -> None:
+    """Write the figures of the cases among `every`; `only` names some."""
     cases = {name.removeprefix("case_"): case for name, case in every.items() if name.startswith("case_")}
     figures: dict[str, Any] = {}
     for name, case in cases.items():

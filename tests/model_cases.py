@@ -202,15 +202,16 @@ def case_freed(bench: Bench) -> dict[str, Any]:
     import weakref
 
     engines = part("nodes.engines")
-    handle, _, model = part("nodes").NODE_CLASS_MAPPINGS["VortexFluxLoader"]().load("tiny-schnell", 6.5, "fast")[:3]
-    bench.sample(replaced(model))
-    found = weakref.ref(model.model)
+    loader = part("nodes").NODE_CLASS_MAPPINGS["VortexFluxLoader"]()
+    handle, vae, model, clip = loader.load("tiny-schnell", 6.5, "fast")
+    bench.sample(replaced(model), positive=clip.encode_from_tokens_scheduled(clip.tokenize("a red circle")))
+    found = [weakref.ref(model.model), weakref.ref(clip.cond_stage_model)]
     gc.disable()
     try:
         engines._unload(handle.key)
-        kept = found() is not None
-        del model
-        return {"while there is a MODEL": kept, "later": found() is not None}
+        kept = [one() is not None for one in found]
+        del model, clip, vae
+        return {"while there are any": kept, "later": [one() is not None for one in found]}
     finally:
         gc.enable()
 

@@ -12,6 +12,7 @@ from vortex_core.checkpoint.bundle import open_bundle
 from vortex_core.flux1.conditioning import Modulation
 from vortex_core.flux1.transformer import Transformer
 from vortex_core.flux1.vae import Decoder
+from vortex_core.flux1.vae_encoder import Encoder
 
 VOCABULARIES = {"clip": 49408, "t5": 32128}  # of the released encoders
 
@@ -40,13 +41,18 @@ def encoder(folder: Path, kind: str) -> dict[str, Tensor]:
     return tensors
 
 
-def vae(folder: Path) -> dict[str, Tensor]:
-    """The decoder under BFL's names."""
+def vae(folder: Path, *, encoder: bool = True) -> dict[str, Tensor]:
+    """The decoder under BFL's names, and the encoder; attention's weights are 1 x 1 convolutions, as BFL has them."""
     bundle = open_bundle(folder)
     with torch.device("meta"):
-        decoder = Decoder(bundle.spec.vae)
-    vae = bundle.parts["vae"].tensors
-    return {f"decoder.{name}": vae.read(name).contiguous() for name, _ in decoder.named_parameters()}
+        halves = {"decoder.": ("", Decoder(bundle.spec.vae)), "encoder.": ("encoder.", Encoder(bundle.spec.vae))}
+    vae, found = bundle.parts["vae"].tensors, {}
+    for prefix, (canonical, half) in halves.items():
+        for name, _ in half.named_parameters():
+            tensor = vae.read(canonical + name).contiguous()
+            linear = ".attn_1." in name and tensor.ndim == 2
+            found[prefix + name] = tensor[:, :, None, None] if linear else tensor
+    return {name: tensor for name, tensor in found.items() if encoder or name.startswith("decoder.")}
 
 
 def write_parts(folder: Path, models: Path) -> None:

@@ -186,6 +186,17 @@ def test_native_attention_guidance(figures: Figures) -> None:
     check(found["after"])
 
 
+def test_vortex_nag_leads_the_positive_rows(figures: Figures) -> None:
+    found = of(figures, "vortex_nag")
+    check(found["alone"])
+    check(found["with CFG"])
+    assert found["effect"] > EFFECT
+    assert found["of a clone"] == found["after"] == 0
+    assert found["batch"] < ROUNDING
+    assert "because of patches_replace of dit. Remove one of both" in found["eager"]
+    assert "needs the MODEL of NF4 Flux Loader" in found["another model"]
+
+
 def test_a_cache_above_skips_steps(figures: Figures) -> None:
     found = of(figures, "cache")
     check(found)
@@ -202,7 +213,7 @@ def test_unloading_changes_no_picture(figures: Figures) -> None:
 
 
 def test_a_model_is_gone_with_its_last_patcher(figures: Figures) -> None:
-    assert of(figures, "freed") == {"while there is a MODEL": True, "later": False}
+    assert of(figures, "freed") == {"while there are any": [True, True], "later": [False, False]}
 
 
 def test_merging_and_saving_are_refused_in_words(figures: Figures) -> None:

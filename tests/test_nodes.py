@@ -229,26 +229,33 @@ def test_an_empty_prompt_draws(comfy: FakeHost, model: Any, prompt: str) -> None
     assert sample(model, prompt)[0].shape == (1, SIDE, SIDE, 3)
 
 
-def test_the_vae_only_decodes_and_says_so(comfy: FakeHost, model: Any) -> None:
-    decoder = module("nodes.vae").Decoder(model)
-    for refuses in (decoder.encode, decoder.encode_tiled):
-        with pytest.raises(errors.VortexError, match=r"only decodes.*Load VAE"):
-            refuses(torch.zeros(1, 64, 64, 3), tile_x=512)
+def test_the_vae_is_the_hosts_kind_and_works_both_ways(comfy: FakeHost, model: Any) -> None:
+    vae = module("nodes.vae").vae_of(model)
+    assert isinstance(vae, sys.modules["comfy.sd"].VAE)
     with pytest.raises(errors.VortexError, match="Load VAE"):
-        decoder.get_sd()
+        vae.get_sd()
+    assert not hasattr(vae, "quantize")  # what other packs ask before they reach for it
     with pytest.raises(AttributeError, match="Load VAE"):
-        decoder.first_stage_model.decode(torch.zeros(1, 16, 8, 8))
-    assert not hasattr(decoder, "first_stage_model")  # what other packs ask before they reach for it
+        vae.quantize()
     _, latent = sample(model)
-    whole = decoder.decode(latent["samples"])
-    assert torch.equal(decoder.decode_tiled(latent["samples"], tile_x=64, tile_y=64, overlap=8, tile_t=None), whole)
-    assert torch.equal(decoder.decode_tiled(latent["samples"], 64, 64, 8), whole)
+    whole = vae.decode(latent["samples"])
+    assert torch.equal(vae.decode_tiled(latent["samples"], tile_x=64, tile_y=64, overlap=8, tile_t=None), whole)
+    assert torch.equal(vae.decode_tiled(latent["samples"], 64, 64, 8), whole)
+    assert torch.equal(vae.decode(latent["samples"][:, :, None]), whole)
     with pytest.raises(errors.VortexInputError, match=r"latents must be \[B, 16"):
-        decoder.decode(torch.zeros(1, 4, 8, 8))
+        vae.decode(torch.zeros(1, 4, 8, 8))
+    wide = torch.rand(1, 67, 90, 4)
+    samples = vae.encode(wide)
+    assert torch.equal(samples, vae.encode_tiled(wide[:, 1:65, 1:89], tile_x=512, tile_y=512, overlap=64))
+    engine = engines.acquire(model)
+    assert torch.equal(samples, host.to_native(engine.encode_image(wide[:, 1:65, 1:89, :3])))
+    stage = vae.first_stage_model
+    assert torch.allclose(stage.encode(vae.process_input(wide[:, 1:65, 1:89, :3].movedim(-1, 1))), samples, atol=1e-4)
+    assert torch.allclose(vae.process_output(stage.decode(latent["samples"])).movedim(1, -1), whole, atol=1e-6)
 
 
 def test_the_vae_has_what_the_hosts_nodes_read_of_one(comfy: FakeHost, model: Any) -> None:
-    decoder = module("nodes.vae").Decoder(model)
+    decoder = module("nodes.vae").vae_of(model)
     found = [getattr(decoder, name) for name in ("downscale_ratio", "upscale_ratio", "latent_channels", "latent_dim")]
     assert found == [8, 8, 16, 2]
     calls = (decoder.spacial_compression_decode, decoder.spacial_compression_encode)

@@ -1,13 +1,11 @@
 """Decoding in strips of any height draws what decoding whole draws, in memory whose size is known before."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from engine_parts import painter_of
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils._pytree import tree_leaves
+from kernel_parts import ChannelsLast
 from whole_vae import whole_decode
 
 from vortex_core import Engine, load_flux_schnell
@@ -101,20 +99,6 @@ def test_too_little_memory_is_refused() -> None:
     nbytes = DecoderLayout(SMALL, 5, 4, 16, torch.float32).nbytes
     with pytest.raises(ValueError, match=f"takes {nbytes} bytes of memory; these are {nbytes - 1}"):
         in_strips(random_decoder(), noise(1, 16, 5, 4), 16, torch.empty(nbytes - 1, dtype=torch.uint8))
-
-
-class ChannelsLast:
-    """Kernels, for maps as the fused ones take them: these read memory, whatever the strides say."""
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        def checked(*arguments: object, **options: object) -> None:
-            for tensor in tree_leaves((arguments, options)):
-                if isinstance(tensor, torch.Tensor) and tensor.ndim == 4:
-                    assert tensor.is_contiguous(memory_format=torch.channels_last), name
-                    assert not tensor.data_ptr() % 16, name
-            getattr(reference, name)(*arguments, **options)
-
-        return checked
 
 
 @pytest.mark.parametrize("rows", [3, 8, 12, None])

@@ -21,6 +21,84 @@ CORE: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "SaveImage": ({"images": ("IMAGE",), "filename_prefix": ("STRING", {"default": "ComfyUI"})}, {}),
     "PreviewImage": ({"images": ("IMAGE",)}, {}),
     "PreviewAny": ({"source": ("*",)}, {}),
+    "KSampler": (
+        {
+            "model": ("MODEL",),
+            "seed": ("INT", {"default": 0, "control_after_generate": True}),
+            "steps": ("INT", {"default": 20}),
+            "cfg": ("FLOAT", {"default": 8.0}),
+            "sampler_name": (["euler"], {}),
+            "scheduler": (["simple"], {}),
+            "positive": ("CONDITIONING",),
+            "negative": ("CONDITIONING",),
+            "latent_image": ("LATENT",),
+            "denoise": ("FLOAT", {"default": 1.0}),
+        },
+        {"LATENT": "LATENT"},
+    ),
+    "CLIPTextEncode": ({"text": ("STRING", {"default": ""}), "clip": ("CLIP",)}, {"CONDITIONING": "CONDITIONING"}),
+    "EmptySD3LatentImage": (
+        {
+            "width": ("INT", {"default": 1024}),
+            "height": ("INT", {"default": 1024}),
+            "batch_size": ("INT", {"default": 1}),
+        },
+        {"LATENT": "LATENT"},
+    ),
+    "LoraLoader": (
+        {
+            "model": ("MODEL",),
+            "clip": ("CLIP",),
+            "lora_name": (["tiny-outlines-lora.safetensors"], {}),
+            "strength_model": ("FLOAT", {"default": 1.0}),
+            "strength_clip": ("FLOAT", {"default": 1.0}),
+        },
+        {"MODEL": "MODEL", "CLIP": "CLIP"},
+    ),
+    "LoadImage": ({"image": (["example.png"], {})}, {"IMAGE": "IMAGE", "MASK": "MASK"}),
+    "Canny": (
+        {
+            "image": ("IMAGE",),
+            "low_threshold": ("FLOAT", {"default": 0.4}),
+            "high_threshold": ("FLOAT", {"default": 0.8}),
+        },
+        {"IMAGE": "IMAGE"},
+    ),
+    "ControlNetLoader": (
+        {"control_net_name": (["FLUX.1-dev-ControlNet-Union-Pro-2.0.safetensors"], {})},
+        {"CONTROL_NET": "CONTROL_NET"},
+    ),
+    "ControlNetApplyAdvanced": (
+        {
+            "positive": ("CONDITIONING",),
+            "negative": ("CONDITIONING",),
+            "control_net": ("CONTROL_NET",),
+            "image": ("IMAGE",),
+            "vae": ("VAE",),
+            "strength": ("FLOAT", {"default": 1.0}),
+            "start_percent": ("FLOAT", {"default": 0.0}),
+            "end_percent": ("FLOAT", {"default": 1.0}),
+        },
+        {"positive": "CONDITIONING", "negative": "CONDITIONING"},
+    ),
+    "SolidMask": (
+        {
+            "value": ("FLOAT", {"default": 1.0}),
+            "width": ("INT", {"default": 512}),
+            "height": ("INT", {"default": 512}),
+        },
+        {"MASK": "MASK"},
+    ),
+    "MaskComposite": (
+        {
+            "destination": ("MASK",),
+            "source": ("MASK",),
+            "x": ("INT", {"default": 0}),
+            "y": ("INT", {"default": 0}),
+            "operation": (["multiply", "add", "subtract", "and", "or", "xor"], {}),
+        },
+        {"MASK": "MASK"},
+    ),
     "VAEDecode": ({"samples": ("LATENT",), "vae": ("VAE",)}, {"IMAGE": "IMAGE"}),
     "ImageScaleBy": (
         {
@@ -30,6 +108,19 @@ CORE: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         },
         {"IMAGE": "IMAGE"},
     ),
+}
+
+TITLES = {
+    "SaveImage": "Save Image",
+    "PreviewImage": "Preview Image",
+    "PreviewAny": "Preview Any",
+    "VAEDecode": "VAE Decode",
+    "ImageScaleBy": "Upscale Image By",
+    "CLIPTextEncode": "CLIP Text Encode (Prompt)",
+    "LoraLoader": "Load LoRA",
+    "LoadImage": "Load Image",
+    "ControlNetLoader": "Load ControlNet Model",
+    "ControlNetApplyAdvanced": "Apply ControlNet",
 }
 
 
@@ -140,8 +231,7 @@ def api(schemas: Schemas, workflow: Workflow) -> dict[str, Any]:
 def title(schemas: Schemas, kind: str) -> str:
     """The name that ComfyUI shows for a node."""
     names = load_pack().NODE_DISPLAY_NAME_MAPPINGS
-    own = {"SaveImage": "Save Image", "PreviewImage": "Preview Image", "PreviewAny": "Preview Any"}
-    return names.get(kind) or own.get(kind) or {"VAEDecode": "VAE Decode", "ImageScaleBy": "Upscale Image By"}[kind]
+    return str(names.get(kind) or TITLES.get(kind, kind))
 
 
 def ui(schemas: Schemas, workflow: Workflow, place: tuple[int, int, int]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from native_workflows import NATIVE
 from workflow_format import ROOT, Node, Schemas, Workflow, api, ui
 
 FOLDER = ROOT / "workflows"
@@ -25,7 +26,7 @@ DOWNLOAD = {
 
 Y = 80  # below a group's title
 MODEL_AT, PICTURE_AT, RESULT_AT = (0, Y), (400, Y), (880, Y)
-MODEL_SIZE, PICTURE_SIZE, RESULT_SIZE = (340, 230), (420, 580), (440, 580)
+MODEL_SIZE, PICTURE_SIZE, RESULT_SIZE = (340, 230), (420, 700), (440, 580)
 NOTES = (0, Y + 270, MODEL_SIZE[0])  # x, y and width: below the loader, down to the group's end
 
 
@@ -44,7 +45,7 @@ def save(name: str) -> Node:
     return Node("SaveImage", RESULT_AT, RESULT_SIZE, {"images": (2, "image"), "filename_prefix": f"vortex/{name}"})
 
 
-def columns(*titles: str, height: int = 680, last: int = 480) -> tuple[tuple[str, int, int, int, int], ...]:
+def columns(*titles: str, height: int = 820, last: int = 480) -> tuple[tuple[str, int, int, int, int], ...]:
     """Groups side by side, the last one `last` wide."""
     widths = [380, 460, last]
     return tuple(
@@ -118,10 +119,10 @@ WORKFLOWS: dict[str, Workflow] = {
             4: Node("VortexLoRA", (400, Y), (340, 110), {"model": (1, "model"), "lora_name": "tiny-outlines"}),
         },
         (
-            ("1. The model", -20, 0, 380, 680),
-            ("2. A LoRA", 380, 0, 380, 680),
-            ("3. The picture", 780, 0, 460, 680),
-            ("4. The result", 1260, 0, 480, 680),
+            ("1. The model", -20, 0, 380, 820),
+            ("2. A LoRA", 380, 0, 380, 820),
+            ("3. The picture", 780, 0, 460, 820),
+            ("4. The result", 1260, 0, 480, 820),
         ),
         "## With a LoRA\n\nPress **Run**. tiny-outlines comes with Vortex: a LoRA for tiny-schnell. The miniature then "
         "draws outlines. It half knows one more colour: try *a large lime circle on a black background*.\n\n"
@@ -188,6 +189,7 @@ WORKFLOWS: dict[str, Workflow] = {
         "VAE Decode, upscalers and Save Latent work with it.\n\nThe decoder comes with the model; **Load VAE** with "
         "FLUX's ae.safetensors does as well for a real checkpoint.",
     ),
+    **NATIVE,
 }
 
 # ---------------------------------------------------------------- writing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import isfinite
@@ -18,12 +19,10 @@ from .lora_layers import Layer, Misfit, layer
 from .lora_places import places_of
 from .lora_reader import Parts, plain
 
-PART = "transformer"
-
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What a LoRA does to `module`, in its `rows` (None: all): tensors by role (`lora_roles.ROLES`).
+    """What a LoRA does to `module` of a `part`, in its `rows` (None: all): tensors by role (`lora_roles.ROLES`).
 
     `swapped`: its halves change places first, as diffusers' `norm_out` wants.
     """
@@ -32,6 +31,7 @@ class Change:
     tensors: Mapping[str, Tensor]
     rows: slice | None = None
     swapped: bool = False
+    part: str = "transformer"
 
 
 def lora_of(changes: Iterable[Change], where: str, spec: ModelSpec) -> LoraFile:
@@ -40,7 +40,8 @@ def lora_of(changes: Iterable[Change], where: str, spec: ModelSpec) -> LoraFile:
     Raises `VortexCheckpointError` for a module that the model does not have, sizes that do not fit, and values that
     are not finite.
     """
-    parts, ranks, nbytes = Parts(), set(), 0
+    parts: dict[str, Parts] = defaultdict(Parts)
+    ranks, nbytes = set(), 0
     for change in changes:
         tensors = {role: flat(plain(tensor.detach().cpu())) for role, tensor in change.tensors.items()}
         for tensor in tensors.values():
@@ -49,11 +50,11 @@ def lora_of(changes: Iterable[Change], where: str, spec: ModelSpec) -> LoraFile:
             nbytes += tensor.numel() * tensor.element_size()
         one = _layer(change, tensors, where, spec)
         ranks |= {one.rank} - {None}
-        parts.take(one, tensors, Alphas())
+        parts[change.part].take(one, tensors, Alphas())
     return LoraFile(
         path=where,
         kind="read by another program",
-        parts={PART: parts.merged()},
+        parts={name: part.merged() for name, part in parts.items()},
         refused={},
         ignored={},
         ranks=tuple(sorted(rank for rank in ranks if rank is not None)),
@@ -63,7 +64,7 @@ def lora_of(changes: Iterable[Change], where: str, spec: ModelSpec) -> LoraFile:
 
 def _layer(change: Change, tensors: Mapping[str, Tensor], where: str, spec: ModelSpec) -> Layer:
     place = places_of(spec).find(change.module)
-    if place is None or place.part != PART:
+    if place is None or place.part != change.part:
         raise VortexCheckpointError(f"{where} changes {change.module}, which this model does not have.", path=where)
     place = replace(place, rows=change.rows or slice(0, place.shape[0]), swapped=change.swapped)
     shapes = {role: tuple(tensor.shape) for role, tensor in tensors.items()}

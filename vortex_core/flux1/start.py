@@ -12,6 +12,10 @@ from ..errors import VortexInputError, quoted
 from ..utils.numeric import whole
 from .request import check_floats, check_size
 from .sampling import Kept, as_patches, patches
+from .spec import MAX_SIZE
+
+LATENT = 8  # pixels for each latent
+MOST_PIXELS = MAX_SIZE**2  # of a picture that is encoded
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +95,18 @@ def check_pictures(name: str, pictures: object) -> Tensor:
     found = check_floats(name, pictures, ("B", "H", "W", 3), "in 0..1")
     check_size(*found.shape[1:3])
     return _in_range(name, found)
+
+
+def check_encodable(pictures: object) -> Tensor:
+    """A caller's pictures for the VAE's encoder alone, which takes more sizes. Raises `VortexInputError`."""
+    found = check_floats("pictures", pictures, ("B", "H", "W", 3), "in 0..1")
+    height, width = found.shape[1:3]
+    if height % LATENT or width % LATENT or height * width > MOST_PIXELS:
+        raise VortexInputError(
+            f"Height and width of pictures must be multiples of {LATENT}, with {MOST_PIXELS:,} pixels at most; found "
+            f"{height} x {width}. Crop or shrink them, or encode them in parts."
+        )
+    return _in_range("pictures", found)
 
 
 def _check_count(name: str, values: Tensor, batch: object) -> None:

@@ -22,6 +22,7 @@ from ..errors import SHOWN, PromptSyntaxWarning, PromptTruncatedWarning, quoted
 from ..storage.materialize import Target, materialize
 from ..storage.tensors import Tensors
 from ..storage.vocabulary import encode
+from .embeddings import kept
 from .spec import CLIP_TOKENS, T5_TOKENS, ClipSpec, T5Spec
 
 HOST = torch.device("cpu")
@@ -117,19 +118,30 @@ class T5(_Encoder):
 
     @property
     def working_bytes(self) -> int:
-        """About what a prompt takes on the device besides weights: attention scores and the wide layer, in fp32."""
+        """`working_bytes_of` a prompt."""
+        return self.working_bytes_of(T5_TOKENS)
+
+    def working_bytes_of(self, tokens: int) -> int:
+        """About what a text takes on the device besides weights: attention scores and the wide layer, in fp32."""
         config = self._model.config
-        return 4 * T5_TOKENS * (config.num_heads * T5_TOKENS * 4 + config.d_ff * 4)
+        return int(4 * tokens * (config.num_heads * tokens * 4 + config.d_ff * 4))
 
     def load_table(self, tensors: Tensors, target: Target) -> None:
         """Fill the embedding table, in host memory; the rest runs on `target.device`."""
         self._device = target.device
         materialize(self._table, tensors, target, prefix="shared.", home=HOST)
 
-    def __call__(self, ids: tuple[int, ...]) -> Tensor:
-        """Embeddings `[1, 256, context]` on the device. FLUX uses no mask, so padding tokens count."""
+    def __call__(self, ids: tuple[int, ...], layer: int | None = None) -> Tensor:
+        """Embeddings `[1, N, context]` on the device. FLUX uses no mask, so padding tokens count.
+
+        `layer`: the block whose output is taken, normalized as the last one's is; default the last.
+        """
         embedded = F.embedding(torch.tensor([ids]), self._table.weight).to(self._device)
-        return self._model(inputs_embeds=embedded).last_hidden_state
+        if layer is None:
+            return self._model(inputs_embeds=embedded).last_hidden_state
+        with kept(self.groups, layer) as found:
+            self._model(inputs_embeds=embedded)
+        return self.norm(found[0])
 
 
 class Clip(_Encoder):
@@ -165,6 +177,13 @@ class Clip(_Encoder):
         """The pooled vector `[1, vec]` on the device."""
         states = self._model(input_ids=torch.tensor([ids])).last_hidden_state
         return states[:, ids.index(ids[-1])]  # at the first end token; it also pads
+
+    def states(self, ids: tuple[int, ...], layer: int | None = None) -> tuple[Tensor, Tensor]:
+        """Normalized states `[1, N, vec]` of a layer, by default the last, and the pooled vector, of the last."""
+        with kept(self.groups, -1 if layer is None else layer) as found:
+            states = self._model(input_ids=torch.tensor([ids])).last_hidden_state
+        pooled = states[:, ids.index(ids[-1])]
+        return states if layer is None else self.norm(found[0]), pooled
 
 
 def _ours(model: Any) -> dict[str, Any]:

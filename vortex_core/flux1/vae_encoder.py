@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.nn import Conv2d
 
 from ..kernels import Kernels, Window
-from ..kernels.scaled_tensor import chunk_rows
 from ..utils.timing import mark
 from .encoder_memory import COLOURS, EncoderLayout, EncoderMemory
 from .spec import VaeSpec
 from .strip_memory import Map
 from .vae_blocks import Convolution, Mid, Norm, ResnetBlock, SiluGroupNorm, StripModule
+
+AT_ONCE = 2**21  # values of a map that torch's convolutions take at once, so that their allocations have a bound
 
 
 class Downsample(nn.Module):
@@ -129,13 +130,13 @@ def encoder_library_bytes(spec: VaeSpec, height: int, width: int, dtype: torch.d
         2 * lowest_map + lowest_map // 16,
     ]  # the picture, fp32; attention's norm
     for level in layout.levels:
-        rows = min(level.height, chunk_rows(level.width * level.channels))
+        rows = min(level.height, _rows(level.width * level.channels))
         sizes.append(rows * level.width * level.channels * itemsize)
         if kernels is not None:
             inside = {level.arriving, level.channels}
             sizes += [kernels.strip_bytes(one, level.channels, level.width, itemsize) for one in inside]
     for level in layout.levels[:-1]:
-        rows = min(level.height // 2, chunk_rows(level.width // 2 * level.channels))
+        rows = min(level.height // 2, _rows(level.width // 2 * level.channels))
         values = rows * (level.width // 2) + (2 * rows + 1) * (level.width + 1)
         sizes.append(values * level.channels * itemsize)
     if kernels is not None:
@@ -157,8 +158,13 @@ def _cornered(window: Window, memory: EncoderMemory) -> Tensor:
 def _convolve(conv: Conv2d, x: Tensor, out: Tensor) -> None:
     """The convolution of `x`, which has its border, to `out`, some rows at a time."""
     stride = conv.stride[0]
-    step = chunk_rows(out.shape[1] * out.shape[3])
+    step = _rows(out.shape[1] * out.shape[3])
     for top in range(0, out.shape[2], step):
         place = out[:, :, top : top + step]
         rows = x[:, :, stride * top :][:, :, : stride * (place.shape[2] - 1) + 3]
         place.copy_(F.conv2d(rows, conv.weight, conv.bias, stride))
+
+
+def _rows(values: int) -> int:
+    """Rows of `values` each that torch's convolutions take at once."""
+    return max(1, AT_ONCE // values)

@@ -40,17 +40,17 @@ from ..flux1.request import (
 )
 from ..flux1.schedule import timesteps
 from ..flux1.spec import DEFAULT_STEPS, T5_TOKENS
-from ..flux1.start import check_pictures, check_start
+from ..flux1.start import check_encodable, check_start
 from ..flux1.texts import Texts
 from ..memory.offload import nbytes
 from ..memory.planner import MemoryPlan, make_plan
 from . import loading
+from .embeds import Embeds
 from .lending import Lent
 from .loading import OnLoad, ResolvedConfig
 from .lora_files import LoraFiles, Pairs
-from .loras import Chosen
 from .painter import OnStep, Painter
-from .turns import Result, Turns
+from .turns import Result
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
@@ -60,7 +60,7 @@ log = logging.getLogger(__name__)
 Prompt = str | Conditioning
 
 
-class Engine(Turns):
+class Engine(Embeds):
     """FLUX.1-schnell, resident: `Engine.load(...)` once, `generate(...)` many times.
 
     On a CUDA device torch never reserves more for it than `budget`: weights that do not fit stay in pinned host memory
@@ -81,8 +81,7 @@ class Engine(Turns):
         self.native_size = bundle.spec.vae.sample_size
         self.last_seed: int | None = None
         self.spec, self._spec = bundle.spec, bundle.spec.flux
-        self._lora_files = LoraFiles(bundle.spec)
-        self._loras: Chosen = ()
+        self._lora_files, self._loras = LoraFiles(bundle.spec), ()
         self._budgeted = setup.budget is not None
 
     @classmethod
@@ -447,11 +446,11 @@ class Engine(Turns):
         """Latents, float32 `[B, 16, H/8, W/8]` in the model's scale, of pictures `[B, H, W, 3]` in 0..1.
 
         They are on the engine's device, and what `decode` takes; the same picture always has the same ones. Height and
-        width: multiples of 16 from 64 to 2048. Raises `VortexInputError` for other pictures, and
-        `VortexCheckpointError` where the model's VAE has no encoder; else as `generate`.
+        width: multiples of 8, and at most as many pixels as 2048 x 2048 have. Raises `VortexInputError` for other
+        pictures, and `VortexCheckpointError` where the model's VAE has no encoder; else as `generate`.
         """
         self._check_usable()
-        given = check_pictures("pictures", pictures)
+        given = check_encodable(pictures)
         self._model.check_encoder()
         return self._run(lambda painter: painter.encode_image(given))
 

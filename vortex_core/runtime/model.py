@@ -240,9 +240,9 @@ class Model:
         )
         return self._known[key]
 
-    def prompt_requirements(self, blas: int = 0) -> MemoryRequirements:
-        """The memory of encoding a prompt, without a picture."""
-        library = self.t5.working_bytes + self._plain
+    def prompt_requirements(self, blas: int = 0, tokens: int = T5_TOKENS) -> MemoryRequirements:
+        """The memory of encoding a prompt of so many `tokens`, without a picture."""
+        library = self.t5.working_bytes_of(max(tokens, T5_TOKENS)) + self._plain
         return MemoryRequirements(0, 0, 0, sum(self.scratch), library=library, blas=blas, slack=self._slack)
 
     def lent_requirements(

@@ -24,8 +24,10 @@ from ..device.finite_pictures import Verdicts
 from ..device.jobs import ask, check
 from ..device.streams import blas_of
 from ..device.vram import hand_back
+from ..errors import MemoryPressureError, VortexInputError
 from ..flux1 import sampling
 from ..flux1.conditioning import Conditioner, Conditioning, in_fp32
+from ..flux1.embeddings import Embeddings, Ids, stacked
 from ..flux1.request import Request
 from ..flux1.spec import T5_TOKENS
 from ..flux1.start import Start
@@ -45,6 +47,7 @@ log = logging.getLogger(__name__)
 OnStep = Callable[[int, int, Tensor], None]
 Prompts = Sequence[str | Conditioning]
 Result = TypeVar("Result")
+TEXTS = {"clip", "t5"}  # parts that read texts
 NO_MEMORY = ("out of memory", "allocate memory", "ALLOC_FAILED")  # in torch's errors besides OutOfMemoryError
 
 
@@ -132,6 +135,37 @@ class Painter:
     def schedule(self, conditioning: Conditioning, sigmas: Sequence[float], loras: Chosen = ()) -> Conditioning:
         """The `Conditioning` of the same text for other noise levels."""
         return self._at_prompt_time(lambda place: self.conditioner.at(conditioning, sigmas, place.prompt), loras)
+
+    def embed(self, t5: Ids, clip: Ids, layer: int | None, loras: Chosen = ()) -> Embeddings:
+        """The embeddings of token ids, in host memory; LoRAs of the steps stay as they are."""
+        self._use_at_texts(loras)
+        asked = self.model.prompt_requirements(self.memory.blas, max(map(len, t5), default=0))
+
+        def with_encoders(place: Place) -> Embeddings:
+            with place.prompt():
+                txt = [self.model.t5(ids, layer).cpu() for ids in t5]
+                pairs = [[part.cpu() for part in self.model.clip.states(ids, layer)] for ids in clip]
+            states, pooled = ([pair[i] for pair in pairs] for i in (0, 1))
+            flux, dtype = self.model.flux, self.model.dtype
+            return Embeddings(
+                stacked(txt, 0, 0, flux.context, dtype=dtype),
+                stacked(states, 0, 0, flux.vec, dtype=dtype),
+                stacked(pooled, 0, flux.vec, dtype=dtype),
+            )
+
+        return self._run(asked, with_encoders)
+
+    def _use_at_texts(self, loras: Chosen) -> None:
+        """Read texts with these LoRAs. Those that change only steps are kept where there is room: they do not matter
+        here, and bringing them back for the next picture takes time.
+        """
+        of_steps = tuple(one for one in self.loras.chosen if not TEXTS & set(one[0].parts))
+        try:
+            self.use_loras((*of_steps, *loras))
+        except (MemoryPressureError, VortexInputError):  # no room, or too many
+            if not of_steps:
+                raise
+            self.use_loras(loras)
 
     def _at_prompt_time(self, work: Callable[[Place], Conditioning], loras: Chosen) -> Conditioning:
         self.use_loras(loras)
