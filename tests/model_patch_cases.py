@@ -108,7 +108,10 @@ def case_refused_patches(bench: Bench) -> dict[str, Any]:
         "wrapped": lambda: bench.ours.clone().add_weight_wrapper(key, torch.abs),
     }.items():
         found[name] = words(patch)
-    return found
+    block = "diffusion_model.double_blocks.0.img_attn.proj.weight"
+    whole = {block: ("diff", (bench.theirs.model.state_dict()[block] * 0.1,))}
+    found["whole block"] = words(lambda: bench.sample(patched(bench.ours, whole)))
+    return found | {"after": bench.both()}
 
 
 def patched(model: Any, patches: dict[str, Any]) -> Any:

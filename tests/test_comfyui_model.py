@@ -137,6 +137,9 @@ def test_patches_that_no_engine_can_draw_with_are_refused_in_words(figures: Figu
     assert "cannot be merged: its weights are in 4 bits" in found["merged"]
     assert "which is no low-rank update" in found["reshaped"]
     assert "cannot be added to 4-bit weights: img_in.weight" in found["wrapped"]
+    assert "double_blocks.0.img_attn.proj" in found["whole block"]
+    assert "VortexCheckpointError" in found["whole block"]
+    check(found["after"])
 
 
 @pytest.mark.parametrize(
