@@ -42,7 +42,7 @@ def refused_nag(why: str | None) -> Exception:
 class Steps:
     """What stands behind the host's model: the engine, the LoRAs that it draws with now, and the route of each step.
 
-    `size`: bytes of the engine when it was last on its device. `texts`: the host's text encoders, while there is a CLIP.
+    `size`: bytes of the engine when it was last on its device. `texts`: the host's text encoders, while a CLIP lives.
     """
 
     def __init__(self, engine: Engine) -> None:
