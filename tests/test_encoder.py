@@ -262,7 +262,7 @@ def test_inspect_says_whether_there_is_an_encoder(tiny_dir: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("wrong", [
-    None, "a file", pictures(64, 96), pictures(1, 64, 90), pictures(1, 48, 64), pictures(1, 64, 2064),
+    None, "a file", pictures(64, 96), pictures(1, 64, 90), pictures(1, 44, 64), pictures(1, 2048, 2056),
     pictures(1, 64, 64) * 255, pictures(1, 64, 64)[..., :2], pictures(1, 64, 64).int(),
     torch.full((1, 64, 64, 3), torch.nan), torch.empty(0, 64, 64, 3),
 ])  # fmt: skip
