@@ -120,6 +120,17 @@ def test_a_norm_is_set_whatever_the_strength_is(translate: Any, strength: float)
     torch.testing.assert_close(before + found * file.parts["transformer"].norms[NORM].delta(before), scale)
 
 
+def test_text_encoders_are_parts_of_their_own(translate: Any) -> None:
+    clip, t5 = "encoder.layers.0.mlp.fc1", "encoder.block.0.layer.1.DenseReluDense.wo"
+    patches = {
+        f"clip_l.transformer.text_model.{clip}.weight": [entry(lora(3072, 768))],
+        f"t5xxl.transformer.{t5}.weight": [entry(lora(4096, 10240))],
+        "clip_l.transformer.text_projection.weight": [entry(lora(768, 768))],  # which FLUX does not use
+    }
+    ((file, _),) = translate(patches)
+    assert {name: part.modules() for name, part in file.parts.items()} == {"clip": {clip}, "t5": {t5}}
+
+
 def test_nothing_is_made_of_nothing(translate: Any) -> None:
     assert translate({}) == ()
     assert translate({key(PROJ): [entry(lora(), 0.0)]}) == ()
