@@ -81,7 +81,9 @@ def case_lora_bypassed(bench: Bench) -> dict[str, Any]:
     def change(model: Any) -> Any:
         return bypass().load_lora_model_only(model, "kohya.safetensors", 0.75)[0]
 
-    return {"bypassed": bench.both(change), "after": bench.both()}
+    plain = bench.sample(bench.ours)
+    effect = bench.off(bench.sample(change(bench.ours)), plain)
+    return {"bypassed": bench.both(change) | {"effect": effect}, "after": bench.both()}
 
 
 def case_hooks(bench: Bench) -> dict[str, Any]:
@@ -255,7 +257,9 @@ def case_attention_guidance(bench: Bench) -> dict[str, Any]:
     def change(model: Any) -> Any:
         return node("nodes_nag", "NAGuidance", model, 5.0, 0.5, 1.5)
 
-    return {"NAG": bench.both(change, cfg=1.5), "after": bench.both()}
+    plain = bench.sample(bench.ours, cfg=1.5)
+    effect = bench.off(bench.sample(change(bench.ours), cfg=1.5), plain)
+    return {"NAG": bench.both(change, cfg=1.5) | {"effect": effect}, "after": bench.both()}
 
 
 def case_cache(bench: Bench) -> dict[str, Any]:

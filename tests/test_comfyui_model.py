@@ -121,6 +121,7 @@ def test_without_its_loras_a_model_draws_as_before(figures: Figures) -> None:
 def test_bypass_loras(figures: Figures) -> None:
     found = of(figures, "lora_bypassed")
     check(found["bypassed"], "another forward of Linear")
+    assert found["bypassed"]["effect"] > EFFECT
     check(found["after"])
 
 
@@ -186,6 +187,7 @@ def test_the_hosts_code_with_our_weights_is_its_own_bit_for_bit(figures: Figures
 def test_native_attention_guidance(figures: Figures) -> None:
     found = of(figures, "attention_guidance")
     check(found["NAG"], "patches of attn1_output_patch")
+    assert found["NAG"]["effect"] > EFFECT
     check(found["after"])
 
 
