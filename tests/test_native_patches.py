@@ -120,17 +120,6 @@ def test_a_norm_is_set_whatever_the_strength_is(translate: Any, strength: float)
     torch.testing.assert_close(before + found * file.parts["transformer"].norms[NORM].delta(before), scale)
 
 
-def test_text_encoders_are_parts_of_their_own(translate: Any) -> None:
-    clip, t5 = "encoder.layers.0.mlp.fc1", "encoder.block.0.layer.1.DenseReluDense.wo"
-    patches = {
-        f"clip_l.transformer.text_model.{clip}.weight": [entry(lora(3072, 768))],
-        f"t5xxl.transformer.{t5}.weight": [entry(lora(4096, 10240))],
-        "clip_l.transformer.text_projection.weight": [entry(lora(768, 768))],  # which FLUX does not use
-    }
-    ((file, _),) = translate(patches)
-    assert {name: part.modules() for name, part in file.parts.items()} == {"clip": {clip}, "t5": {t5}}
-
-
 def test_nothing_is_made_of_nothing(translate: Any) -> None:
     assert translate({}) == ()
     assert translate({key(PROJ): [entry(lora(), 0.0)]}) == ()
@@ -230,3 +219,35 @@ def test_what_can_be_drawn_with_is_not_refused() -> None:
 def test_a_lora_of_another_model_is_refused_by_name(translate: Any) -> None:
     with pytest.raises(errors.VortexCheckpointError, match="does not fit this model: double_blocks"):
         translate({key(PROJ): [entry(lora(2 * D))]})
+
+
+def test_patches_of_both_text_encoders_and_of_steps_become_one_lora(translate: Callable[[Patches], Any]) -> None:
+    wide = MINI.clip.hidden_size
+    q = "encoder.block.0.layer.0.SelfAttention.q"
+    patches: Patches = {
+        f"clip_l.transformer.text_model.{name}.weight": [entry(lora(wide, wide, seed=i), 0.5)]
+        for i, name in enumerate(("encoder.layers.0.self_attn.v_proj", "encoder.layers.1.self_attn.out_proj"))
+    }
+    patches |= {
+        "clip_l.transformer.text_model.encoder.layers.0.layer_norm1.weight": [entry(("diff", (random(wide),)), 0.5)],
+        "clip_l.transformer.text_model.final_layer_norm.bias": [entry(("diff", (random(wide),)), 0.5)],
+        "clip_l.transformer.text_projection.weight": [entry(lora(wide, wide), 0.5)],  # which FLUX does not use
+        f"t5xxl.transformer.{q}.weight": [entry(lora(4096, 4096), 0.5)],
+        key("img_in"): [entry(lora(D, 16), 0.5)],
+    }
+    ((file, strength),) = translate(patches)
+    assert strength == 0.5
+    assert {part: sorted({*what.modules(), *what.norms, *what.biases}) for part, what in file.parts.items()} == {
+        "clip": [
+            "encoder.layers.0.layer_norm1", "encoder.layers.0.self_attn.v_proj", "encoder.layers.1.self_attn.out_proj",
+            "final_layer_norm",
+        ],
+        "t5": [q],
+        "transformer": ["img_in"],
+    }  # fmt: skip
+
+
+def test_what_text_encoders_do_not_have_is_refused_by_name(translate: Callable[[Patches], Any]) -> None:
+    table = {"t5xxl.transformer.shared.weight": [entry(lora(8, 4096))]}
+    with pytest.raises(errors.VortexCheckpointError, match="changes shared, which this model does not have"):
+        translate(table)
