@@ -274,8 +274,9 @@ def case_vae_encodes(bench: ClipBench) -> dict[str, Any]:
 
 def case_vae_without_an_encoder(bench: ClipBench) -> dict[str, Any]:
     """Its VAE decodes, and says what is missing where it has to encode."""
-    import nodes
     from safetensors.torch import load_file, save_file
+
+    import nodes
 
     engines, name = part("nodes.engines"), "diffusion_pytorch_model.safetensors"
     whole, half = Path(bench.handle.path) / "vae", bench.folder / "half"
