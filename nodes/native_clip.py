@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -13,9 +14,8 @@ from .native_texts import Texts, clip_states, t5_states
 from .native_tokens import tokenizer_of
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from ..vortex_core import Engine
+    from .native_steps import Steps
     from .types import Model
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,8 @@ def clip_of(base: Any, handle: Model) -> Any:
         made = _kind()(no_init=True)
         made.tokenizer = tokenizer_of(base.engine)
         steps = base.model.vortex
-        texts = steps.texts = steps.texts or _encoders(base.engine, base.model, made.tokenizer.clip_l)
+        texts = steps.texts() or _encoders(base.engine, steps, made.tokenizer.clip_l)
+        steps.texts = weakref.ref(texts)  # weak, as is all that leads back: they go with their last CLIP
     except Exception as error:
         log.warning("No CLIP here: this ComfyUI's text encoders are not what Vortex knows (%r)", error)
         return None
@@ -43,7 +44,7 @@ def clip_of(base: Any, handle: Model) -> Any:
     return made
 
 
-def _encoders(engine: Engine, model: nn.Module, words: Any) -> Any:
+def _encoders(engine: Engine, steps: Steps, words: Any) -> Any:
     """The host's text encoders of Flux in an engine's sizes, on `meta`; their `vortex` is the `Texts`.
 
     `words`: the host's tokenizer of CLIP. T5's special tokens are the same in every vocabulary.
@@ -65,13 +66,13 @@ def _encoders(engine: Engine, model: nn.Module, words: Any) -> Any:
     }  # fmt: skip
     made = FluxClipModel(engine.dtype, torch.device("meta"), engine.dtype, sizes)
     made.clip_l.special_tokens = {"start": words.start_token, "end": words.end_token, "pad": words.pad_token}
-    texts = Texts(model.vortex, model)  # type: ignore[arg-type]
+    texts = Texts(steps)
     made.clip_l.forward = partial(clip_states, texts, made.clip_l)
     made.t5xxl.forward = partial(t5_states, texts, made.t5xxl)
     made.vortex = texts
     made.memory_estimation_function = texts.memory_required
     for module in made.modules():  # `.to`, `.half`, `.cuda`: there are no weights to move
-        module._apply = partial(stay, module)
+        module._apply = partial(stay, weakref.ref(module))
     return made
 
 

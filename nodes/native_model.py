@@ -6,6 +6,8 @@ So nodes of other packs find the modules that they reach for. `native_steps` say
 from __future__ import annotations
 
 import logging
+import weakref
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -13,7 +15,6 @@ from .native_patches import cannot_be
 from .native_steps import Steps
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
     from ..vortex_core import Engine
@@ -91,6 +92,7 @@ def _operations(steps: Steps) -> type:
         ) -> None:
             torch.nn.Linear.__init__(self, in_features, out_features, bias, device="meta", dtype=dtype)
 
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
         def forward(self, x: Tensor) -> Tensor:
             return steps.linear(self.canonical, x)
 
@@ -106,13 +108,13 @@ def _take_over(model: Any, steps: Steps) -> None:
         if isinstance(module, torch.nn.Linear):
             module.canonical = name
         elif name.rpartition(".")[2] in NORMS:
-            module.forward = partial(_norm, steps, module, name)
+            module.forward = torch.compiler.disable(partial(_norm, steps, module, name))
     steps.attach(model)
     model.vortex = steps
     model.memory_required = steps.memory_required
     model.state_dict_for_saving = _refuse_to_save
     for module in (model, flux):  # `.to`, `.half`, `.cuda`: there are no weights to move
-        module._apply = partial(stay, module)
+        module._apply = partial(stay, weakref.ref(module))  # weak: in a circle, it would outlive its patchers
 
 
 def _norm(steps: Steps, module: nn.Module, name: str, x: Tensor) -> Tensor:
@@ -130,6 +132,6 @@ def _refuse_to_save(*parts: Any, **named: Any) -> NoReturn:
     raise cannot_be("saved")  # old hosts ask the model, new ones its patcher
 
 
-def stay(module: torch.nn.Module, *ignored: Any, **options: Any) -> torch.nn.Module:
+def stay(module: Callable[[], nn.Module], *ignored: Any, **options: Any) -> nn.Module:
     """In place of `_apply` of a module whose weights are an engine's."""
-    return module
+    return module()

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 OPTIONS = ("optimized_attention_override", "rope_options")  # of `transformer_options`, each None where it is not used
 GIVEN = ("ref_latents", "attention_mask")
+ABOVE = ("__init__", "forward", "_forward")  # of the host's functions: what they call is this route
 Step = Callable[..., "Tensor"]
 
 
@@ -55,7 +56,8 @@ class Original:
         self.name = "_forward" if hasattr(flux, "_forward") else "forward"  # the innermost; the latter before 0.3.52
         self.forward: Step = getattr(type(flux), self.name)
         self._signature = inspect.signature(self.forward)
-        self._forward_orig = type(flux).forward_orig
+        functions = {name: one for name, one in vars(type(flux)).items() if inspect.isfunction(one)}
+        self._functions = {name: one for name, one in functions.items() if name not in ABOVE}
         self._modules = [(module, module.__dict__.get("forward")) for module in _below(flux)]
         self._classes = {type(module): type(module).forward for module, _ in self._modules}
 
@@ -85,10 +87,11 @@ class Original:
 
     def _changed(self, flux: nn.Module) -> str | None:
         """What of the host's modules is not as it was built, or None."""
-        if getattr(flux.forward_orig, "__func__", None) is not self._forward_orig:
-            return "another forward_orig"
-        if type(flux).forward_orig is not self._forward_orig or not _is_the_hosts(self._forward_orig):
-            return "another forward_orig of the host's class"
+        for name, function in self._functions.items():
+            if getattr(type(flux), name) is not function or not _is_the_hosts(function):
+                return f"another {name} of the class {type(flux).__name__}"
+            if getattr(getattr(flux, name), "__func__", None) is not function:
+                return f"another {name}"
         now = list(_below(flux))
         if len(now) != len(self._modules):
             return "other modules"

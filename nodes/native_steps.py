@@ -42,14 +42,14 @@ def refused_nag(why: str | None) -> Exception:
 class Steps:
     """What stands behind the host's model: the engine, the LoRAs that it draws with now, and the route of each step.
 
-    `size`: bytes of the engine when it was last on its device. `texts`: the host's text encoders, if they were made.
+    `size`: bytes of the engine when it was last on its device. `texts`: the host's text encoders, while a CLIP lives.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.size = engine.device_bytes
         self.loras: Loras = ()
-        self.texts: Any = None
+        self.texts: Callable[[], Any] = lambda: None
         self._prompts = Prompts()
         self._here = threading.local()
         self._translate: Translator | None = None
@@ -59,14 +59,16 @@ class Steps:
 
     def attach(self, model: Any) -> None:
         """Stand behind the innermost forward of the host's `model`."""
+        import torch
+
         from ..vortex_core.runtime.lending import modulation_rows
 
         flux = model.diffusion_model
-        self._model = weakref.ref(model)
+        self._model, self._flux = weakref.ref(model), weakref.ref(flux)
         self._original = Original(flux)
         self._rows = modulation_rows(self.engine.spec.flux)
         self._translate = Translator(self.engine.spec)
-        setattr(flux, self._original.name, self._step)
+        setattr(flux, self._original.name, torch.compiler.disable(self._step))
 
     def renew(self, engine: Engine) -> None:
         """Go on with another engine of the same weights: the one before was unloaded."""
@@ -129,7 +131,7 @@ class Steps:
         model, patcher, call = self._model(), self.active, self._original.call(args, kwargs)
         if patcher is not None:
             self.install(patcher)  # nothing where nothing changed
-        flux, spec = model.diffusion_model, self.engine.spec.flux
+        flux, spec = self._flux(), self.engine.spec.flux  # not the host's attribute: that may be a compiled one now
         why = self._original.declined(flux, call, spec)
         rows = None
         if call.suits(spec):

@@ -11,7 +11,7 @@ from ..vortex_core.errors import VortexInputError, quoted
 from .native_patches import Translator
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from ..vortex_core import Engine
     from ..vortex_core.flux1.embeddings import Embeddings
@@ -22,10 +22,10 @@ Tokens = list[list[Any]]  # texts, or chunks of one, as the host gives them
 
 
 class Texts:
-    """The text encoders of an engine, as `Steps` are its transformer. `model` is the host's, and lives as long."""
+    """The text encoders of an engine, as `Steps` are its transformer."""
 
-    def __init__(self, steps: Steps, model: nn.Module) -> None:
-        self._steps, self._model = steps, model
+    def __init__(self, steps: Steps) -> None:
+        self._steps = steps
         self._translate = Translator(steps.engine.spec)
         self._active: Callable[[], Any] = lambda: None
         self._installed: Any = None  # what `_loras` were made of

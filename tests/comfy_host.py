@@ -40,6 +40,17 @@ def python(tree: Path) -> str:
     return str(next((path for path in own if path.exists()), sys.executable))
 
 
+def figures(tree: Path, folder: Path, script: str) -> Any:
+    """What a script of this folder has written to `folder`/figures.json, run by the tree's Python."""
+    ran = subprocess.run(
+        [python(tree), str(Path(__file__).with_name(script)), str(folder), str(tree)],
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+        cwd=tree, timeout=900, capture_output=True, text=True,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    return json.loads((folder / "figures.json").read_text())
+
+
 class NodeError(Exception):
     """A prompt that the host refused, or that failed in a node."""
 

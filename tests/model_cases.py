@@ -196,6 +196,26 @@ def case_unloaded(bench: Bench) -> dict[str, Any]:
     return {"same": same, "loaded again": again, "one model": one}
 
 
+def case_freed(bench: Bench) -> dict[str, Any]:
+    """Without its patchers the host's model is gone at once: the host takes one that waits for Python for a leak."""
+    import gc
+    import weakref
+
+    engines = part("nodes.engines")
+    loader = part("nodes").NODE_CLASS_MAPPINGS["VortexFluxLoader"]()
+    handle, vae, model, clip = loader.load("tiny-schnell", 6.5, "fast")
+    bench.sample(replaced(model), positive=clip.encode_from_tokens_scheduled(clip.tokenize("a red circle")))
+    found = [weakref.ref(model.model), weakref.ref(clip.cond_stage_model)]
+    gc.disable()
+    try:
+        engines._unload(handle.key)
+        kept = [one() is not None for one in found]
+        del model, clip, vae
+        return {"while there are any": kept, "later": [one() is not None for one in found]}
+    finally:
+        gc.enable()
+
+
 def case_refused(bench: Bench) -> dict[str, Any]:
     import comfy.sd
 

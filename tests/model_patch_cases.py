@@ -81,7 +81,9 @@ def case_lora_bypassed(bench: Bench) -> dict[str, Any]:
     def change(model: Any) -> Any:
         return bypass().load_lora_model_only(model, "kohya.safetensors", 0.75)[0]
 
-    return {"bypassed": bench.both(change), "after": bench.both()}
+    plain = bench.sample(bench.ours)
+    effect = bench.off(bench.sample(change(bench.ours)), plain)
+    return {"bypassed": bench.both(change) | {"effect": effect}, "after": bench.both()}
 
 
 def case_hooks(bench: Bench) -> dict[str, Any]:
@@ -108,7 +110,10 @@ def case_refused_patches(bench: Bench) -> dict[str, Any]:
         "wrapped": lambda: bench.ours.clone().add_weight_wrapper(key, torch.abs),
     }.items():
         found[name] = words(patch)
-    return found
+    block = "diffusion_model.double_blocks.0.img_attn.proj.weight"
+    whole = {block: ("diff", (bench.theirs.model.state_dict()[block] * 0.1,))}
+    found["whole block"] = words(lambda: bench.sample(patched(bench.ours, whole)))
+    return found | {"after": bench.both()}
 
 
 def patched(model: Any, patches: dict[str, Any]) -> Any:
@@ -181,6 +186,48 @@ def case_patches(bench: Bench) -> dict[str, Any]:
     return found
 
 
+def case_class_patches(bench: Bench) -> dict[str, Any]:
+    """As packs do that replace functions of the host's class, for every model."""
+    kind, found = type(bench.ours.model.diffusion_model), {}
+    plain = bench.sample(bench.ours)
+    for name in ("forward_orig", "process_img"):
+        if not hasattr(kind, name):
+            continue
+        original = getattr(kind, name)
+        for model in (bench.ours, bench.theirs):  # cases before this one may have left a bound original there
+            vars(model.model.diffusion_model).pop(name, None)
+
+        def larger(self: Any, x: Any, *args: Any, original: Any = original, **options: Any) -> Any:
+            return original(self, x * 1.1, *args, **options)
+
+        setattr(kind, name, larger)
+        try:
+            found[name] = bench.both()
+            found[name]["effect"] = bench.off(bench.sample(bench.ours), plain)
+        finally:
+            setattr(kind, name, original)
+    found["after"] = bench.both()
+    return found
+
+
+def case_compiled(bench: Bench) -> dict[str, Any]:
+    """By the host's node, and block by block as other packs do it. Compilers leave the engine's work alone."""
+    import torch
+
+    def blocks(model: Any) -> Any:
+        model, flux = model.clone(), model.model.diffusion_model
+        for i, block in enumerate(flux.double_blocks):
+            model.add_object_patch(f"diffusion_model.double_blocks.{i}", torch.compile(block, backend="eager"))
+        return model
+
+    plain = bench.sample(bench.theirs)
+    bench.routes.taken()
+    compiled = bench.sample(node("nodes_torch_compile", "TorchCompileModel", bench.ours, "inductor"))
+    found = {"whole": {"off": bench.off(compiled, plain), "routes": bench.routes.taken()[:1]}}
+    found["blocks"] = {"off": bench.off(bench.sample(blocks(bench.ours)), plain), "routes": bench.routes.taken()}
+    return found | {"after": bench.both()}
+
+
 def case_eager_is_the_same(bench: Bench) -> dict[str, Any]:
     """The host's code with the engine's weights, without any patch of effect."""
 
@@ -210,7 +257,9 @@ def case_attention_guidance(bench: Bench) -> dict[str, Any]:
     def change(model: Any) -> Any:
         return node("nodes_nag", "NAGuidance", model, 5.0, 0.5, 1.5)
 
-    return {"NAG": bench.both(change, cfg=1.5), "after": bench.both()}
+    plain = bench.sample(bench.ours, cfg=1.5)
+    effect = bench.off(bench.sample(change(bench.ours), cfg=1.5), plain)
+    return {"NAG": bench.both(change, cfg=1.5) | {"effect": effect}, "after": bench.both()}
 
 
 def case_cache(bench: Bench) -> dict[str, Any]:

@@ -6,9 +6,6 @@ figures are judged.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +24,7 @@ Figures = dict[str, Any]
 
 @pytest.fixture(scope="module", params=comfy_host.trees() or [Path("no tree")], ids=lambda tree: tree.name)
 def figures(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Figures:
-    tree, folder = request.param, tmp_path_factory.mktemp("figures")
-    ran = subprocess.run(
-        [comfy_host.python(tree), str(Path(__file__).with_name("clip_by_comfyui.py")), str(folder), str(tree)],
-        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
-        cwd=tree, timeout=900, capture_output=True, text=True,
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr[-4000:]
-    return json.loads((folder / "figures.json").read_text())
+    return comfy_host.figures(request.param, tmp_path_factory.mktemp("figures"), "clip_by_comfyui.py")
 
 
 def of(figures: Figures, case: str) -> Figures:

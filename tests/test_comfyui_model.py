@@ -6,9 +6,6 @@ figures are judged.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +24,7 @@ Figures = dict[str, Any]
 
 @pytest.fixture(scope="module", params=comfy_host.trees() or [Path("no tree")], ids=lambda tree: tree.name)
 def figures(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Figures:
-    tree, folder = request.param, tmp_path_factory.mktemp("figures")
-    ran = subprocess.run(
-        [comfy_host.python(tree), str(Path(__file__).with_name("model_by_comfyui.py")), str(folder), str(tree)],
-        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
-        cwd=tree, timeout=900, capture_output=True, text=True,
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr[-4000:]
-    return json.loads((folder / "figures.json").read_text())
+    return comfy_host.figures(request.param, tmp_path_factory.mktemp("figures"), "model_by_comfyui.py")
 
 
 def of(figures: Figures, case: str) -> Figures:
@@ -121,6 +111,7 @@ def test_without_its_loras_a_model_draws_as_before(figures: Figures) -> None:
 def test_bypass_loras(figures: Figures) -> None:
     found = of(figures, "lora_bypassed")
     check(found["bypassed"], "another forward of Linear")
+    assert found["bypassed"]["effect"] > EFFECT
     check(found["after"])
 
 
@@ -137,6 +128,9 @@ def test_patches_that_no_engine_can_draw_with_are_refused_in_words(figures: Figu
     assert "cannot be merged: its weights are in 4 bits" in found["merged"]
     assert "which is no low-rank update" in found["reshaped"]
     assert "cannot be added to 4-bit weights: img_in.weight" in found["wrapped"]
+    assert "double_blocks.0.img_attn.proj" in found["whole block"]
+    assert "VortexCheckpointError" in found["whole block"]
+    check(found["after"])
 
 
 @pytest.mark.parametrize(
@@ -156,6 +150,23 @@ def test_what_reaches_into_the_model_takes_the_hosts_code(figures: Figures, whic
     assert found[f"after {which}"]["effect"] == 0
 
 
+@pytest.mark.parametrize("which", ["forward_orig", "process_img"])
+def test_functions_that_were_replaced_in_the_hosts_class_are_called(figures: Figures, which: str) -> None:
+    found = of(figures, "class_patches")
+    if which not in found:
+        pytest.skip("this ComfyUI has no such function")
+    check(found[which], f"another {which} of the class Flux")
+    assert found[which]["effect"] > EFFECT
+    check(found["after"])
+
+
+@pytest.mark.parametrize(("which", "reason"), [("whole", None), ("blocks", "other modules")])
+def test_torch_compile(figures: Figures, which: str, reason: str | None) -> None:
+    found = of(figures, "compiled")
+    check(found[which], reason)
+    check(found["after"])
+
+
 def test_the_hosts_code_with_our_weights_is_its_own_bit_for_bit(figures: Figures) -> None:
     found = of(figures, "eager_is_the_same")
     assert found["no table"]["off"] == 0  # only the modulation of all steps at once rounds otherwise
@@ -166,6 +177,7 @@ def test_the_hosts_code_with_our_weights_is_its_own_bit_for_bit(figures: Figures
 def test_native_attention_guidance(figures: Figures) -> None:
     found = of(figures, "attention_guidance")
     check(found["NAG"], "patches of attn1_output_patch")
+    assert found["NAG"]["effect"] > EFFECT
     check(found["after"])
 
 
@@ -193,6 +205,10 @@ def test_the_host_asks_the_plan_for_memory(figures: Figures) -> None:
 
 def test_unloading_changes_no_picture(figures: Figures) -> None:
     assert of(figures, "unloaded") == {"same": True, "loaded again": True, "one model": True}
+
+
+def test_a_model_is_gone_with_its_last_patcher(figures: Figures) -> None:
+    assert of(figures, "freed") == {"while there are any": [True, True], "later": [False, False]}
 
 
 def test_merging_and_saving_are_refused_in_words(figures: Figures) -> None:

@@ -85,7 +85,9 @@ def test_the_type_is_that_of_what_is_multiplied(roomy: Engine) -> None:
 
 
 @pytest.mark.parametrize(
-    "order", [list, lambda names: names[::-1], lambda names: names[::2] + names[1::2] + names[:5]], ids=str
+    "order",
+    [list, lambda names: names[::-1], lambda names: names[::2] + names[1::2] + names[:5]],
+    ids=["forward", "back", "mixed"],
 )
 def test_streamed_weights_give_the_same_in_any_order(roomy: Engine, order: Callable[[list[str]], list[str]]) -> None:
     expected = lend(roomy, products(roomy))

@@ -52,6 +52,20 @@ def test_every_linear_is_as_from_a_file(tmp_path: Path) -> None:
         assert torch.equal(here.delta(name, W[f"{name}.weight"]), there.delta(name, W[f"{name}.weight"]))
 
 
+def test_parts_of_text_encoders() -> None:
+    clip, t5 = "encoder.layers.0.mlp.fc1", "encoder.block.1.layer.1.DenseReluDense.wo"
+    tensors = {clip: low(256, 64), t5: low(64, 192)}
+    found = made(
+        Change(PROJ, low()), Change(clip, tensors[clip], part="clip"), Change(t5, tensors[t5], part="t5")
+    ).parts
+    assert {name: part.modules() for name, part in found.items()} == {
+        "transformer": {PROJ}, "clip": {clip}, "t5": {t5},
+    }  # fmt: skip
+    delta = found["t5"].delta(t5, random(64, 192))
+    torch.testing.assert_close(delta, tensors[t5]["up"] @ tensors[t5]["down"])
+    assert "which this model does not have" in refusal(t5, tensors[t5], part="clip")
+
+
 def test_it_knows_how_many_bytes_it_was_made_of() -> None:
     assert made(Change(PROJ, low())).nbytes == 4 * 3 * (D + D)
 

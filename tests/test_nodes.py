@@ -58,6 +58,14 @@ def test_help_page_names_every_input_and_has_its_picture(comfy: FakeHost, key: s
     assert (docs / f"{key}.jpg").stat().st_size > 5000
 
 
+def test_output_order_is_what_saved_workflows_rely_on(comfy: FakeHost) -> None:
+    # links name an output by its position: append, never reorder
+    order = {key: PACK.NODE_CLASS_MAPPINGS[key].RETURN_TYPES for key in KEYS}
+    assert order["VortexFluxLoader"] == ("VORTEX_MODEL", "VAE", "MODEL", "CLIP")
+    assert order["VortexLoRA"] == ("VORTEX_MODEL",)
+    assert order["VortexSchnellSampler"] == ("IMAGE", "LATENT")
+
+
 def test_input_order_is_what_saved_workflows_rely_on(comfy: FakeHost) -> None:
     # widgets_values is positional: append, never reorder
     order = {key: list(workflow_format.Schemas().inputs(key)) for key in KEYS}
