@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +58,9 @@ class Original:
         self._signature = inspect.signature(self.forward)
         functions = {name: one for name, one in vars(type(flux)).items() if inspect.isfunction(one)}
         self._functions = {name: one for name, one in functions.items() if name not in ABOVE}
-        self._modules = [(module, module.__dict__.get("forward")) for module in _below(flux)]
+        every = list(flux.modules())
+        self._children = [(module._modules, list(module._modules.values())) for module in every]
+        self._modules = [(module, module.__dict__.get("forward")) for module in every[1:]]
         self._classes = {type(module): type(module).forward for module, _ in self._modules}
 
     def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
@@ -92,12 +94,10 @@ class Original:
                 return f"another {name} of the class {type(flux).__name__}"
             if getattr(getattr(flux, name), "__func__", None) is not function:
                 return f"another {name}"
-        now = list(_below(flux))
-        if len(now) != len(self._modules):
-            return "other modules"
-        for (module, forward), there in zip(self._modules, now, strict=True):
-            if there is not module:
-                return f"{type(there).__name__} in place of {type(module).__name__}"
+        for now, before in self._children:
+            if list(now.values()) != before:  # by identity, as modules compare
+                return _replaced(list(now.values()), before)
+        for module, forward in self._modules:
             own = module.__dict__.get("forward")  # unpatching leaves the bound original there
             if own is not forward and getattr(own, "__func__", None) is not self._classes[type(module)]:
                 return f"another forward of {type(module).__name__}"
@@ -129,7 +129,10 @@ def _is_the_hosts(function: Any) -> bool:
     return str(getattr(function, "__module__", "")).startswith("comfy.")
 
 
-def _below(flux: nn.Module) -> Iterator[nn.Module]:
-    modules = flux.modules()
-    next(modules)
-    return modules
+def _replaced(now: list[nn.Module | None], before: list[nn.Module | None]) -> str:
+    """In words, how the modules inside another have changed."""
+    pairs = [(new, old) for new, old in zip(now, before, strict=False) if new is not old]
+    if not pairs:
+        return "other modules"
+    new, old = (type(module).__name__ for module in pairs[0])
+    return f"{new} in place of {old}"

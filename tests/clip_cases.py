@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import gc
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from clip_by_comfyui import LONG
@@ -93,6 +97,24 @@ def case_as_the_engine(bench: ClipBench) -> dict[str, Any]:
         "same": same(found[0][0], conditioning.txt.float())
         and same(found[0][1]["pooled_output"], conditioning.pooled.float())
     }
+
+
+def case_released_words(bench: ClipBench) -> dict[str, Any]:
+    """FLUX.1-schnell's own vocabularies, which the host brings: its tokenizer and Vortex's give the same ids."""
+    from comfy.text_encoders.flux import FluxTokenizer
+
+    host, released = part("nodes.host"), SimpleNamespace(spec=part("nodes.types").RELEASED)
+    theirs = part("nodes.native_tokens").tokenizer_of(released)
+    ours = [part("vortex_core.checkpoint.tokenizer").read_tokenizer(path) for path in host.tokenizers()]
+    split = part("vortex_core.flux1.text_encoders").tokenize_prompt
+
+    def same(text: str) -> bool:
+        chunks = theirs.tokenize_with_weights(text)
+        found = [[token for token, _ in chunks[name][0]] for name in ("l", "t5xxl")]
+        return found == [list(tokens.ids) for tokens in split(*ours, text)]
+
+    texts = (TEXT, "", "A Café, 2 dogs & it's 50% off!", "word " * 60)
+    return {"kind": type(theirs) is FluxTokenizer, "same": [same(text) for text in texts]}
 
 
 # ---------------------------------------------------------------- LoRAs
@@ -248,6 +270,28 @@ def case_vae_encodes(bench: ClipBench) -> dict[str, Any]:
         "inpaint": list(inpaint["samples"].shape), "conditioned": list(conditioned[2]["samples"].shape),
         "again": bench.off(vae.encode(drawn), expected), "reference": text is None or len(text) == 1,
     }  # fmt: skip
+
+
+def case_vae_without_an_encoder(bench: ClipBench) -> dict[str, Any]:
+    """Its VAE decodes, and says what is missing where it has to encode."""
+    from safetensors.torch import load_file, save_file
+
+    import nodes
+
+    engines, name = part("nodes.engines"), "diffusion_pytorch_model.safetensors"
+    whole, half = Path(bench.handle.path) / "vae", bench.folder / "half"
+    half.mkdir()
+    shutil.copy(whole / "config.json", half)
+    tensors = load_file(whole / name)
+    save_file({key: value for key, value in tensors.items() if not key.startswith("encoder")}, half / name)
+    handle = replace(bench.handle, fingerprint="half", parts=(("vae", half),))
+    vae, latents = part("nodes.vae").vae_of(handle), bench.latent(seed=3)
+    found = {
+        "decodes": bool((vae.decode(latents["samples"]) == bench.vae.decode(latents["samples"])).all()),
+        "encodes": words(lambda: nodes.VAEEncode().encode(vae, bench.torch.rand(1, 64, 64, 3))),
+    }
+    engines._unload(handle.key)
+    return found
 
 
 def case_vae_attributes(bench: ClipBench) -> dict[str, Any]:

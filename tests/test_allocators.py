@@ -59,7 +59,7 @@ class Backend:
         return Snapshot(now.allocated, now.reserved, process=None, free=free, total=self.total)
 
     def record(self, step: BoundStep) -> SimpleNamespace:
-        size = step._size
+        size = tuple(step._size[:3])
         self.kept = max(self.kept, self.engine.plan.step.graph)
         self.told.append(("captured", size))
 

@@ -58,6 +58,12 @@ def test_what_the_engine_reads_is_the_same_bit_for_bit(figures: Figures) -> None
     assert of(figures, "as_the_engine")["same"]
 
 
+def test_the_released_vocabularies_are_the_hosts(figures: Figures) -> None:
+    found = of(figures, "released_words")
+    assert found["kind"]
+    assert all(found["same"])
+
+
 @pytest.mark.parametrize("layer", ["-1", "-2", "-3", "-20"])
 def test_skipped_layers(figures: Figures, layer: str) -> None:
     found = of(figures, "skipped_layers")
@@ -121,6 +127,12 @@ def test_the_vae_encodes_as_the_engine(figures: Figures) -> None:
     assert found["raw"] < 1e-6
     assert found["kind"] == KIND[:2]
     assert [found[name] for name in ("shape", "inpaint", "conditioned")] == [[2, 16, 16, 9]] * 3
+
+
+def test_a_vae_without_an_encoder_decodes_and_says_what_it_lacks(figures: Figures) -> None:
+    found = of(figures, "vae_without_an_encoder")
+    assert found["decodes"]
+    assert "has no encoder" in found["encodes"]
 
 
 def test_the_vae_has_what_other_packs_read(figures: Figures) -> None:

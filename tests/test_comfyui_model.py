@@ -138,7 +138,7 @@ def test_patches_that_no_engine_can_draw_with_are_refused_in_words(figures: Figu
     [
         ("DiT", "patches_replace of dit"),
         ("forward_orig", "another forward_orig"),
-        ("block", "other modules"),
+        ("block", "Larger in place of SingleStreamBlock"),
         ("vec", "patches_replace of dit"),
     ],
 )
@@ -160,7 +160,9 @@ def test_functions_that_were_replaced_in_the_hosts_class_are_called(figures: Fig
     check(found["after"])
 
 
-@pytest.mark.parametrize(("which", "reason"), [("whole", None), ("blocks", "other modules")])
+@pytest.mark.parametrize(
+    ("which", "reason"), [("whole", None), ("blocks", "OptimizedModule in place of DoubleStreamBlock")]
+)
 def test_torch_compile(figures: Figures, which: str, reason: str | None) -> None:
     found = of(figures, "compiled")
     check(found[which], reason)

@@ -12,7 +12,7 @@ from engine_parts import painter_of
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from vortex_core import Engine, VortexInputError, load_flux_schnell
+from vortex_core import Engine, MemoryPressureError, VortexInputError, load_flux_schnell
 from vortex_core.flux1.embeddings import MOST_TOKENS
 from vortex_core.flux1.text_encoders import tokenize_prompt
 from vortex_core.nf4 import NF4Weight, dequantize
@@ -145,6 +145,16 @@ def test_the_memory_of_long_texts_is_planned(engine: Engine) -> None:
     model = painter_of(engine).model
     assert engine.plan.requirements == model.prompt_requirements(painter_of(engine).memory.blas, 1024)
     assert engine.plan.peak == sizes[3]
+
+
+def test_a_text_that_does_not_fit_the_budget_is_refused_with_figures(tiny_dir: Path) -> None:
+    with load_flux_schnell(tiny_dir, device="cpu", vram_budget=0.5) as small:
+        before = small.embed([text(20)])
+        assert small.embed_peak_bytes(MOST_TOKENS) == small.budget
+        with pytest.raises(MemoryPressureError, match="GB") as caught:
+            small.embed([text(MOST_TOKENS)])
+        assert caught.value.needed > caught.value.available
+        assert torch.equal(small.embed([text(20)]).txt, before.txt)
 
 
 @pytest.mark.parametrize(
