@@ -90,7 +90,14 @@ class Page:
         self.js("app.graph.clear()")
         self.js("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
         self.click_text(PACK)
-        self.click(f'[data-testid="template-workflow-{name}"]')
+        card = f'[data-testid="template-workflow-{name}"]'
+        # old front ends make more cards only once the list is scrolled
+        scrolled = """
+            const lists = [...document.querySelectorAll('[role=dialog] *')].filter(e => e.scrollHeight > e.clientHeight)
+            lists.forEach(e => { e.scrollTop = e.scrollHeight; e.dispatchEvent(new Event('scroll')) })
+            return !!document.querySelector(arguments[0])"""
+        self.until(lambda: self.js(scrolled, card))
+        self.click(card)
         wanted = len(json.loads((workflows.FOLDER / f"{name}.json").read_text())["nodes"])
         self.until(lambda: self.js("return app.graph.nodes.length") == wanted)
 
